@@ -1,0 +1,1 @@
+"""For people: the notebook widget and the browser app."""

@@ -1,0 +1,1 @@
+"""Learned: networks, training, checkpoints, the classic baseline, bundles and explanations."""

@@ -1,0 +1,1 @@
+"""What: from a scan on disk to the array a model sees, and the store that keeps it."""

@@ -1,0 +1,317 @@
+"""The workspace: which platform this is, where files live, and what a notebook leaves behind.
+
+The only module that knows a platform. It knows nothing of scans, ages or models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MARKER = "brainage_workspace.json"
+IDS = ("scan_id", "subject_id", "session_id")
+NOTEBOOK_OF = {
+    "cohort.csv": "01_data_access",
+    "cleaning.csv": "02_data_cleaning",
+    "splits.csv": "02_data_cleaning",
+    "volumes/current": "03_preprocessing_preview",
+}
+
+
+class MissingInput(FileNotFoundError):
+    """A file that an earlier notebook makes is not in the workspace."""
+
+
+# --- platform -------------------------------------------------------------------------------------------
+
+
+def platform() -> str:
+    """'kaggle', 'colab' or 'local'. Kaggle is asked first: its image carries Colab's markers too."""
+    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE"):
+        return "kaggle"
+    if "google.colab" in sys.modules or os.environ.get("COLAB_RELEASE_TAG"):
+        return "colab"
+    return "local"
+
+
+def default_root() -> Path:
+    """$BRAINAGE_WORKSPACE, else the platform's usual place (Drive where it is mounted on Colab)."""
+    if named := os.environ.get("BRAINAGE_WORKSPACE"):
+        return Path(named)
+    here = platform()
+    if here == "kaggle":
+        return Path("/kaggle/working/brainage")
+    if here == "colab":
+        drive = Path("/content/drive/MyDrive")
+        return (drive if drive.is_dir() else Path("/content")) / "brainage"
+    return Path("workspace")
+
+
+def n_workers(requested: int = 0) -> int:
+    """Number of worker processes: `requested`, or, at 0, the processors this process may use."""
+    if requested > 0:
+        return requested
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return max(1, os.cpu_count() or 1)
+
+
+def session_summary(root: Path | str = ".") -> pd.DataFrame:
+    """What this session runs on: platform, device, memory, disk, versions. One row a fact."""
+    import pandas as pd
+
+    facts = {
+        "platform": platform(),
+        "Python": sys.version.split()[0],
+        "device": device_name(),
+        "processors": str(n_workers()),
+        "memory": f"{memory_gib():.1f} GiB",
+        "free disk": f"{shutil.disk_usage(_existing(Path(root))).free / 2**30:.1f} GiB",
+    } | {name: version_of(name) for name in ("brainage-nb", "torch", "monai", "numpy", "scikit-learn")}
+    return pd.DataFrame({"value": facts})
+
+
+def device_name() -> str:
+    """The accelerator in words, or 'CPU'."""
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return f"{len(names)} x {names[0]}"
+    return "CPU (no GPU seen)"
+
+
+def memory_gib() -> float:
+    """Physical memory in GiB (0 where the system does not say)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (ValueError, OSError, AttributeError):
+        return 0.0
+
+
+def version_of(package: str) -> str:
+    """Installed version of a package, or 'absent'."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+# --- files that are whole or absent ---------------------------------------------------------------------
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[Path]:
+    """Give a temporary path beside `path`; flush it and rename it over `path` only if the block succeeds."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(text: str, path: Path | str) -> Path:
+    """Write UTF-8 text whole or not at all."""
+    with writing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+    return Path(path)
+
+
+def write_csv(frame: pd.DataFrame, path: Path | str) -> Path:
+    """Write a table whole or not at all: UTF-8, comma, LF, no index column."""
+    with writing(path) as temporary:
+        frame.to_csv(temporary, index=False, lineterminator="\n")
+    return Path(path)
+
+
+def write_json(content: Any, path: Path | str) -> Path:
+    """Write JSON whole or not at all; paths become text, NumPy numbers become numbers, NaN becomes null."""
+    return write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n", path)
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def read_csv(path: Path | str) -> pd.DataFrame:
+    """Read one of our tables: ids stay text (`007` is not 7), empty cells of text columns stay empty."""
+    import pandas as pd
+
+    text = dict.fromkeys(
+        (*IDS, "image", "sex", "site", "source", "reason", "flags", "detail", "variant"), str
+    )
+    frame = pd.read_csv(path, dtype=text, keep_default_na=True)
+    present = [column for column in text if column in frame]
+    return frame.fillna(dict.fromkeys(present, ""))
+
+
+def sha256_of(path: Path | str) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return str(value)
+
+
+# --- the workspace --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Workspace:
+    """A folder that holds everything the notebooks exchange.
+
+    Parameters
+    ----------
+    root : Path
+        The folder; made where it is missing.
+    """
+
+    root: Path
+    opened: float = field(default_factory=time.time)
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the workspace; nothing is made."""
+        return self.root.joinpath(*parts)
+
+    def need(self, name: str) -> Path:
+        """The path of a file an earlier notebook makes; `MissingInput` names that notebook where it is absent."""
+        path = self.path(name)
+        if not path.exists():
+            maker = NOTEBOOK_OF.get(name, "04_train_resnet18 or 05_train_vgg16_svr")
+            raise MissingInput(
+                f"{name} is not in the workspace {self.root}. Run notebook {maker} first, with this workspace."
+            )
+        return path
+
+    def read(self, name: str) -> pd.DataFrame:
+        """A table of the workspace, ids as text."""
+        return read_csv(self.need(name))
+
+    def run(self, name: str) -> Path:
+        """The folder of one training run."""
+        if not name or Path(name).name != name or name.startswith("."):
+            raise ValueError(f"run = {name!r}: a run's name is one plain folder name, such as resnet18.")
+        folder = self.path("runs", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def resolve(self, image: str | Path) -> Path:
+        """The absolute path of an `image` cell, which is absolute or relative to the workspace."""
+        return (self.root / image).absolute()
+
+    def begin(self, notebook: str) -> Workspace:
+        """Mark a notebook as started: its last result is void until it finishes again. Returns itself."""
+        self.opened = time.time()
+        self.path("results", f"{notebook}.json").unlink(missing_ok=True)
+        return self
+
+    def finish(
+        self,
+        notebook: str,
+        parameters: Mapping[str, Any],
+        written: Iterable[Path] = (),
+        figures: Mapping[str, Any] | None = None,
+    ) -> pd.DataFrame:
+        """Write `results/<notebook>.json`, the only sign that a notebook ended well.
+
+        Parameters
+        ----------
+        notebook : str
+            Its name without ending, as `04_train_resnet18`.
+        parameters : mapping
+            Parameters as resolved.
+        written : paths
+            Files and folders left behind; each is listed with its rows (CSV) or bytes.
+        figures : mapping
+            Headline figures; a key names metric, split and unit.
+
+        Returns
+        -------
+        DataFrame
+            What was written, a row a file, to be shown as the notebook's last output.
+        """
+        import pandas as pd
+
+        files = [_described(Path(path), self.root) for path in written]
+        result = {
+            "notebook": notebook,
+            "status": "complete",
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "duration_s": round(time.time() - self.opened, 1),
+            "platform": platform(),
+            "versions": {name: version_of(name) for name in ("brainage-nb", "torch", "monai", "numpy")},
+            "parameters": dict(parameters),
+            "written": files,
+            "figures": dict(figures or {}),
+        }
+        write_json(result, self.path("results", f"{notebook}.json"))
+        return pd.DataFrame(files, columns=["path", "rows", "bytes"])
+
+    def result(self, notebook: str) -> dict[str, Any] | None:
+        """What a notebook left behind, or None where it did not finish."""
+        path = self.path("results", f"{notebook}.json")
+        return read_json(path) if path.exists() else None
+
+
+def open_workspace(root: str | Path = "") -> Workspace:
+    """Open the workspace at `root`, or, where that is empty, at the default place; make it where it is missing."""
+    folder = (Path(root).expanduser() if str(root) else default_root()).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / MARKER).exists():
+            write_json({"format": 1}, folder / MARKER)
+    except OSError as error:
+        raise OSError(
+            f"The workspace {folder} cannot be written ({error.strerror}). Set the parameter `workspace` or the "
+            "environment variable BRAINAGE_WORKSPACE to a folder you may write to."
+        ) from error
+    return Workspace(folder)
+
+
+def _described(path: Path, root: Path) -> dict[str, Any]:
+    rows = None
+    if path.suffix == ".csv" and path.is_file():
+        with open(path, encoding="utf-8") as stream:
+            rows = max(0, sum(1 for _ in stream) - 1)
+    files = [path] if path.is_file() else [item for item in path.rglob("*") if item.is_file()]
+    shown = path.relative_to(root) if path.is_relative_to(root) else path
+    return {"path": str(shown), "rows": rows, "bytes": sum(item.stat().st_size for item in files)}
