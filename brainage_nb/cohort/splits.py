@@ -1,0 +1,260 @@
+"""Which subject trains, validates and tests: dealt by age, kept for good once dealt.
+
+Works on subjects, never on scans, so that two scans of one person cannot sit in two splits. Not for cleaning.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SPLITS = ("train", "val", "test")
+COLUMNS = ("scan_id", "subject_id", "session_id", "image", "age", "sex", "site", "split", "fold")
+COLOURS = {"train": "#0072B2", "val": "#E69F00", "test": "#009E73"}  # Okabe-Ito
+MARKERS = {"train": "o", "val": "s", "test": "^"}
+
+
+class SplitError(ValueError):
+    """The scans cannot be dealt, or a split table would let a subject leak from one part to another."""
+
+
+def deal_splits(
+    scans: pd.DataFrame,
+    *,
+    folds: int = 0,
+    seed: int = 0,
+    existing: pd.DataFrame | None = None,
+    fractions: tuple[float, float, float] = (0.70, 0.15, 0.15),
+) -> pd.DataFrame:
+    """Deal subjects, sorted by age, cyclically to train, validation and test.
+
+    Parameters
+    ----------
+    scans : DataFrame
+        A row a usable scan: `scan_id, subject_id, session_id, image, age` (years), `sex, site` where known.
+    folds : int
+        Number of cross-validation folds over the subjects of train and validation; 0 for none.
+    seed : int
+        Turns the dealing pattern and breaks ties of age; the same seed deals the same subjects alike.
+    existing : DataFrame, optional
+        A split table dealt before. Its subjects keep their split, and their fold while `folds` is the same
+        (another number of folds deals the folds anew and leaves every split as it is). New subjects are dealt
+        among themselves so that the whole comes nearest to `fractions`. Subjects not in `scans` are left out.
+    fractions : tuple of float
+        Shares of subjects for train, validation and test, summing to 1. Every share above 0 gets a subject.
+
+    Returns
+    -------
+    DataFrame
+        The rows of `scans` in their order, with `split`, and `fold` from 0 (-1 for test, and without folds).
+
+    Raises
+    ------
+    SplitError
+        Too few subjects, an age missing, or an `existing` table that contradicts itself.
+    """
+    age = _age_of_subjects(scans)
+    shares = _checked_fractions(fractions)
+    rng = np.random.default_rng(seed)
+    known = _known(existing, age.index)
+    split = _deal_new(age.drop(known.index), known["split"], shares, rng)
+    split = pd.concat([known["split"], split]).reindex(age.index)
+    _require_every_split(split, shares)
+    fold = _fold_of_subjects(age[split != "test"], known["fold"], folds, rng)
+    dealt = scans.reset_index(drop=True).assign(
+        split=scans["subject_id"].map(split).to_numpy(),
+        fold=scans["subject_id"].map(fold).fillna(-1).astype(int).to_numpy(),
+    )
+    for column in ("session_id", "sex", "site"):
+        dealt[column] = dealt[column].fillna("") if column in dealt else ""
+    return check_splits(dealt[list(COLUMNS)])
+
+
+def deal_folds(
+    age: pd.Series, folds: int, *, seed: int | np.random.Generator = 0, sizes: np.ndarray | None = None
+) -> pd.Series:
+    """Deal subjects to folds so that each fold spans the ages.
+
+    Parameters
+    ----------
+    age : Series
+        Age in years, indexed by `subject_id` (one row a subject).
+    folds : int
+        Number of folds, at least 2.
+    seed : int or Generator
+        Which of `folds` neighbours in age goes to which fold.
+    sizes : array of int, shape (folds,), optional
+        Subjects that each fold already has; smaller ones are filled first.
+
+    Returns
+    -------
+    Series
+        Fold from 0 to `folds` - 1, indexed like `age`.
+    """
+    rng = np.random.default_rng(seed)
+    sizes = np.zeros(folds, dtype=int) if sizes is None else np.array(sizes)
+    ordered = _by_age(age, rng)
+    fold = pd.Series(-1, index=age.index, dtype=int)
+    for start in range(0, len(ordered), folds):
+        block = ordered[start : start + folds]
+        emptiest = np.lexsort((rng.random(folds), sizes))[: len(block)]
+        # Within a block of neighbours any order is fair; a fixed one would give fold 0 the youngest of each.
+        fold[block] = rng.permutation(emptiest)
+        sizes[emptiest] += 1
+    return fold
+
+
+def check_splits(splits: pd.DataFrame) -> pd.DataFrame:
+    """Return the table unchanged, or raise `SplitError` where it would leak; for tables read from a file.
+
+    Every row needs a split out of train, val and test and a unique `scan_id`; a subject, and an image file,
+    is in one split and one fold only.
+    """
+    missing = [name for name in ("scan_id", "subject_id", "image", "split", "fold") if name not in splits]
+    if missing:
+        raise SplitError(f"The split table lacks the columns {missing}; it needs {', '.join(COLUMNS)}.")
+    unknown = sorted(set(splits["split"].astype(str)) - set(SPLITS))
+    if unknown:
+        raise SplitError(f"The column split holds {unknown}; expected only {', '.join(SPLITS)}.")
+    doubled = splits.loc[splits["scan_id"].duplicated(), "scan_id"]
+    if len(doubled):
+        raise SplitError(f"{len(doubled)} scan_id stand twice in the split table: {_some(doubled)}.")
+    for key, what in (("subject_id", "subjects"), ("image", "image files")):
+        for column, place in (("split", "splits"), ("fold", "folds")):
+            parts = splits.groupby(key)[column].nunique()
+            if (parts > 1).any():
+                raise SplitError(
+                    f"{(parts > 1).sum()} {what} are in two {place}: {_some(parts.index[parts > 1])}. "
+                    f"All scans of a subject belong together; give them one {column}."
+                )
+    return splits
+
+
+def split_table(splits: pd.DataFrame) -> pd.DataFrame:
+    """Count scans and subjects, age in years (youngest, mean, oldest) and share of women; a row a split."""
+    groups = splits.groupby(pd.Categorical(splits["split"], SPLITS), observed=True)
+    known_sex = splits["sex"].where(splits["sex"].isin(["F", "M"]))
+    table = groups.agg(
+        scans=("scan_id", "size"),
+        subjects=("subject_id", "nunique"),
+        youngest=("age", "min"),
+        mean_age=("age", "mean"),
+        oldest=("age", "max"),
+    )
+    table["women_percent"] = 100 * known_sex.eq("F").where(known_sex.notna()).groupby(splits["split"]).mean()
+    return table.round(1).rename_axis("split")
+
+
+def plot_splits(splits: pd.DataFrame, ax: Axes) -> Axes:
+    """Draw every subject's age (years) as a point in the row of its split; returns `ax`."""
+    subjects = splits.groupby("subject_id").agg(age=("age", "mean"), split=("split", "first"))
+    rng = np.random.default_rng(0)
+    for row, split in enumerate(SPLITS):
+        ages = subjects.loc[subjects["split"] == split, "age"]
+        height = row + rng.uniform(-0.28, 0.28, len(ages))
+        ax.scatter(ages, height, s=14, alpha=0.75, color=COLOURS[split], marker=MARKERS[split], linewidths=0)
+    counts = subjects["split"].value_counts().reindex(SPLITS, fill_value=0)
+    ax.set_yticks(range(len(SPLITS)), [f"{split} (n = {counts[split]})" for split in SPLITS])
+    ax.invert_yaxis()
+    ax.set_xlabel("age [years]")
+    ax.set_title(f"Ages in each split (n = {len(subjects)} subjects)")
+    return ax
+
+
+def _age_of_subjects(scans: pd.DataFrame) -> pd.Series:
+    """Mean age of each subject's scans [years], indexed by subject_id in the order of the scans."""
+    missing = scans.loc[~np.isfinite(scans["age"].astype(float)), "scan_id"]
+    if len(missing):
+        raise SplitError(
+            f"{len(missing)} scans have no age: {_some(missing)}. Deal only scans that cleaning kept."
+        )
+    return scans.groupby("subject_id", sort=False)["age"].mean()
+
+
+def _checked_fractions(fractions: tuple[float, float, float]) -> pd.Series:
+    shares = pd.Series(fractions, index=SPLITS, dtype=float)
+    if (shares < 0).any() or not np.isclose(shares.sum(), 1) or shares["train"] == 0:
+        raise SplitError(
+            f"fractions = {tuple(fractions)}: expected shares of train, val, test that sum to 1, train > 0."
+        )
+    return shares
+
+
+def _known(existing: pd.DataFrame | None, subjects: pd.Index) -> pd.DataFrame:
+    """Split and fold of the subjects that were dealt before and are still here."""
+    if existing is None or existing.empty:
+        return pd.DataFrame({"split": pd.Series(dtype=object), "fold": pd.Series(dtype=int)})
+    known = check_splits(existing).groupby("subject_id")[["split", "fold"]].first()
+    return known.loc[known.index.isin(subjects)]
+
+
+def _deal_new(age: pd.Series, known: pd.Series, shares: pd.Series, rng: np.random.Generator) -> pd.Series:
+    """Deal the subjects of `age` (years) so that they and the `known` ones come nearest to the shares."""
+    have = known.value_counts().reindex(SPLITS, fill_value=0)
+    counts = _new_counts(len(age), have, shares)
+    pattern = np.roll(_spread(counts), rng.integers(max(1, len(age))))
+    return pd.Series(pattern, index=_by_age(age, rng), dtype=object)
+
+
+def _new_counts(n_new: int, have: pd.Series, shares: pd.Series) -> pd.Series:
+    """How many of `n_new` subjects each split gets: empty splits first, then whoever lacks most."""
+    target = shares * (n_new + have.sum())
+    total = have.copy()
+    for _ in range(n_new):
+        empty = [split for split in SPLITS if total[split] == 0 and shares[split] > 0]
+        total[empty[0] if empty else (target - total).idxmax()] += 1
+    return total - have
+
+
+def _spread(counts: pd.Series) -> np.ndarray:
+    """Array of split names, `counts` of each, every name spread as evenly as can be (largest remainder)."""
+    share = counts / max(1, counts.sum())
+    given = counts * 0
+    names = []
+    for position in range(counts.sum()):
+        lacking = share * (position + 1) - given
+        name = lacking[given < counts].idxmax()
+        given[name] += 1
+        names.append(name)
+    return np.array(names, dtype=object)
+
+
+def _by_age(age: pd.Series, rng: np.random.Generator) -> pd.Index:
+    """Subjects from young to old; equal ages in an order that the generator draws, not the file's."""
+    age = age.sort_index()
+    return age.index[np.lexsort((rng.random(len(age)), age.to_numpy()))]
+
+
+def _require_every_split(split: pd.Series, shares: pd.Series) -> None:
+    empty = [name for name in SPLITS if shares[name] > 0 and not (split == name).any()]
+    if empty:
+        raise SplitError(
+            f"{len(split)} subjects leave {', '.join(empty)} empty. At least {int((shares > 0).sum())} are "
+            "needed; if an older splits.csv is in the way, delete it and the splits are dealt anew."
+        )
+
+
+def _fold_of_subjects(age: pd.Series, known: pd.Series, folds: int, rng: np.random.Generator) -> pd.Series:
+    """Fold of each subject of train and validation, indexed by subject_id; empty without folds."""
+    if folds == 0:
+        return pd.Series(dtype=int)
+    if folds < 2 or folds > len(age):
+        raise SplitError(
+            f"folds = {folds}: expected 0 (none), or 2 to {len(age)} (subjects of train and val together)."
+        )
+    kept = known[known.index.isin(age.index)]
+    if set(kept) != set(range(folds)):  # another number of folds: old numbers would mean other parts
+        kept = kept.iloc[:0]
+    sizes = kept.value_counts().reindex(range(folds), fill_value=0).to_numpy()
+    new = deal_folds(age.drop(kept.index), folds, seed=rng, sizes=sizes)
+    return pd.concat([kept, new]).astype(int)
+
+
+def _some(ids: pd.Series | pd.Index, most: int = 5) -> str:
+    shown = ", ".join(str(item) for item in list(ids)[:most])
+    return shown + (f" and {len(ids) - most} more" if len(ids) > most else "")
