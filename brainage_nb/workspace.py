@@ -70,6 +70,15 @@ def n_workers(requested: int = 0) -> int:
     return max(1, os.cpu_count() or 1)
 
 
+def resolved_parameters(names: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat values of a notebook's namespace: call it with `globals()` right after the parameters cell."""
+    return {
+        name: value
+        for name, value in names.items()
+        if not name.startswith("_") and isinstance(value, str | bool | int | float)
+    }
+
+
 def session_summary(root: Path | str = ".") -> pd.DataFrame:
     """What this session runs on: platform, device, memory, disk, versions. One row a fact."""
     import pandas as pd
@@ -213,12 +222,13 @@ class Workspace:
         return self.root.joinpath(*parts)
 
     def need(self, name: str) -> Path:
-        """The path of a file an earlier notebook makes; `MissingInput` names that notebook where it is absent."""
+        """The path of a file an earlier notebook makes; where absent, `MissingInput` names that notebook."""
         path = self.path(name)
         if not path.exists():
             maker = NOTEBOOK_OF.get(name, "04_train_resnet18 or 05_train_vgg16_svr")
             raise MissingInput(
-                f"{name} is not in the workspace {self.root}. Run notebook {maker} first, with this workspace."
+                f"{name} is not in the workspace {self.root}. "
+                f"Run notebook {maker} first, with this workspace."
             )
         return path
 
@@ -293,7 +303,7 @@ class Workspace:
 
 
 def open_workspace(root: str | Path = "") -> Workspace:
-    """Open the workspace at `root`, or, where that is empty, at the default place; make it where it is missing."""
+    """Open the workspace at `root` (empty: the default place); make it where it is missing."""
     folder = (Path(root).expanduser() if str(root) else default_root()).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -301,8 +311,8 @@ def open_workspace(root: str | Path = "") -> Workspace:
             write_json({"format": 1}, folder / MARKER)
     except OSError as error:
         raise OSError(
-            f"The workspace {folder} cannot be written ({error.strerror}). Set the parameter `workspace` or the "
-            "environment variable BRAINAGE_WORKSPACE to a folder you may write to."
+            f"The workspace {folder} cannot be written ({error.strerror}). Set the parameter `workspace` "
+            "or the environment variable BRAINAGE_WORKSPACE to a folder you may write to."
         ) from error
     return Workspace(folder)
 

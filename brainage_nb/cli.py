@@ -1,0 +1,87 @@
+"""The command `brainage-nb`: run the notebooks headless, list them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from brainage_nb import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status (0 well, 1 a notebook failed, 2 wrong usage)."""
+    options = _parser().parse_args(arguments)
+    from brainage_nb.pipeline import NotebookFailed, ParameterError
+
+    try:
+        return options.command(options)
+    except (ParameterError, FileNotFoundError) as error:
+        print(f"brainage-nb: {error}", file=sys.stderr)
+        return 2
+    except (NotebookFailed, OSError) as error:
+        print(f"brainage-nb: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "brainage-nb: interrupted; finished work is kept, run the same command to go on.", file=sys.stderr
+        )
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="brainage-nb", description="From T1 scans and ages to an evaluated brain-age model."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    run = commands.add_parser("run", help="run the notebooks in order, skipping what is done")
+    run.add_argument(
+        "--workspace", default="", help="folder for everything written (default: the platform's usual place)"
+    )
+    run.add_argument("--from", dest="first", default="", metavar="NN", help="first notebook, as 02")
+    run.add_argument("--to", dest="last", default="", metavar="NN", help="last notebook, as 04")
+    run.add_argument("--again", action="store_true", help="run also what is done")
+    run.add_argument(
+        "-p",
+        dest="parameters",
+        action="append",
+        default=[],
+        metavar="name=value",
+        help="a notebook parameter (repeatable)",
+    )
+    run.set_defaults(command=_run)
+
+    listing = commands.add_parser("list", help="show the notebooks and their parameters")
+    listing.set_defaults(command=_list)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    from brainage_nb.pipeline import find_notebooks, parse_overrides, run_notebooks
+    from brainage_nb.workspace import open_workspace
+
+    notebooks = find_notebooks(options.first, options.last)
+    overrides = parse_overrides(options.parameters, notebooks)
+    workspace = open_workspace(options.workspace or overrides.pop("workspace", ""))
+    run_notebooks(notebooks, workspace, overrides, again=options.again)
+    report = workspace.path("evaluation", "report.html")
+    if report.exists():
+        print(f"Report: {report}")
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from brainage_nb.pipeline import find_notebooks
+
+    for notebook in find_notebooks():
+        print(notebook.name)
+        for item in notebook.parameters().values():
+            print(f"  {item.name:<22} {type(item.default).__name__:<6} {item.default!r:<14} {item.comment}")
+        print()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

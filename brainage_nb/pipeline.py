@@ -1,0 +1,251 @@
+"""The notebooks in order, headless: find them, read their parameters, run them through papermill.
+
+A notebook's own result file is trusted, not papermill's exit: a notebook can stop early and still exit 0.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from brainage_nb.workspace import Workspace, read_json
+
+
+class ParameterError(ValueError):
+    """A parameter that no notebook knows, or a value of the wrong type."""
+
+
+class NotebookFailed(RuntimeError):
+    """A notebook stopped: its name, the cell and the error are in the message."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One line of a parameters cell: its name, default and the comment above it."""
+
+    name: str
+    default: Any
+    comment: str
+
+    def parse(self, text: str) -> Any:
+        """Turn the text of `-p name=text` into a value of the default's type."""
+        kind = type(self.default)
+        try:
+            if kind is bool:
+                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                    text.lower()
+                ]
+            return kind(text)
+        except (KeyError, ValueError):
+            raise ParameterError(
+                f"-p {self.name}={text}: expected {kind.__name__} ({self.comment}); "
+                f"the default is {self.default!r}."
+            ) from None
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """A notebook file, its parameters and its place in the order."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Its name without ending, as `04_train_resnet18`."""
+        return self.path.stem
+
+    @property
+    def number(self) -> str:
+        """Its two digits, as `04`."""
+        return self.name[:2]
+
+    def cells(self) -> list[dict[str, Any]]:
+        """Its cells, source as one text."""
+        cells = read_json(self.path)["cells"]
+        return [cell | {"source": "".join(cell["source"])} for cell in cells]
+
+    def parameters(self) -> dict[str, Parameter]:
+        """The parameters cell, in order."""
+        for cell in self.cells():
+            if "parameters" in cell["metadata"].get("tags", []):
+                return parse_parameters(cell["source"])
+        return {}
+
+
+def parse_parameters(source: str) -> dict[str, Parameter]:
+    """Read a parameters cell: flat literals, one a line, each under a comment line."""
+    lines = source.splitlines()
+    found = {}
+    for node in ast.parse(source).body:
+        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+            raise ParameterError(
+                f"A parameters cell holds only `name = literal` lines, not: {ast.unparse(node)}"
+            )
+        above = lines[node.lineno - 2].strip() if node.lineno > 1 else ""
+        name = node.targets[0].id
+        found[name] = Parameter(name, ast.literal_eval(node.value), above.removeprefix("#").strip())
+    return found
+
+
+def notebooks_folder() -> Path:
+    """Where the notebooks lie: beside the package in a checkout, else in the installation's share folder."""
+    checkout = Path(__file__).parents[1] / "notebooks"
+    installed = Path(sysconfig.get_path("data")) / "share" / "brainage_nb" / "notebooks"
+    for folder in (checkout, installed):
+        if any(folder.glob("[0-9][0-9]_*.ipynb")):
+            return folder
+    raise FileNotFoundError(
+        f"No notebooks found, neither in {checkout} nor in {installed}. Reinstall brainage-nb."
+    )
+
+
+def find_notebooks(first: str = "", last: str = "") -> list[Notebook]:
+    """The notebooks in order, from number `first` to number `last` (empty: the ends)."""
+    every = [Notebook(path) for path in sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))]
+    for asked in filter(None, (first, last)):
+        if asked.zfill(2)[:2] not in {notebook.number for notebook in every}:
+            raise ParameterError(
+                f"There is no notebook {asked}. There are: {', '.join(n.name for n in every)}."
+            )
+    lowest, highest = first.zfill(2)[:2] if first else "00", last.zfill(2)[:2] if last else "99"
+    return [notebook for notebook in every if lowest <= notebook.number <= highest]
+
+
+def parse_overrides(given: Sequence[str], notebooks: Sequence[Notebook]) -> dict[str, Any]:
+    """Turn `name=value` texts into values; a name that none of the notebooks knows is refused."""
+    known: dict[str, Parameter] = {}
+    for notebook in notebooks:
+        known |= notebook.parameters()
+    values = {}
+    for item in given:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise ParameterError(f"-p {item}: expected name=value.")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(sorted(known))}."
+            raise ParameterError(f"-p {item}: no notebook of this run has a parameter {name!r}. {hint}")
+        values[name] = known[name].parse(text)
+    return values
+
+
+def run_notebooks(
+    notebooks: Sequence[Notebook],
+    workspace: Workspace,
+    overrides: Mapping[str, Any],
+    *,
+    again: bool = False,
+    say=print,
+) -> list[dict[str, Any]]:
+    """Run notebooks in order; skip those already done with the same parameters; stop at the first failure.
+
+    Parameters
+    ----------
+    notebooks : list of Notebook
+    workspace : Workspace
+        Executed notebooks are kept in its folder `executed/`.
+    overrides : mapping
+        Parameter values; each notebook takes those it knows.
+    again : bool
+        Run also what is done.
+    say : callable
+        Receives one line of progress at a time.
+
+    Returns
+    -------
+    list of dict
+        Each notebook's result as it left it in `results/`.
+
+    Raises
+    ------
+    NotebookFailed
+        Names the notebook, the cell and the error.
+    """
+    results = []
+    for place, notebook in enumerate(notebooks, start=1):
+        values = {name: value for name, value in overrides.items() if name in notebook.parameters()}
+        values["workspace"] = str(workspace.root)
+        head = f"[{place}/{len(notebooks)}] {notebook.name}"
+        if not again and (done := _finished(notebook, workspace, values)):
+            say(f"{head}: done before with the same parameters, nothing to do")
+            results.append(done)
+            continue
+        say(f"{head}: running")
+        results.append(_execute(notebook, workspace, values))
+        say(f"{head}: complete in {results[-1]['duration_s']:.0f} s{_headline(results[-1])}")
+    return results
+
+
+def _headline(result: Mapping[str, Any]) -> str:
+    figures = result.get("figures", {})
+    return "".join(f"\n      {name}: {value}" for name, value in figures.items())
+
+
+def _finished(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The notebook's result if it ended well with these parameters and no earlier notebook ended after it."""
+    result = workspace.result(notebook.name)
+    wanted = {name: item.default for name, item in notebook.parameters().items()} | dict(values)
+    if result is None or result["status"] != "complete":
+        return None
+    if {name: result["parameters"].get(name) for name in wanted} != wanted:
+        return None
+    earlier = [path for path in workspace.path("results").glob("*.json") if path.stem < notebook.name]
+    newest = max((read_json(path)["finished"] for path in earlier), default="")
+    return result if newest <= result["finished"] else None
+
+
+def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]) -> dict[str, Any]:
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    workspace.path("results", f"{notebook.name}.json").unlink(missing_ok=True)
+    output = workspace.path("executed", f"{notebook.name}.ipynb")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        papermill.execute_notebook(
+            str(notebook.path),
+            str(output),
+            parameters=dict(values),
+            kernel_name="python3",
+            progress_bar=sys.stderr.isatty(),
+            request_save_on_cell_execute=True,
+        )
+    except PapermillExecutionError as error:
+        raise NotebookFailed(_told(notebook, error, output)) from error
+    except DeadKernelError as error:
+        raise NotebookFailed(
+            f"{notebook.name}: the kernel died ({error}), most often for want of memory. "
+            f"Run again: finished work is kept. What ran so far: {output}"
+        ) from error
+    result = workspace.result(notebook.name)
+    if result is None:
+        raise NotebookFailed(
+            f"{notebook.name} stopped before its last cell without an error (an exit, or a kernel killed "
+            f"mid-way): it left no result. Look at {output}"
+        )
+    return result
+
+
+def _told(notebook: Notebook, error: Any, output: Path) -> str:
+    """One message of a failed cell: where, what, the error, where to look."""
+    source = "\n".join(line for line in error.source.splitlines() if line.strip())
+    first = source.splitlines()[0] if source else ""
+    title = ""
+    for cell in notebook.cells():
+        if cell["cell_type"] == "markdown":
+            headings = [line.lstrip("# ") for line in cell["source"].splitlines() if line.startswith("#")]
+            title = headings[-1] if headings else title
+        elif cell["source"].strip() == error.source.strip():
+            break
+    return (
+        f"{notebook.name} stopped in cell {error.exec_count} ({title}), which starts `{first}`:\n"
+        f"  {error.ename}: {error.evalue}\n"
+        f"The notebook as it ran: {output}"
+    )

@@ -1,0 +1,110 @@
+"""The runner: parameters checked, done work skipped, every way of stopping early is a failure."""
+
+import nbformat
+import pytest
+
+from brainage_nb import pipeline
+from brainage_nb.cli import main
+from brainage_nb.pipeline import Notebook, NotebookFailed, ParameterError, parse_overrides, run_notebooks
+from brainage_nb.workspace import open_workspace
+
+PARAMETERS = """\
+# folder for everything
+workspace = ""
+# passes over the training set
+epochs = 3  # @param {type:"integer"}
+# say so
+loud = False
+"""
+ENDING = """
+from brainage_nb.workspace import open_workspace
+used = {"workspace": workspace, "epochs": epochs, "loud": loud}
+open_workspace(workspace).finish("NAME", used, figures={"epochs": epochs})
+"""
+
+
+def make_notebook(folder, name, body="", ending=ENDING):
+    cells = [
+        nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_markdown_cell("## The middle part"),
+        nbformat.v4.new_code_cell(body or "1 + 1"),
+        nbformat.v4.new_code_cell(ending.replace("NAME", name)),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / f"{name}.ipynb")
+    return Notebook(folder / f"{name}.ipynb")
+
+
+def test_parameters_are_read_with_defaults_and_comments(tmp_path):
+    found = make_notebook(tmp_path, "01_a").parameters()
+    assert [(item.name, item.default) for item in found.values()] == [
+        ("workspace", ""),
+        ("epochs", 3),
+        ("loud", False),
+    ]
+    assert found["epochs"].comment == "passes over the training set"
+
+
+def test_values_are_parsed_by_the_type_of_the_default(tmp_path):
+    notebooks = [make_notebook(tmp_path, "01_a")]
+    assert parse_overrides(["epochs=07", "loud=true", "workspace=01"], notebooks) == {
+        "epochs": 7,
+        "loud": True,
+        "workspace": "01",
+    }
+    with pytest.raises(ParameterError, match="expected int"):
+        parse_overrides(["epochs=many"], notebooks)
+
+
+def test_an_unknown_parameter_is_refused_with_a_suggestion(tmp_path):
+    with pytest.raises(ParameterError, match="Did you mean epochs"):
+        parse_overrides(["epocs=3"], [make_notebook(tmp_path, "01_a")])
+
+
+def test_what_is_done_is_skipped_until_a_parameter_or_an_earlier_notebook_changes(tmp_path):
+    notebooks = [make_notebook(tmp_path, "01_a"), make_notebook(tmp_path, "02_b")]
+    ws = open_workspace(tmp_path / "ws")
+    said = []
+    run_notebooks(notebooks, ws, {}, say=said.append)
+    run_notebooks(notebooks, ws, {}, say=said.append)
+    assert sum("nothing to do" in line for line in said) == 2
+    said.clear()
+    results = run_notebooks(notebooks, ws, {"epochs": 5}, say=said.append)
+    assert not any("nothing to do" in line for line in said)
+    assert [result["figures"]["epochs"] for result in results] == [5, 5]
+    assert ws.path("executed", "02_b.ipynb").exists()
+
+
+def test_a_failing_cell_is_named_with_its_error(tmp_path):
+    notebook = make_notebook(tmp_path, "01_a", body="values = {}\nvalues['age']")
+    with pytest.raises(
+        NotebookFailed, match=r"(?s)01_a stopped in cell 3 \(The middle part\).*KeyError: 'age'"
+    ):
+        run_notebooks([notebook], open_workspace(tmp_path / "ws"), {}, say=lambda line: None)
+
+
+@pytest.mark.parametrize(
+    "body", ["import sys; sys.exit(0)", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+)
+def test_an_exit_or_a_killed_kernel_is_a_failure(tmp_path, body):
+    notebook = make_notebook(tmp_path, "01_a", body=body)
+    with pytest.raises(NotebookFailed):
+        run_notebooks([notebook], open_workspace(tmp_path / "ws"), {}, say=lambda line: None)
+
+
+def test_a_notebook_that_ends_without_its_last_cell_is_a_failure(tmp_path):
+    notebook = make_notebook(tmp_path, "01_a", ending="1 + 1")
+    with pytest.raises(NotebookFailed, match="left no result"):
+        run_notebooks([notebook], open_workspace(tmp_path / "ws"), {}, say=lambda line: None)
+
+
+def test_the_command_line_stops_at_the_first_failure_and_says_so(tmp_path, monkeypatch, capsys):
+    make_notebook(tmp_path, "01_a", body="raise ValueError('no scans here')")
+    make_notebook(tmp_path, "02_b")
+    monkeypatch.setattr(pipeline, "notebooks_folder", lambda: tmp_path)
+    assert main(["run", "--workspace", str(tmp_path / "ws")]) == 1
+    assert "no scans here" in capsys.readouterr().err
+    assert not (tmp_path / "ws" / "results" / "02_b.json").exists()
+    assert main(["run", "--workspace", str(tmp_path / "ws"), "-p", "nonsense=1"]) == 2
+    assert main(["list"]) == 0
+    assert "passes over the training set" in capsys.readouterr().out

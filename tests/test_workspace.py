@@ -1,0 +1,82 @@
+"""The workspace layer: files whole or absent, ids as text, platforms in the right order."""
+
+import sys
+
+import pandas as pd
+import pytest
+
+from brainage_nb import workspace
+from brainage_nb.workspace import MissingInput, open_workspace, read_csv, read_json, writing
+
+
+def test_a_writer_that_fails_leaves_the_old_file_and_no_temporary_one(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), writing(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("cut")
+    assert path.read_text() == "old"
+    assert [item.name for item in tmp_path.iterdir()] == ["table.csv"]
+
+
+def test_ids_keep_their_leading_zeros(tmp_path):
+    frame = pd.DataFrame({"scan_id": ["007"], "subject_id": ["007"], "session_id": [""], "age": [30.5]})
+    back = read_csv(workspace.write_csv(frame, tmp_path / "cohort.csv"))
+    assert back.to_dict("records") == [{"scan_id": "007", "subject_id": "007", "session_id": "", "age": 30.5}]
+
+
+def test_json_holds_numpy_numbers_and_turns_nan_into_null(tmp_path):
+    import numpy as np
+
+    path = workspace.write_json(
+        {"a": np.float32(1.5), "b": np.nan, "c": (np.int64(2), tmp_path)}, tmp_path / "x.json"
+    )
+    assert read_json(path) == {"a": 1.5, "b": None, "c": [2, str(tmp_path)]}
+
+
+def test_a_missing_input_names_the_notebook_that_makes_it(tmp_path):
+    with pytest.raises(MissingInput, match="02_data_cleaning"):
+        open_workspace(tmp_path).read("splits.csv")
+
+
+def test_kaggle_is_recognised_although_it_carries_colab_markers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.colab", object())
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
+    assert workspace.platform() == "colab"
+    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    assert workspace.platform() == "kaggle"
+
+
+def test_the_environment_names_the_workspace(monkeypatch, tmp_path):
+    monkeypatch.setenv("BRAINAGE_WORKSPACE", str(tmp_path / "here"))
+    assert open_workspace().root == tmp_path / "here"
+    assert open_workspace(tmp_path / "there").root == tmp_path / "there"
+
+
+def test_finish_records_rows_and_parameters_and_begin_voids_them(tmp_path):
+    ws = open_workspace(tmp_path).begin("01_data_access")
+    table = workspace.write_csv(pd.DataFrame({"a": [1, 2, 3]}), ws.path("cohort.csv"))
+    ws.finish("01_data_access", {"seed": 3}, written=[table], figures={"scans": 3})
+    result = ws.result("01_data_access")
+    assert result["written"] == [{"path": "cohort.csv", "rows": 3, "bytes": 8}]
+    assert (result["status"], result["parameters"], result["figures"]) == (
+        "complete",
+        {"seed": 3},
+        {"scans": 3},
+    )
+    assert ws.begin("01_data_access").result("01_data_access") is None
+
+
+def test_a_run_name_cannot_leave_its_folder(tmp_path):
+    ws = open_workspace(tmp_path)
+    for name in ("../x", "", "a/b", ".hidden"):
+        with pytest.raises(ValueError, match="one plain folder name"):
+            ws.run(name)
+
+
+def test_importing_the_package_is_light():
+    import subprocess
+
+    code = "import brainage_nb.cli, brainage_nb.workspace, sys; print({'torch', 'pandas'} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "set()"
