@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -67,7 +68,7 @@ def generate(source: Path) -> nbformat.NotebookNode:
 def text_of(notebook: nbformat.NotebookNode) -> str:
     """Everything of a notebook that its source fixes: kinds, texts and tags of its cells."""
     kept = [(cell.cell_type, cell.source, dict(cell.metadata)) for cell in notebook.cells]
-    return repr((kept, dict(notebook.metadata)))
+    return json.dumps([kept, notebook.metadata], sort_keys=True)
 
 
 def main() -> int:

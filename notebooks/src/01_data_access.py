@@ -1,0 +1,154 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 01 · Data access
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/brainage-nb/brainage_nb/blob/main/notebooks/01_data_access.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/brainage-nb/brainage_nb/blob/main/notebooks/01_data_access.ipynb)
+#
+# **In:** a folder of T1-weighted scans and a table of ages, or nothing at all: the default makes a cohort of
+# test heads whose ages and brain ages are known.
+#
+# **Out:** `cohort.csv`, one row a scan: who was scanned, how old they were, where the file lies.
+#
+# Getting the right age to the right scan is where most brain-age projects first go wrong: ids lose their zeros,
+# a person stands in the table twice with two ages, "89+" is read as 89. This notebook resolves each of these by a
+# rule it states, or refuses and says what to set. It never invents an age.
+
+# %% [markdown]
+# ## Set-up
+# Installs the package where it is absent and leaves the platform's torch and numpy as they are.
+
+# %%
+import importlib.util
+import subprocess
+
+if importlib.util.find_spec("brainage_nb") is None:
+    _script = "https://raw.githubusercontent.com/brainage-nb/brainage_nb/main/colab_setup.sh"
+    subprocess.run(["bash", "-c", f"set -o pipefail; curl -fsSL {_script} | bash"], check=True)
+    importlib.invalidate_caches()
+
+# %% [markdown]
+# ## Parameters
+# The only cell to edit. Colab shows it as a form; `brainage-nb run -p name=value` and papermill set the same names.
+
+# %% tags=["parameters"] nbmake={"mock": {"workspace": "../build/smoke", "n_subjects": 26, "demo_voxel_mm": 2}}
+# folder for everything written; empty: $BRAINAGE_WORKSPACE, else the platform's usual place
+workspace = ""  # @param {type:"string"}
+# where the scans come from: demo (known-answer heads, made here) or folder (your own)
+source = "demo"  # @param ["demo", "folder"]
+# folder of scans, any nesting, BIDS recognised (source "folder")
+data_dir = ""  # @param {type:"string"}
+# table of ages: CSV, TSV, XLS or XLSX; empty: participants.tsv or the only table in data_dir
+table = ""  # @param {type:"string"}
+# column of the table with the subject ids; empty: found by name
+subject_column = ""  # @param {type:"string"}
+# column with the age at the scan; empty: found by name
+age_column = ""  # @param {type:"string"}
+# unit of the ages: auto, years, months, weeks or days
+age_unit = "auto"  # @param ["auto", "years", "months", "weeks", "days"]
+# column with the sex; empty: found by name
+sex_column = ""  # @param {type:"string"}
+# column with the site or scanner; empty: found by name
+site_column = ""  # @param {type:"string"}
+# column with the session or visit; empty: found by name
+session_column = ""  # @param {type:"string"}
+# column with the diagnosis or group; empty: found by name
+diagnosis_column = ""  # @param {type:"string"}
+# people in the demo cohort (source "demo")
+n_subjects = 220  # @param {type:"integer"}
+# voxel size of the demo heads in mm: 1 (as scanned) or 2 (fast)
+demo_voxel_mm = 1.0  # @param {type:"number"}
+# seed of every random choice
+seed = 1  # @param {type:"integer"}
+
+# %%
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from brainage_nb.cohort.cleaning_plots import age_histogram
+from brainage_nb.cohort.sources import demo_cohort, folder_cohort
+from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary, write_csv
+
+parameters = resolved_parameters(globals())
+ws = open_workspace(workspace).begin("01_data_access")
+session_summary(ws.root)
+
+# %% [markdown]
+# ## Scans and ages, matched
+# Ids are compared without padding, `sub-` and case, with session and site read from the file name where it holds
+# them. A match that is not unique is not made.
+
+# %%
+columns = {
+    "subject_id": subject_column,
+    "age": age_column,
+    "sex": sex_column,
+    "site": site_column,
+    "session_id": session_column,
+    "diagnosis": diagnosis_column,
+    "age_unit": age_unit,
+}
+if source == "demo":
+    found = demo_cohort(ws.path("demo"), n_subjects=n_subjects, voxel_mm=demo_voxel_mm, seed=seed)
+else:
+    found = folder_cohort(data_dir, table, columns=columns)
+found.cohort.head(8)
+
+# %% [markdown]
+# ## What was decided on the way
+# Each line is a rule that was applied to this table, with the rows it touched.
+
+# %%
+with pd.option_context("display.max_colwidth", None):
+    display(pd.DataFrame({"decided": found.notes or ["nothing needed deciding"]}))
+
+# %% [markdown]
+# ## What did not match
+# Scans without a row, and rows without a scan. Nothing is dropped in silence: check here before you go on.
+
+# %%
+print(f"{len(found.unmatched_images)} scans without a row in the table")
+found.unmatched_images.head(20)
+
+# %%
+print(f"{len(found.unmatched_rows)} rows of the table without a scan")
+found.unmatched_rows.head(20)
+
+# %% [markdown]
+# ## Who is in the cohort
+# A model learns ages only where it has seen them: the range and evenness of this histogram set what it can do.
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
+age_histogram(axes[0], found.cohort, by="sex")
+age_histogram(axes[1], found.cohort, by="site")
+plt.show()
+
+# %% [markdown]
+# ## What comes next
+# `cohort.csv` is written; **02 · Data cleaning** opens every scan and says which can be used.
+
+# %%
+written = write_csv(found.cohort, ws.path("cohort.csv"))
+ws.finish(
+    "01_data_access",
+    parameters,
+    written=[written],
+    figures={
+        "scans": len(found.cohort),
+        "subjects": found.cohort["subject_id"].nunique(),
+        "scans without a row": len(found.unmatched_images),
+        "rows without a scan": len(found.unmatched_rows),
+    },
+)

@@ -1,0 +1,145 @@
+"""The notebooks as files: each test is named for what once went wrong for somebody."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+import yaml
+
+from brainage_nb.pipeline import Notebook, parse_parameters
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "notebooks" / "src").glob("*.py"))
+NOTEBOOKS = [ROOT / "notebooks" / f"{source.stem}.ipynb" for source in SOURCES]
+REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+SHARED = {  # the same names mean the same thing, with the same type, in every notebook
+    "workspace": str, "run": str, "source": str, "data_dir": str, "table": str,
+    "spacing_mm": float, "size": int,
+    "seed": int, "seeds": str, "epochs": int, "batch_size": int, "learning_rate": float, "folds": int,
+    "max_minutes": float, "cluster": str, "require_gpu": bool, "init_from": str, "recipe": str,
+}  # fmt: skip
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def cells(path, kind="code"):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == kind]
+
+
+def parameters_cell(path):
+    found = [cell for cell in cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    assert len(found) == 1, f"{path.name}: expected one cell tagged parameters, found {len(found)}"
+    return found[0]
+
+
+def test_every_notebook_agrees_with_its_source():
+    command = [sys.executable, str(ROOT / "notebooks" / "twins.py"), "--check"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == ""
+
+
+@each_notebook
+def test_badges_open_this_notebook_of_this_repository(path):
+    opening = cells(path, "markdown")[0].source
+    colab = REPOSITORY.replace("https://github.com", "https://colab.research.google.com/github")
+    assert f"{colab}/blob/main/notebooks/{path.name})" in opening
+    assert f"https://kaggle.com/kernels/welcome?src={REPOSITORY}/blob/main/notebooks/{path.name})" in opening
+
+
+@each_notebook
+def test_it_is_a_valid_python3_notebook_without_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert not any(cell.outputs or cell.execution_count for cell in cells(path))
+
+
+@each_notebook
+def test_parameters_are_flat_literals_each_under_a_comment_and_a_colab_form(path):
+    source = parameters_cell(path).source
+    for name, item in parse_parameters(source).items():
+        assert isinstance(item.default, str | int | float | bool), name
+        assert item.comment and not item.comment.startswith("@"), f"{name} has no comment line above it"
+    for line in source.splitlines():
+        assert line.startswith("#") or re.match(r"^\w+ = .+  # @param (\{type:\"\w+\"\}|\[.+\])$", line), line
+
+
+@each_notebook
+def test_shared_parameters_keep_their_type(path):
+    for name, item in Notebook(path).parameters().items():
+        if name in SHARED:
+            assert type(item.default) is SHARED[name], f"{name} is {item.default!r}"
+
+
+@each_notebook
+def test_smoke_values_name_parameters_that_exist(path):
+    mock = parameters_cell(path).metadata.get("nbmake", {}).get("mock", {})
+    known = Notebook(path).parameters()
+    assert set(mock) <= set(known)
+    assert mock["workspace"] == "../build/smoke"
+    for name, value in mock.items():
+        assert isinstance(value, type(known[name].default)) or type(known[name].default) is float, name
+
+
+@each_notebook
+def test_cells_are_short_and_define_nothing_long(path):
+    for cell in cells(path):
+        lines = [line for line in cell.source.splitlines() if line.strip() and not line.startswith("#")]
+        if "parameters" not in cell.metadata.get("tags", []):
+            assert len(lines) <= 25, f"a cell of {len(lines)} lines: {lines[0]}"
+        for node in ast.walk(ast.parse(cell.source)):
+            assert not isinstance(node, ast.ClassDef)
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno <= 2, f"{node.name} belongs into the package"
+
+
+@each_notebook
+def test_shell_lines_that_hide_their_failure_are_not_used(path):
+    for cell in cells(path):
+        assert not re.search(r"^\s*[!%]", cell.source, flags=re.M)
+        for call in re.findall(r"subprocess\.run\(.*\)", cell.source):
+            assert "check=True" in call
+
+
+@each_notebook
+def test_the_last_cell_leaves_the_result_file(path):
+    assert "ws.finish(" in cells(path)[-1].source
+
+
+@each_notebook
+def test_no_figure_is_typed_into_prose(path):
+    for cell in cells(path, "markdown"):
+        assert not re.search(r"\b(MAE|RMSE|r|R2)\s*(=|of|is)\s*\d", cell.source)
+
+
+def test_only_the_workspace_layer_knows_a_platform():
+    words = re.compile(r"google\.colab|(?<!/)/kaggle/|/content/|KAGGLE_|COLAB_")
+    files = [*SOURCES, *(ROOT / "brainage_nb").rglob("*.py")]
+    guilty = [path.name for path in files if path.name != "workspace.py" and words.search(path.read_text())]
+    assert guilty == []
+
+
+def test_the_environment_file_installs_what_the_package_declares():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    extras = ",".join(sorted(project["optional-dependencies"]))
+    assert f"python {project['requires-python']}" in environment["dependencies"]
+    assert environment["dependencies"][-1] == {"pip": [f"--editable .[{extras}]"]}
+
+
+def test_every_dependency_has_a_lower_bound():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    every = project["dependencies"] + [
+        item for group in project["optional-dependencies"].values() for item in group
+    ]
+    assert [item for item in every if ">=" not in item] == []
+
+
+def test_sources_are_percent_scripts():
+    for source in SOURCES:
+        assert jupytext.read(source).metadata["jupytext"]["text_representation"]["format_name"] == "percent"
