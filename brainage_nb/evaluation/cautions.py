@@ -1,0 +1,119 @@
+"""What a reader of an evaluation must be told first, in sentences. Judges figures; computes none that is
+reported elsewhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from brainage_nb.workspace import Workspace
+
+if TYPE_CHECKING:
+    from brainage_nb.evaluation.evaluate import RunEvaluation
+
+FEW_TEST_SUBJECTS = 30
+TEST_OBJECT = (
+    "These scans are a known-answer cohort: heads built by rule, with planted ageing. It is a test object; "
+    "no figure on this page says how accurate a model is on people."
+)
+
+
+def cautions(
+    found: dict[str, RunEvaluation],
+    comparisons: pd.DataFrame,
+    ws: Workspace,
+    *,
+    is_test_object: bool,
+    level: float,
+) -> list[str]:
+    """Warnings of a whole evaluation, gravest first."""
+    sentences = [TEST_OBJECT] if is_test_object else []
+    for name, one in found.items():
+        sentences += [
+            f"{name}: {text}" for text in _of_run(one, comparisons[comparisons["a"] == name], level)
+        ]
+    return sentences + _of_workspace(found, ws)
+
+
+def _of_run(one: RunEvaluation, comparisons: pd.DataFrame, level: float) -> list[str]:
+    test = one.metrics["test"]
+    said = []
+    against_mean = comparisons[comparisons["b"] == "mean predictor"].iloc[0]
+    if not against_mean["high"] < 0:
+        said.append(
+            "not shown to be better than predicting the mean training age for everyone (MAE difference "
+            f"{against_mean['value']:+.2f} years, 95 % interval {against_mean['low']:+.2f} to "
+            f"{against_mean['high']:+.2f})."
+        )
+    if test["n_subjects"] < FEW_TEST_SUBJECTS:
+        said.append(
+            f"only {test['n_subjects']} test subjects, so every figure is uncertain; read the intervals."
+        )
+    if one.refused:
+        said.append(f"no age-bias correction. {one.refused}")
+    elif one.corrector.support_:
+        said.append(one.corrector.support_)
+    bias = test["gap_age_r"]
+    if np.isfinite(bias["low"]) and (bias["high"] < 0 or bias["low"] > 0):
+        said.append(
+            f"the raw gap depends on age (r {bias['value']:.2f} [{bias['low']:.2f}, {bias['high']:.2f}] on "
+            "test): do not compare raw gaps between people or groups of different age."
+        )
+    if not one.intervals:
+        said.append("no validation or out-of-fold predictions, so there are no prediction intervals.")
+    elif one.intervals["plain"].support_:
+        said.append(one.intervals["plain"].support_)
+    everyone = one.coverage[one.coverage["group"] == "all"]
+    for row in everyone.itertuples():
+        if row.coverage_high < level:
+            said.append(
+                f"{row.form} intervals hold {row.coverage:.0%} of the test ages [{row.coverage_low:.0%}, "
+                f"{row.coverage_high:.0%}], fewer than the {level:.0%} they promise: validation and test "
+                "subjects differ."
+            )
+    if not one.run.folds and "val" in one.metrics:
+        said.append(
+            "validation figures are a little too good, since the best epoch or setting was chosen on them; "
+            "quote test."
+        )
+    return said
+
+
+def _of_workspace(found: dict[str, RunEvaluation], ws: Workspace) -> list[str]:
+    said = []
+    stores = {name: one.run.settings.get("fingerprint") for name, one in found.items()}
+    if len({str(value) for value in stores.values() if value}) > 1:
+        said.append(
+            "The runs were trained on differently preprocessed volumes; differences between them may come "
+            "from that."
+        )
+    tests = {frozenset(one.run.part("test")["scan_id"]) for one in found.values()}
+    if len(tests) > 1:
+        said.append(
+            "The runs were tested on different scans; compare them only by the paired differences below."
+        )
+    if ws.path("cleaning.csv").exists():
+        said += _of_cleaning(ws.read("cleaning.csv"), found)
+    return said
+
+
+def _of_cleaning(cleaning: pd.DataFrame, found: dict[str, RunEvaluation]) -> list[str]:
+    said = []
+    kept = cleaning["kept"].astype(str).str.lower().isin(["true", "1"])
+    if len(cleaning) and (share := 1 - kept.mean()) > 0.2:
+        said.append(f"Cleaning dropped {share:.0%} of the scans; the figures hold for what was kept.")
+    if "sha256" not in cleaning:
+        return said
+    for name, one in found.items():
+        rows = one.run.predictions.merge(cleaning[["scan_id", "sha256"]], on="scan_id").dropna(
+            subset=["sha256"]
+        )
+        splits = rows[rows["sha256"] != ""].groupby("sha256")["split"].nunique()
+        if (splits > 1).any():
+            said.append(
+                f"{name}: {int((splits > 1).sum())} identical image files lie in more than one split under "
+                "different names; the test figures are too good until they are removed."
+            )
+    return said

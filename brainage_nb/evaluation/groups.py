@@ -1,0 +1,103 @@
+"""Do groups of people differ in their brain-age gap? Differences with intervals, plain and adjusted.
+
+About gaps only; how accurate a model is within a group is `metrics.metrics_by_group`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from brainage_nb.evaluation.runs import CONTROL_WORDS
+
+FEWEST = 3  # subjects a diagnosis needs to be compared at all
+
+
+def diagnosis_differences(rows: pd.DataFrame, gap: str = "gap", controls: str | None = None) -> pd.DataFrame:
+    """Mean gap of each diagnosis minus that of controls, plain and adjusted for age, sex and site.
+
+    Ordinary least squares with standard errors that count subjects, not scans (cluster-robust, statsmodels).
+    The adjusted form takes care of groups of different age, which the age bias of a model would otherwise
+    turn into a gap.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        A row a scan of test subjects: `subject_id, age, diagnosis`, the column `gap` (years) and, where
+        known, `sex, site`.
+    gap : str
+        Column to compare.
+    controls : str, optional
+        The diagnosis to compare with; by default the one called control, healthy, CN, HC or alike.
+
+    Returns
+    -------
+    DataFrame
+        Columns `diagnosis`, `n_subjects`, `n_controls`, `difference`, `difference_low`, `difference_high`,
+        `adjusted`, `adjusted_low`, `adjusted_high` (years, 95 %) and `adjusted_for`. Empty where there is
+        nothing to compare.
+    """
+    rows = rows[rows["diagnosis"].fillna("").astype(str) != ""] if "diagnosis" in rows else rows.iloc[:0]
+    counts = rows.groupby("diagnosis")["subject_id"].nunique() if len(rows) else pd.Series(dtype=int)
+    named = _controls_of(counts, controls)
+    others = [name for name in counts.index if name != named and counts[name] >= FEWEST]
+    if named is None or counts[named] < FEWEST or not others:
+        return pd.DataFrame()
+    rows = rows[rows["diagnosis"].isin([named, *others])]
+    covariates = ["age", *(name for name in ("sex", "site") if _varies(rows, name))]
+    plain = _differences(rows, gap, named, others, [])
+    adjusted = _differences(rows, gap, named, others, covariates)
+    return pd.DataFrame(
+        {
+            "diagnosis": others,
+            "n_subjects": [int(counts[name]) for name in others],
+            "n_controls": int(counts[named]),
+            "difference": plain[:, 0],
+            "difference_low": plain[:, 1],
+            "difference_high": plain[:, 2],
+            "adjusted": adjusted[:, 0],
+            "adjusted_low": adjusted[:, 1],
+            "adjusted_high": adjusted[:, 2],
+            "adjusted_for": ", ".join(covariates),
+        }
+    )
+
+
+def _controls_of(counts: pd.Series, controls: str | None) -> str | None:
+    if controls is not None:
+        if controls not in counts.index:
+            raise ValueError(
+                f"controls = {controls!r} is not a diagnosis here; there are {list(counts.index)}."
+            )
+        return controls
+    known = [name for name in counts.index if str(name).strip().lower() in CONTROL_WORDS]
+    return max(known, key=lambda name: counts[name]) if known else None
+
+
+def _varies(rows: pd.DataFrame, name: str) -> bool:
+    return (
+        name in rows
+        and rows[name].notna().all()
+        and (rows[name] != "").all()
+        and len(rows[name].unique()) > 1
+    )
+
+
+def _differences(
+    rows: pd.DataFrame, gap: str, named: str, others: list[str], covariates: list[str]
+) -> np.ndarray:
+    """(len(others), 3): difference, low, high in years."""
+    import statsmodels.api as sm
+
+    columns = {f"is {name}": (rows["diagnosis"] == name).astype(float) for name in others}
+    design = pd.DataFrame({"constant": 1.0} | columns, index=rows.index)
+    for name in covariates:
+        if name == "age":
+            design["age"] = rows["age"] - rows["age"].mean()
+        else:
+            design = design.join(pd.get_dummies(rows[name], prefix=name, drop_first=True, dtype=float))
+    fitted = sm.OLS(rows[gap], design).fit(
+        cov_type="cluster", cov_kwds={"groups": pd.factorize(rows["subject_id"])[0]}, use_t=True
+    )
+    interval = fitted.conf_int(0.05)
+    return np.array([[fitted.params[f"is {name}"], *interval.loc[f"is {name}"]] for name in others])

@@ -1,0 +1,314 @@
+"""The figures of an evaluation, one a function: arrays or frames in, drawn on an Axes, the Axes back.
+
+Computes no metric (they are given) and never shows or saves by itself; `save_figure` writes PNG and SVG.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from brainage_nb.workspace import writing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe & Ito (2008): told apart by people with any common form of colour blindness, and in grey print.
+BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#E69F00",
+    "#56B4E9",
+    "#CC79A7",
+)
+GREY = "#555555"
+SPLIT_COLOURS = {"train": SKY, "val": ORANGE, "test": BLUE}
+_TEXT, _SMALL = 9, 8  # points, at the printed size of the figure
+
+
+def new_figure(
+    columns: int = 1, rows: int = 1, *, width: float = 4.6, height: float = 3.9
+) -> tuple[Figure, Any]:
+    """A figure of `columns` x `rows` Axes, `width` x `height` inches each, outside pyplot's list of open
+    figures."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns)
+
+
+def save_figure(figure: Figure, path: Path | str, *, dpi: int = 200) -> list[Path]:
+    """Write `path` as PNG and SVG (its ending is replaced); returns both paths."""
+    written = []
+    for ending in (".png", ".svg"):
+        target = Path(path).with_suffix(ending)
+        with writing(target) as temporary:
+            figure.savefig(temporary, format=ending[1:], dpi=dpi)
+        written.append(target)
+    return written
+
+
+def predicted_vs_true(
+    age: np.ndarray,
+    predicted: np.ndarray,
+    metrics: dict[str, Any],
+    *,
+    name: str = "",
+    reference_age: float | None = None,
+    interval: tuple[np.ndarray, np.ndarray] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Predicted against true age with the identity line and what the mean predictor says.
+
+    Parameters
+    ----------
+    age, predicted : array (n,)
+        Years.
+    metrics : dict
+        From `regression_metrics`; MAE and r with intervals go into the title.
+    name : str
+        What was predicted, such as `resnet18, test`.
+    reference_age : float, optional
+        Mean training age, years.
+    interval : (low, high) of arrays (n,), optional
+        Prediction intervals, drawn as thin lines where finite.
+    """
+    ax = _axes(ax)
+    age, predicted = np.asarray(age, dtype=float), np.asarray(predicted, dtype=float)
+    if interval is not None and np.isfinite(interval[0]).all():
+        ax.vlines(age, *interval, color=SKY, lw=0.8, alpha=0.6, label="90 % interval", zorder=1)
+    ax.scatter(age, predicted, color=BLUE, label="a scan", zorder=3, **_dots(len(age)))
+    ends = _limits(age, predicted)
+    ax.plot(ends, ends, color="black", lw=1, label="predicted = true", zorder=2)
+    if reference_age is not None:
+        ax.axhline(reference_age, color=VERMILLION, ls="--", lw=1.2, label="mean predictor", zorder=2)
+    ax.set(xlim=ends, ylim=ends)
+    ax.set_aspect("equal")
+    ax.legend(fontsize=_SMALL, frameon=False, loc="upper left")
+    title = f"{name}: n = {metrics['n']} scans of {metrics['n_subjects']} subjects\n" + _mae_and_r(metrics)
+    return _labelled(ax, title, "true age [years]", "predicted age [years]")
+
+
+def gap_vs_age(
+    age: np.ndarray,
+    gap: np.ndarray,
+    *,
+    title: str,
+    colour: str = BLUE,
+    ylabel: str = "gap [years]",
+    ax: Axes | None = None,
+) -> Axes:
+    """Brain-age gap against true age with its straight line: any slope is age bias, not biology."""
+    ax = _axes(ax)
+    age, gap = np.asarray(age, dtype=float), np.asarray(gap, dtype=float)
+    ax.axhline(0, color="black", lw=1, zorder=1)
+    ax.scatter(age, gap, color=colour, zorder=3, **_dots(len(age)))
+    if len(age) > 2 and np.ptp(age) > 0:
+        ends = np.array([age.min(), age.max()])
+        slope, intercept = np.polyfit(age, gap, 1)
+        label = f"{slope:+.2f} years a year of age"
+        ax.plot(ends, intercept + slope * ends, color=VERMILLION, lw=1.5, label=label, zorder=4)
+        ax.legend(fontsize=_SMALL, frameon=False)
+    reach = 1.15 * max(1.0, float(np.abs(gap).max()))
+    ax.set_ylim(-reach, reach)
+    return _labelled(ax, title, "true age [years]", ylabel)
+
+
+def training_curve(
+    history: pd.DataFrame, columns: Sequence[str], *, title: str, ylabel: str, ax: Axes | None = None
+) -> Axes:
+    """Columns of `history.csv` against epoch; seeds and folds are thin lines of one colour."""
+    ax = _axes(ax)
+    epoch = "epoch" if "epoch" in history else history.columns[0]
+    members = [name for name in ("seed", "fold") if name in history and len(history[name].unique()) > 1]
+    parts = [part for _, part in history.groupby(members)] if members else [history]
+    for colour, column in zip((SKY, BLUE, ORANGE, VERMILLION), columns, strict=False):
+        for index, part in enumerate(parts):
+            part = part.dropna(subset=[column])
+            width = 1.6 if len(parts) == 1 else 0.9
+            ax.plot(
+                part[epoch],
+                part[column],
+                color=colour,
+                lw=width,
+                label=None if index else column.replace("_", " "),
+            )
+    values = history[list(columns)].to_numpy(dtype=float)
+    values = values[np.isfinite(values)]
+    if len(values) and values.min() > 0 and values.max() > 20 * np.median(values):
+        ax.set_yscale("log")  # one early jump would flatten everything after it
+    ax.legend(fontsize=_SMALL, frameon=False)
+    return _labelled(ax, title, "epoch", ylabel)
+
+
+def age_histogram(splits: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Subjects by age and split (columns `subject_id, age, split`)."""
+    ax = _axes(ax)
+    people = splits.drop_duplicates("subject_id")
+    names = [name for name in SPLIT_COLOURS if (people["split"] == name).any()]
+    low, high = np.floor(people["age"].min() / 5) * 5, np.ceil((people["age"].max() + 0.01) / 5) * 5
+    ax.hist(
+        [people.loc[people["split"] == name, "age"] for name in names],
+        bins=np.arange(low, high + 5, 5),
+        stacked=True,
+        color=[SPLIT_COLOURS[name] for name in names],
+        label=[f"{name} (n = {(people['split'] == name).sum()})" for name in names],
+        edgecolor="white",
+        linewidth=0.5,
+    )
+    ax.legend(fontsize=_SMALL, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, -0.34))
+    return _labelled(ax, f"Ages of {len(people)} subjects by split", "age [years]", "subjects")
+
+
+def coverage_by_age(coverage: pd.DataFrame, level: float, *, ax: Axes | None = None) -> Axes:
+    """Share of true ages inside their interval by age bin (from `intervals.coverage`), with 95 % Wilson
+    intervals."""
+    ax = _axes(ax)
+    x = np.arange(len(coverage))
+    low = coverage["coverage"] - coverage["coverage_low"]
+    high = coverage["coverage_high"] - coverage["coverage"]
+    colours = [VERMILLION if name == "all" else BLUE for name in coverage["group"]]
+    ax.axhline(100 * level, color="black", ls="--", lw=1, label=f"promised: {level:.0%}")
+    for i, colour in enumerate(colours):
+        error = [[100 * max(0.0, low.iloc[i])], [100 * max(0.0, high.iloc[i])]]
+        ax.errorbar(
+            x[i], 100 * coverage["coverage"].iloc[i], yerr=error, fmt="o", color=colour, capsize=3, ms=5
+        )
+    labels = [f"{row.group}\nn={row.n}" for row in coverage.itertuples()]
+    ax.set_xticks(x, labels)
+    ax.set_ylim(0, 104)
+    ax.legend(fontsize=_SMALL, frameon=False, loc="lower right")
+    return _labelled(ax, "Test scans inside their interval", "true age [years]", "inside [%]")
+
+
+def calibration(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
+    """Promised against observed share inside, over many levels (columns `level, coverage, n`)."""
+    ax = _axes(ax)
+    ax.plot([0, 100], [0, 100], color="black", lw=1, label="as promised")
+    ax.plot(
+        100 * curve["level"],
+        100 * curve["coverage"],
+        "o-",
+        color=BLUE,
+        ms=4,
+        lw=1.2,
+        label="observed on test",
+    )
+    ax.set(xlim=(0, 102), ylim=(0, 102))
+    ax.legend(fontsize=_SMALL, frameon=False, loc="upper left")
+    return _labelled(
+        ax,
+        f"Calibration of the intervals, n = {curve['n'].iloc[0]} test scans",
+        "promised inside [%]",
+        "inside [%]",
+    )
+
+
+def estimates(
+    table: pd.DataFrame,
+    *,
+    title: str,
+    xlabel: str,
+    zero: bool = False,
+    reference: str = "",
+    ax: Axes | None = None,
+) -> Axes:
+    """Estimates with intervals under each other: groups, models, differences.
+
+    Parameters
+    ----------
+    table : DataFrame
+        Columns `label`, `value`, `low`, `high` and, optionally, a column named by `reference`, drawn as a
+        cross on the same row (the mean predictor's MAE beside ours).
+    zero : bool
+        Draw a line at 0 (for differences).
+    """
+    ax = _axes(ax)
+    y = np.arange(len(table))[::-1]
+    value = table["value"].to_numpy(dtype=float)
+    low, high = (table[end].to_numpy(dtype=float) for end in ("low", "high"))
+    known = np.isfinite(low) & np.isfinite(high)
+    ax.hlines(y[known], low[known], high[known], color=BLUE, lw=2)
+    ax.plot(value, y, "o", color=BLUE, ms=5.5, label="estimate, 95 % interval")
+    if reference:
+        ax.plot(table[reference], y, "x", color=VERMILLION, ms=6, mew=1.8, label=reference)
+        ax.set_xlim(left=0)
+    if zero:
+        ax.axvline(0, color="black", lw=1, zorder=0)
+    if reference:
+        ax.legend(fontsize=_SMALL, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+    ax.set_yticks(y, table["label"])
+    ax.set_ylim(-0.7, len(table) - 0.3)
+    ax.grid(axis="x", color="#dddddd", lw=0.6)
+    ax.set_axisbelow(True)
+    return _labelled(ax, title, xlabel, "")
+
+
+def planted_vs_recovered(
+    planted: np.ndarray, recovered: np.ndarray, *, title: str, ylabel: str, ax: Axes | None = None
+) -> Axes:
+    """Gap planted in the known-answer cohort against the gap the model found, with the line of perfect
+    recovery."""
+    ax = _axes(ax)
+    ends = _limits(planted, recovered)
+    ax.plot(ends, ends, color="black", lw=1, label="recovered = planted")
+    ax.scatter(planted, recovered, color=GREEN, zorder=3, **_dots(len(planted)))
+    slope, intercept = np.polyfit(planted, recovered, 1)
+    x = np.array([np.min(planted), np.max(planted)])
+    ax.plot(x, intercept + slope * x, color=VERMILLION, lw=1.5, label=f"slope {slope:.2f}")
+    ax.set(xlim=ends, ylim=ends)
+    ax.set_aspect("equal")
+    ax.legend(fontsize=_SMALL, frameon=False, loc="upper left")
+    return _labelled(ax, title, "planted gap [years]", ylabel)
+
+
+def with_interval(figure: dict[str, float], digits: int = 2) -> str:
+    """`7.10 [6.20, 8.00]`, or the bare value where there is no interval, or `not defined`."""
+    value, low, high = (
+        np.nan if figure.get(key) is None else figure[key] for key in ("value", "low", "high")
+    )
+    if not np.isfinite(value):
+        return "not defined"
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _mae_and_r(metrics: dict[str, Any]) -> str:
+    text = f"MAE {with_interval(metrics['mae'], 1)} years, r {with_interval(metrics['r'])}"
+    if np.isfinite(metrics["mean_predictor_mae"]["value"]):
+        text += f"\nmean predictor's MAE {with_interval(metrics['mean_predictor_mae'], 1)} years"
+    return text
+
+
+def _axes(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    from matplotlib import pyplot as plt
+
+    return plt.subplots(figsize=(4.6, 3.9), layout="constrained")[1]
+
+
+def _limits(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    both = np.concatenate([np.asarray(x, dtype=float), np.asarray(y, dtype=float)])
+    edge = max(1.0, 0.05 * float(np.ptp(both)))
+    return float(both.min() - edge), float(both.max() + edge)
+
+
+def _dots(n: int) -> dict[str, Any]:
+    return {"s": 22 if n < 300 else 6, "alpha": 0.8 if n < 300 else 0.35, "linewidths": 0}
+
+
+def _labelled(ax: Axes, title: str, xlabel: str, ylabel: str) -> Axes:
+    ax.set_title(title, fontsize=_TEXT)
+    ax.set_xlabel(xlabel, fontsize=_TEXT)
+    ax.set_ylabel(ylabel, fontsize=_TEXT)
+    ax.tick_params(labelsize=_SMALL)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
