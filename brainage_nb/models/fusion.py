@@ -1,99 +1,178 @@
-"""How the predictions of several regressors become one: rules, and weights learned on training subjects only.
+"""Early and late fusion of triplet features into an age, fitted on the rows given and on nothing else.
 
-Used by late fusion, one regressor a triplet position. Learns from out-of-fold predictions; fits no regressor.
+Which rows may train is decided in `vgg_run`; files are read and written in `vgg_cache` and `vgg_svr`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import nnls
 
-from brainage_nb.models.linear_svr import inner_folds
+from brainage_nb.models.fusion_rules import DEFAULT_RULE, Fusion, compare_rules, learn_fusion
+from brainage_nb.models.linear_svr import (
+    GRID,
+    Choice,
+    LinearSvr,
+    best_choice,
+    fit_svr,
+    out_of_fold,
+    score_grid,
+)
+from brainage_nb.models.vgg_features import SLICES, at_position, mean_over_triplets, present
 
-LINEAR_RULES = ("nnls", "inverse_error")
-RULES = (*LINEAR_RULES, "median")
-DEFAULT_RULE = "nnls"
+EARLY, LATE = "early", "late"
+MIN_SHARE = 0.5  # a position is used where at least this share of the training scans shows brain
 
 
 @dataclass(frozen=True)
-class Fusion:
-    """age = centre + slope * (weighted mean of (prediction - centre) over the regressors that have one).
+class EarlyFusion:
+    """Mean over the triplets, then one SVR.
 
     Attributes
     ----------
-    rule : str
-    centre : float
-        Mean age of the training scans, years.
-    slope : float
-        1 where the weights only average; above 1 where the regressors all pull towards the mean.
-    weights : float array (regressors,)
-        Not negative, summing to 1. A regressor without a prediction is left out and the others' weights are
-        scaled up to 1 again.
+    positions : int array
+        Triplets in use.
+    svr : LinearSvr
+    choice : Choice
+        C and epsilon chosen by inner cross-validation.
+    inner_mae : float
+        Their inner cross-validated MAE over the training scans, years.
+    grid : DataFrame
+        `C, epsilon, mae` of every choice tried; empty in a loaded model.
     """
 
-    rule: str
-    centre: float
-    slope: float
-    weights: np.ndarray
+    positions: np.ndarray
+    svr: LinearSvr
+    choice: Choice
+    inner_mae: float
+    grid: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
 
-    def combine(self, predicted: np.ndarray) -> np.ndarray:
-        """(n, regressors) in years, NaN where there is none, to (n,); NaN where no weighted regressor is left."""
-        contributions = self.contributions(predicted)
-        lost = np.isnan(contributions).all(axis=1)
-        return np.where(lost, np.nan, self.centre + np.nansum(contributions, axis=1))
+    def predict(self, scans: Sequence[np.ndarray]) -> np.ndarray:
+        """Ages in years of scans given as (positions, features); NaN for one without usable triplet."""
+        return self.svr.predict(mean_over_triplets(scans, self.positions))
 
-    def contributions(self, predicted: np.ndarray) -> np.ndarray:
-        """Years by which each regressor moves the result away from the centre: (n, regressors), NaN kept."""
-        weights = np.where(np.isfinite(predicted), self.weights, 0.0)
-        total = weights.sum(axis=1, keepdims=True)
-        with np.errstate(invalid="ignore"):
-            return self.slope * (weights / np.where(total > 0, total, np.nan)) * (predicted - self.centre)
+    def contributions(self, rows: np.ndarray) -> np.ndarray:
+        """Years each triplet in use moves this scan's age from the intercept: (triplets,), NaN: no brain."""
+        each = self.svr.contribution(rows[self.positions].astype(np.float32))
+        return each / np.isfinite(each).sum()
 
 
-def learn_fusion(predicted: np.ndarray, age: np.ndarray, rule: str = DEFAULT_RULE) -> Fusion:
-    """Learn the weights from out-of-fold predictions.
+@dataclass(frozen=True)
+class LateFusion:
+    """One SVR a triplet position, their ages combined by learned weights.
+
+    Attributes
+    ----------
+    positions : int array
+        Triplets in use; `svrs` and `fusion.weights` are in their order.
+    svrs : list of LinearSvr
+    fusion : Fusion
+    choice : Choice
+        C and epsilon, one pair for all positions: the lowest inner cross-validated MAE over all of them.
+    inner_mae : float
+        Of the combined age, weights learned and scored on different training subjects, years.
+    grid, by_position, rules : DataFrame
+        Inner cross-validated MAE of every choice, position and fusion rule; empty in a loaded model.
+    """
+
+    positions: np.ndarray
+    svrs: list[LinearSvr] = field(repr=False)
+    fusion: Fusion
+    choice: Choice
+    inner_mae: float
+    grid: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
+    by_position: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
+    rules: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
+
+    def predict(self, scans: Sequence[np.ndarray]) -> np.ndarray:
+        """Ages in years of scans given as (positions, features); NaN for one without usable triplet."""
+        return self.fusion.combine(self._each(scans))
+
+    def contributions(self, rows: np.ndarray) -> np.ndarray:
+        """Years each triplet in use moves this scan's age from the centre: (triplets,), NaN for no brain."""
+        return self.fusion.contributions(self._each([rows]))[0]
+
+    def _each(self, scans: Sequence[np.ndarray]) -> np.ndarray:
+        columns = zip(self.svrs, self.positions, strict=True)
+        return np.stack([svr.predict(at_position(scans, position)) for svr, position in columns], axis=1)
+
+
+# --- fitting --------------------------------------------------------------------------------------------
+
+
+def positions_in_use(scans: Sequence[np.ndarray]) -> np.ndarray:
+    """Triplet positions at which at least half of these (training) scans show brain."""
+    positions = np.flatnonzero(present(scans).mean(axis=0) >= MIN_SHARE)
+    if not len(positions):
+        raise ValueError(
+            "No triplet position shows brain in half of the training scans: look at the volumes."
+        )
+    return positions
+
+
+def fit_early(
+    scans: Sequence[np.ndarray], age: np.ndarray, subject_id: Sequence[str], grid: Sequence[Choice] = GRID
+) -> EarlyFusion:
+    """Choose C and epsilon by inner cross-validation grouped by subject, then fit on all rows.
 
     Parameters
     ----------
-    predicted : array (n, regressors)
-        Out-of-fold predictions of training scans, years; NaN where a regressor has none.
+    scans : sequence of arrays (positions, features)
+        Training scans only, as `FeatureCache.rows` gives them.
     age : array (n,)
-        Their ages, years.
-    rule : {"nnls", "inverse_error"}
-        Non-negative least squares of the ages on the predictions, both as differences from the mean age; or
-        weights proportional to 1 / MAE.
+        Years.
+    subject_id : sequence of str
+        A person's scans never part in the inner cross-validation.
+    grid : sequence of Choice
+        Default: 15 pairs, the published one among them.
     """
-    centre = float(np.mean(age))
-    if rule == "inverse_error":
-        weights = 1.0 / np.nanmean(np.abs(predicted - age[:, None]), axis=0)
-        return Fusion(rule, centre, 1.0, weights / weights.sum())
-    if rule != "nnls":
-        raise ValueError(f"rule = {rule!r}: expected one of {', '.join(LINEAR_RULES)}.")
-    deviation = predicted - centre
-    # A missing cell takes the mean of the same scan's others: it neither favours nor punishes its regressor.
-    deviation = np.where(np.isnan(deviation), np.nanmean(deviation, axis=1, keepdims=True), deviation)
-    weights, _ = nnls(deviation, age - centre)
-    slope = float(weights.sum())
-    if slope <= 0:  # no regressor knows anything about age: everyone gets the mean
-        return Fusion(rule, centre, 0.0, np.full(len(weights), 1 / len(weights)))
-    return Fusion(rule, centre, slope, weights / slope)
+    positions = positions_in_use(scans)
+    features = mean_over_triplets(scans, positions)
+    usable = np.isfinite(features[:, 0])
+    scores = score_grid(out_of_fold(features, age, subject_id, grid), age, grid)
+    best = best_choice(scores)
+    svr = fit_svr(features[usable], age[usable], grid[best])
+    return EarlyFusion(positions, svr, grid[best], float(scores["mae"][best]), scores)
 
 
-def compare_rules(predicted: np.ndarray, age: np.ndarray, subject_id: Sequence[str]) -> pd.DataFrame:
-    """Cross-validated MAE (years) of every rule over training subjects: `rule, mae, default`.
+def fit_late(
+    scans: Sequence[np.ndarray], age: np.ndarray, subject_id: Sequence[str], grid: Sequence[Choice] = GRID
+) -> LateFusion:
+    """One SVR a position and the weights that combine them, all from these rows.
 
-    The weights are learned on some subjects' out-of-fold predictions and scored on the others', so that a rule
-    with many weights gains nothing by fitting its own noise.
+    The weights come from inner out-of-fold predictions, so no SVR is judged on a scan it was fitted to.
+    Parameters as in `fit_early`.
     """
-    combined = {rule: np.full(len(age), np.nan) for rule in RULES}
-    for train, held_out in inner_folds(subject_id):
-        for rule in LINEAR_RULES:
-            fusion = learn_fusion(predicted[train], age[train], rule)
-            combined[rule][held_out] = fusion.combine(predicted[held_out])
-        combined["median"][held_out] = np.nanmedian(predicted[held_out], axis=1)
-    mae = [np.nanmean(np.abs(combined[rule] - age)) for rule in RULES]
-    return pd.DataFrame({"rule": RULES, "mae": mae, "default": [rule == DEFAULT_RULE for rule in RULES]})
+    from tqdm.auto import tqdm
+
+    positions = positions_in_use(scans)
+    predicted = np.empty((len(grid), len(age), len(positions)))
+    for column, position in enumerate(tqdm(positions, desc="late fusion", unit="position", leave=False)):
+        predicted[:, :, column] = out_of_fold(at_position(scans, position), age, subject_id, grid)
+    scores = score_grid(predicted, age, grid)
+    best = best_choice(scores)
+    predicted = predicted[best]
+    some = np.isfinite(predicted).any(axis=1)
+    rules = compare_rules(predicted[some], age[some], np.asarray(subject_id)[some])
+    fusion = learn_fusion(predicted[some], age[some])
+    by_position = pd.DataFrame(
+        {
+            "position": positions,
+            "first_slice": positions * SLICES,
+            "n_scans": np.isfinite(predicted).sum(axis=0),
+            "mae": np.nanmean(np.abs(predicted - age[:, None]), axis=0),
+            "weight": fusion.weights,
+        }
+    )
+    svrs = [_fit_position(scans, position, age, grid[best]) for position in positions]
+    inner_mae = float(rules.loc[rules["rule"] == DEFAULT_RULE, "mae"].item())
+    return LateFusion(positions, svrs, fusion, grid[best], inner_mae, scores, by_position, rules)
+
+
+def _fit_position(scans: Sequence[np.ndarray], position: int, age: np.ndarray, choice: Choice) -> LinearSvr:
+    features = at_position(scans, position)
+    usable = np.isfinite(features[:, 0])
+    return fit_svr(features[usable], age[usable], choice)

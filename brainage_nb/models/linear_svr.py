@@ -86,8 +86,8 @@ def fit_svr(features: np.ndarray, age: np.ndarray, choice: Choice) -> LinearSvr:
 def scaled_kernel(rows: np.ndarray) -> tuple[np.ndarray, float]:
     """Linear kernel (n, n) divided by its mean diagonal, and that divisor.
 
-    Without it the kernel of 25,088 standardised features has a diagonal near 25,088, every C from 0.01 to 1000
-    gives the same fit, and the grid chooses nothing.
+    Without it the kernel of 25,088 standardised features has a diagonal near 25,088, every C from 0.01 to
+    1000 gives the same fit, and the grid chooses nothing.
     """
     kernel = rows @ rows.T
     unit = float(kernel.diagonal().mean())
@@ -110,8 +110,8 @@ def inner_folds(subject_id: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndar
     n_subjects = len(np.unique(subjects))
     if n_subjects < INNER_FOLDS:
         raise ValueError(
-            f"{n_subjects} training subjects with features; expected at least {INNER_FOLDS}, since the settings "
-            "are chosen by cross-validation over them. Add subjects, or look why scans were left out."
+            f"{n_subjects} training subjects with features; expected at least {INNER_FOLDS}, since the "
+            "settings are chosen by cross-validation over them. Add subjects, or see why scans were left out."
         )
     return GroupKFold(INNER_FOLDS).split(subjects, groups=subjects)
 

@@ -1,44 +1,25 @@
-"""Volumes to VGG16 features: triplets of axial slices, extracted once a scan and kept in the workspace.
+"""One volume to VGG16 features: triplets of consecutive axial slices, each as an image of three channels.
 
-Knows no ages and no splits, so nothing here can leak; `vgg_svr` learns from what this leaves behind.
+Knows no ages and no splits, so nothing here can leak. Features of many scans are kept by `vgg_cache`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Protocol
-from urllib.parse import quote, unquote
+from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from brainage_nb.models.vgg_network import REDUCTION, Vgg16Features
-from brainage_nb.workspace import read_json, write_json, writing
 
 SLICES = 3
-FORMAT = 1  # raise it when the arithmetic below changes, so that old caches are not read
 
 
 class FeatureError(ValueError):
     """A volume from which no features can be computed, and why."""
-
-
-class Volumes(Protocol):
-    """What is asked of a volume store (`volumes.store.VolumeStore`)."""
-
-    scan_ids: Sequence[str]
-    fingerprint: str
-    spacing_mm: float
-
-    def __getitem__(self, scan_id: str) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -71,14 +52,11 @@ class FeatureSettings:
         object.__setattr__(self, "window", tuple(float(value) for value in self.window))
 
 
-# --- one volume -----------------------------------------------------------------------------------------
-
-
 def triplets_with_brain(volume: np.ndarray, spacing_mm: float, settings: FeatureSettings) -> np.ndarray:
     """Positions of the triplets that show brain, ascending from the lowest.
 
-    Position p is the slices 3p, 3p+1, 3p+2 of the last (inferior to superior) axis, so a position means the same
-    height in every volume of a store. Slices left over at the top are not used.
+    Position p is the slices 3p, 3p+1, 3p+2 of the last (inferior to superior) axis, so a position means the
+    same height in every volume of a store. Slices left over at the top are not used.
 
     Parameters
     ----------
@@ -101,7 +79,7 @@ def triplet_images(
     settings: FeatureSettings,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """Triplets as images (n, 3, image_size, image_size), values 0 to 1: anterior up, the person's left at the left."""
+    """Triplets as images (n, 3, image_size, image_size), values 0 to 1; anterior up, left side at left."""
     low, high = settings.window
     whole = torch.as_tensor(volume).to(device)
     index = torch.as_tensor(np.asarray(positions)[:, None] * SLICES + np.arange(SLICES), device=whole.device)
@@ -120,7 +98,7 @@ def volume_features(
     settings: FeatureSettings,
     batch_size: int = 16,
 ) -> np.ndarray:
-    """Features of all triplets of one volume: float16 (positions, features), NaN rows where there is no brain.
+    """Features of all triplets of one volume: float16 (positions, features), NaN rows where no brain is.
 
     Raises
     ------
@@ -147,53 +125,7 @@ def volume_features(
     return rows
 
 
-# --- the cache ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class FeatureCache:
-    """Features of many scans in one folder: `features.json` and, a scan, `<scan_id>.npy` as `volume_features` gives.
-
-    Parameters
-    ----------
-    folder : Path
-        `features/<fingerprint>`; opened with `FeatureCache(folder)`.
-    """
-
-    folder: Path
-    facts: dict = field(init=False)
-    _open: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
-
-    def __post_init__(self):
-        self.folder = Path(self.folder)
-        self.facts = read_json(self.folder / "features.json")
-
-    @property
-    def scan_ids(self) -> list[str]:
-        """Scans whose features are here, sorted."""
-        return sorted(unquote(path.name.removesuffix(".npy")) for path in self.folder.glob("*.npy"))
-
-    @property
-    def settings(self) -> FeatureSettings:
-        """How the slices became images."""
-        return FeatureSettings(**self.facts["settings"])
-
-    def path(self, scan_id: str) -> Path:
-        """Where one scan's features are, or will be."""
-        return self.folder / f"{quote(scan_id, safe='')}.npy"
-
-    def rows(self, scan_id: str) -> np.ndarray:
-        """One scan's features, memory-mapped: float16 (positions, features), NaN rows where there is no brain."""
-        if scan_id not in self._open:
-            self._open[scan_id] = np.load(self.path(scan_id), mmap_mode="r")
-        return self._open[scan_id]
-
-    def has(self, scan_id: str) -> bool:
-        """Whether one scan's features are here and whole."""
-        try:
-            return self.rows(scan_id).shape[1] == self.facts["n_features"]
-        except (OSError, ValueError, EOFError):
-            return False
+# --- many scans, each as (positions, features) ---------------------------------------------------------
 
 
 def present(scans: Sequence[np.ndarray]) -> np.ndarray:
@@ -202,12 +134,12 @@ def present(scans: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def at_position(scans: Sequence[np.ndarray], position: int) -> np.ndarray:
-    """Features of one triplet position: float32 (scans, features); a NaN row for a scan without brain there."""
+    """Features of one triplet position: float32 (scans, features); NaN rows where no brain is."""
     return np.stack([rows[position] for rows in scans]).astype(np.float32)
 
 
 def mean_over_triplets(scans: Sequence[np.ndarray], positions: np.ndarray) -> np.ndarray:
-    """Mean over those of `positions` that show brain: float32 (scans, features); a NaN row where none does."""
+    """Mean over those of `positions` that show brain: float32 (scans, features); NaN where none does."""
     means = np.full((len(scans), scans[0].shape[1]), np.nan, dtype=np.float32)
     for mean, rows in zip(means, scans, strict=True):
         chosen = rows[positions].astype(np.float32)
@@ -215,106 +147,3 @@ def mean_over_triplets(scans: Sequence[np.ndarray], positions: np.ndarray) -> np
         if len(chosen):
             mean[:] = chosen.mean(axis=0)
     return means
-
-
-@dataclass
-class FeatureReport:
-    """What an extraction did: the cache, scans left out (scan_id, reason), how many were computed and found."""
-
-    cache: FeatureCache
-    failed: pd.DataFrame
-    computed: int
-    reused: int
-
-
-def extract_features(
-    store: Volumes,
-    folder: Path | str,
-    network: Vgg16Features,
-    *,
-    settings: FeatureSettings | None = None,
-    scan_ids: Sequence[str] | None = None,
-    batch_size: int = 16,
-) -> FeatureReport:
-    """Features of every scan, each written as soon as it is computed; scans already in the cache are not redone.
-
-    Parameters
-    ----------
-    store : VolumeStore
-        z-scored volumes, RAS.
-    folder : path
-        The workspace's `features`; the cache is a folder in it, named after everything that shapes a feature
-        (store, weights, pooling, settings), so other volumes or weights never meet old features.
-    network : Vgg16Features
-        From `vgg16_features`, on its device.
-    scan_ids : list of str, optional
-        Default: every scan of the store.
-    batch_size : int
-        Triplets at once.
-
-    Returns
-    -------
-    FeatureReport
-        A scan that fails is listed in `failed` with its reason and has no features: never zeros.
-    """
-    from tqdm.auto import tqdm
-
-    settings = settings or FeatureSettings()
-    cache = open_cache(store, folder, network, settings)
-    wanted = list(store.scan_ids if scan_ids is None else scan_ids)
-    missing = [scan_id for scan_id in wanted if not cache.has(scan_id)]
-    failed, writes = [], []
-    with ThreadPoolExecutor(max_workers=1) as writer:  # the disk works while the network does
-        for scan_id in tqdm(missing, desc="VGG16 features", unit="scan", disable=not missing):
-            try:
-                rows = volume_features(
-                    _volume(store, scan_id), store.spacing_mm, network, settings, batch_size
-                )
-            except (FeatureError, KeyError, OSError) as error:
-                failed.append((scan_id, str(error.args[0] if error.args else error)))
-                continue
-            writes.append(writer.submit(_write, rows, cache.path(scan_id)))
-            _raise_failed(writes)
-    _raise_failed(writes, wait=True)
-    report = pd.DataFrame(failed, columns=["scan_id", "reason"])
-    return FeatureReport(cache, report, len(missing) - len(failed), len(wanted) - len(missing))
-
-
-def open_cache(
-    store: Volumes, folder: Path | str, network: Vgg16Features, settings: FeatureSettings
-) -> FeatureCache:
-    """The cache for these volumes, weights and settings; made empty where it is not there."""
-    facts = {
-        "format": FORMAT,
-        "volumes": store.fingerprint,
-        "spacing_mm": float(store.spacing_mm),
-        "weights": network.mode,
-        "weights_sha256": network.weights_sha256,
-        "pooling": network.pooling,
-        "n_features": network.n_features(settings.image_size),
-        "settings": asdict(settings),
-    }
-    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
-    path = Path(folder) / fingerprint / "features.json"
-    if not path.exists():
-        write_json({"fingerprint": fingerprint, **facts}, path)
-    return FeatureCache(path.parent)
-
-
-def _volume(store: Volumes, scan_id: str) -> np.ndarray:
-    try:
-        return np.asarray(store[scan_id])
-    except KeyError as error:
-        raise FeatureError("not in the volume store: its preprocessing failed or it came later") from error
-
-
-def _write(rows: np.ndarray, path: Path) -> None:
-    with writing(path) as temporary, open(temporary, "wb") as stream:
-        np.save(stream, rows)
-
-
-def _raise_failed(writes: list[Future], wait: bool = False) -> None:
-    """Surface a failed write (a full disk) at once, and forget those that are done."""
-    for done in [future for future in writes if wait or future.done()]:
-        done.result()
-        writes.remove(done)

@@ -15,7 +15,7 @@ from brainage_nb.workspace import sha256_of
 
 IMAGENET, RANDOM_PROJECTION = "imagenet", "random_projection"
 IMAGENET_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
-# torchvision writes the first eight hex digits of a file's SHA-256 into its name; the full hash is not published.
+# torchvision publishes only the first eight hex digits of the file's SHA-256, in its name.
 IMAGENET_SHA256_START = "397923af"
 IMAGENET_MEAN, IMAGENET_SD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 POOLINGS = ("maps", "mean")
@@ -39,13 +39,16 @@ class Vgg16Features(nn.Module):
     pooling : {"maps", "mean"}
         "maps" keeps the last pooling's 512 maps, flattened (512 x 7 x 7 = 25,088 at 224 px); "mean" averages
         each map (512).
+    seed : int
+        Of the random projection.
     """
 
-    def __init__(self, layers: nn.Sequential, mode: str, pooling: str = "maps"):
+    def __init__(self, layers: nn.Sequential, mode: str, pooling: str = "maps", seed: int = 0):
         super().__init__()
         if pooling not in POOLINGS:
             raise ValueError(f"pooling = {pooling!r}; choose one of {', '.join(POOLINGS)}.")
-        self.layers, self.mode, self.pooling = layers.eval().requires_grad_(False), mode, pooling
+        self.layers = layers.eval().requires_grad_(False)
+        self.mode, self.pooling, self.seed = mode, pooling, seed
         self.weights_sha256 = hash_of_tensors(layers)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("sd", torch.tensor(IMAGENET_SD).view(1, 3, 1, 1), persistent=False)
@@ -67,7 +70,7 @@ class Vgg16Features(nn.Module):
         return CHANNELS * (1 if self.pooling == "mean" else (image_size // REDUCTION) ** 2)
 
     def place(self, device: torch.device | str) -> Vgg16Features:
-        """Move to a device; half precision on a GPU that computes it natively (compute capability 7 and up)."""
+        """Move to a device; half precision on a GPU that computes it natively (capability 7 and up)."""
         device = torch.device(device)
         native_half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
         kind = torch.float16 if native_half else torch.float32
@@ -81,7 +84,7 @@ def vgg16_features(weights: str | Path = IMAGENET, *, pooling: str = "maps", see
     ----------
     weights : {"imagenet", "random_projection"} or path
         "imagenet" downloads torchvision's file once (528 MB, hash checked); a path is that same file, brought
-        along (hash checked too); "random_projection" draws He-initialised weights and says so in every result.
+        along (hash checked too); "random_projection" draws He-initialised weights, and every result says so.
     pooling : {"maps", "mean"}
         See `Vgg16Features`.
     seed : int
@@ -95,19 +98,19 @@ def vgg16_features(weights: str | Path = IMAGENET, *, pooling: str = "maps", see
     layers = _empty_layers()
     if str(weights) == RANDOM_PROJECTION:
         _draw(layers, seed)
-        return Vgg16Features(layers, RANDOM_PROJECTION, pooling)
+        return Vgg16Features(layers, RANDOM_PROJECTION, pooling, seed)
     path = _downloaded() if str(weights) == IMAGENET else Path(weights).expanduser()
     _load_imagenet(layers, path)
     return Vgg16Features(layers, IMAGENET, pooling)
 
 
-def saved_features(path: str | Path, mode: str, pooling: str) -> Vgg16Features:
+def saved_features(path: str | Path, mode: str, pooling: str, seed: int = 0) -> Vgg16Features:
     """The network from a file that `save_features` wrote."""
     from safetensors.torch import load_file
 
     layers = _empty_layers()
     layers.load_state_dict(load_file(path))
-    return Vgg16Features(layers, mode, pooling)
+    return Vgg16Features(layers, mode, pooling, seed)
 
 
 def save_features(network: Vgg16Features, path: str | Path) -> None:
@@ -119,7 +122,7 @@ def save_features(network: Vgg16Features, path: str | Path) -> None:
 
 
 def hash_of_tensors(layers: nn.Module) -> str:
-    """SHA-256 over all weights in order, in hex: equal weights give an equal hash, whatever file held them."""
+    """SHA-256 over all weights in order, in hex: equal weights, equal hash, whatever file held them."""
     digest = hashlib.sha256()
     for name, tensor in layers.state_dict().items():
         digest.update(name.encode())
@@ -159,8 +162,8 @@ def _downloaded() -> Path:
         hub.download_url_to_file(IMAGENET_URL, str(path), hash_prefix=IMAGENET_SHA256_START)
     except (OSError, RuntimeError) as error:
         raise WeightsError(
-            f"VGG16's ImageNet weights could not be downloaded from {IMAGENET_URL} ({error}). Switch the internet "
-            f"on, or bring the file {path.name} along and give its path as the weights, or choose "
+            f"VGG16's ImageNet weights could not be downloaded from {IMAGENET_URL} ({error}). Switch the "
+            f"internet on, or bring the file {path.name} along and give its path as the weights, or choose "
             f'"{RANDOM_PROJECTION}" by name: untrained filters, a weaker model, said in every result.'
         ) from error
     return path
@@ -169,13 +172,13 @@ def _downloaded() -> Path:
 def _load_imagenet(layers: nn.Sequential, path: Path) -> None:
     if not path.is_file():
         raise WeightsError(
-            f'VGG16 weights: {path} is not a file. Expected "{IMAGENET}", "{RANDOM_PROJECTION}" or the path of '
-            f"torchvision's {Path(IMAGENET_URL).name}."
+            f'VGG16 weights: {path} is not a file. Expected "{IMAGENET}", "{RANDOM_PROJECTION}" or the path '
+            f"of torchvision's {Path(IMAGENET_URL).name}."
         )
     found = sha256_of(path)
     if not found.startswith(IMAGENET_SHA256_START):
         raise WeightsError(
-            f"{path} has SHA-256 {found[:8]}…, expected {IMAGENET_SHA256_START}…: it is damaged or another file. "
+            f"{path} has SHA-256 {found[:8]}…, expected {IMAGENET_SHA256_START}…: damaged or another file. "
             f"Delete it and download {IMAGENET_URL} again."
         )
     state = torch.load(path, map_location="cpu", weights_only=True)

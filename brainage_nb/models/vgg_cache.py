@@ -1,0 +1,183 @@
+"""VGG16 features of many scans in the workspace: each scan is computed once, and again only if its inputs change.
+
+Knows no ages and no splits, so nothing here can leak; `fusion` learns from what this leaves behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import quote, unquote
+
+import numpy as np
+import pandas as pd
+
+from brainage_nb.models.vgg_features import FeatureError, FeatureSettings, volume_features
+from brainage_nb.models.vgg_network import Vgg16Features
+from brainage_nb.workspace import read_json, write_json, writing
+
+FORMAT = 1  # raise it when the arithmetic of `vgg_features` changes, so that old caches are not read
+
+
+class Volumes(Protocol):
+    """What is asked of a volume store (`volumes.store.VolumeStore`)."""
+
+    scan_ids: Sequence[str]
+    fingerprint: str
+    spacing_mm: float
+
+    def __getitem__(self, scan_id: str) -> np.ndarray: ...
+
+
+@dataclass
+class FeatureCache:
+    """Features of many scans in one folder: `features.json` and `<scan_id>.npy` as `volume_features` gives.
+
+    Parameters
+    ----------
+    folder : Path
+        `features/<fingerprint>`; opened with `FeatureCache(folder)`.
+    """
+
+    folder: Path
+    facts: dict = field(init=False)
+    _open: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self):
+        self.folder = Path(self.folder)
+        self.facts = read_json(self.folder / "features.json")
+
+    @property
+    def scan_ids(self) -> list[str]:
+        """Scans whose features are here, sorted."""
+        return sorted(unquote(path.name.removesuffix(".npy")) for path in self.folder.glob("*.npy"))
+
+    @property
+    def settings(self) -> FeatureSettings:
+        """How the slices became images."""
+        return FeatureSettings(**self.facts["settings"])
+
+    def path(self, scan_id: str) -> Path:
+        """Where one scan's features are, or will be."""
+        return self.folder / f"{quote(scan_id, safe='')}.npy"
+
+    def rows(self, scan_id: str) -> np.ndarray:
+        """One scan's features, memory-mapped: float16 (positions, features), NaN where no brain is."""
+        if scan_id not in self._open:
+            self._open[scan_id] = np.load(self.path(scan_id), mmap_mode="r")
+        return self._open[scan_id]
+
+    def has(self, scan_id: str) -> bool:
+        """Whether one scan's features are here and whole."""
+        try:
+            return self.rows(scan_id).shape[1] == self.facts["n_features"]
+        except (OSError, ValueError, EOFError):
+            return False
+
+
+@dataclass
+class FeatureReport:
+    """What an extraction did: the cache, scans left out (scan_id, reason), scans computed and found."""
+
+    cache: FeatureCache
+    failed: pd.DataFrame
+    computed: int
+    reused: int
+
+
+def extract_features(
+    store: Volumes,
+    folder: Path | str,
+    network: Vgg16Features,
+    *,
+    settings: FeatureSettings | None = None,
+    scan_ids: Sequence[str] | None = None,
+    batch_size: int = 16,
+) -> FeatureReport:
+    """Features of every scan, each written once computed; scans already in the cache are not redone.
+
+    Parameters
+    ----------
+    store : VolumeStore
+        z-scored volumes, RAS.
+    folder : path
+        The workspace's `features`; the cache is a folder in it, named after everything that shapes a feature
+        (store, weights, pooling, settings), so other volumes or weights never meet old features.
+    network : Vgg16Features
+        From `vgg16_features`, on its device.
+    scan_ids : list of str, optional
+        Default: every scan of the store.
+    batch_size : int
+        Triplets at once.
+
+    Returns
+    -------
+    FeatureReport
+        A scan that fails is listed in `failed` with its reason and has no features: never zeros.
+    """
+    from tqdm.auto import tqdm
+
+    settings = settings or FeatureSettings()
+    cache = open_cache(store, folder, network, settings)
+    wanted = list(store.scan_ids if scan_ids is None else scan_ids)
+    missing = [scan_id for scan_id in wanted if not cache.has(scan_id)]
+    failed, writes = [], []
+    with ThreadPoolExecutor(max_workers=1) as writer:  # the disk works while the network does
+        for scan_id in tqdm(missing, desc="VGG16 features", unit="scan", disable=not missing):
+            try:
+                rows = volume_features(
+                    _volume(store, scan_id), store.spacing_mm, network, settings, batch_size
+                )
+            except (FeatureError, KeyError, OSError) as error:
+                failed.append((scan_id, str(error.args[0] if error.args else error)))
+                continue
+            writes.append(writer.submit(_write, rows, cache.path(scan_id)))
+            _raise_failed(writes)
+    _raise_failed(writes, wait=True)
+    report = pd.DataFrame(failed, columns=["scan_id", "reason"])
+    return FeatureReport(cache, report, len(missing) - len(failed), len(wanted) - len(missing))
+
+
+def open_cache(
+    store: Volumes, folder: Path | str, network: Vgg16Features, settings: FeatureSettings
+) -> FeatureCache:
+    """The cache for these volumes, weights and settings; made empty where it is not there."""
+    facts = {
+        "format": FORMAT,
+        "volumes": store.fingerprint,
+        "spacing_mm": float(store.spacing_mm),
+        "weights": network.mode,
+        "weights_sha256": network.weights_sha256,
+        "pooling": network.pooling,
+        "n_features": network.n_features(settings.image_size),
+        "settings": asdict(settings),
+    }
+    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    path = Path(folder) / fingerprint / "features.json"
+    if not path.exists():
+        write_json({"fingerprint": fingerprint, **facts}, path)
+    return FeatureCache(path.parent)
+
+
+def _volume(store: Volumes, scan_id: str) -> np.ndarray:
+    try:
+        return np.asarray(store[scan_id])
+    except KeyError as error:
+        raise FeatureError("not in the volume store: its preprocessing failed or it came later") from error
+
+
+def _write(rows: np.ndarray, path: Path) -> None:
+    with writing(path) as temporary, open(temporary, "wb") as stream:
+        np.save(stream, rows)
+
+
+def _raise_failed(writes: list[Future], wait: bool = False) -> None:
+    """Surface a failed write (a full disk) at once, and forget those that are done."""
+    for done in [future for future in writes if wait or future.done()]:
+        done.result()
+        writes.remove(done)
