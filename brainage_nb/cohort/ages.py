@@ -1,0 +1,179 @@
+"""What one age cell says: an age in years, or why no age can be read from it. Knows no table and no file.
+
+An age is read, never completed: a bound (`89+`), a range (`20-25`) or a guess (`~35`) is not an age.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+OLDEST = 120.0
+"""Ages above this, in years, are codes or in other units (the longest documented life was 122 years)."""
+
+DAYS_PER_YEAR = 365.25
+PER_YEAR = {"years": 1.0, "months": 12.0, "weeks": DAYS_PER_YEAR / 7, "days": DAYS_PER_YEAR}
+"""How many of a unit make one year."""
+
+UNIT_WORDS = {
+    "years": ("years", "year", "yrs", "yr", "y", "yo", "y.o"),
+    "months": ("months", "month", "mos", "mo", "mths", "mth", "mon"),
+    "weeks": ("weeks", "week", "wks", "wk"),
+    "days": ("days", "day", "dys"),
+}
+UNIT_OF = {word: unit for unit, words in UNIT_WORDS.items() for word in words}
+
+DICOM_UNITS = {"y": "years", "m": "months", "w": "weeks", "d": "days"}
+"""Letters of a DICOM age string (VR `AS`), after three digits: `35M` may be a man of 35 and is not one."""
+
+MISSING = {
+    *(
+        "",
+        "n/a",
+        "na",
+        "n.a",
+        "n.a.",
+        "nan",
+        "nat",
+        "none",
+        "null",
+        "nil",
+        "#n/a",
+        "<na>",
+        "-",
+        "--",
+        ".",
+        "?",
+    ),
+    *("unknown", "unk", "missing", "not available", "not applicable", "not reported", "tbd", "x"),
+}
+"""Cells that say nothing, in lower case."""
+
+MISSING_CODES = {555.0, 777.0, 888.0, 995.0, 996.0, 997.0, 998.0, 999.0, 7777.0, 8888.0, 9998.0, 9999.0}
+"""Numbers that stand for 'missing' in many tables."""
+
+_NUMBER = r"\d+(?:[.,]\d*)?|[.,]\d+"
+_UNITS = "|".join(sorted((re.escape(word) for word in UNIT_OF), key=len, reverse=True))
+_WITH_UNIT = re.compile(rf"({_NUMBER})\s*({_UNITS})\.?(?:\s*old)?")
+_DICOM = re.compile(r"(\d{3})([ymwd])")
+_YEARS_MONTHS = re.compile(
+    r"(\d+)\s*(?:years|year|yrs|yr|y)\.?,?\s*(?:and\s*)?(\d+)\s*(?:months|month|mos|mo|m)\.?"
+)
+_BOUND = re.compile(
+    rf"(?:[<>≤≥]=?|over|under|above|below|at least|up to)\s*(?:{_NUMBER}).*|(?:{_NUMBER})\s*(?:\+|>|<).*"
+    rf"|(?:{_NUMBER})\s*(?:{_UNITS})?\s*(?:and|or)\s*(?:older|over|above|more|younger|under|below|less).*"
+)
+_RANGE = re.compile(
+    rf"[\[(]?\s*(?:{_NUMBER})\s*(?:{_UNITS})?\s*(?:-|to|\.\.|…|;|,\s)\s*(?:{_NUMBER})\s*(?:{_UNITS})?\s*[\])]?"
+)
+_DATE = re.compile(
+    r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}(?:[ t]\d.*)?|\d{1,2}[-. ]?[a-z]{3,9}[-. ]?\d{0,4}|[a-z]{3}[-. ]\d{2,4}"
+)
+_DASHES = str.maketrans("‐‑‒–—−", "------")
+
+
+def bare_number(cell: str) -> float | None:
+    """The number in a cell that holds nothing else, unless it is a code for missing; None otherwise."""
+    text = clean_cell(cell)
+    if not re.fullmatch(_NUMBER, text):
+        return None
+    value = float(text.replace(",", "."))
+    return None if value == 0 or value in MISSING_CODES else value
+
+
+@dataclass(frozen=True)
+class Age:
+    """One age cell as read.
+
+    Attributes
+    ----------
+    years : float or None
+        The age in years; None where the cell holds no usable age.
+    reason : str
+        Why there is no age; empty where there is one.
+    rule : str
+        What was done beyond reading a number of years (`84 months / 12`); empty where nothing.
+    blank : bool
+        The cell says nothing at all, or a code for missing.
+    """
+
+    years: float | None = None
+    reason: str = ""
+    rule: str = ""
+    blank: bool = False
+
+
+def is_missing(cell: str) -> bool:
+    """Whether a cell says nothing (`n/a`, blank, `NaN`, `unknown`, …)."""
+    return clean_cell(cell).lower() in MISSING
+
+
+def clean_cell(cell: str) -> str:
+    """A cell's text without surrounding blanks and quotes, and with plain hyphens.
+
+    No Unicode normalisation: it would turn `8²`, an 8 with a footnote, into 82.
+    """
+    return cell.translate(_DASHES).strip().strip("'\"").strip()
+
+
+def parse_age(cell: str, unit: str = "years") -> Age:
+    """Read one age cell.
+
+    Parameters
+    ----------
+    cell : str
+        The cell's text.
+    unit : {"years", "months", "weeks", "days"}
+        Unit of a bare number. A unit written in the cell (`023Y`, `11 months`) goes before it.
+
+    Returns
+    -------
+    Age
+        Years, or the reason why there are none. Decimal commas are read; `89+`, ranges, dates, negative
+        numbers, 0, codes for missing and ages above 120 years are not ages.
+    """
+    text = clean_cell(cell).lower()
+    if text in MISSING:
+        return Age(reason="no age in the table", blank=True)
+    if re.fullmatch(rf"\+?(?:{_NUMBER})(?:e[+-]?\d+)?", text):
+        return _in_years(text, unit, stated=False)
+    if match := _DICOM.fullmatch(text):
+        return _in_years(match[1], DICOM_UNITS[match[2]], stated=True)
+    if match := _YEARS_MONTHS.fullmatch(text):
+        years, months = (int(part) for part in match.groups())
+        return _plausible(years + months / 12, f"{years} years {months} months")
+    if match := _WITH_UNIT.fullmatch(text):
+        return _in_years(match[1], UNIT_OF[match[2]], stated=True)
+    return Age(reason=_why_not_an_age(text, cell.strip()), blank=bool(re.fullmatch(r"-[\d.]+", text)))
+
+
+def _why_not_an_age(text: str, shown: str) -> str:
+    if re.fullmatch(rf"-(?:{_NUMBER})", text):
+        return f"'{shown}' is negative: a code for missing, not an age"
+    if _BOUND.fullmatch(text):
+        return f"'{shown}' is a bound, not an age"
+    if _DATE.fullmatch(text) and not _RANGE.fullmatch(text):
+        return f"'{shown}' looks like a date, not an age"
+    if _RANGE.fullmatch(text):
+        return f"'{shown}' is a range, not an age"
+    return f"'{shown}' cannot be read as one age"
+
+
+def _in_years(number: str, unit: str, *, stated: bool) -> Age:
+    if unit == "days" and re.fullmatch(r"\d{1,3},\d{3}", number):
+        return Age(reason=f"'{number}' days: the comma may part thousands or decimals")
+    value = float(number.replace(",", "."))
+    if value in MISSING_CODES and unit in ("years", "months") and not stated:
+        return Age(reason=f"'{number}' is a code for missing, not an age", blank=True)
+    if value == 0:
+        return Age(reason=f"'{number}' stands for missing or for a newborn: not used as an age")
+    if unit == "years":
+        rule = "decimal comma" if "," in number else ""
+        return _plausible(value, f"{number} {unit}", rule)
+    return _plausible(value / PER_YEAR[unit], f"{number} {unit}", f"{number} {unit} / {PER_YEAR[unit]:g}")
+
+
+def _plausible(years: float, shown: str, rule: str | None = None) -> Age:
+    if not 0 < years <= OLDEST:
+        return Age(reason=f"{shown}: impossible, above {OLDEST:g} years")
+    return Age(years=years, rule=shown if rule is None else rule)
