@@ -1,5 +1,5 @@
-"""What a reader of an evaluation must be told first, in sentences. Judges figures; computes none that is
-reported elsewhere."""
+"""What a reader of an evaluation must be told first, in sentences. Judges figures; reports none of its
+own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 from brainage_nb.workspace import Workspace
 
 if TYPE_CHECKING:
-    from brainage_nb.evaluation.evaluate import RunEvaluation
+    from brainage_nb.evaluation.one_run import RunEvaluation
 
 FEW_TEST_SUBJECTS = 30
 TEST_OBJECT = (
@@ -65,20 +65,31 @@ def _of_run(one: RunEvaluation, comparisons: pd.DataFrame, level: float) -> list
         said.append("no validation or out-of-fold predictions, so there are no prediction intervals.")
     elif one.intervals["plain"].support_:
         said.append(one.intervals["plain"].support_)
-    everyone = one.coverage[one.coverage["group"] == "all"]
-    for row in everyone.itertuples():
-        if row.coverage_high < level:
-            said.append(
-                f"{row.form} intervals hold {row.coverage:.0%} of the test ages [{row.coverage_low:.0%}, "
-                f"{row.coverage_high:.0%}], fewer than the {level:.0%} they promise: validation and test "
-                "subjects differ."
-            )
+    said += [text for text in (_of_coverage(one, form, level) for form in one.intervals) if text]
     if not one.run.folds and "val" in one.metrics:
         said.append(
             "validation figures are a little too good, since the best epoch or setting was chosen on them; "
             "quote test."
         )
     return said
+
+
+def _of_coverage(one: RunEvaluation, form: str, level: float) -> str:
+    """A sentence where test coverage is lower than chance in calibration and test scans explains
+    (beta-binomial, 2.5 %)."""
+    from scipy import stats
+
+    row = one.coverage[(one.coverage["group"] == "all") & (one.coverage["form"] == form)].iloc[0]
+    n = one.intervals[form].n_calibration_
+    k = int(np.ceil((n + 1) * level - 1e-9))
+    inside = round(row["coverage"] * row["n"])
+    if k > n or stats.betabinom.cdf(inside, row["n"], k, n + 1 - k) >= 0.025:
+        return ""
+    return (
+        f"{form} intervals hold {row['coverage']:.0%} of the test ages [{row['coverage_low']:.0%}, "
+        f"{row['coverage_high']:.0%}], fewer than the {level:.0%} they promise and than chance explains: "
+        "calibration and test subjects differ."
+    )
 
 
 def _of_workspace(found: dict[str, RunEvaluation], ws: Workspace) -> list[str]:

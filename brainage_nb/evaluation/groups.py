@@ -87,7 +87,7 @@ def _differences(
     rows: pd.DataFrame, gap: str, named: str, others: list[str], covariates: list[str]
 ) -> np.ndarray:
     """(len(others), 3): difference, low, high in years."""
-    import statsmodels.api as sm
+    from statsmodels.regression.linear_model import OLS
 
     columns = {f"is {name}": (rows["diagnosis"] == name).astype(float) for name in others}
     design = pd.DataFrame({"constant": 1.0} | columns, index=rows.index)
@@ -96,7 +96,7 @@ def _differences(
             design["age"] = rows["age"] - rows["age"].mean()
         else:
             design = design.join(pd.get_dummies(rows[name], prefix=name, drop_first=True, dtype=float))
-    fitted = sm.OLS(rows[gap], design).fit(
+    fitted = OLS(rows[gap], design).fit(
         cov_type="cluster", cov_kwds={"groups": pd.factorize(rows["subject_id"])[0]}, use_t=True
     )
     interval = fitted.conf_int(0.05)

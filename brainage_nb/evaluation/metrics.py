@@ -183,6 +183,18 @@ def flat(figures: dict[str, int | dict[str, float]]) -> dict[str, float]:
     return row
 
 
+def with_interval(figure: dict[str, float], digits: int = 2) -> str:
+    """`7.10 [6.20, 8.00]`, or the bare value where there is no interval, or `not defined`."""
+    value, low, high = (
+        np.nan if figure.get(key) is None else figure[key] for key in ("value", "low", "high")
+    )
+    if not np.isfinite(value):
+        return "not defined"
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
 def bootstrap_sums(columns: np.ndarray, subject_codes: np.ndarray, n_bootstrap: int, seed: int) -> np.ndarray:
     """Column sums under resampling of subjects.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.workspace import writing
 
 if TYPE_CHECKING:
@@ -266,18 +267,6 @@ def planted_vs_recovered(
     ax.set_aspect("equal")
     ax.legend(fontsize=_SMALL, frameon=False, loc="upper left")
     return _labelled(ax, title, "planted gap [years]", ylabel)
-
-
-def with_interval(figure: dict[str, float], digits: int = 2) -> str:
-    """`7.10 [6.20, 8.00]`, or the bare value where there is no interval, or `not defined`."""
-    value, low, high = (
-        np.nan if figure.get(key) is None else figure[key] for key in ("value", "low", "high")
-    )
-    if not np.isfinite(value):
-        return "not defined"
-    if not (np.isfinite(low) and np.isfinite(high)):
-        return f"{value:.{digits}f}"
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _mae_and_r(metrics: dict[str, Any]) -> str:

@@ -1,0 +1,97 @@
+"""The model card: what a run is for, what it was made from, how good it is and where not to use it.
+
+Made from the run and the workspace alone; nothing in it is typed by hand.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pandas as pd
+
+from brainage_nb.evaluation import tables
+from brainage_nb.evaluation.cautions import TEST_OBJECT
+from brainage_nb.evaluation.evaluate import Evaluation
+from brainage_nb.evaluation.metrics import with_interval
+from brainage_nb.evaluation.one_run import RunEvaluation
+from brainage_nb.workspace import version_of
+
+FIGURES = {
+    "mae": "MAE [years]",
+    "mean_predictor_mae": "mean predictor's MAE [years]",
+    "rmse": "RMSE [years]",
+    "r": "r, predicted with true age",
+    "r2": "R²",
+    "slope": "slope of predicted on true age",
+    "gap_age_r": "r, gap with true age",
+    "mae_over_range": "MAE / age range",
+}
+
+
+def model_card(evaluation: Evaluation, run: str = "") -> str:
+    """The card as Markdown: of one run, or of every run under each other.
+
+    Parameters
+    ----------
+    evaluation : Evaluation
+    run : str
+        One run's name; empty for all.
+    """
+    names = [run] if run else list(evaluation.runs)
+    template = templates().get_template("model_card.md.j2")
+    cards = [template.render(**_content(evaluation, name, evaluation.runs[name])) for name in names]
+    return "\n\n---\n\n".join(card.strip() for card in cards) + "\n"
+
+
+def templates(*, autoescape: bool = False) -> Any:
+    """The jinja2 environment of this package's templates."""
+    from jinja2 import Environment, PackageLoader
+
+    return Environment(
+        loader=PackageLoader("brainage_nb.evaluation", "."),
+        autoescape=autoescape,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _content(evaluation: Evaluation, name: str, found: RunEvaluation) -> dict[str, Any]:
+    ws, test, training = evaluation.workspace, found.metrics["test"], found.run.part("train")
+    cohort = ws.read("cohort.csv")
+    plain = found.coverage[found.coverage["form"] == "plain"].iloc[0]
+    return {
+        "name": name,
+        "when": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "version": version_of("brainage-nb"),
+        "settings": {
+            key: value for key, value in found.run.settings.items() if not isinstance(value, dict | list)
+        },
+        "seeds": found.run.settings.get("seeds", "not recorded"),
+        "fingerprint": found.run.settings.get("fingerprint", "not recorded"),
+        "sources": sorted(cohort["source"].unique()) if "source" in cohort else [],
+        "sites": sorted(site for site in cohort["site"].unique() if site) if "site" in cohort else [],
+        "training": training,
+        "age_low": training["age"].min(),
+        "age_high": training["age"].max(),
+        "test": test,
+        "figures": [(title, with_interval(test[key])) for key, title in FIGURES.items()],
+        "splits": markdown(tables.splits_table(ws)),
+        "groups": markdown(tables.groups_table(found)),
+        "corrector": found.corrector,
+        "refused": found.refused,
+        "interval": found.intervals.get("plain"),
+        "level": evaluation.level,
+        "coverage": plain,
+        "diagnosed": "diagnosis" in found.run.predictions,
+        "test_object": TEST_OBJECT if evaluation.is_test_object else "",
+        "warnings": [text for text in evaluation.warnings if text.startswith(f"{name}:")],
+    }
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A frame of text and numbers as a Markdown table."""
+    lines = [list(frame.columns), ["---"] * frame.shape[1], *frame.astype(str).to_numpy().tolist()]
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
