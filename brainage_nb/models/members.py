@@ -1,0 +1,144 @@
+"""The models inside a bundle as plain predictors: one stored volume in, one age a member out.
+
+They come from checked arrays and JSON values only. Scans, intervals and warnings are for `prediction` and `bundle`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from brainage_nb.models.resnet import resnet18_regressor
+from brainage_nb.workspace import write_json
+
+if TYPE_CHECKING:
+    from brainage_nb.models.vgg_svr import VggSvr
+
+RESNET, VGG = "resnet18", "vgg16_svr"
+LARGEST = {"widths": 2048, "blocks": 64}  # a manifest must not ask for more than any real network has
+HALF_PRECISION_YEARS = 0.01  # half-precision weights are kept where no prediction moves by more
+
+
+class NetworkEnsemble:
+    """One or several ResNets whose ages are averaged.
+
+    Parameters
+    ----------
+    networks : sequence of AgeRegressor
+        On the CPU, float32.
+    flip_averaging : bool
+        Each age is the mean over the volume and its left-right mirror image, as in training's predictions.
+    """
+
+    kind = RESNET
+
+    def __init__(self, networks: Sequence[nn.Module], *, flip_averaging: bool):
+        self.networks = [network.eval().requires_grad_(False) for network in networks]
+        self.flip_averaging = flip_averaging
+
+    def predict(self, volume: np.ndarray) -> np.ndarray:
+        """Ages in years (members,) of one volume (size, size, size), RAS, z-scored, float16 as stored."""
+        batch = torch.from_numpy(np.asarray(volume, dtype=np.float32))[None, None]
+        if self.flip_averaging:
+            batch = torch.cat([batch, batch.flip(2)])
+        with torch.inference_mode():
+            return np.array([float(network(batch).mean()) for network in self.networks])
+
+
+class SvrModel:
+    """VGG16 features and a support vector regression; one member.
+
+    Parameters
+    ----------
+    model : VggSvr
+    variant : {"early", "late"}
+    """
+
+    kind = VGG
+
+    def __init__(self, model: VggSvr, variant: str):
+        self.model, self.variant = model, variant
+        model.fusion(variant)  # refuses an unknown name
+
+    def predict(self, volume: np.ndarray) -> np.ndarray:
+        """Age in years, shape (1,), of one volume (size, size, size), RAS, z-scored, float16 as stored."""
+        return np.asarray(self.model.predict([volume], self.variant), dtype=float)
+
+
+def network_from(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> nn.Module:
+    """A network of this architecture with these weights, float32 on the CPU.
+
+    Nothing is allocated before the weights were seen to fit, so a manifest cannot ask for more memory than its
+    files hold.
+
+    Raises
+    ------
+    ValueError
+        The architecture is unknown or beyond bounds, or a tensor is missing, left over, of another shape, or not
+        finite.
+    """
+    for name, largest in LARGEST.items():
+        values = architecture.get(name, ())
+        if not all(isinstance(value, int) and 0 < value <= largest for value in values):
+            raise ValueError(f"{name} = {values!r}: expected four whole numbers from 1 to {largest}")
+    with torch.device("meta"):
+        network = resnet18_regressor(**architecture)
+    expected = network.state_dict()
+    if unlike := sorted(set(expected) ^ set(weights)):
+        raise ValueError(f"tensors missing or left over: {unlike[:4]}")
+    for name, array in weights.items():
+        if tuple(expected[name].shape) != array.shape or array.dtype.kind not in "fi":
+            raise ValueError(f"{name} has shape {array.shape} and type {array.dtype}, expected {tuple(expected[name].shape)}")
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds values that are not finite")
+    state = {
+        name: torch.from_numpy(array if array.flags.writeable else array.copy()).to(expected[name].dtype)
+        for name, array in weights.items()
+    }
+    network.load_state_dict(state, assign=True)
+    return network.eval()
+
+
+def arrays_of(network: nn.Module, *, half: bool) -> dict[str, np.ndarray]:
+    """A network's tensors as arrays; `half` rounds floating-point weights to float16."""
+    arrays = {name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
+    if not half:
+        return arrays
+    # The age scale stays exact: it is two numbers, and rounding them would move every prediction.
+    return {
+        name: array.astype(np.float16) if array.dtype == np.float32 and not name.startswith("age_") else array
+        for name, array in arrays.items()
+    }
+
+
+def precision_check(
+    network: nn.Module, architecture: Mapping[str, Any], volumes: Sequence[np.ndarray], *, flip_averaging: bool
+) -> float:
+    """Largest change in years of the ages of these volumes when the weights are rounded to half precision.
+
+    Infinite where a weight is too large for half precision.
+    """
+    with np.errstate(over="ignore"):
+        rounded = arrays_of(network, half=True)
+    if not all(np.isfinite(array).all() for array in rounded.values()):
+        return np.inf
+    exact = NetworkEnsemble([network], flip_averaging=flip_averaging)
+    half = NetworkEnsemble([network_from(architecture, rounded)], flip_averaging=flip_averaging)
+    return max(float(np.abs(exact.predict(volume) - half.predict(volume)).max()) for volume in volumes)
+
+
+def svr_from(facts: Mapping[str, Any], write: Callable[[Path], None]) -> SvrModel:
+    """A VGG16-SVR from its JSON facts; `write(folder)` puts its two checked array files into a private folder."""
+    from brainage_nb.models.vgg_svr import FACTS, VggSvr
+
+    with tempfile.TemporaryDirectory(prefix="brainage-") as folder:
+        write(Path(folder))
+        write_json(facts, Path(folder) / FACTS)
+        model = VggSvr.load(folder)
+    return SvrModel(model, facts["variant"])
