@@ -190,6 +190,9 @@ def with_interval(figure: dict[str, float], digits: int = 2) -> str:
     )
     if not np.isfinite(value):
         return "not defined"
+    value, low, high = (
+        round(number, digits) + 0.0 for number in (value, low, high)
+    )  # + 0.0 turns -0.00 into 0.00
     if not (np.isfinite(low) and np.isfinite(high)):
         return f"{value:.{digits}f}"
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -46,6 +46,8 @@ def new_figure(
 
 def save_figure(figure: Figure, path: Path | str, *, dpi: int = 200) -> list[Path]:
     """Write `path` as PNG and SVG (its ending is replaced); returns both paths."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # laid out once, not again for each format
     written = []
     for ending in (".png", ".svg"):
         target = Path(path).with_suffix(ending)
@@ -78,14 +80,15 @@ def predicted_vs_true(
     reference_age : float, optional
         Mean training age, years.
     interval : (low, high) of arrays (n,), optional
-        Prediction intervals, drawn as thin lines where finite.
+        Prediction intervals, drawn as thin lines where finite and few enough to be told apart.
     """
     ax = _axes(ax)
     age, predicted = np.asarray(age, dtype=float), np.asarray(predicted, dtype=float)
-    if interval is not None and np.isfinite(interval[0]).all():
+    ends = _limits(age, predicted)
+    if interval is not None and np.isfinite(interval[0]).all() and len(age) <= 300:
+        ends = _limits(np.ravel(interval), predicted)
         ax.vlines(age, *interval, color=SKY, lw=0.8, alpha=0.6, label="90 % interval", zorder=1)
     ax.scatter(age, predicted, color=BLUE, label="a scan", zorder=3, **_dots(len(age)))
-    ends = _limits(age, predicted)
     ax.plot(ends, ends, color="black", lw=1, label="predicted = true", zorder=2)
     if reference_age is not None:
         ax.axhline(reference_age, color=VERMILLION, ls="--", lw=1.2, label="mean predictor", zorder=2)
@@ -129,7 +132,8 @@ def training_curve(
     epoch = "epoch" if "epoch" in history else history.columns[0]
     members = [name for name in ("seed", "fold") if name in history and len(history[name].unique()) > 1]
     parts = [part for _, part in history.groupby(members)] if members else [history]
-    for colour, column in zip((SKY, BLUE, ORANGE, VERMILLION), columns, strict=False):
+    for column in columns:
+        colour = BLUE if column.startswith("val") else ORANGE
         for index, part in enumerate(parts):
             part = part.dropna(subset=[column])
             width = 1.6 if len(parts) == 1 else 0.9
@@ -145,6 +149,7 @@ def training_curve(
     if len(values) and values.min() > 0 and values.max() > 20 * np.median(values):
         ax.set_yscale("log")  # one early jump would flatten everything after it
     ax.legend(fontsize=_SMALL, frameon=False)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     return _labelled(ax, title, "epoch", ylabel)
 
 
@@ -163,7 +168,7 @@ def age_histogram(splits: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
         edgecolor="white",
         linewidth=0.5,
     )
-    ax.legend(fontsize=_SMALL, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, -0.34))
+    _legend_below(ax)
     return _labelled(ax, f"Ages of {len(people)} subjects by split", "age [years]", "subjects")
 
 
@@ -243,7 +248,7 @@ def estimates(
     if zero:
         ax.axvline(0, color="black", lw=1, zorder=0)
     if reference:
-        ax.legend(fontsize=_SMALL, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+        _legend_below(ax)
     ax.set_yticks(y, table["label"])
     ax.set_ylim(-0.7, len(table) - 0.3)
     ax.grid(axis="x", color="#dddddd", lw=0.6)
@@ -282,6 +287,12 @@ def _axes(ax: Axes | None) -> Axes:
     from matplotlib import pyplot as plt
 
     return plt.subplots(figsize=(4.6, 3.9), layout="constrained")[1]
+
+
+def _legend_below(ax: Axes) -> None:
+    ax.figure.legend(
+        *ax.get_legend_handles_labels(), fontsize=_SMALL, frameon=False, ncols=3, loc="outside lower center"
+    )
 
 
 def _limits(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

@@ -6,10 +6,10 @@ Formats what `evaluate` found; computes no figure of its own.
 from __future__ import annotations
 
 import base64
-import io
+import re
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -21,9 +21,6 @@ from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.evaluation.model_card import model_card, templates
 from brainage_nb.evaluation.plots import save_figure
 from brainage_nb.workspace import version_of, write_csv, write_json, write_text
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 __all__ = ["Evaluation", "evaluate_runs", "headline_table", "report_html", "write_report"]
 
@@ -53,18 +50,35 @@ def write_report(evaluation: Evaluation, *, title: str = "Brain-age evaluation")
     written = [
         write_json(evaluation.results, folder / "results.json"),
         write_csv(evaluation.predictions, folder / "predictions.csv"),
-        write_text(report_html(evaluation, figures, title=title), folder / "report.html"),
         write_text(model_card(evaluation), folder / "model_card.md"),
     ]
+    images = {}
     for drawn in figures:
-        written += save_figure(drawn.figure, folder / "figures" / drawn.name)
-    return written
+        png, svg = save_figure(drawn.figure, folder / "figures" / drawn.name)
+        images[drawn.name] = base64.b64encode(png.read_bytes()).decode("ascii")
+        written += [png, svg]
+    page = report_html(evaluation, figures, images, title=title)
+    return [write_text(page, folder / "report.html"), *written]
 
 
 def report_html(
-    evaluation: Evaluation, figures: list[ReportFigure], *, title: str = "Brain-age evaluation"
+    evaluation: Evaluation,
+    figures: list[ReportFigure],
+    images: dict[str, str],
+    *,
+    title: str = "Brain-age evaluation",
 ) -> str:
-    """The report as one HTML page that needs no other file and no network."""
+    """The report as one HTML page that needs no other file and no network.
+
+    Parameters
+    ----------
+    evaluation : Evaluation
+    figures : list of ReportFigure
+        What is shown, in order.
+    images : dict
+        Name of a figure -> its PNG, base64.
+    title : str
+    """
     environment = templates(autoescape=True)
     environment.filters["table"] = as_html_table
     ws = evaluation.workspace
@@ -72,13 +86,15 @@ def report_html(
         title=title,
         when=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         evaluation=evaluation,
-        headline=headline_table(evaluation.results).reset_index(),
+        headline=headline_table(evaluation.results)
+        .T.rename_axis(index="test, raw", columns=None)
+        .reset_index(),
         sentences=tables.headline_sentences(evaluation),
         other_splits=tables.other_splits(evaluation),
         cohort=tables.cohort_table(ws),
         dropped=tables.dropped_table(ws),
         splits=tables.splits_table(ws),
-        figures=[(drawn, _inlined(drawn.figure)) for drawn in figures],
+        figures=[(drawn, images[drawn.name]) for drawn in figures],
         why_gap_only=WHY_GAP_ONLY,
         bias={name: tables.bias_table(found) for name, found in evaluation.runs.items()},
         coverage={name: tables.coverage_table(found) for name, found in evaluation.runs.items()},
@@ -102,12 +118,7 @@ def as_html_table(frame: pd.DataFrame) -> Any:
     from markupsafe import Markup
 
     text = frame.to_html(
-        index=False, border=0, na_rep="–", float_format=lambda value: f"{value:.2f}", justify="left"
+        index=False, border=0, na_rep="–", float_format=lambda value: f"{value + 0.0:.2f}", justify="left"
     )
-    return Markup(text)
-
-
-def _inlined(figure: Figure) -> str:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=170)
-    return base64.b64encode(stream.getvalue()).decode("ascii")
+    keep_together = re.sub(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]", r"\1&nbsp;[\2,&nbsp;\3]", text)
+    return Markup(keep_together.replace("-0.00", "0.00"))

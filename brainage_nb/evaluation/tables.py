@@ -184,19 +184,17 @@ def bias_table(found: RunEvaluation) -> pd.DataFrame:
 
 
 def coverage_table(found: RunEvaluation) -> pd.DataFrame:
-    """Coverage and width by age bin, as text."""
-    rows = [
-        {
-            "form": row.form,
-            "true age [years]": row.group,
-            "n": row.n,
-            "inside [%]": f"{100 * row.coverage:.0f} [{100 * row.coverage_low:.0f}, "
-            f"{100 * row.coverage_high:.0f}]",
-            "mean width [years]": f"{row.mean_width:.1f}" if np.isfinite(row.mean_width) else "infinite",
-        }
-        for row in found.coverage.itertuples()
-    ]
-    return pd.DataFrame(rows)
+    """Coverage and width by age bin, both forms side by side, as text."""
+    forms = {form: part.reset_index(drop=True) for form, part in found.coverage.groupby("form", sort=False)}
+    table = forms["plain"][["group", "n"]].rename(columns={"group": "true age [years]", "n": "scans"})
+    for form, part in forms.items():
+        table[f"{form}: inside [%]"] = [
+            f"{100 * row.coverage:.0f} [{100 * row.coverage_low:.0f}, {100 * row.coverage_high:.0f}]"
+            for row in part.itertuples()
+        ]
+        widths = [f"{width:.1f}" if np.isfinite(width) else "infinite" for width in part["mean_width"]]
+        table[f"{form}: mean width [years]"] = widths
+    return table
 
 
 def groups_table(found: RunEvaluation) -> pd.DataFrame:
@@ -205,7 +203,6 @@ def groups_table(found: RunEvaluation) -> pd.DataFrame:
         "mae": "MAE [years]",
         "mean_predictor_mae": "mean predictor's MAE [years]",
         "mean_gap": "mean gap [years]",
-        "r": "r",
     }
     rows = found.groups.to_dict("records")
     first = {"by": [row["by"].replace("_", " ") for row in rows], "group": [row["group"] for row in rows]}

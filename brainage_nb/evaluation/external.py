@@ -1,0 +1,220 @@
+"""Applying a trained model to another cohort: raw figures first, then site offset and calibration on named
+controls.
+
+Arrays and frames in, frames out; predicting is the models' business. Refuses people the model was trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from brainage_nb.evaluation.bias import AgeBiasCorrector
+from brainage_nb.evaluation.metrics import flat, mean_with_interval, regression_metrics
+from brainage_nb.evaluation.runs import is_control
+
+FEWEST_FOR_LINE = 20  # calibration subjects below which only an offset is fitted, not a slope
+
+
+class TrainedOnThem(ValueError):
+    """Subjects or images of the external cohort took part in training."""
+
+
+@dataclass
+class ExternalEvaluation:
+    """What a trained model does on another cohort.
+
+    Attributes
+    ----------
+    metrics : dict
+        Raw figures of all external scans. `mean_predictor_mae` is of the *training* cohort's mean age.
+    offsets : DataFrame
+        Mean gap of controls by site: `site, value, low, high, n, n_subjects` (years).
+    calibration : dict
+        How it was calibrated: `kind` (`offset` or `line`), `n_subjects`, `subjects` (their names) and the
+        fitted numbers.
+    rest : DataFrame
+        Raw and calibrated figures of everybody who did *not* calibrate: a row each; empty without
+        calibration.
+    predictions : DataFrame
+        The rows given, with `gap`, `calibrates` and, where calibrated, `calibrated_age`, `calibrated_gap`.
+        `predicted_age` stays raw.
+    warnings : list of str
+    """
+
+    metrics: dict[str, Any]
+    offsets: pd.DataFrame
+    calibration: dict[str, Any]
+    rest: pd.DataFrame
+    predictions: pd.DataFrame
+    warnings: list[str]
+
+
+def salted_hashes(names: Iterable[str], salt: str) -> list[str]:
+    """SHA-256 of each name under a salt (HMAC): lets a bundle recognise its training subjects without naming
+    them."""
+    return [hmac.new(salt.encode(), str(name).encode(), hashlib.sha256).hexdigest() for name in names]
+
+
+def refuse_training_subjects(
+    rows: pd.DataFrame,
+    trained_on: Collection[str],
+    salt: str,
+    columns: tuple[str, ...] = ("subject_id", "sha256"),
+) -> None:
+    """Stop where an external subject id or image (its file's SHA-256) is among the hashes of what was trained
+    on.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        The external cohort; those of `columns` that it has are looked up.
+    trained_on : collection of str
+        From `salted_hashes`, as bundles carry them.
+    salt : str
+        The bundle's salt.
+
+    Raises
+    ------
+    TrainedOnThem
+        Any of them is known.
+    """
+    known = set(trained_on)
+    for column in (name for name in columns if name in rows):
+        values = rows[column].dropna().astype(str)
+        values = values[values != ""].unique()
+        shared = [
+            value for value, code in zip(values, salted_hashes(values, salt), strict=True) if code in known
+        ]
+        if shared:
+            raise TrainedOnThem(
+                f"{len(shared)} of {len(values)} values of {column} in this cohort took part in training "
+                f"(first: {shared[:5]}). The figures would be too good: leave these subjects out, or, where "
+                "only the ids happen to be equal, rename them."
+            )
+
+
+def evaluate_external(
+    predictions: pd.DataFrame,
+    *,
+    reference_age: float,
+    trained_ages: tuple[float, float],
+    calibrate_on: Collection[str] = (),
+    n_bootstrap: int = 2000,
+    seed: int = 0,
+) -> ExternalEvaluation:
+    """Raw figures of an external cohort and, where controls are named for it, a calibration reported on the
+    rest.
+
+    Parameters
+    ----------
+    predictions : DataFrame
+        A row a scan: `scan_id, subject_id, age, predicted_age` (raw, years) and, where known, `site,
+        diagnosis`.
+    reference_age : float
+        Mean age of the training subjects, years.
+    trained_ages : (float, float)
+        Youngest and oldest training subject, years.
+    calibrate_on : subject ids
+        Controls that may calibrate; they are left out of the calibrated figures. Empty: no calibration.
+
+    Raises
+    ------
+    ValueError
+        A named subject is not in the cohort or is not a control.
+    """
+    bootstrap = {"n_bootstrap": n_bootstrap, "seed": seed}
+    rows = predictions.reset_index(drop=True)
+    rows["gap"] = rows["predicted_age"] - rows["age"]
+    rows["calibrates"] = rows["subject_id"].isin(set(calibrate_on))
+    calibration, rest = {}, pd.DataFrame()
+    if len(calibrate_on):
+        calibration = _calibrate(rows, calibrate_on)
+        rest = _rest_figures(rows[~rows["calibrates"]], reference_age, bootstrap)
+    return ExternalEvaluation(
+        metrics=regression_metrics(
+            rows["age"],
+            rows["predicted_age"],
+            rows["subject_id"].to_numpy(),
+            reference_age=reference_age,
+            **bootstrap,
+        ),
+        offsets=site_offsets(rows, **bootstrap),
+        calibration=calibration,
+        rest=rest,
+        predictions=rows,
+        warnings=age_range_warnings(rows["age"], trained_ages),
+    )
+
+
+def site_offsets(rows: pd.DataFrame, *, n_bootstrap: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Mean raw gap of controls at each site, in years: what a new scanner adds, mixed with age bias."""
+    controls = rows[is_control(rows)]
+    sites = controls["site"] if "site" in controls else pd.Series("all", index=controls.index)
+    table = []
+    for site, part in controls.groupby(sites.fillna("").replace("", "not known")):
+        gap = part["predicted_age"] - part["age"]
+        offset = mean_with_interval(gap, part["subject_id"].to_numpy(), n_bootstrap=n_bootstrap, seed=seed)
+        table.append({"site": site} | offset)
+    return pd.DataFrame(table)
+
+
+def age_range_warnings(age: np.ndarray, trained_ages: tuple[float, float]) -> list[str]:
+    """A sentence where ages lie outside what the model was trained on."""
+    age, (low, high) = np.asarray(age, dtype=float), trained_ages
+    n_outside = int(((age < low) | (age > high)).sum())
+    if not n_outside:
+        return []
+    return [
+        f"{n_outside} of {len(age)} scans are of people outside the ages the model was trained on ({low:.0f} "
+        f"to {high:.0f} years); its predictions there are extrapolations."
+    ]
+
+
+def _calibrate(rows: pd.DataFrame, names: Collection[str]) -> dict[str, Any]:
+    """Fit offset or line on the named controls and add the calibrated columns to `rows`."""
+    unknown = sorted(set(names) - set(rows["subject_id"]))
+    if unknown:
+        raise ValueError(
+            f"{len(unknown)} calibration subjects are not in this cohort (first: {unknown[:5]})."
+        )
+    chosen = rows[rows["calibrates"]]
+    ill = sorted(chosen.loc[~is_control(rows)[chosen.index], "subject_id"].unique())
+    if ill:
+        raise ValueError(
+            f"{len(ill)} calibration subjects are not controls (first: {ill[:5]}); name controls only."
+        )
+    n = chosen["subject_id"].nunique()
+    fitted: dict[str, Any] = {"n_subjects": n, "subjects": sorted(chosen["subject_id"].unique())}
+    if n >= FEWEST_FOR_LINE:
+        line = AgeBiasCorrector().fit(
+            chosen["predicted_age"], chosen["age"], "calibration", subject_id=chosen["subject_id"].to_numpy()
+        )
+        rows["calibrated_age"] = line.transform(rows["predicted_age"])
+        fitted = {"kind": "line"} | fitted | line.to_dict()
+    else:
+        offset = float(chosen.groupby("subject_id")["gap"].mean().mean())
+        rows["calibrated_age"] = rows["predicted_age"] - offset
+        fitted = {"kind": "offset", "offset": offset} | fitted
+    rows["calibrated_gap"] = rows["calibrated_age"] - rows["age"]
+    return fitted
+
+
+def _rest_figures(rest: pd.DataFrame, reference_age: float, bootstrap: dict[str, int]) -> pd.DataFrame:
+    if not len(rest):
+        raise ValueError(
+            "Every subject of this cohort was named for calibration; nobody is left to report on."
+        )
+    table = []
+    for form, column in (("raw", "predicted_age"), ("calibrated on named controls", "calibrated_age")):
+        figures = regression_metrics(
+            rest["age"], rest[column], rest["subject_id"].to_numpy(), reference_age=reference_age, **bootstrap
+        )
+        table.append({"form": form} | flat(figures))
+    return pd.DataFrame(table)
