@@ -13,84 +13,27 @@ from dataclasses import dataclass
 from brainage_nb.cohort.ages import UNIT_OF
 from brainage_nb.cohort.cells import TextTable
 
-ROLE_NAMES = {
-    "subject_id": (
-        *("participant_id", "participantid", "participant", "subject_id", "subjectid", "subject", "subj_id"),
-        *(
-            "sub_id",
-            "subid",
-            "subj",
-            "sub",
-            "patient_id",
-            "patientid",
-            "patient",
-            "ixi_id",
-            "ptid",
-            "src_subject_id",
-        ),
-        *(
-            "subjectkey",
-            "person_id",
-            "case_id",
-            "rid",
-            "id",
-            "ids",
-            "mri_id",
-            "mr_id",
-            "mrid",
-            "scan_id",
-            "image_id",
-        ),
-        *("image_data_id", "file_name", "filename", "file", "image"),
-    ),
-    "session_id": (
-        *(
-            "session_id",
-            "sessionid",
-            "session",
-            "ses_id",
-            "ses",
-            "visit_id",
-            "visit",
-            "visit_code",
-            "viscode",
-        ),
-        *("visit_number", "timepoint", "time_point", "wave", "session_label", "visit_label"),
-    ),
-    "sex": ("sex", "gender", "m_f", "f_m", "sex_id", "sexe", "sex_at_birth", "biological_sex", "ptgender"),
-    "site": (
-        *("site", "site_id", "siteid", "sites", "site_name", "center", "centre", "center_id", "centre_id"),
-        *("acquisition_site", "scan_site", "institution", "hospital", "scanner", "scanner_id"),
-    ),
-    "diagnosis": (
-        *(
-            "diagnosis",
-            "dx",
-            "dx_group",
-            "dx_bl",
-            "diagnostic_group",
-            "diagnosis_group",
-            "group",
-            "research_group",
-        ),
-        *("patient_group", "clinical_group", "disease"),
-    ),
-    "image_id": (
-        *(
-            "image_data_id",
-            "image_id",
-            "image_uid",
-            "mri_id",
-            "mr_id",
-            "mrid",
-            "scan_id",
-            "file_name",
-            "filename",
-        ),
-        *("file", "image", "image_path", "file_path", "path", "t1", "t1w", "t1_path", "nifti", "scan"),
-    ),
-    "cdr": ("cdr",),
+_NAMES = {
+    "subject_id": """
+        participant_id participantid participant subject_id subjectid subject subj_id sub_id subid subj sub
+        patient_id patientid patient ixi_id ptid src_subject_id subjectkey person_id case_id rid id ids mri_id
+        mr_id mrid scan_id image_id image_data_id file_name filename file image""",
+    "session_id": """
+        session_id sessionid session ses_id visit_id visit visit_code viscode visit_number timepoint
+        time_point wave session_label visit_label""",
+    "sex": "sex gender m_f f_m sex_id sexe sex_at_birth biological_sex ptgender",
+    "site": """
+        site site_id siteid sites site_name center centre center_id centre_id acquisition_site scan_site
+        institution hospital scanner scanner_id""",
+    "diagnosis": """
+        diagnosis dx dx_group dx_bl diagnostic_group diagnosis_group group research_group patient_group
+        clinical_group disease""",
+    "image_id": """
+        image_data_id image_id image_uid mri_id mr_id mrid scan_id file_name filename file image image_path
+        file_path path t1 t1w t1_path nifti scan""",
+    "cdr": "cdr",
 }
+ROLE_NAMES = {role: tuple(names.split()) for role, names in _NAMES.items()}
 """Known names of each role, the surest first; compared in lower case, punctuation as `_`.
 
 `SES` is not among them: in OASIS it is the socio-economic status.

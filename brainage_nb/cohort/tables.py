@@ -225,8 +225,8 @@ def _sexes(table: TextTable, name: str | None) -> pd.Series:
     if unread:
         shown = ", ".join(repr(cell) for cell in sorted(set(unread))[:5])
         table.note(
-            f"Rows whose sex is neither female nor male in words, nor a code that the column's name or sidecar "
-            f"explains: {len(unread)} ({shown}); left blank."
+            f"Rows whose sex is neither in words nor a code that the column's name or sidecar explains: "
+            f"{len(unread)} ({shown}); left blank."
         )
     return sexes
 
@@ -281,6 +281,6 @@ def _note_unchanged_ages(rows: pd.DataFrame, table: TextTable) -> None:
     several = people.size() > 1
     if several.sum() > 1 and (people.nunique()[several] == 1).all():
         table.note(
-            f"All {several.sum()} subjects with several rows have one age in all of them: it may be the age at "
-            "their first visit."
+            f"All {several.sum()} subjects with several rows have one age in all of them: it may be the age "
+            "at their first visit."
         )

@@ -1,0 +1,271 @@
+"""Where scans and ages come from: a folder with a table, or the known-answer cohort. Opens no image.
+
+Every source ends in `folder_cohort`, which puts images and rows together and lists what found no partner.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from brainage_nb.cohort.bids import read_participants
+from brainage_nb.cohort.cells import TABLE_SUFFIXES
+from brainage_nb.cohort.images import find_images
+from brainage_nb.cohort.matching import Match, match_images
+from brainage_nb.cohort.tables import TableError, refused_rows
+
+__all__ = ["FolderCohort", "SourceError", "demo_cohort", "find_images", "find_table", "folder_cohort"]
+
+COHORT_COLUMNS = ["scan_id", "subject_id", "session_id", "image", "age", "sex", "site", "source"]
+TABLE_COLUMNS = ("subject_id", "age", "sex", "site", "session_id", "diagnosis", "image_id", "age_unit")
+
+
+class SourceError(ValueError):
+    """A folder and a table that do not make a cohort; the message says what to set."""
+
+
+@dataclass(frozen=True)
+class FolderCohort:
+    """Scans put together with their ages, and what was left over.
+
+    Attributes
+    ----------
+    cohort : DataFrame
+        As `cohort.csv`: `scan_id, subject_id, session_id, image, age` [years]`, sex, site, source`, then
+        `diagnosis` and `cdr` where the table knows them, and `age_note`: what was done to the age, or, where
+        `age` is empty, why the table gives none. Cleaning drops those scans with that reason.
+    unmatched_images : DataFrame
+        `image, reason`.
+    unmatched_rows : DataFrame
+        `subject_id, session_id, reason`.
+    notes : list of str
+        What was resolved and by what rule.
+    """
+
+    cohort: pd.DataFrame
+    unmatched_images: pd.DataFrame
+    unmatched_rows: pd.DataFrame
+    notes: list[str] = field(default_factory=list)
+
+
+def folder_cohort(
+    data_dir: Path | str,
+    table: Path | str = "",
+    *,
+    columns: Mapping[str, str] | None = None,
+    root: Path | str | None = None,
+    source: str = "folder",
+) -> FolderCohort:
+    """Put the images of a folder and the rows of a table together.
+
+    Parameters
+    ----------
+    data_dir : path
+        Folder with the images, in any nesting.
+    table : path
+        Participants table, from here or from `data_dir`; "" for `participants.tsv` in `data_dir`, or the only
+        table there.
+    columns : mapping
+        Column names and the age unit for `read_table`, where they are not to be found by themselves.
+    root : path, optional
+        The workspace: images inside it are written relative to it, all others absolute.
+    source : str
+        What the column `source` says.
+
+    Returns
+    -------
+    FolderCohort
+        Every image and every row is in it: matched, or listed with the reason.
+
+    Raises
+    ------
+    FileNotFoundError, TableError, SourceError
+        Where the folder is missing, the table cannot be read safely, or nothing fits together.
+    """
+    data_dir = Path(data_dir).expanduser().absolute()
+    unknown = set(columns or {}) - set(TABLE_COLUMNS)
+    if unknown:
+        raise TableError(f"columns names {sorted(unknown)}; expected some of {', '.join(TABLE_COLUMNS)}.")
+    images = find_images(data_dir)
+    path = find_table(data_dir, table)
+    if images.empty:
+        raise SourceError(f"No NIfTI or MGZ image lies in {data_dir}. " + " ".join(images.attrs["notes"]))
+    rows, notes = _all_rows(read_participants(path, data_dir, columns or {}))
+    matches = match_images(images, rows)
+    if all(match.row is None for match in matches):
+        raise SourceError(_nothing_fits(images, rows, matches, path))
+    cohort = _joined(images, rows, matches, source)
+    cohort["image"] = [_relative(image, root) for image in cohort["image"]]
+    return FolderCohort(
+        cohort,
+        _images_left(images, matches, root),
+        _rows_left(rows, matches),
+        [*images.attrs["notes"], *notes, *_notes_on_matching(images, rows, matches, cohort)],
+    )
+
+
+def demo_cohort(
+    folder: Path | str,
+    n_subjects: int,
+    seed: int,
+    *,
+    voxel_mm: float = 1.0,
+    n_jobs: int = 0,
+    root: Path | str | None = None,
+) -> FolderCohort:
+    """Make the known-answer cohort and read it like anyone's data.
+
+    Parameters
+    ----------
+    folder : path
+        Where its images and table are written.
+    n_subjects, seed, voxel_mm, n_jobs
+        As `phantom.make_cohort` takes them.
+    root : path, optional
+        The workspace, as in `folder_cohort`.
+    """
+    from brainage_nb.cohort.phantom import make_cohort
+
+    made = make_cohort(folder, n_subjects=n_subjects, seed=seed, voxel_mm=voxel_mm, n_jobs=n_jobs)
+    return folder_cohort(made, Path(made) / "participants.tsv", root=root, source="demo")
+
+
+def find_table(data_dir: Path | str, table: Path | str = "") -> Path:
+    """The table named, or, for "", `participants.tsv` in the folder, or the only table in it.
+
+    Raises
+    ------
+    TableError
+        Where there is none, or several; the message lists them.
+    """
+    data_dir = Path(data_dir)
+    if str(table):
+        named = Path(table).expanduser()
+        return named if named.exists() or not (data_dir / named).exists() else data_dir / named
+    # a link to an annex that was not fetched does not exist, yet it is the table
+    if (data_dir / "participants.tsv").exists() or (data_dir / "participants.tsv").is_symlink():
+        return data_dir / "participants.tsv"
+    listed = sorted(
+        path
+        for path in [*data_dir.glob("*"), *data_dir.glob("*/*")]
+        if path.suffix.lower() in TABLE_SUFFIXES
+        and not path.name.startswith((".", "~"))
+        and not re.search(
+            r"_(sessions|scans|events|channels)\.tsv$|^(readme|license|changes)", path.name.lower()
+        )
+    )
+    if len(listed) == 1:
+        return listed[0]
+    if not listed:
+        raise TableError(f"No table lies in {data_dir}. Set table to a CSV, TSV, XLS or XLSX file with ages.")
+    shown = ", ".join(str(path.relative_to(data_dir)) for path in listed[:10])
+    raise TableError(f"{len(listed)} tables lie in {data_dir}: {shown}. Set table to the one with the ages.")
+
+
+def _all_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Rows with a usable age, then rows without, whose `age_note` is the reason."""
+    refused = refused_rows(table).rename(columns={"reason": "age_note"})
+    rows = pd.concat([table, refused.assign(age=float("nan"))], ignore_index=True)
+    text = rows.columns.drop("age")
+    return rows.fillna(dict.fromkeys(text, "")), list(table.attrs["notes"])
+
+
+def _joined(images: pd.DataFrame, rows: pd.DataFrame, matches: list[Match], source: str) -> pd.DataFrame:
+    """A row a matched image, in the order of paths."""
+    found = [index for index, match in enumerate(matches) if match.row is not None]
+    seen = images.iloc[found].reset_index(drop=True)
+    known = rows.loc[[matches[index].row for index in found]].reset_index(drop=True)
+    labels = pd.Series([matches[index].label for index in found], dtype=str)
+    cohort = known.assign(
+        subject_id=_subject_ids(known["subject_id"], labels),
+        session_id=seen["session_hint"].where(seen["session_hint"] != "", known["session_id"]),
+        site=known["site"].where(known["site"] != "", seen["site_hint"]),
+        image=seen["image"],
+        source=source,
+    )
+    cohort["scan_id"] = _scan_ids(cohort, seen)
+    extra = [column for column in ("diagnosis", "cdr", "age_note") if column in cohort]
+    return cohort[[*COHORT_COLUMNS, *extra]]
+
+
+def _subject_ids(ids: pd.Series, labels: pd.Series) -> pd.Series:
+    """Ids as the images write them (`IXI002` for the table's 2), as long as all images of a subject agree."""
+    agreed = labels.groupby(ids).transform("nunique") == 1
+    return labels.where(agreed & (labels != ""), ids)
+
+
+def _scan_ids(cohort: pd.DataFrame, images: pd.DataFrame) -> list[str]:
+    """`subject[_session][_run]`; where several images would share it, their names, then their paths."""
+    parts = zip(cohort["subject_id"], cohort["session_id"], images["run_hint"], strict=True)
+    ids = pd.Series(["_".join(filter(None, part)) for part in parts], dtype=str)
+    for longer in (images["stem"], images["folders"] + "_" + images["stem"], images["image"]):
+        ids = ids.map(lambda name: re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-"))
+        # two ids that differ in case alone would be one file on some disks
+        ids = longer.where(ids.str.lower().duplicated(keep=False), ids)
+    return list(ids.map(lambda name: re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")))
+
+
+def _relative(image: str, root: Path | str | None) -> str:
+    path, root = Path(image), Path(root).absolute() if root else None
+    return path.relative_to(root).as_posix() if root and path.is_relative_to(root) else str(path)
+
+
+def _images_left(images: pd.DataFrame, matches: list[Match], root: Path | str | None) -> pd.DataFrame:
+    left = [
+        (image, match.reason) for image, match in zip(images["image"], matches, strict=True) if match.reason
+    ]
+    return pd.DataFrame(
+        [(_relative(image, root), reason) for image, reason in left], columns=["image", "reason"]
+    )
+
+
+def _rows_left(rows: pd.DataFrame, matches: list[Match]) -> pd.DataFrame:
+    left = rows.drop(index={match.row for match in matches if match.row is not None})
+    seen = {subject for match in matches for subject in match.subjects}
+    reasons = [
+        "images seem to be of this subject, but none is of this row: see the unmatched images"
+        if subject in seen
+        else "no image carries this id"
+        for subject in left["subject_id"]
+    ]
+    no_age = left["age"].isna()
+    reasons = pd.Series(reasons, index=left.index, dtype=str)
+    reasons = reasons.where(~no_age, reasons + "; no age either: " + left["age_note"])
+    return left[["subject_id", "session_id"]].assign(reason=reasons).reset_index(drop=True)
+
+
+def _notes_on_matching(
+    images: pd.DataFrame, rows: pd.DataFrame, matches: list[Match], cohort: pd.DataFrame
+) -> list[str]:
+    notes = []
+    if padded := [match for match in matches if match.row is not None and match.label]:
+        first = padded[0]
+        notes.append(
+            f"Ids matched by number: {len(padded)}; '{first.label}' is the table's '{first.subjects[0]}'."
+        )
+    bare = pd.Series([match.row is not None and not rows["session_id"][match.row] for match in matches])
+    shared = images[bare].assign(
+        row=[match.row for match, is_bare in zip(matches, bare, strict=True) if is_bare]
+    )
+    several = shared.drop_duplicates(["row", "session_hint"])["row"].value_counts() > 1
+    if several.any():
+        notes.append(
+            f"Subjects with several sessions on disk and one age in the table: {several.sum()}; all "
+            "sessions take this age, which is probably that at the first."
+        )
+    if missing := int(cohort["age"].isna().sum()):
+        notes.append(f"Images whose row gives no usable age: {missing}; cleaning drops them with the reason.")
+    return notes
+
+
+def _nothing_fits(images: pd.DataFrame, rows: pd.DataFrame, matches: list[Match], path: Path) -> str:
+    names = ", ".join(images["stem"].head(3))
+    ids = ", ".join(rows["subject_id"].head(3))
+    return (
+        f"None of the {len(images)} images has a row in {path}. Images are named like {names}; "
+        f"ids look like {ids}. The first image: {matches[0].reason}. Set subject_id (or image_id) to the column that names them."
+    )
