@@ -1,0 +1,143 @@
+"""Can the evaluation be fooled? Pure noise and simulated models with known parameters, sent through
+everything.
+
+Noise test: predictions that know nothing of age. Recovery test: 200 cohorts whose slope, offset and noise are
+known.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from brainage_nb.evaluation.bias import AgeBiasCorrector
+from brainage_nb.evaluation.intervals import ConformalInterval
+from brainage_nb.evaluation.metrics import regression_metrics
+from brainage_nb.evaluation.report import evaluate_runs, headline_table, write_report
+from tests.evaluation.fake_workspace import cohort_frame, write_run, write_workspace
+
+SLOPE, OFFSET, NOISE = 0.75, 13.0, 5.0
+
+
+def noise_test(n_subjects: int = 400) -> dict[str, bool]:
+    """Noise around the mean training age, through evaluation, report and card; what must hold, and whether it
+    does."""
+    scans = cohort_frame(n_subjects, seed=11)
+    scans["gap_planted"] = 0.0
+    rng = np.random.default_rng(5)
+    mean_age = scans.loc[scans["split"] == "train", "age"].mean()
+    with tempfile.TemporaryDirectory() as folder:
+        ws = write_workspace(Path(folder), scans)
+        write_run(ws, "noise", scans, rng.normal(mean_age, 8, len(scans)))
+        evaluation = evaluate_runs(ws)
+        write_report(evaluation)
+        page = ws.path("evaluation", "report.html").read_text(encoding="utf-8")
+        card = ws.path("evaluation", "model_card.md").read_text(encoding="utf-8")
+        rows = pd.read_csv(ws.path("evaluation", "predictions.csv"))
+    print(headline_table(evaluation.results).T.to_string(), "\n")
+    print(evaluation.runs["noise"].refused, "\n")
+    test = evaluation.results["noise"]["test"]
+    found = evaluation.runs["noise"]
+    shown = f"{test['mae']['value']:.2f}"
+    return {
+        "MAE is not below the mean predictor's": test["mae"]["value"] >= test["mean_predictor_mae"]["value"],
+        "r's interval holds 0": test["r"]["low"] < 0 < test["r"]["high"],
+        "the corrector refuses": found.corrector is None and "not above 0" in found.refused,
+        "no corrected column is filled": bool(
+            rows[["corrected_age", "corrected_gap", "adjusted_gap"]].isna().all(axis=None)
+        ),
+        "report and card show the raw MAE": shown in page and shown in card,
+        "report and card say that it is no better than the mean predictor": all(
+            "not shown to be better" in text for text in (page, card)
+        ),
+        "report and card say that the correction was refused": "refused" in page
+        and "No correction is offered" in card,
+        "results hold no corrected figure": evaluation.results["_age_free_corrected"]["noise"]
+        == {"refused": found.refused},
+    }
+
+
+def recovery_test(repetitions: int, n_fit: int = 100, n_test: int = 200) -> dict[str, float]:
+    """Means over repetitions: how often parameters lie in their intervals, what is left of the bias, coverage
+    on test."""
+    rng = np.random.default_rng(2)
+    rows = []
+    for _ in range(repetitions):
+        age = rng.uniform(20, 86, n_fit + n_test)
+        predicted = OFFSET + SLOPE * age + rng.normal(0, NOISE, len(age))
+        fit, test = slice(0, n_fit), slice(n_fit, None)
+        corrector = AgeBiasCorrector().fit(predicted[fit], age[fit], "val")
+        figures = regression_metrics(age[test], predicted[test], reference_age=53.0, n_bootstrap=500)
+        free = corrector.transform(predicted[test])
+        row = {
+            "slope in its t-interval": corrector.slope_interval_[0] < SLOPE < corrector.slope_interval_[1],
+            "slope in its bootstrap interval": figures["slope"]["low"] < SLOPE < figures["slope"]["high"],
+            "MAE in its bootstrap interval": figures["mae"]["low"] < _true_mae() < figures["mae"]["high"],
+            "raw gap-age r": figures["gap_age_r"]["value"],
+            "corrected gap-age r": np.corrcoef(free - age[test], age[test])[0, 1],
+            "adjusted gap-age r": np.corrcoef(corrector.adjust_gap(predicted[test], age[test]), age[test])[
+                0, 1
+            ],
+            "offset recovered [years]": corrector.intercept_,
+            "slope recovered": corrector.slope_,
+        }
+        for form in ("plain", "scaled"):
+            interval = ConformalInterval(0.9, scaled=form == "scaled").fit(predicted[fit], age[fit], "val")
+            low, high = interval.predict(predicted[test])
+            row[f"coverage, {form}"] = ((age[test] >= low) & (age[test] <= high)).mean()
+        rows.append(row)
+    return pd.DataFrame(rows).astype(float).mean().to_dict()
+
+
+def _true_mae() -> float:
+    """Expected |predicted - age| over ages 20 to 86, by numerical mean."""
+    from scipy import stats
+
+    bias = OFFSET + (SLOPE - 1) * np.linspace(20, 86, 2001)
+    return float(stats.foldnorm.mean(np.abs(bias) / NOISE, scale=NOISE).mean())
+
+
+def main() -> None:
+    """Run both, print what was found, and print the verdict as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=200)
+    parser.add_argument("--quick", action="store_true", help="accepted; the full form takes a minute")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    print("Noise test")
+    noise = noise_test()
+    for sentence, holds in noise.items():
+        print(f"  {'yes' if holds else 'NO ':<4}{sentence}")
+    print(
+        f"\nRecovery test: {options.repetitions} cohorts, slope {SLOPE}, offset {OFFSET}, noise {NOISE} years"
+    )
+    found = recovery_test(options.repetitions)
+    for name, value in found.items():
+        print(f"  {name:<34}{value:8.3f}")
+    coverages = [found["coverage, plain"], found["coverage, scaled"]]
+    holds = {
+        "noise": all(noise.values()),
+        "parameters in their 95 % intervals": all(found[name] > 0.9 for name in found if "interval" in name),
+        "corrected gap-age r about 0": abs(found["corrected gap-age r"]) < 0.05
+        and abs(found["adjusted gap-age r"]) < 0.05,
+        "coverage 90 % +- 3": all(abs(value - 0.9) <= 0.03 for value in coverages),
+    }
+    verdict = {
+        "name": "evaluation_honesty",
+        "value": {name: round(value, 4) for name, value in found.items()} | {"noise": noise},
+        "bar": {"coverage": [0.87, 0.93], "corrected_gap_age_r": 0.05},
+        "holds": all(holds.values()),
+        "parts": holds,
+        "repetitions": options.repetitions,
+    }
+    print(json.dumps(verdict))
+
+
+if __name__ == "__main__":
+    main()
