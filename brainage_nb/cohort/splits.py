@@ -102,9 +102,9 @@ def deal_folds(
     fold = pd.Series(-1, index=age.index, dtype=int)
     for start in range(0, len(ordered), folds):
         block = ordered[start : start + folds]
+        # Equally filled folds come in a drawn order; a fixed one would give fold 0 the youngest of each.
         emptiest = np.lexsort((rng.random(folds), sizes))[: len(block)]
-        # Within a block of neighbours any order is fair; a fixed one would give fold 0 the youngest of each.
-        fold[block] = rng.permutation(emptiest)
+        fold[block] = emptiest
         sizes[emptiest] += 1
     return fold
 
@@ -150,7 +150,7 @@ def split_table(splits: pd.DataFrame) -> pd.DataFrame:
     return table.round(1).rename_axis("split")
 
 
-def plot_splits(splits: pd.DataFrame, ax: Axes) -> Axes:
+def plot_splits(ax: Axes, splits: pd.DataFrame) -> Axes:
     """Draw every subject's age (years) as a point in the row of its split; returns `ax`."""
     subjects = splits.groupby("subject_id").agg(age=("age", "mean"), split=("split", "first"))
     rng = np.random.default_rng(0)

@@ -1,0 +1,257 @@
+"""Open every scan of a cohort and write down facts about it; one bad scan never ends the run.
+
+Measures only. What the facts mean for a scan, kept or dropped, is for cleaning to say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from brainage_nb.volumes.scans import ScanError, load_scan, voxel_sizes
+from brainage_nb.workspace import n_workers, sha256_of
+
+if TYPE_CHECKING:
+    from brainage_nb.cohort.cleaning import CleaningRules
+
+FACTS = {
+    "scan_id": "the scan",
+    "error": "code of what kept it from being measured, empty where nothing did",
+    "error_detail": "the same as a sentence",
+    "file_flags": "tuple of codes: what was taken for granted while reading",
+    "shape": "voxels along each axis as stored",
+    "voxel_mm": "edge lengths of a voxel [mm], from the affine",
+    "field_of_view_mm": "shape x voxel_mm [mm]",
+    "orientation": "anatomical direction in which each stored axis grows, such as RAS",
+    "dtype": "number type on disk",
+    "oblique_degrees": "largest angle between a stored axis and the nearest anatomical axis [degrees]",
+    "nonfinite_fraction": "share of voxels that are NaN or infinite",
+    "intensity_p1": "1st percentile of intensity",
+    "intensity_p50": "median intensity",
+    "intensity_p99": "99th percentile of intensity",
+    "n_values": "distinct intensities among at most 250 000 evenly spaced voxels",
+    "equal_neighbours": "share of bright voxels with a neighbour exactly as bright (label maps: most)",
+    "at_maximum": "share of bright voxels that have exactly the greatest intensity",
+    "head_ml": "volume that stands out from the background [ml]",
+    "head_mm": "geometric mean of its width and length [mm]",
+    "edge_fractions": "its section in the outermost slices over its largest: left, right, back, front, top",
+    "background_fraction": "share of voxels that have exactly the lowest intensity",
+    "brightness": "median over 99th percentile of intensity inside it, both above the background",
+    "sha256": "SHA-256 of the file",
+    "voxels_sha256": "SHA-256 of shape and intensities in the orientation nearest to RAS: equal for the same "
+    "picture under another compression, number type or axis order",
+}
+BRIGHT = 0.1
+"""A voxel above this share of the range (1st to 99th percentile) stands out from the background."""
+CRASHED = "reading it ended the process that read it (memory, or a fault in the reader); look at it by hand."
+
+
+def inspect_scans(
+    cohort: pd.DataFrame, resolve: Callable[[str], Path], rules: CleaningRules, n_jobs: int = 0
+) -> pd.DataFrame:
+    """Open every scan of the cohort, in parallel, and record facts.
+
+    Parameters
+    ----------
+    cohort : DataFrame
+        With `scan_id` and `image`.
+    resolve : callable
+        Turns an `image` cell into an absolute path (`workspace.resolve`).
+    rules : CleaningRules
+        Its limits keep a header that claims an absurd size from being believed.
+    n_jobs : int
+        Processes; 0 for as many as this session may use.
+
+    Returns
+    -------
+    DataFrame
+        A row a scan, in the order of `cohort`, with the columns of `FACTS`; unknown facts are None or NaN.
+    """
+    tasks = [(resolve(image), rules) for image in cohort["image"]]
+    crashed = {"error": "unreadable", "error_detail": f"The file cannot be read: {CRASHED}"}
+    facts = [None] * len(tasks)
+    for position, found in each_in_parallel(
+        inspect_scan, tasks, n_jobs, title="scans inspected", lost=crashed
+    ):
+        facts[position] = found
+    frame = pd.DataFrame(facts, columns=list(FACTS))
+    frame["scan_id"] = cohort["scan_id"].to_numpy()
+    frame[["error", "error_detail"]] = frame[["error", "error_detail"]].fillna("")
+    return frame
+
+
+def each_in_parallel(
+    work: Callable[..., Any], tasks: Sequence[tuple], n_jobs: int, *, title: str, lost: Any
+) -> Iterator[tuple[int, Any]]:
+    """Yield (position, work(*task)) as results come; a task whose process dies yields (position, lost).
+
+    A dead worker takes the whole pool with it, so whatever is then unfinished is done again, one process at a
+    time, which shows who did it.
+    """
+    from joblib import Parallel, delayed
+    from tqdm.auto import tqdm
+
+    waiting = dict(enumerate(tasks))
+    with tqdm(total=len(tasks), desc=title, unit="scan") as bar:
+        # At least two: with one, joblib works in this very process, and a crash would end the session.
+        parallel = Parallel(n_jobs=max(2, n_workers(n_jobs)), return_as="generator_unordered")
+        calls = [delayed(_numbered)(work, position, task) for position, task in waiting.items()]
+        try:
+            for position, result in parallel(calls):
+                del waiting[position]
+                bar.update()
+                yield position, result
+        except BrokenProcessPool:
+            for position, result in _one_process_a_task(work, waiting, lost):
+                bar.update()
+                yield position, result
+
+
+def _numbered(work: Callable[..., Any], position: int, task: tuple) -> tuple[int, Any]:
+    return position, work(*task)
+
+
+def _one_process_a_task(
+    work: Callable[..., Any], waiting: dict[int, tuple], lost: Any
+) -> Iterator[tuple[int, Any]]:
+    from joblib.externals.loky import get_reusable_executor
+
+    for position, task in waiting.items():
+        try:
+            alone = get_reusable_executor(max_workers=1, kill_workers=True)
+            yield position, alone.submit(work, *task).result()
+        except BrokenProcessPool:
+            yield position, lost
+
+
+def inspect_scan(path: str | Path, rules: CleaningRules) -> dict[str, Any]:
+    """Facts of one scan by their names in `FACTS`; any exception becomes its `error`, none is raised."""
+    path = Path(path)
+    facts: dict[str, Any] = {}
+    try:
+        facts |= _header_facts(path)
+        _refuse_absurd_size(facts, path, rules)
+        facts["sha256"] = sha256_of(path) if path.is_file() else ""
+        image = load_scan(path, max_nonfinite=rules.max_nonfinite_fraction)
+        facts |= _geometry(image.shape, image.affine) | _content(image) | _head(image)
+    except ScanError as error:
+        facts |= {"error": error.code, "error_detail": error.sentence}
+    except MemoryError:
+        facts |= {"error": "too_large", "error_detail": f"{path.name} does not fit into memory."}
+    except Exception as error:
+        said = f"{path.name} cannot be measured ({type(error).__name__}: {error})."
+        facts |= {"error": "unreadable", "error_detail": said}
+    return facts
+
+
+def _header_facts(path: Path) -> dict[str, Any]:
+    """What the header says, without touching the voxels, so that it is known of dropped scans too."""
+    import nibabel as nib
+
+    try:
+        image = nib.load(path)
+        shape = tuple(int(n) for n in image.shape)
+        facts = {"shape": shape, "dtype": str(image.get_data_dtype())}
+        return facts | (_geometry(shape, image.affine) if len(shape) >= 3 else {})
+    except Exception:  # load_scan says what is wrong with the file, in better words
+        return {}
+
+
+def _refuse_absurd_size(facts: dict[str, Any], path: Path, rules: CleaningRules) -> None:
+    claimed = float(np.prod(facts.get("shape", (0,)), dtype=float))
+    if claimed > rules.max_voxels:
+        shape = " x ".join(map(str, facts["shape"]))
+        said = f"{path.name} claims {shape} voxels; at most {rules.max_voxels:,} in all are opened."
+        raise ScanError("too_large", said)
+
+
+def _geometry(shape: tuple[int, ...], affine: np.ndarray) -> dict[str, Any]:
+    import nibabel as nib
+
+    size = voxel_sizes(affine)
+    cosines = affine[:3, :3] / size
+    angle = np.degrees(np.arccos(np.clip(np.abs(cosines).max(axis=0), 0, 1)))
+    return {
+        "shape": tuple(int(n) for n in shape),
+        "voxel_mm": tuple(size.round(3).tolist()),
+        "field_of_view_mm": tuple((np.array(shape[:3]) * size).round(1).tolist()),
+        "orientation": "".join(axis or "?" for axis in nib.aff2axcodes(affine)),
+        "oblique_degrees": float(angle.max().round(1)),
+    }
+
+
+def _content(image: Any) -> dict[str, Any]:
+    array = np.asarray(image.dataobj)
+    sample = array.reshape(-1)[:: max(1, array.size // 250_000)]
+    low, middle, high = np.percentile(sample, [1, 50, 99])
+    bright = sample > low + BRIGHT * (high - low)
+    return {
+        "file_flags": tuple(image.extra["flags"]),
+        "nonfinite_fraction": round(image.extra["nonfinite_fraction"], 4),
+        "intensity_p1": float(low),
+        "intensity_p50": float(middle),
+        "intensity_p99": float(high),
+        "n_values": len(np.unique(sample)),
+        "equal_neighbours": _equal_neighbours(array, low, high),
+        "at_maximum": float(np.mean(sample[bright] == array.max()).round(4)) if bright.any() else 0.0,
+        "background_fraction": float(np.mean(sample == array.min()).round(4)),
+        "voxels_sha256": _voxels_sha256(image),
+    }
+
+
+def _equal_neighbours(array: np.ndarray, low: float, high: float) -> float:
+    """Share of bright voxels whose next neighbour along the first axis is exactly as bright."""
+    lines = array[:, :: max(1, array.shape[1] // 40), :: max(1, array.shape[2] // 40)]
+    # Above a tenth of the range: faint background noise, stored in few grey levels, repeats itself too.
+    bright = lines[:-1] > low + BRIGHT * (high - low)
+    return float((lines[:-1] == lines[1:])[bright].mean().round(3)) if bright.any() else 1.0
+
+
+def _head(image: Any) -> dict[str, Any]:
+    """Size and brightness of what stands out from the background, at about 3 mm."""
+    import nibabel as nib
+    from scipy import ndimage
+
+    canonical = nib.as_closest_canonical(image)
+    size = voxel_sizes(canonical.affine)
+    step = np.maximum(1, np.round(3.0 / size)).astype(int)
+    coarse = ndimage.uniform_filter(np.asarray(canonical.dataobj), step)[
+        tuple(slice(None, None, n) for n in step)
+    ]
+    low, high = np.percentile(coarse, [1, 99])
+    bright = coarse > low + BRIGHT * (high - low)
+    if not bright.any():
+        return {"head_ml": 0.0, "head_mm": 0.0, "edge_fractions": (0.0,) * 5, "brightness": 0.0}
+    width, length, height = (bright.sum(axis=others) for others in ((1, 2), (0, 2), (0, 1)))
+    extent = _extent(width) * _extent(length)
+    edges = [
+        p[end] / p.max()
+        for p, end in zip((width, width, length, length, height), (0, -1, 0, -1, -1), strict=True)
+    ]
+    inside = coarse[bright]
+    return {
+        "head_ml": float((bright.sum() * np.prod(size * step) / 1000).round(1)),
+        "head_mm": float(np.sqrt(extent * np.prod((size * step)[:2])).round(1)),
+        "edge_fractions": tuple(float(edge.round(3)) for edge in edges),
+        "brightness": float(((np.median(inside) - low) / (np.percentile(inside, 99) - low)).round(3)),
+    }
+
+
+def _extent(profile: np.ndarray) -> int:
+    """Number of slices from the first to the last that hold more than stray voxels."""
+    return int(np.ptp(np.flatnonzero(profile > 0.05 * profile.max()))) + 1
+
+
+def _voxels_sha256(image: Any) -> str:
+    import nibabel as nib
+
+    array = np.asarray(nib.as_closest_canonical(image).dataobj, dtype="<f4")
+    digest = hashlib.sha256(str(array.shape).encode())
+    digest.update(np.ascontiguousarray(array + 0.0))  # -0.0 becomes 0.0
+    return digest.hexdigest()
