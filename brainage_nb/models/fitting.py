@@ -1,0 +1,344 @@
+"""One model from its first step to its predictions, resumable at any step. Which models there are is not decided here.
+
+Order, batches and augmentation are functions of (seed, epoch, scan), so a run that goes on from a checkpoint does
+what the uninterrupted run would have done, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from brainage_nb.models.batches import ResidentVolumes, StreamedVolumes
+from brainage_nb.models.checkpoints import Checkpoints
+from brainage_nb.models.optimisation import (
+    Stepper,
+    WeightAverage,
+    learning_rate_at,
+    make_optimiser,
+    precise_statistics,
+    predict_ages,
+)
+from brainage_nb.models.resnet import AgeRegressor, load_pretrained, resnet18_regressor
+from brainage_nb.models.settings import TrainingSettings
+from brainage_nb.models.stopping import StopRequests
+from brainage_nb.models.sweeps import Member, member_rows
+from brainage_nb.volumes.augment import augment
+from brainage_nb.workspace import sha256_of, write_csv, writing
+
+PRECISE_SCANS = 256  # enough for BatchNorm's means; more changes nothing
+HISTORY = (
+    "fold",
+    "seed",
+    "epoch",
+    "train_loss",
+    "train_mae",
+    "val_loss",
+    "val_mae",
+    "learning_rate",
+    "gradient_norm",
+    "seconds",
+)
+
+
+class SettingsDiffer(ValueError):
+    """A run was begun with other settings; the message names them."""
+
+
+def build_network(settings: TrainingSettings, age: np.ndarray) -> AgeRegressor:
+    """The network of these settings, started at the mean and spread of the training ages (years)."""
+    return resnet18_regressor(
+        widths=settings.widths,
+        blocks=settings.blocks,
+        norm=settings.norm,
+        shortcut=settings.shortcut,
+        dropout=settings.dropout,
+        age_mean=float(np.mean(age)),
+        age_sd=max(1.0, float(np.std(age))),
+    )
+
+
+class MemberFit:
+    """Training of one model.
+
+    Parameters
+    ----------
+    volumes : ResidentVolumes or StreamedVolumes
+        By row position in `scans`.
+    scans : DataFrame
+        `scan_id, subject_id, session_id, split, age`.
+    member : Member
+    settings : TrainingSettings
+    accelerator : accelerate.Accelerator
+    folder : Path
+        Receives checkpoints, then `weights.safetensors`, `history.csv` and, last of all, `predictions.csv`.
+    identity : dict
+        What decides the result; a checkpoint with another identity is refused.
+    """
+
+    def __init__(
+        self,
+        volumes: ResidentVolumes | StreamedVolumes,
+        scans: pd.DataFrame,
+        member: Member,
+        settings: TrainingSettings,
+        accelerator,
+        folder: Path,
+        identity: dict[str, Any],
+    ):
+        self.volumes, self.scans, self.member = volumes, scans, member
+        self.settings, self.accelerator, self.folder = settings, accelerator, folder
+        self.identity = identity | {"model": member.name}
+        self.age = torch.tensor(scans["age"].to_numpy(np.float32), device=accelerator.device)
+        self.steps_per_epoch = -(-len(member.train) // settings.batch_size)
+        self.epoch = self.position = self.step = 0
+        self.seconds = 0.0
+        self.history: list[dict[str, float]] = []
+        self.best: dict[str, Any] = {"val_mae": float("inf"), "epoch": -1, "weights": {}}
+        self._build()
+        self.checkpoints = None
+        if accelerator.is_main_process or self.folder.exists():
+            scratch = (
+                Path(settings.scratch) / folder.parent.parent.name / folder.name if settings.scratch else None
+            )
+            self.checkpoints = Checkpoints(scratch or folder, folder if scratch else None)
+        self._saved = time.monotonic()
+
+    def _build(self) -> None:
+        settings, device = self.settings, self.accelerator.device
+        torch.manual_seed(self.member.seed)
+        model = build_network(settings, self.scans["age"].to_numpy()[self.member.train])
+        if settings.init_from:
+            load_pretrained(model, settings.init_from)
+        model.to(device)
+        self.average = WeightAverage(model, settings.ema_epochs * self.steps_per_epoch)
+        self.network = model
+        prepared, self.optimiser = self.accelerator.prepare(model, make_optimiser(model, settings))
+        self.stepper = Stepper(self.accelerator, prepared, self.optimiser, settings, settings.micro_batch)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+
+    # --- the loop ----------------------------------------------------------------------------------------
+
+    def run(self, stop: StopRequests, on_step: Callable, on_epoch: Callable) -> bool:
+        """Train to the end, or to a reason to stop; True where the end was reached and everything is written.
+
+        `on_step(fit)` and `on_epoch(fit)` are called after each.
+        """
+        self.resume()
+        while not self.finished:
+            if not self._train_epoch(stop, on_step):
+                self.save()
+                self._wait()
+                return False
+            self._end_epoch()
+            on_epoch(self)
+        self._finish()
+        return True
+
+    @property
+    def finished(self) -> bool:
+        """All epochs done, or none better for `patience` of them."""
+        patience = self.settings.patience
+        waited = self.epoch - 1 - self.best["epoch"]
+        return self.epoch >= self.settings.epochs or bool(patience and self.epoch and waited >= patience)
+
+    def _train_epoch(self, stop: StopRequests, on_step: Callable) -> bool:
+        """The rest of this epoch; False where a reason to stop came first."""
+        self.network.train()
+        batches = self._batches_of_epoch()[self.position :]
+        shares = [
+            batch[self.accelerator.process_index :: self.accelerator.num_processes] for batch in batches
+        ]
+        started = time.monotonic()
+        for batch, share, volumes in zip(batches, shares, self.volumes.batches(shares), strict=True):
+            self._step(batch, share, volumes)
+            now = time.monotonic()
+            self.seconds, started = self.seconds + now - started, now
+            on_step(self)
+            if stop.asked(self.accelerator):
+                return False
+            if now - self._saved >= 60 * self.settings.checkpoint_minutes:
+                self.save()
+                started = time.monotonic()
+        return True
+
+    def _batches_of_epoch(self) -> list[np.ndarray]:
+        """Row positions of each batch; sizes differ by one at most, so no batch is tiny."""
+        draw = np.random.default_rng([self.member.seed, self.epoch])
+        batches = np.array_split(draw.permutation(self.member.train), self.steps_per_epoch)
+        if len(batches[-1]) < self.accelerator.num_processes:
+            raise ValueError(
+                f"Batches of {len(batches[-1])} cannot be shared by {self.accelerator.num_processes} processes. "
+                "Set a larger batch_size or fewer processes."
+            )
+        return batches
+
+    def _step(self, batch: np.ndarray, share: np.ndarray, volumes: torch.Tensor) -> None:
+        settings = self.settings
+        if settings.augmentation is not None:
+            streams = [(self.member.seed, self.epoch, int(row)) for row in share]
+            volumes = augment(volumes, settings.augmentation, self.volumes.spacing_mm, streams)
+        rate = learning_rate_at(self.step, self.steps_per_epoch, settings)
+        age = self.age[torch.as_tensor(share, device=self.age.device)]
+        self.sums += self.stepper.step(volumes, age, len(batch), rate)
+        self.average.update(self.network, self.step)
+        self.step += 1
+        self.position += 1
+
+    def _end_epoch(self) -> None:
+        started = time.monotonic()
+        error = self._validation_error()
+        loss, mae = (self.accelerator.reduce(self.sums[:2], "sum") / len(self.member.train)).tolist()
+        delta, val_mae = self.settings.huber_delta, float(np.abs(error).mean())
+        size = np.abs(error)
+        row = {
+            "fold": self.member.fold,
+            "seed": self.member.seed,
+            "epoch": self.epoch,
+            "train_loss": loss,
+            "train_mae": mae,
+            "val_loss": float(np.where(size < delta, error**2 / 2, delta * (size - delta / 2)).mean()),
+            "val_mae": val_mae,
+            "learning_rate": learning_rate_at(self.step - 1, self.steps_per_epoch, self.settings),
+            "gradient_norm": self.sums[2].item() / self.steps_per_epoch,
+            "seconds": round(self.seconds + time.monotonic() - started, 3),
+        }
+        self.history.append(row)
+        if val_mae < self.best["val_mae"]:
+            self.best = {"val_mae": val_mae, "epoch": self.epoch, "weights": halved(self.average.model)}
+        self.epoch, self.position, self.seconds = self.epoch + 1, 0, 0.0
+        self.sums.zero_()
+
+    # --- evaluation --------------------------------------------------------------------------------------
+
+    def _validation_error(self) -> np.ndarray:
+        rows = self.member.validation
+        precise_statistics(self.average.model, self._precise_batches(), self.accelerator.autocast)
+        return self._predict(rows, flip_averaging=False) - self.scans["age"].to_numpy(float)[rows]
+
+    def _precise_batches(self):
+        rows = self.member.train
+        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), PRECISE_SCANS)).round().astype(int)]
+        return self.volumes.batches(np.array_split(rows, -(-len(rows) // self.settings.batch_size)))
+
+    def _predict(self, rows: np.ndarray, *, flip_averaging: bool) -> np.ndarray:
+        """Ages in years of the scans at `rows`, every process doing its share and receiving all."""
+        size = self.stepper.micro_batch or self.settings.batch_size
+        share = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        batches = self.volumes.batches([share[start : start + size] for start in range(0, len(share), size)])
+        ages = predict_ages(
+            self.average.model, batches, self.accelerator.autocast, flip_averaging=flip_averaging
+        )
+        if self.accelerator.num_processes == 1:
+            return ages
+        from accelerate.utils import gather_object
+
+        found = dict(gather_object(list(zip(share.tolist(), ages.tolist(), strict=True))))
+        return np.array([found[row] for row in rows.tolist()])
+
+    def _finish(self) -> None:
+        """Predict with the best epoch's weights as stored, write everything, drop the checkpoints."""
+        weights = self.best["weights"]
+        self.average.model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        predicted = self._predict(self.member.predicted, flip_averaging=self.settings.flip_averaging)
+        if self.accelerator.is_main_process:
+            write_weights(weights, self.folder / "weights.safetensors")
+            write_csv(pd.DataFrame(self.history, columns=list(HISTORY)), self.folder / "history.csv")
+            rows = member_rows(self.scans, self.member, predicted)
+            write_csv(rows, self.folder / "predictions.csv")
+            self.checkpoints.delete()
+        self.accelerator.wait_for_everyone()
+
+    # --- checkpoints -------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint of this very step."""
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self._state(), self.step)
+        self._saved = time.monotonic()
+
+    def _wait(self) -> None:
+        if self.accelerator.is_main_process:
+            self.checkpoints.wait()
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one; `SettingsDiffer` where it is another run's."""
+        self.accelerator.wait_for_everyone()
+        state = self.checkpoints.load() if self.checkpoints else None
+        if state is None:
+            return
+        refuse_difference(json.loads(state["identity"]), self.identity, self.folder)
+        self.network.load_state_dict(state["model"])
+        self.average.model.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.position, self.step = state["epoch"], state["position"], state["step"]
+        self.seconds, self.history, self.best = state["seconds"], state["history"], state["best"]
+        self.sums.copy_(state["sums"])
+        self.stepper.micro_batch = state["micro_batch"]
+        torch.set_rng_state(state["random"])
+        if self.accelerator.device.type == "cuda" and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"])
+
+    def _state(self) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        cuda = self.accelerator.device.type == "cuda"
+        return {
+            "identity": json.dumps(self.identity),
+            "model": self.network.state_dict(),
+            "average": self.average.model.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else {},
+            "epoch": self.epoch,
+            "position": self.position,
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history,
+            "best": self.best,
+            "sums": self.sums,
+            "micro_batch": self.stepper.micro_batch,
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state() if cuda else None,
+        }
+
+
+def refuse_difference(before: dict[str, Any], now: dict[str, Any], place: Path) -> None:
+    """Raise `SettingsDiffer` naming every setting that is not what `place` was begun with."""
+    now = json.loads(json.dumps(now))
+    names = [name for name in sorted(set(before) | set(now)) if before.get(name) != now.get(name)]
+    if names:
+        listed = "; ".join(f"{name}: was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
+        raise SettingsDiffer(
+            f"{place} was begun with other settings ({listed}). Go on with those, choose another run name, or set "
+            "fresh=True to delete it and start anew."
+        )
+
+
+def halved(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights on the CPU: convolutions and the head in float16, norms, biases and statistics as they are."""
+    return {
+        name: (tensor.half() if tensor.ndim > 1 else tensor).detach().to("cpu", copy=True)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Write weights as safetensors, whole and read back before they count."""
+    import hashlib
+
+    from safetensors.torch import save
+
+    content = save({name: tensor.contiguous() for name, tensor in weights.items()})
+    with writing(path) as temporary:
+        temporary.write_bytes(content)
+        if sha256_of(temporary) != hashlib.sha256(content).hexdigest():
+            raise OSError(f"{path} reads back with another content; is the disk full or Drive disconnected?")

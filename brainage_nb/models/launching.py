@@ -1,0 +1,91 @@
+"""Several training processes, one a GPU, started from a notebook as a subprocess with its lines shown live.
+
+A subprocess, since a notebook that has touched CUDA cannot fork workers (`notebook_launcher` breaks).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+
+from brainage_nb.models.settings import TrainingSettings
+from brainage_nb.workspace import write_csv, write_json
+
+if TYPE_CHECKING:
+    from brainage_nb.volumes.store import VolumeStore
+
+LAST_LINES = 25
+
+
+class LaunchFailed(RuntimeError):
+    """The training subprocess ended with an error; the message holds its last lines."""
+
+
+def in_worker() -> bool:
+    """True inside a process that was started to train."""
+    return "BRAINAGE_TRAINING_WORKER" in os.environ or "WORLD_SIZE" in os.environ
+
+
+def processes_wanted(settings: TrainingSettings) -> int:
+    """Processes to train with: as set, or one a GPU, or one."""
+    if settings.processes:
+        return settings.processes
+    if settings.device == "cpu" or not torch.cuda.is_available():
+        return 1
+    return torch.cuda.device_count()
+
+
+def launch(
+    store: VolumeStore, splits: pd.DataFrame, run_folder: Path, settings: TrainingSettings, *, fresh: bool
+) -> None:
+    """Train in several processes through `accelerate launch`; blocks, printing their lines as they come.
+
+    Raises
+    ------
+    LaunchFailed
+        Where the subprocess ends with an error.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    settings_file = write_json(settings.to_json(), run_folder / "launch_settings.json")
+    splits_file = write_csv(splits, run_folder / "launch_splits.csv")
+    command = [*_launcher(settings), "--module", "brainage_nb.models.training"]
+    command += ["--volumes", str(store.folder), "--splits", str(splits_file), "--run-folder", str(run_folder)]
+    command += ["--settings", str(settings_file)] + (["--fresh"] if fresh else [])
+    environment = os.environ | {"BRAINAGE_TRAINING_WORKER": "1", "PYTHONUNBUFFERED": "1"}
+    lines, status = _followed(command, environment)
+    if status:
+        raise LaunchFailed(f"Training in {processes_wanted(settings)} processes failed:\n" + "\n".join(lines))
+    settings_file.unlink()
+    splits_file.unlink()
+
+
+def _launcher(settings: TrainingSettings) -> list[str]:
+    on_gpus = settings.device != "cpu" and torch.cuda.is_available()
+    kind = ["--multi_gpu"] if on_gpus else ["--cpu"]
+    count = str(processes_wanted(settings))
+    fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *kind, "--num_processes", count, *fixed]
+
+
+def _followed(command: list[str], environment: dict[str, str]) -> tuple[list[str], int]:
+    """Run a command, print its lines as they come; gives its last lines and exit status. Interrupts reach it."""
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    lines: list[str] = []
+    try:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines = [*lines[1 - LAST_LINES :], line.rstrip()]
+        return lines, process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+        raise

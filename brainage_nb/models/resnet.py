@@ -1,0 +1,183 @@
+"""The 3-D ResNet-18 that reads an age from a head. It knows nothing of files, batches or training.
+
+Written out here, not imported from MONAI: `import monai.networks.nets.resnet` costs 12 s on two cores and every
+prediction would pay it, and MONAI 1.6's `norm` argument never reaches the residual blocks. Parameter names and
+arithmetic are those of MONAI and MedicalNet, so their weights load (the tests compare outputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+NORMS = ("group", "instance", "batch")
+HEAD = ("fc.weight", "fc.bias", "age_mean", "age_sd")
+
+
+def resnet18_regressor(
+    *,
+    widths: Sequence[int] = (64, 128, 256, 512),
+    blocks: Sequence[int] = (2, 2, 2, 2),
+    norm: str = "group",
+    shortcut: str = "A",
+    dropout: float = 0.0,
+    age_mean: float = 0.0,
+    age_sd: float = 1.0,
+) -> AgeRegressor:
+    """3-D ResNet-18 with a 7x7x7 stem of stride 2, global average pooling and one linear output.
+
+    Parameters
+    ----------
+    widths : sequence of int
+        Channels of the four residual stages.
+    blocks : sequence of int
+        Residual blocks of each stage; (2, 2, 2, 2) is ResNet-18, (1, 1, 1, 1) is ResNet-10.
+    norm : {"group", "instance", "batch"}
+        Normalisation. "group" is GroupNorm of at most 16 channels a group and behaves alike in training and
+        evaluation; "batch" is what MedicalNet's weights were trained with.
+    shortcut : {"A", "B"}
+        Where the resolution halves: "A" subsamples and pads with zero channels (MedicalNet; here gradients pass,
+        in MONAI they do not), "B" is a strided 1x1x1 convolution.
+    dropout : float
+        Share of the pooled features dropped in training.
+    age_mean, age_sd : float
+        Mean and spread of the training ages, years. The output starts at `age_mean`, so the optimiser's first
+        steps are not spent on finding it.
+
+    Returns
+    -------
+    AgeRegressor
+        Module from (batch, 1, D, H, W) to ages in years of shape (batch,).
+    """
+    if norm not in NORMS:
+        raise ValueError(f"norm={norm!r} is unknown. Available: {list(NORMS)}")
+    if shortcut not in ("A", "B"):
+        raise ValueError(f"shortcut={shortcut!r} is unknown. Available: ['A', 'B']")
+    if len(widths) != 4 or len(blocks) != 4:
+        raise ValueError(f"A ResNet has four stages; widths={tuple(widths)}, blocks={tuple(blocks)}.")
+    return AgeRegressor(widths, blocks, norm, shortcut, dropout, age_mean, age_sd)
+
+
+class AgeRegressor(nn.Module):
+    """See `resnet18_regressor`; `features` gives what the last layer sees."""
+
+    def __init__(self, widths, blocks, norm, shortcut, dropout, age_mean, age_sd):
+        super().__init__()
+        self.conv1 = nn.Conv3d(1, widths[0], kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = _norm(norm, widths[0])
+        self.act = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool3d(kernel_size=3, stride=2, padding=1)
+        before = widths[0]
+        for stage, (width, depth) in enumerate(zip(widths, blocks, strict=True), start=1):
+            stride = 1 if stage == 1 else 2
+            first = ResidualBlock(before, width, stride, norm, shortcut)
+            rest = [ResidualBlock(width, width, 1, norm, shortcut) for _ in range(depth - 1)]
+            setattr(self, f"layer{stage}", nn.Sequential(first, *rest))
+            before = width
+        self.dropout = nn.Dropout(dropout)
+        self.fc = nn.Linear(before, 1)
+        self.register_buffer("age_mean", torch.tensor(float(age_mean)))
+        self.register_buffer("age_sd", torch.tensor(float(age_sd)))
+        self._start()
+
+    def _start(self):
+        for module in self.modules():
+            if isinstance(module, nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+
+    def features(self, volumes: Tensor) -> Tensor:
+        """Pooled features (batch, widths[-1]) of volumes (batch, 1, D, H, W), axes RAS."""
+        x = self.maxpool(self.act(self.bn1(self.conv1(volumes))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return x.mean(dim=(2, 3, 4))
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        """Ages in years, shape (batch,)."""
+        scores = self.fc(self.dropout(self.features(volumes))).squeeze(1)
+        return self.age_mean + self.age_sd * scores.float()
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3x3 convolutions and a shortcut around them (He et al. 2016, arXiv:1512.03385)."""
+
+    def __init__(self, before: int, width: int, stride: int, norm: str, shortcut: str):
+        super().__init__()
+        self.conv1 = nn.Conv3d(before, width, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn1 = _norm(norm, width)
+        self.act = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv3d(width, width, kernel_size=3, padding=1, bias=False)
+        self.bn2 = _norm(norm, width)
+        if stride == 1 and before == width:
+            self.downsample = nn.Identity()
+        elif shortcut == "A":
+            self.downsample = Subsample(stride, width - before)
+        else:
+            self.downsample = nn.Sequential(
+                nn.Conv3d(before, width, kernel_size=1, stride=stride), _norm(norm, width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.act(out + self.downsample(x))
+
+
+class Subsample(nn.Module):
+    """Shortcut "A": every `stride`-th voxel, then `padding` channels of zeros."""
+
+    def __init__(self, stride: int, padding: int):
+        super().__init__()
+        self.stride, self.padding = stride, padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = slice(None, None, self.stride)
+        return nn.functional.pad(x[:, :, step, step, step], (0, 0, 0, 0, 0, 0, 0, self.padding))
+
+
+def _norm(norm: str, channels: int) -> nn.Module:
+    if norm == "batch":
+        return nn.BatchNorm3d(channels)
+    if norm == "instance":
+        return nn.GroupNorm(channels, channels)
+    return nn.GroupNorm(max(1, channels // 16), channels)
+
+
+def load_pretrained(model: AgeRegressor, path: str | Path) -> list[str]:
+    """Load weights of the same architecture, the regression head excepted; returns the names left as they were.
+
+    Parameters
+    ----------
+    model : AgeRegressor
+        Changed in place. MedicalNet's weights need `norm="batch", shortcut="A"`.
+    path : path
+        `.safetensors`, or a PyTorch file, bare or under the key `state_dict`, with or without the prefix `module.`.
+
+    Raises
+    ------
+    ValueError
+        Where a tensor of the file does not fit the network, or the file lacks one the network needs.
+    """
+    if Path(path).suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        weights = load_file(path)
+    else:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = weights.get("state_dict", weights)
+    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
+    own = model.state_dict()
+    wanted = [name for name in own if name not in HEAD and not name.endswith("num_batches_tracked")]
+    missing = [name for name in wanted if name not in weights]
+    unlike = [name for name in wanted if name in weights and weights[name].shape != own[name].shape]
+    if missing or unlike:
+        raise ValueError(
+            f"{path} does not fit this network: {len(missing)} tensors missing ({missing[:3]}), {len(unlike)} of "
+            f"another shape ({unlike[:3]}). MedicalNet's weights need norm='batch' and shortcut='A'."
+        )
+    model.load_state_dict({name: weights[name] for name in wanted}, strict=False)
+    return [name for name in own if name not in wanted]

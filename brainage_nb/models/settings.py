@@ -1,0 +1,149 @@
+"""The settings of a training run, flat and in one place. No behaviour beyond checking them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from brainage_nb.models.resnet import NORMS
+from brainage_nb.volumes.augment import AugmentationSettings
+
+# How and where a run is computed. These may differ when a run is continued; all others decide its result.
+RUNTIME = (
+    "precision",
+    "device",
+    "processes",
+    "micro_batch",
+    "resident_share",
+    "max_minutes",
+    "checkpoint_minutes",
+    "require_gpu",
+    "scratch",
+)
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Every number that decides a training run.
+
+    Parameters
+    ----------
+    epochs : int
+        Passes over the training set.
+    batch_size : int
+        Volumes a step, all processes together; kept when memory forces smaller pieces.
+    learning_rate : float
+        Peak of AdamW's learning rate, after the warm-up.
+    weight_decay : float
+        Of AdamW; norms and biases are spared.
+    warmup_epochs : int
+        Epochs of linear rise before the cosine; at most a fifth of all epochs is used.
+    huber_delta : float
+        Where the Huber loss turns from square to linear, years.
+    gradient_clip : float
+        Largest norm of the gradient; 0 for none.
+    ema_epochs : float
+        Time constant of the weight average, epochs; the average is what is evaluated. 0 for none.
+    patience : int
+        Stop after so many epochs without a better validation MAE; 0 for never.
+    norm, shortcut, widths, blocks, dropout
+        Of the network, see `resnet18_regressor`.
+    augmentation : AugmentationSettings or None
+        Random variation of training volumes; None for none.
+    flip_averaging : bool
+        Predict each scan and its mirror image and average.
+    init_from : str
+        File of weights to start from (`load_pretrained`); empty for random ones.
+    seeds : tuple of int
+        One model a seed; several are an ensemble.
+    folds : int
+        Cross-validation folds over train and validation; 0 for none.
+    inner_fraction : float
+        With folds, the share of each fold's training subjects that chooses the best epoch.
+    precision : {"auto", "fp32", "fp16", "bf16"}
+        "auto" is what the device does natively: bf16 from compute capability 8.0, else fp16; fp32 on a CPU.
+    device : {"auto", "cpu", "cuda"}
+    processes : int
+        Processes, one a GPU; 0 for all GPUs seen.
+    micro_batch : int
+        Volumes computed at once on a device; 0 for as many as fit.
+    resident_share : float
+        Volumes stay on the device where they take at most this share of its free memory.
+    max_minutes : float
+        Save and end cleanly after so many minutes; 0 for no limit.
+    checkpoint_minutes : float
+        Time between checkpoints, minutes; 0 for every step.
+    require_gpu : bool
+        Refuse to train without a GPU.
+    scratch : str
+        A fast local folder where checkpoints are written first, for a run folder on a slow or unsafe file system
+        such as Drive: the run folder then receives verified copies. Empty to write there directly.
+    """
+
+    epochs: int = 60
+    batch_size: int = 8
+    learning_rate: float = 3e-4
+    weight_decay: float = 1e-4
+    warmup_epochs: int = 5
+    huber_delta: float = 1.0
+    gradient_clip: float = 20.0
+    ema_epochs: float = 1.0
+    patience: int = 0
+    norm: str = "group"
+    shortcut: str = "A"
+    widths: tuple[int, ...] = (64, 128, 256, 512)
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    dropout: float = 0.0
+    augmentation: AugmentationSettings | None = field(default_factory=AugmentationSettings)
+    flip_averaging: bool = True
+    init_from: str = ""
+    seeds: tuple[int, ...] = (0,)
+    folds: int = 0
+    inner_fraction: float = 0.15
+    precision: str = "auto"
+    device: str = "auto"
+    processes: int = 0
+    micro_batch: int = 0
+    resident_share: float = 0.5
+    max_minutes: float = 0.0
+    checkpoint_minutes: float = 5.0
+    require_gpu: bool = False
+    scratch: str = ""
+
+    def __post_init__(self):
+        for name in ("seeds", "widths", "blocks"):  # JSON and notebooks bring lists
+            object.__setattr__(self, name, tuple(int(value) for value in getattr(self, name)))
+        for name in ("epochs", "batch_size", "learning_rate", "huber_delta"):
+            _require(self, name, getattr(self, name) > 0, "a number above 0")
+        _require(self, "folds", self.folds == 0 or self.folds >= 2, "0 (none) or at least 2")
+        _require(self, "seeds", 0 < len(set(self.seeds)) == len(self.seeds), "one or more different numbers")
+        _require(self, "norm", self.norm in NORMS, f"one of {list(NORMS)}")
+        _require(self, "device", self.device in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'")
+        known = ("auto", "fp32", "fp16", "bf16")
+        _require(self, "precision", self.precision in known, f"one of {list(known)}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers, text and lists; `from_json` reads them back."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> TrainingSettings:
+        """Settings from `to_json`'s form; unknown names raise ValueError."""
+        known = [entry.name for entry in fields(cls)]
+        if unknown := sorted(set(content) - set(known)):
+            raise ValueError(f"Unknown training settings {unknown}. Available: {known}")
+        content = dict(content)
+        if isinstance(content.get("augmentation"), dict):
+            content["augmentation"] = AugmentationSettings(**content["augmentation"])
+        return cls(**content)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the result, in `to_json`'s form."""
+        return {name: value for name, value in self.to_json().items() if name not in RUNTIME}
+
+
+def _require(settings: TrainingSettings, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} = {getattr(settings, name)!r}: expected {expected}.")
