@@ -60,8 +60,8 @@ class BundleFiles:
         content = self._read(file)
         if len(content) != listed["bytes"] or hashlib.sha256(content).hexdigest() != listed["sha256"]:
             raise BundleError(
-                f"{self.name}: {file} is not the file this bundle was saved with (its SHA-256 or size differs). "
-                "It was damaged or changed; copy or download the bundle again."
+                f"{self.name}: {file} is not the file this bundle was saved with (its SHA-256 or size "
+                "differs). It was damaged or changed; copy or download the bundle again."
             )
         return content
 
@@ -92,8 +92,8 @@ def open_bundle(source: Path | str | IO[bytes], *, max_bytes: int = MAX_BYTES) -
     Raises
     ------
     BundleError
-        Pickles, files that do not belong, links, paths that lead out, zip bombs, a manifest that is missing, too
-        large, not JSON or of a newer format.
+        Pickles, files that do not belong, links, paths that lead out, zip bombs, a manifest that is missing,
+        too large, not JSON or of a newer format.
     """
     if isinstance(source, str | Path) and Path(source).is_dir():
         name, sizes, read = _folder(Path(source))
@@ -102,15 +102,16 @@ def open_bundle(source: Path | str | IO[bytes], *, max_bytes: int = MAX_BYTES) -
     _check_names(name, sizes)
     if sum(sizes.values()) > max_bytes:
         raise BundleError(
-            f"{name} opens to {sum(sizes.values()) / 2**20:,.0f} MB; at most {max_bytes / 2**20:,.0f} MB are opened."
+            f"{name} opens to {sum(sizes.values()) / 2**20:,.0f} MB; at most {max_bytes / 2**20:,.0f} MB "
+            "are opened."
         )
     manifest = _manifest(name, sizes, read)
     present = set(sizes) - {MANIFEST, CARD}
     if present != set(manifest["files"]):
         missing, extra = set(manifest["files"]) - present, present - set(manifest["files"])
         raise BundleError(
-            f"{name}: files and {MANIFEST} disagree (missing: {sorted(missing)}, not listed: {sorted(extra)}). "
-            "Copy the whole bundle again."
+            f"{name}: files and {MANIFEST} disagree (missing: {sorted(missing)}, not listed: "
+            f"{sorted(extra)}). Copy the whole bundle again."
         )
     return BundleFiles(manifest, name, read)
 
@@ -121,7 +122,9 @@ def _folder(folder: Path) -> tuple[str, dict[str, int], Callable[[str], bytes]]:
         if path.name in DROPPINGS:
             continue
         if path.is_symlink() or not path.is_file():
-            raise BundleError(f"{folder.name}: {path.name} is a link or a folder; a bundle holds plain files.")
+            raise BundleError(
+                f"{folder.name}: {path.name} is a link or a folder; a bundle holds plain files."
+            )
         sizes[path.name] = path.stat().st_size
     return folder.name, sizes, lambda file: (folder / file).read_bytes()
 
@@ -134,7 +137,9 @@ def _zip(source: Path | str | IO[bytes]) -> tuple[str, dict[str, int], Callable[
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise BundleError(f"{name} is a damaged zip file ({error}). Copy it again.") from error
     entries = [
-        entry for entry in archive.infolist() if not (entry.filename.startswith(DROPPINGS) or _dropping(entry))
+        entry
+        for entry in archive.infolist()
+        if not (entry.filename.startswith(DROPPINGS) or _dropping(entry))
     ]
     root = _one_root(entries)
     entries = [entry for entry in entries if entry.filename != root]
@@ -161,8 +166,8 @@ def _refuse_what_is_no_zip(source: Path | str | IO[bytes], name: str) -> None:
         return
     if start[:1] == b"\x80" and start[1:2] in b"\x01\x02\x03\x04\x05":
         raise BundleError(
-            f"{name} is a Python pickle, which can run any code when it is opened, so it is not. A bundle is a "
-            "folder or .zip written by save_bundle."
+            f"{name} is a Python pickle, which can run any code when it is opened, so it is not. A bundle "
+            "is a folder or .zip written by save_bundle."
         )
     kind = "is empty" if not start else "is a gzip file" if start[:2] == GZIP else "is not a zip file"
     raise BundleError(f"{name} {kind}. Expected a bundle: a folder or .zip written by save_bundle.")
@@ -184,17 +189,21 @@ def _one_root(entries: list[zipfile.ZipInfo]) -> str:
 def _check_entry(entry: zipfile.ZipInfo, name: str) -> None:
     file = entry.filename
     if ".." in Path(file).parts or file.startswith(("/", "\\")) or "\\" in file or ":" in file:
-        raise BundleError(f"{name} holds a path that leads out of the bundle ({file[:80]!r}); it is not opened.")
+        raise BundleError(
+            f"{name} holds a path that leads out of the bundle ({file[:80]!r}); it is not opened."
+        )
     if entry.flag_bits & 1:
         raise BundleError(f"{name} is encrypted; give an unencrypted bundle.")
     if stat.S_ISLNK(entry.external_attr >> 16):
         raise BundleError(f"{name} holds a link ({file[:80]!r}); a bundle holds plain files.")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise BundleError(f"{name}: {file[:80]!r} is compressed in an unusual way; zip it with 'deflate' or not at all.")
+        raise BundleError(
+            f"{name}: {file[:80]!r} is compressed in an unusual way; zip it with 'deflate' or not at all."
+        )
     if entry.file_size > MAX_RATIO * max(entry.compress_size, 1) and entry.file_size > 2**20:
         raise BundleError(
-            f"{name}: {file[:80]!r} would grow {entry.file_size / max(entry.compress_size, 1):,.0f} times when opened "
-            "(a zip bomb); model weights hardly compress."
+            f"{name}: {file[:80]!r} would grow {entry.file_size / max(entry.compress_size, 1):,.0f} times "
+            "when opened (a zip bomb); model weights hardly compress."
         )
 
 
@@ -214,14 +223,18 @@ def _check_names(name: str, sizes: Mapping[str, int]) -> None:
             continue
         if file.endswith((".pkl", ".pickle", ".pt", ".pth", ".joblib", ".ckpt")):
             raise BundleError(
-                f"{name} holds {file[:80]!r}: a pickle or PyTorch file can run any code when it is opened, so it is "
-                "not. A bundle holds safetensors arrays; save the model with save_bundle."
+                f"{name} holds {file[:80]!r}: a pickle or PyTorch file can run any code when it is opened, "
+                "so it is not. A bundle holds safetensors arrays; save the model with save_bundle."
             )
-        raise BundleError(f"{name} holds {file[:80]!r}, which does not belong into a bundle; nothing was opened.")
+        raise BundleError(
+            f"{name} holds {file[:80]!r}, which does not belong into a bundle; nothing was opened."
+        )
     if MANIFEST not in sizes:
         raise BundleError(f"{name} has no {MANIFEST}, so it is no bundle. Expected what save_bundle writes.")
     if sizes[MANIFEST] > MAX_MANIFEST_BYTES:
-        raise BundleError(f"{name}: {MANIFEST} has {sizes[MANIFEST]:,} bytes; at most {MAX_MANIFEST_BYTES:,}.")
+        raise BundleError(
+            f"{name}: {MANIFEST} has {sizes[MANIFEST]:,} bytes; at most {MAX_MANIFEST_BYTES:,}."
+        )
 
 
 def _manifest(name: str, sizes: Mapping[str, int], read: Callable[[str], bytes]) -> dict[str, Any]:
@@ -234,7 +247,8 @@ def _manifest(name: str, sizes: Mapping[str, int], read: Callable[[str], bytes])
         raise BundleError(f"{name}: {MANIFEST} does not say its format, so it is no bundle of this package.")
     if number > FORMAT:
         raise BundleError(
-            f"{name} has format {number}; this version of brainage-nb reads up to {FORMAT}. Update brainage-nb."
+            f"{name} has format {number}; this version of brainage-nb reads up to {FORMAT}. Update "
+            "brainage-nb."
         )
     files = manifest.get("files")
     if not isinstance(files, dict) or not all(_is_listing(item) for item in files.values()):
@@ -242,7 +256,8 @@ def _manifest(name: str, sizes: Mapping[str, int], read: Callable[[str], bytes])
     for file in sizes.keys() & files.keys():
         if sizes[file] != files[file]["bytes"]:
             raise BundleError(
-                f"{name}: {file} has {sizes[file]:,} bytes, expected {files[file]['bytes']:,}. Copy the bundle again."
+                f"{name}: {file} has {sizes[file]:,} bytes, expected {files[file]['bytes']:,}. Copy the "
+                "bundle again."
             )
     return manifest
 

@@ -1,6 +1,7 @@
 """The models inside a bundle as plain predictors: one stored volume in, one age a member out.
 
-They come from checked arrays and JSON values only. Scans, intervals and warnings are for `prediction` and `bundle`.
+They come from checked arrays and JSON values only. Scans, intervals and warnings are for `prediction` and
+`bundle`.
 """
 
 from __future__ import annotations
@@ -74,14 +75,14 @@ class SvrModel:
 def network_from(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> nn.Module:
     """A network of this architecture with these weights, float32 on the CPU.
 
-    Nothing is allocated before the weights were seen to fit, so a manifest cannot ask for more memory than its
-    files hold.
+    Nothing is allocated before the weights were seen to fit, so a manifest cannot ask for more memory than
+    its files hold.
 
     Raises
     ------
     ValueError
-        The architecture is unknown or beyond bounds, or a tensor is missing, left over, of another shape, or not
-        finite.
+        The architecture is unknown or beyond bounds, or a tensor is missing, left over, of another shape, or
+        not finite.
     """
     for name, largest in LARGEST.items():
         values = architecture.get(name, ())
@@ -94,7 +95,10 @@ def network_from(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarr
         raise ValueError(f"tensors missing or left over: {unlike[:4]}")
     for name, array in weights.items():
         if tuple(expected[name].shape) != array.shape or array.dtype.kind not in "fi":
-            raise ValueError(f"{name} has shape {array.shape} and type {array.dtype}, expected {tuple(expected[name].shape)}")
+            raise ValueError(
+                f"{name} has shape {array.shape} and type {array.dtype}, expected "
+                f"{tuple(expected[name].shape)}"
+            )
         if not np.isfinite(array).all():
             raise ValueError(f"{name} holds values that are not finite")
     state = {
@@ -110,15 +114,16 @@ def arrays_of(network: nn.Module, *, half: bool) -> dict[str, np.ndarray]:
     arrays = {name: tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
     if not half:
         return arrays
-    # The age scale stays exact: it is two numbers, and rounding them would move every prediction.
-    return {
-        name: array.astype(np.float16) if array.dtype == np.float32 and not name.startswith("age_") else array
-        for name, array in arrays.items()
-    }
+    # Norms, biases and the age scale stay exact: they are few, and rounding them would move every prediction.
+    return {name: array.astype(np.float16) if array.ndim > 1 else array for name, array in arrays.items()}
 
 
 def precision_check(
-    network: nn.Module, architecture: Mapping[str, Any], volumes: Sequence[np.ndarray], *, flip_averaging: bool
+    network: nn.Module,
+    architecture: Mapping[str, Any],
+    volumes: Sequence[np.ndarray],
+    *,
+    flip_averaging: bool,
 ) -> float:
     """Largest change in years of the ages of these volumes when the weights are rounded to half precision.
 
@@ -134,7 +139,9 @@ def precision_check(
 
 
 def svr_from(facts: Mapping[str, Any], write: Callable[[Path], None]) -> SvrModel:
-    """A VGG16-SVR from its JSON facts; `write(folder)` puts its two checked array files into a private folder."""
+    """A VGG16-SVR from its JSON facts; `write(folder)` puts its two checked array files into a private
+    folder.
+    """
     from brainage_nb.models.vgg_svr import FACTS, VggSvr
 
     with tempfile.TemporaryDirectory(prefix="brainage-") as folder:

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NOT_A_DEVICE = (
-    "For research only. This is not a medical device: it does not diagnose, and its result is no ground for a "
-    "decision about a person's care. A brain age above or below the true age is a statistical finding with many "
-    "harmless causes, among them the scanner."
+    "For research only. This is not a medical device: it does not diagnose, and its result is no ground "
+    "for a decision about a person's care. A brain age above or below the true age is a statistical "
+    "finding with many harmless causes, among them the scanner."
 )
 OLDEST = 120.0
 COARSE_MM, THICK_TIMES = 2.5, 3.0
@@ -85,7 +85,9 @@ class Prediction:
 
         rows = {
             "predicted age [years]": f"{self.predicted_age:.1f}",
-            f"{self.level:.0%} interval [years]" if self.level == self.level else "interval": self.interval_text,
+            f"{self.level:.0%} interval [years]"
+            if self.level == self.level
+            else "interval": self.interval_text,
             "predicted age, bias-corrected [years]": _said(self.corrected_age),
             "true age [years]": _said(self.age),
             "gap: predicted minus true age [years]": _said(self.gap, sign=True),
@@ -126,7 +128,11 @@ class Failure:
 
     def to_dict(self) -> dict[str, Any]:
         """A row with the columns of `Prediction.to_dict`, empty but for the reason."""
-        return dict.fromkeys(COLUMNS) | {"scan": self.scan, "warnings": self.code, "explanation": self.sentence}
+        return dict.fromkeys(COLUMNS) | {
+            "scan": self.scan,
+            "warnings": self.code,
+            "explanation": self.sentence,
+        }
 
 
 def checked_age(age: float | None) -> float | None:
@@ -135,7 +141,9 @@ def checked_age(age: float | None) -> float | None:
         return None
     value = float(age)
     if not 0 <= value <= OLDEST:
-        raise ValueError(f"age = {age}: expected years from 0 to {OLDEST:.0f} (months and days must be converted).")
+        raise ValueError(
+            f"age = {age}: expected years from 0 to {OLDEST:.0f} (months and days must be converted)."
+        )
     return value
 
 
@@ -164,8 +172,8 @@ def age_cautions(predicted: float, age: float | None, training: Mapping[str, Any
         found.append(
             Caution(
                 "few_training_subjects_near",
-                f"Only {near} training subjects were within about five years of the predicted age, so the model "
-                "knows this age poorly.",
+                f"Only {near} training subjects were within about five years of the predicted age, so the "
+                "model knows this age poorly.",
             )
         )
     return found
@@ -179,8 +187,8 @@ def member_cautions(members: Sequence[float]) -> list[Caution]:
     return [
         Caution(
             "members_disagree",
-            f"The {len(members)} models of this ensemble disagree (from {min(members):.0f} to {max(members):.0f} "
-            "years): the scan is unusual for them.",
+            f"The {len(members)} models of this ensemble disagree (from {min(members):.0f} to "
+            f"{max(members):.0f} years): the scan is unusual for them.",
         )
     ]
 
@@ -192,20 +200,26 @@ def likeness_caution(correlation: float, lowest_usual: float) -> list[Caution]:
     return [
         Caution(
             "unlike_training",
-            f"After preprocessing this scan does not look like the training scans (correlation with their mean "
-            f"{correlation:.2f}, usual above {lowest_usual:.2f}). It may not be a T1-weighted head, may lie in an "
-            "unexpected orientation, or may have been prepared otherwise (for example skull-stripped). Do not use "
-            "the number.",
+            "After preprocessing this scan does not look like the training scans (correlation with their "
+            f"mean {correlation:.2f}, usual above {lowest_usual:.2f}). It may not be a T1-weighted head, "
+            "may lie in an unexpected orientation, or may have been prepared otherwise (for example "
+            "skull-stripped). Do not use the number.",
         )
     ]
 
 
 def voxel_cautions(voxel_size: Sequence[float], usual: Sequence[float] | None) -> list[Caution]:
-    """Whether voxels are coarse, flat or far from those of training. Sizes in mm; `usual` is (smallest, largest)."""
+    """Whether voxels are coarse, flat or far from those of training. Sizes in mm; `usual` is (smallest,
+    largest).
+    """
     small, large = min(voxel_size), max(voxel_size)
     size = " x ".join(f"{edge:.2g}" for edge in voxel_size)
     if small < 0.3 or large > 12:
-        return [Caution("extreme_voxel_size", f"Voxels of {size} mm cannot be right for a head; check the header.")]
+        return [
+            Caution(
+                "extreme_voxel_size", f"Voxels of {size} mm cannot be right for a head; check the header."
+            )
+        ]
     coarse = large > COARSE_MM and (usual is None or large > 1.2 * usual[1])
     if coarse or (large > THICK_TIMES * small and large > 2):
         return [

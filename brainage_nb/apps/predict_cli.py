@@ -1,0 +1,220 @@
+"""`brainage-nb predict` and `brainage-nb app`: their options and what they do. Predicting itself is in
+`models.bundle`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from brainage_nb.models.bundle import Bundle
+    from brainage_nb.models.prediction import Failure, Prediction
+
+IMAGE_ENDINGS = (".nii", ".nii.gz", ".mgh", ".mgz", ".hdr")
+
+
+def add_parsers(commands: argparse._SubParsersAction) -> None:
+    """Add `predict` and `app` to the command line's subcommands."""
+    predict = commands.add_parser("predict", help="predict the age of scans with a saved model")
+    predict.add_argument(
+        "--bundle", default="", help="bundle folder or .zip (default: the newest in the workspace)"
+    )
+    predict.add_argument("scans", nargs="+", metavar="SCAN", help="NIfTI or MGH file, or a folder of them")
+    predict.add_argument(
+        "--table", default="", help="table with true ages (CSV, TSV, XLS, XLSX), for the gaps"
+    )
+    predict.add_argument("--out", default="", help="write the results to this CSV file")
+    predict.add_argument(
+        "--explain", action="store_true", help="write a heat map (NIfTI, PNG) of each scan beside the results"
+    )
+    predict.add_argument("--jobs", type=int, default=0, help="scans prepared at once (default: processors)")
+    predict.set_defaults(command=run_predict)
+
+    app = commands.add_parser("app", help="open the prediction app in a browser")
+    app.add_argument("--bundle", default="", help="bundle to offer first (default: those of the workspace)")
+    app.add_argument("--port", type=int, default=8501, help="port (default: 8501)")
+    app.add_argument("--no-browser", action="store_true", help="only serve; do not open a browser")
+    app.set_defaults(command=run_app)
+
+
+# --- predict --------------------------------------------------------------------------------------------
+
+
+def run_predict(options: argparse.Namespace) -> int:
+    """Predict every scan; returns 0 where all have a result, 1 where some have none, 2 for wrong usage."""
+    from tqdm.auto import tqdm
+
+    from brainage_nb.models.bundle import BundleError, load_bundle
+    from brainage_nb.models.prediction import NOT_A_DEVICE
+
+    try:
+        scans = scan_files(options.scans)
+        ages = ages_of(scans, options.table) if options.table else None
+        bundle = load_bundle(options.bundle or newest_bundle())
+    except (BundleError, ValueError, OSError) as error:
+        print(f"brainage-nb predict: {error}", file=sys.stderr)
+        return 2
+    results = []
+    for result in tqdm(
+        bundle.predict_many(scans, ages, n_jobs=options.jobs),
+        total=len(scans),
+        desc="scans",
+        unit="scan",
+        leave=False,
+    ):
+        results.append(result)
+        if options.explain:
+            _explain(bundle, result, _explanations_folder(options.out))
+    return _report(bundle, results, options, NOT_A_DEVICE)
+
+
+def scan_files(given: Sequence[str]) -> list[Path]:
+    """The files named, and all images in the folders named."""
+    scans: list[Path] = []
+    for item in map(Path, given):
+        if item.is_dir():
+            inside = sorted(path for path in item.rglob("*") if path.is_file() and is_image(path.name))
+            if not inside:
+                raise FileNotFoundError(f"No NIfTI or MGH image lies in {item}.")
+            scans += inside
+        else:
+            scans.append(item)
+    return scans
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name ends like a scan's."""
+    return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
+
+
+def ages_of(scans: Sequence[Path], table: str) -> list[float | None]:
+    """True ages in years from a participants table, matched by name as in notebook 01; None where unknown."""
+    from brainage_nb.cohort.sources import folder_cohort
+
+    absolute = [scan.absolute() for scan in scans]
+    folder = Path(os.path.commonpath([scan.parent for scan in absolute]))
+    if len(folder.parts) < 3:
+        raise ValueError("The scans have no common folder; give scans of one folder together with a table.")
+    found = folder_cohort(folder, Path(table).absolute())
+    known = {str(Path(row.image).absolute()): row.age for row in found.cohort.itertuples()}
+    ages = [known.get(str(scan)) for scan in absolute]
+    return [None if age is None or age != age else float(age) for age in ages]
+
+
+def newest_bundle() -> Path:
+    """The newest bundle of the usual workspaces."""
+    found = bundles_in_reach()
+    if not found:
+        raise FileNotFoundError(
+            "No bundle was named and none lies in the workspace. Give --bundle, or make one: `make demo`, or "
+            "notebook 04 or 05."
+        )
+    return found[0]
+
+
+def bundles_in_reach() -> list[Path]:
+    """Bundles of the default workspace and of `./workspace/demo`, newest first."""
+    from brainage_nb.workspace import default_root
+
+    places = {root.absolute() for root in (default_root(), Path("workspace"), Path("workspace", "demo"))}
+    found = {path.parent for root in places for path in root.glob("runs/*/bundle/bundle.json")}
+    return sorted(found, key=lambda path: (path / "bundle.json").stat().st_mtime, reverse=True)
+
+
+def _explanations_folder(out: str) -> Path:
+    return (
+        Path(out).absolute().parent / f"{Path(out).stem}_heat_maps" if out else Path("heat_maps").absolute()
+    )
+
+
+def _explain(bundle: Bundle, result: Prediction | Failure, folder: Path) -> None:
+    from brainage_nb.models.explain import explain
+    from brainage_nb.models.prediction import Prediction
+
+    if isinstance(result, Prediction):
+        explain(bundle, result).save(folder, result)
+
+
+def _report(bundle: Bundle, results: list[Any], options: argparse.Namespace, notice: str) -> int:
+    import pandas as pd
+
+    from brainage_nb.models.prediction import COLUMNS, Failure
+    from brainage_nb.workspace import write_csv
+
+    frame = pd.DataFrame([result.to_dict() for result in results], columns=list(COLUMNS))
+    failed = [result for result in results if isinstance(result, Failure)]
+    shown = [
+        name
+        for name in ("predicted_age", "low", "high", "corrected_age", "age", "gap", "adjusted_gap")
+        if frame[name].notna().any()
+    ]
+    print(f"{bundle.title}; ages in years.")
+    with pd.option_context("display.width", 200, "display.max_colwidth", 40, "display.precision", 1):
+        print(frame[["scan", *shown, "warnings"]].to_string(index=False, na_rep=""))
+    for result in results:
+        for sentence in _sentences(result):
+            print(f"  {result.scan}: {sentence.removeprefix(f'{result.scan}: ')}")
+    print(notice)
+    if options.out:
+        write_csv(frame, options.out)
+        print(f"Written: {options.out}")
+    if options.explain:
+        print(f"Heat maps: {_explanations_folder(options.out)}")
+    if failed:
+        print(f"brainage-nb predict: {len(failed)} of {len(results)} scans have no result.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _sentences(result: Prediction | Failure) -> list[str]:
+    from brainage_nb.models.prediction import Failure
+
+    return (
+        [result.sentence]
+        if isinstance(result, Failure)
+        else [caution.sentence for caution in result.warnings]
+    )
+
+
+# --- app ------------------------------------------------------------------------------------------------
+
+
+def run_app(options: argparse.Namespace) -> int:
+    """Serve the app on this machine until interrupted."""
+    import importlib.util
+    import subprocess
+
+    if importlib.util.find_spec("streamlit") is None:
+        print(
+            "brainage-nb app: Streamlit is not installed. Run: pip install 'brainage-nb[app]'",
+            file=sys.stderr,
+        )
+        return 2
+    return subprocess.call(app_command(options.port, options.bundle, browser=not options.no_browser))
+
+
+def app_command(port: int, bundle: str = "", *, browser: bool = False) -> list[str]:
+    """The command that serves the app, on the loopback address only, sending no usage statistics."""
+    script = Path(__file__).with_name("streamlit_app.py")
+    settings = {
+        "server.address": "127.0.0.1",
+        "server.port": port,
+        "server.headless": not browser,
+        "server.maxUploadSize": 2048,
+        "server.fileWatcherType": "none",
+        "browser.gatherUsageStats": False,
+        "client.toolbarMode": "minimal",
+        "client.showErrorDetails": "none",
+        "theme.base": "light",
+        "theme.primaryColor": "#0072B2",
+    }
+    flags = [
+        f"--{name}={str(value).lower() if isinstance(value, bool) else value}"
+        for name, value in settings.items()
+    ]
+    given = ["--", "--bundle", str(Path(bundle).absolute())] if bundle else []
+    return [sys.executable, "-m", "streamlit", "run", str(script), *flags, *given]

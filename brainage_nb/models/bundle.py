@@ -1,0 +1,317 @@
+"""A trained model as one folder or zip: opened without running anything from it, it predicts scans.
+
+The front of `bundle_files` (safe reading), `members` (networks), `prediction` (what is said) and
+`bundle_saving`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from brainage_nb.models.bundle_facts import among
+from brainage_nb.models.bundle_files import MAX_BYTES, BundleError, BundleFiles, open_bundle
+from brainage_nb.models.bundle_saving import save_bundle
+from brainage_nb.models.members import RESNET, VGG, NetworkEnsemble, SvrModel, network_from, svr_from
+from brainage_nb.models.prediction import (
+    Caution,
+    Failure,
+    Prediction,
+    age_cautions,
+    checked_age,
+    likeness_caution,
+    member_cautions,
+    voxel_cautions,
+)
+from brainage_nb.models.reference import FILE as REFERENCE_FILE
+from brainage_nb.models.reference import Reference
+from brainage_nb.volumes.scans import SCAN_FLAGS, ScanError
+from brainage_nb.workspace import n_workers, sha256_of
+
+if TYPE_CHECKING:
+    from brainage_nb.evaluation.bias import AgeBiasCorrector
+    from brainage_nb.evaluation.intervals import ConformalInterval
+    from brainage_nb.volumes.preprocessing import PreprocessingSettings
+
+__all__ = ["Bundle", "BundleError", "load_bundle", "save_bundle"]
+
+MAX_SCAN_BYTES = 2**30  # a 0.5 mm head in 32-bit numbers is 0.5 GB
+MAX_VOXELS = 2 * 10**8
+
+
+class Seen(NamedTuple):
+    """One scan as the model will see it, and what was noticed on the way."""
+
+    volume: np.ndarray
+    affine: np.ndarray
+    cautions: list[Caution]
+
+
+@dataclass
+class Bundle:
+    """A model with everything that was said of it when it was saved.
+
+    Attributes
+    ----------
+    manifest : dict
+        `bundle.json`; keys as written by `save_bundle`.
+    model : NetworkEnsemble or SvrModel
+    settings : PreprocessingSettings
+        Every scan is prepared as the training scans were.
+    correction : AgeBiasCorrector or None
+    interval : ConformalInterval or None
+    reference : Reference
+    """
+
+    manifest: dict[str, Any]
+    model: NetworkEnsemble | SvrModel
+    settings: PreprocessingSettings
+    correction: AgeBiasCorrector | None
+    interval: ConformalInterval | None
+    reference: Reference = field(repr=False)
+
+    @property
+    def title(self) -> str:
+        """The model in a few words."""
+        n = self.manifest["training"]["n_subjects"]
+        members = len(self.manifest.get("members", [])) or 1
+        kind = {RESNET: "3D ResNet-18", VGG: "VGG16 features + SVR"}[self.model.kind]
+        count = f"{members} members, " if members > 1 else ""
+        return f"{kind} ({count}trained on {n} people)"
+
+    @property
+    def is_test_object(self) -> bool:
+        """Whether it was trained on the embedded known-answer heads, so that its ages mean nothing for
+        people.
+        """
+        return set(self.manifest["training"].get("source", {})) == {"demo"}
+
+    def predict(self, scan: Path | str, age: float | None = None) -> Prediction:
+        """The age of one scan.
+
+        Parameters
+        ----------
+        scan : path
+            NIfTI or MGH, as `load_scan` reads it.
+        age : float, optional
+            True age in years, for the gap; the predicted age does not use it.
+
+        Raises
+        ------
+        ScanError
+            The file cannot be used as a scan.
+        ValueError
+            `age` is no age.
+        """
+        age = checked_age(age)
+        return self._judge(Path(scan), self._look(Path(scan)), age)
+
+    def predict_many(
+        self, scans: Iterable[Path | str], ages: Sequence[float | None] | None = None, *, n_jobs: int = 0
+    ) -> Iterator[Prediction | Failure]:
+        """Results in the order of `scans`; a scan that fails gives a `Failure`, and the rest go on.
+
+        Scans are prepared by `n_jobs` threads (0: as many as this session may use) while the model works; at
+        most that many and one more are held in memory.
+        """
+        scans = [Path(scan) for scan in scans]
+        ages = [None] * len(scans) if ages is None else list(ages)
+        if len(ages) != len(scans):
+            raise ValueError(
+                f"{len(ages)} ages for {len(scans)} scans; give one for each (None where unknown)."
+            )
+        workers = n_workers(n_jobs)
+        with ThreadPoolExecutor(workers) as pool:
+            waiting = [pool.submit(self._look, scan) for scan in scans[: workers + 1]]
+            for place, (scan, age) in enumerate(zip(scans, ages, strict=True)):
+                try:
+                    yield self._judge(scan, waiting.pop(0).result(), checked_age(age))
+                except Exception as error:
+                    yield _failure(scan, error)
+                if place + workers + 1 < len(scans):
+                    waiting.append(pool.submit(self._look, scans[place + workers + 1]))
+
+    def trained_on(self, subject_ids: Sequence[str]) -> list[bool]:
+        """Which of these subjects the model was trained or chosen on (by salted hash of the id as the cohort
+        had it).
+        """
+        return among(subject_ids, self.manifest["seen"], "subjects")
+
+    def trained_on_files(self, files: Sequence[Path | str]) -> list[bool]:
+        """Which of these files, byte for byte, were among the training scans."""
+        return among([sha256_of(file) for file in files], self.manifest["seen"], "images")
+
+    def _look(self, scan: Path) -> Seen:
+        from brainage_nb.volumes.preprocessing import as_stored, grid_affine, preprocess
+        from brainage_nb.volumes.scans import load_scan, voxel_sizes
+
+        _refuse_absurd_size(scan)
+        try:
+            image = load_scan(scan, max_bytes=MAX_SCAN_BYTES)
+            volume = as_stored(preprocess(image, self.settings))
+        except MemoryError:
+            raise ScanError("too_large", f"{scan.name} does not fit into memory.") from None
+        cautions = [Caution(code, f"{SCAN_FLAGS[code].capitalize()}.") for code in image.extra["flags"]]
+        cautions += voxel_cautions(voxel_sizes(image.affine), self.manifest["training"]["voxel_mm"])
+        if self.trained_on_files([scan])[0]:
+            cautions.append(
+                Caution(
+                    "training_scan",
+                    "This very file was among the training scans: its result flatters the model.",
+                )
+            )
+        return Seen(volume, grid_affine(image, self.settings), cautions)
+
+    def _judge(self, scan: Path, seen: Seen, age: float | None) -> Prediction:
+        members = self.model.predict(seen.volume)
+        predicted = float(members.mean())
+        if not np.isfinite(predicted):
+            raise ScanError(
+                "no_prediction", f"{scan.name}: the model finds no brain it could read in this scan."
+            )
+        low, high = (-np.inf, np.inf)
+        if self.interval:
+            low, high = (float(end[0]) for end in self.interval.predict(np.array([predicted])))
+        corrected, adjusted = None, None
+        if self.correction:
+            corrected = float(self.correction.transform(np.array([predicted]))[0])
+            adjusted = None if age is None else float(self.correction.adjust_gap(predicted, age))
+        cautions = likeness_caution(self.reference.correlation(seen.volume), self.reference.lowest_usual)
+        cautions += age_cautions(predicted, age, self.manifest["training"]) + seen.cautions
+        return Prediction(
+            scan=scan.name,
+            predicted_age=predicted,
+            low=low,
+            high=high,
+            level=self.interval.level if self.interval else np.nan,
+            corrected_age=corrected,
+            members=tuple(members.tolist()),
+            age=age,
+            gap=None if age is None else predicted - age,
+            adjusted_gap=adjusted,
+            warnings=tuple(cautions + member_cautions(members) + self._support()),
+            volume=seen.volume,
+            affine=seen.affine,
+        )
+
+    def _support(self) -> list[Caution]:
+        """What few calibration subjects do not support."""
+        said = [part.support_ for part in (self.interval, self.correction) if part is not None]
+        return [Caution("few_calibration_subjects", sentence) for sentence in said if sentence]
+
+
+def load_bundle(source: Path | str | IO[bytes], *, max_bytes: int = MAX_BYTES) -> Bundle:
+    """Open a bundle; nothing in it is executed.
+
+    Parameters
+    ----------
+    source : path or binary file
+        What `save_bundle` wrote: a folder, a `.zip`, or an open zip.
+    max_bytes : int
+        Largest size of all files together, opened.
+
+    Raises
+    ------
+    BundleError
+        With what is wrong and what to do.
+    """
+    files = open_bundle(source, max_bytes=max_bytes)
+    try:
+        return _assembled(files)
+    except BundleError:
+        raise
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        RuntimeError,
+    ) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise BundleError(
+            f"{files.name}: what bundle.json says does not fit its files or this version ({reason[:300]}). "
+            "Save the bundle again, or copy it again."
+        ) from error
+
+
+def _assembled(files: BundleFiles) -> Bundle:
+    from brainage_nb.evaluation.bias import AgeBiasCorrector
+    from brainage_nb.evaluation.intervals import ConformalInterval
+    from brainage_nb.volumes.preprocessing import PreprocessingSettings
+
+    manifest = files.manifest
+    settings = PreprocessingSettings.from_json(manifest["preprocessing"])
+    _check_manifest(manifest, settings)
+    reference = Reference.from_parts(manifest["reference"], files.arrays(REFERENCE_FILE), settings.size)
+    return Bundle(
+        manifest=manifest,
+        model=_model(files),
+        settings=settings,
+        correction=AgeBiasCorrector.from_dict(manifest["correction"]) if manifest["correction"] else None,
+        interval=ConformalInterval.from_dict(manifest["interval"]) if manifest["interval"] else None,
+        reference=reference,
+    )
+
+
+def _model(files: BundleFiles) -> NetworkEnsemble | SvrModel:
+    manifest = files.manifest
+    if manifest["kind"] == RESNET:
+        networks = [
+            network_from(manifest["architecture"], files.arrays(member["file"]))
+            for member in manifest["members"]
+        ]
+        if not networks:
+            raise BundleError(f"{files.name} lists no members.")
+        return NetworkEnsemble(networks, flip_averaging=bool(manifest["flip_averaging"]))
+    if manifest["kind"] == VGG:
+
+        def write(folder: Path) -> None:
+            for file in ("vgg_svr.safetensors", "vgg16_features.safetensors"):
+                (folder / file).write_bytes(files.content(file))
+
+        return svr_from(manifest["vgg_svr"], write)
+    raise BundleError(f"{files.name} holds a model of kind {manifest['kind']!r}; known: {RESNET}, {VGG}.")
+
+
+def _check_manifest(manifest: Mapping[str, Any], settings: PreprocessingSettings) -> None:
+    """Numbers that later steps rely on, checked once and early."""
+    if not (8 <= settings.size <= 256 and 0.5 <= settings.spacing_mm <= 10):
+        raise ValueError(
+            f"volumes of {settings.size} voxels of {settings.spacing_mm} mm; expected 8 to 256 and 0.5 to 10"
+        )
+    training = manifest["training"]
+    edges, counts = (np.asarray(training[name], dtype=float) for name in ("age_edges", "age_counts"))
+    if len(edges) != len(counts) + 1 or not 0 <= training["age_low"] <= training["age_high"] <= 130:
+        raise ValueError("the training ages are garbled")
+    position = manifest["position"]
+    if len({len(position[name]) for name in ("part", "age", "predicted_age")}) != 1:
+        raise ValueError("the positions are garbled")
+    bytes.fromhex(manifest["seen"]["salt"])
+
+
+def _refuse_absurd_size(scan: Path) -> None:
+    """Before any voxel is read: a header of 350 bytes can claim terabytes."""
+    import nibabel as nib
+
+    try:
+        shape = nib.load(scan).shape
+    except Exception:  # load_scan says what is wrong with the file, in better words
+        return
+    if np.prod(shape, dtype=float) > MAX_VOXELS:
+        claimed = " x ".join(map(str, shape))
+        raise ScanError(
+            "too_large", f"{scan.name} claims {claimed} voxels; at most {MAX_VOXELS:,} are opened."
+        )
+
+
+def _failure(scan: Path, error: Exception) -> Failure:
+    if isinstance(error, ScanError):
+        return Failure(scan.name, error.code, error.sentence)
+    return Failure(scan.name, "failed", f"{scan.name}: {type(error).__name__}: {error}")

@@ -1,0 +1,164 @@
+"""What a bundle says about the run behind it: who it was trained on, correction, interval, figures.
+
+Nothing here names a person: ages are counted or rounded, ids are kept as salted hashes.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from brainage_nb.evaluation.bias import AgeBiasCorrector, CorrectionRefused
+from brainage_nb.evaluation.intervals import LEVEL, ConformalInterval
+from brainage_nb.evaluation.metrics import regression_metrics
+from brainage_nb.evaluation.runs import OUT_OF_FOLD, Run
+from brainage_nb.workspace import Workspace
+
+HASH_ROUNDS = (
+    2000  # slows down guessing ids; it cannot stop it where ids are few and known (IXI001, IXI002, ...)
+)
+
+
+def facts_of_run(run: Run, workspace: Workspace) -> dict[str, Any]:
+    """Manifest entries `training, correction, interval, figures, position, seen`, all from the run's own
+    files.
+
+    Correction and interval come from out-of-fold rows where folds were run, else from validation rows; test
+    rows only give figures.
+    """
+    learning = training_rows(run)
+    correction, refused = _correction(run)
+    cleaning = _cleaning(workspace)
+    return {
+        "training": _training(learning, cleaning),
+        "correction": correction,
+        "correction_refused": refused,
+        "interval": _interval(run),
+        "figures": _figures(run),
+        "position": _position(run),
+        "seen": _seen(learning, cleaning),
+    }
+
+
+def training_rows(run: Run) -> pd.DataFrame:
+    """Headline rows of all scans that any member learned from, validation included: it chose the epoch."""
+    return run.predictions[run.predictions["split"] != "test"]
+
+
+def _training(rows: pd.DataFrame, cleaning: pd.DataFrame) -> dict[str, Any]:
+    subjects = rows.groupby("subject_id").agg(age=("age", "mean"))
+    age = subjects["age"].to_numpy()
+    edges = np.arange(5 * np.floor(age.min() / 5), age.max() + 5.001, 5)
+    facts = {
+        "n_subjects": len(subjects),
+        "n_scans": len(rows),
+        "age_low": float(age.min()),
+        "age_high": float(age.max()),
+        "age_mean": float(age.mean()),
+        "age_edges": edges,
+        "age_counts": np.histogram(age, edges)[0],
+        "voxel_mm": _voxel_range(rows, cleaning),
+    }
+    for name in ("sex", "site", "source"):
+        if name in rows:
+            values = rows.drop_duplicates("subject_id")[name].fillna("").astype(str)
+            facts[name] = {value or "unknown": int(n) for value, n in values.value_counts().items()}
+    return facts
+
+
+def _voxel_range(rows: pd.DataFrame, cleaning: pd.DataFrame) -> list[float] | None:
+    """Smallest and largest voxel edge among the training scans in mm, where cleaning measured them."""
+    if "voxel_mm" not in cleaning:
+        return None
+    cells = cleaning.loc[cleaning["scan_id"].isin(rows["scan_id"]), "voxel_mm"].dropna()
+    sizes = [edge for cell in cells for edge in (ast.literal_eval(cell) if isinstance(cell, str) else cell)]
+    return [float(min(sizes)), float(max(sizes))] if sizes else None
+
+
+def _correction(run: Run) -> tuple[dict[str, Any] | None, str]:
+    rows = run.calibration_rows()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what few subjects support is kept in the fitted corrector
+            fitted = AgeBiasCorrector().fit(
+                rows["predicted_age"], rows["age"], rows["split"], subject_id=rows["subject_id"].to_numpy()
+            )
+    except CorrectionRefused as refused:
+        return None, str(refused)
+    return fitted.to_dict(), ""
+
+
+def _interval(run: Run) -> dict[str, Any] | None:
+    """The plain split-conformal interval of the raw prediction. The scaled forms of the evaluation need
+    more.
+    """
+    rows = run.calibration_rows(controls_only=False)
+    if rows.empty:
+        return None
+    return ConformalInterval(LEVEL).fit(rows["predicted_age"], rows["age"], rows["split"]).to_dict()
+
+
+def _figures(run: Run) -> dict[str, Any]:
+    figures = {}
+    for split in (name for name in run.splits() if name != "train"):
+        rows = run.part(split)
+        figures[split] = regression_metrics(
+            rows["age"],
+            rows["predicted_age"],
+            rows["subject_id"].to_numpy(),
+            reference_age=run.reference_age,
+            n_bootstrap=1000,
+        )
+    return figures
+
+
+def _position(run: Run) -> dict[str, Any]:
+    """Held-out predictions against ages, to place a new one among: ages in whole years, no ids, shuffled."""
+    parts = [name for name in run.splits() if name != "train" and not (run.folds and name == "val")]
+    rows = pd.concat([run.part(name).assign(part=name) for name in parts])
+    rows = rows.sample(frac=1, random_state=0)
+    return {
+        "part": rows["part"].replace(OUT_OF_FOLD, "out of fold").tolist(),
+        "age": rows["age"].round().astype(int).tolist(),
+        "predicted_age": rows["predicted_age"].round(1).tolist(),
+    }
+
+
+def _cleaning(workspace: Workspace) -> pd.DataFrame:
+    if not workspace.path("cleaning.csv").exists():
+        return pd.DataFrame({"scan_id": []})
+    return workspace.read("cleaning.csv")
+
+
+# --- who was in it --------------------------------------------------------------------------------------
+
+
+def _seen(rows: pd.DataFrame, cleaning: pd.DataFrame) -> dict[str, Any]:
+    salt = os.urandom(16).hex()
+    images: Iterable[str] = ()
+    if "sha256" in cleaning:
+        chosen = cleaning[cleaning["scan_id"].isin(rows["scan_id"])]
+        images = chosen["sha256"].dropna().astype(str)
+    return {
+        "salt": salt,
+        "subjects": sorted({hashed(name, salt) for name in rows["subject_id"].unique()}),
+        "images": sorted({hashed(digest, salt) for digest in images if digest}),
+    }
+
+
+def hashed(name: str, salt: str) -> str:
+    """A salted hash of a subject id, or of a file's SHA-256, as kept in a bundle."""
+    return hashlib.pbkdf2_hmac("sha256", name.encode(), bytes.fromhex(salt), HASH_ROUNDS).hex()[:24]
+
+
+def among(names: Iterable[str], seen: Mapping[str, Any], kind: str) -> list[bool]:
+    """Which of these subject ids (`kind` "subjects") or file hashes ("images") the bundle was trained on."""
+    known = set(seen[kind])
+    return [hashed(name, seen["salt"]) in known for name in names]
