@@ -90,7 +90,9 @@ class _People:
         self.forms = [(form, _index((form(one), one) for one in subjects)) for form in _FORMS]
         self.parts = _index((_joined(parts_of(one)), one) for one in subjects if _is_telling(one))
         self.numbers = _index((number, one) for one in subjects if (number := _number(one)))
-        self.common_prefix = _common_prefix(_number(one) for one in subjects)
+        # patients A1…A60 and controls B1…B40: a file named 12 may be either, so one prefix has to be all
+        prefixes = {prefix for prefix, _ in self.numbers}
+        self.common_prefix = prefixes.pop() if len(prefixes) == 1 else ""
         self.image_prefix = _common_prefix(_number_of_image(image) for image in images.itertuples())
         self.rows_of = {one: list(group.index) for one, group in rows.groupby("subject_id", sort=False)}
         self.session_of = rows["session_id"].to_dict()
@@ -115,19 +117,27 @@ def _subject_of(image: Any, people: _People) -> Match:
     if image.subject_hint and "-" not in image.subject_hint:
         return _subject_by_label(image.subject_hint, people)
     folders = [name for name in reversed(image.folders.split("/")) if name]
-    names = [image.stem, *filter(_is_telling, folders)]
-    for form, index in people.forms:
-        if found := set().union(*(index.get(form(name), ()) for name in names)):
-            return _found(found)
-    if found := set().union(*(_longest_parts(name, people.parts) for name in names)):
+    telling = [name for name in folders if _is_telling(name)]
+    if found := _by_form([image.stem], people):
+        return _found(found)
+    if found := set().union(*(_longest_parts(name, people.parts) for name in [image.stem, *telling])):
+        return _found(found)
+    if found := _by_form(telling, people):
         return _found(found)
     return _subject_by_number([image.stem, *(name for name in folders if not has_session(name))], people)
 
 
-def _subject_by_label(label: str, people: _People) -> Match:
+def _by_form(names: list[str], people: _People) -> set[str]:
+    """Subjects whose id is one of the names: as it is, else in any case, else without punctuation."""
     for form, index in people.forms:
-        if found := index.get(form(label)):
-            return _found(found)
+        if found := set().union(*(index.get(form(name), ()) for name in names)):
+            return found
+    return set()
+
+
+def _subject_by_label(label: str, people: _People) -> Match:
+    if found := _by_form([label], people):
+        return _found(found)
     number = _number(label)
     return _found(people.by_number(number) if number else set(), label)
 
@@ -304,12 +314,17 @@ def _number_of_image(image: Any) -> Number | None:
 
 
 def _common_prefix(numbers: Iterable[Number | None]) -> str:
-    """The letters that more than half of the numbered ids begin with, or ""."""
-    prefixes = Counter(number[0] for number in numbers if number)
+    """The letters that numbered names begin with, or "" where they do not agree.
+
+    More than half have to, and the others have to be few (a fifth) or all different, as stray files are.
+    """
+    prefixes = Counter(number[0] for number in numbers if number).most_common()
     if not prefixes:
         return ""
-    prefix, count = prefixes.most_common(1)[0]
-    return prefix if count > prefixes.total() / 2 else ""
+    (prefix, count), *others = prefixes
+    rest = sum(other for _, other in others)
+    stray = rest <= (count + rest) / 5 or all(other == 1 for _, other in others)
+    return prefix if count > rest and stray else ""
 
 
 def _index(pairs: Iterable[tuple[Hashable, Any]]) -> dict[Any, set]:

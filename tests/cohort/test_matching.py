@@ -1,0 +1,210 @@
+"""Which row an image belongs to: tolerant where that is safe, refused where it is not."""
+
+import pandas as pd
+import pytest
+
+from brainage_nb.cohort.images import find_images
+from brainage_nb.cohort.matching import match_images
+
+
+@pytest.fixture
+def match(tmp_path):
+    """Match image names with ids (or subject-session pairs); gives image -> id or reason."""
+
+    def matched(names, ids, image_ids=None, table_ids=None):
+        folder = tmp_path / "data"
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        images = find_images(folder)
+        pairs = [one if isinstance(one, tuple) else (one, "") for one in ids]
+        rows = pd.DataFrame(pairs, columns=["subject_id", "session_id"])
+        rows["table_id"] = table_ids or rows["subject_id"]
+        if image_ids:
+            rows["image_id"] = image_ids
+        found = match_images(images, rows)
+        shown = [path.removeprefix(f"{folder}/") for path in images["image"]]
+        return {
+            name: ids[match.row] if match.row is not None else match.reason
+            for name, match in zip(shown, found, strict=True)
+        }
+
+    return matched
+
+
+@pytest.mark.parametrize(
+    ("name", "one"),
+    [
+        ("IXI002-Guys-0828-T1.nii.gz", "2"),
+        ("IXI002-Guys-0828-T1.nii.gz", "002"),
+        ("IXI002-Guys-0828-T1.nii.gz", "IXI002"),
+        ("IXI002-Guys-0828-T1.nii.gz", "IXI2"),
+        ("IXI002-Guys-0828-T1.nii.gz", "ixi002"),
+        ("IXI037-Guys-0704-T1.nii/IXI037-Guys-0704-T1.nii", "37"),
+        ("sub-01/anat/sub-01_T1w.nii.gz", "01"),
+        ("sub-01/anat/sub-01_T1w.nii.gz", "1"),
+        ("sub-CMU50642/anat/sub-CMU50642_T1w.nii.gz", "CMU_50642"),
+        ("sub-01/T1.nii.gz", "01"),
+        ("sub-01-T1.nii.gz", "01"),
+        ("CMU_50642/anat/T1.nii.gz", "CMU_50642"),
+        ("CMU_50642_mprage.nii.gz", "cmu_50642"),
+        ("Pitt_0050003.nii.gz", "Pitt_50003"),
+        ("12/T1.nii.gz", "12"),
+        ("0012.nii.gz", "12"),
+        ("T1_0012.nii.gz", "12"),
+        ("subject_12_T1.nii.gz", "12"),
+        ("batch2/sub12.nii.gz", "12"),
+        ("site3/100307/T1w.nii.gz", "100307"),
+        ("row_major.dconn.nii", "row_major.dconn"),
+        ("functional.nii", "functional"),
+        ("anat_T2.nii", "anat_T2"),
+    ],
+)
+def test_an_image_finds_its_row(match, name, one):
+    assert match([name], [one, "another", "77"]) == {name: one}
+
+
+@pytest.mark.parametrize(
+    ("name", "one"),
+    [
+        ("sub-1_T1w.nii.gz", "10"),
+        ("sub-10_T1w.nii.gz", "1"),
+        ("IXI012-Guys-0828-T1.nii.gz", "828"),
+        ("IXI012-Guys-0828-T1.nii.gz", "1"),
+        ("scan_13_run_1.nii.gz", "1"),
+        ("AB12_T1.nii.gz", "AB1"),
+        ("AB12_T1.nii.gz", "B12"),
+        ("example4d.nii.gz", "4"),
+        ("inia19-t1-brain.nii.gz", "1"),
+        ("12/visit2/T1.nii.gz", "2"),
+        ("3/12_T1.nii.gz", "3"),
+        ("subj-1_23.nii.gz", "12_3"),
+    ],
+)
+def test_a_name_that_only_resembles_an_id_does_not_match(match, name, one):
+    assert match([name], [one])[name] != one
+
+
+def test_a_bare_number_meets_only_the_prefix_that_most_images_share(match):
+    names = [
+        "IXI002-Guys-0828-T1.nii.gz",
+        "IXI012-HH-1211-T1.nii.gz",
+        "IXI013-HH-1212-T1.nii.gz",
+        "nifti1.hdr",
+    ]
+    found = match(names, ["1", "2", "12", "13"])
+    assert [found[name] for name in names[:3]] == ["2", "12", "13"]
+    assert "no id of the table" in found["nifti1.hdr"]
+
+
+def test_a_bare_number_is_no_choice_between_patients_and_controls(match):
+    assert match(["007_T1.nii"], ["IXI007", "IXI008"]) == {"007_T1.nii": "IXI007"}
+    assert "no id" in match(["007_T1.nii"], ["A007", "A008", "B009"])["007_T1.nii"]
+    names = ["A1.nii", "A2.nii", "A3.nii", "B4.nii", "B5.nii"]
+    assert set(match(names, ["1", "2", "3", "4", "5"]).values()) == {"no id of the table is in its name"}
+
+
+def test_images_of_two_prefixes_do_not_share_a_bare_number(match):
+    names = ["A12_T1.nii", "A13_T1.nii", "A14_T1.nii", "012_T1.nii"]
+    found = match(names, ["12", "13", "14"])
+    assert found["A13_T1.nii"] == "13"
+    assert "another prefix" in found["A12_T1.nii"]
+    assert "another prefix" in found["012_T1.nii"]
+
+
+def test_ids_that_differ_by_padding_only_meet_their_own_image_and_no_other(match):
+    found = match(["sub-1_T1w.nii", "sub-01_T1w.nii", "sub-001_T1w.nii"], ["1", "01"])
+    assert found["sub-1_T1w.nii"] == "1"
+    assert found["sub-01_T1w.nii"] == "01"
+    assert "several subjects of the table (01, 1)" in found["sub-001_T1w.nii"]
+
+
+def test_a_path_that_fits_two_subjects_is_refused(match):
+    found = match(["AB12/AB13_T1.nii"], ["AB12", "AB13"])
+    assert "several subjects" in found["AB12/AB13_T1.nii"]
+    assert "could be the subject" in match(["4/5_T1.nii"], ["4", "5", "5b"])["4/5_T1.nii"]
+
+
+def test_the_longer_id_wins_where_one_holds_the_other(match):
+    assert match(["AB_1_2_T1.nii"], ["AB_1", "AB_1_2"]) == {"AB_1_2_T1.nii": "AB_1_2"}
+
+
+def test_sessions_are_matched_with_their_rows(match):
+    rows = [("01", "1"), ("01", "2"), ("02", "1")]
+    names = [
+        "sub-01_ses-01_T1w.nii",
+        "sub-01_ses-2_T1w.nii",
+        "sub-01_ses-3_T1w.nii",
+        "sub-02_ses-wave1_T1w.nii",
+    ]
+    found = match(names, rows)
+    assert [found[name] for name in (names[0], names[1], names[3])] == [("01", "1"), ("01", "2"), ("02", "1")]
+    assert "no row for session 3 of subject 01, only for 1, 2" in found[names[2]]
+
+
+def test_months_are_no_visit_numbers(match):
+    assert (
+        "no row" in match(["sub-01_ses-M12_T1w.nii"], [("01", "12"), ("01", "m06")])["sub-01_ses-M12_T1w.nii"]
+    )
+
+
+def test_a_row_without_session_serves_all_sessions(match):
+    names = ["sub-01_ses-1_T1w.nii", "sub-01_ses-2_T1w.nii"]
+    assert set(match(names, ["01"]).values()) == {"01"}
+
+
+def test_an_image_without_session_is_refused_where_rows_have_several(match):
+    found = match(["sub-01_T1w.nii"], [("01", "1"), ("01", "2")])
+    assert "states no session" in found["sub-01_T1w.nii"]
+    assert match(["sub-01_T1w.nii"], [("01", "baseline")]) == {"sub-01_T1w.nii": ("01", "baseline")}
+
+
+def test_one_row_and_one_session_on_disk_belong_together_unless_numbered_apart(match):
+    assert match(["sub-01_ses-pre_T1w.nii"], [("01", "baseline")])["sub-01_ses-pre_T1w.nii"] == (
+        "01",
+        "baseline",
+    )
+    assert "no row for session 2" in match(["sub-02_ses-2_T1w.nii"], [("02", "w1")])["sub-02_ses-2_T1w.nii"]
+
+
+def test_image_ids_and_file_names_in_the_table_decide(match):
+    name = "ADNI_002_S_0413_MR_MPRAGE_S13893_I45117.nii"
+    rows = [("002_S_0413", "sc"), ("002_S_0413", "m12")]
+    assert match([name], rows, image_ids=["I45117", "I45118"]) == {name: rows[0]}
+    assert match([name], rows, image_ids=["45116", "45117"]) == {name: rows[1]}
+    assert (
+        match(["x/q7f.nii.gz"], ["a", "b"], image_ids=["raw/q7g.nii.gz", "raw/q7f.nii.gz"])["x/q7f.nii.gz"]
+        == "b"
+    )
+    oasis = "OAS2_0001_MR2_mpr-1.nifti.hdr"
+    rows = [("OAS2_0001", "1"), ("OAS2_0001", "2")]
+    assert match([oasis], rows, image_ids=["OAS2_0001_MR1", "OAS2_0001_MR2"])[oasis] == rows[1]
+
+
+def test_an_image_id_of_another_subject_is_not_believed(match):
+    found = match(["sub-01_T1w.nii"], ["01", "02"], image_ids=["", "sub-01_T1w.nii"])
+    assert found["sub-01_T1w.nii"] == "01"
+
+
+def test_ids_that_carry_a_session_name_their_image(match):
+    rows = [("BMB_3001", "baseline"), ("BMB_3001", "retest_1")]
+    ids = ["BMB_3001_baseline", "BMB_3001_retest_1"]
+    found = match(["BMB_3001_retest_1_T1.nii", "BMB_3001_baseline.nii"], rows, table_ids=ids)
+    assert found == {"BMB_3001_retest_1_T1.nii": rows[1], "BMB_3001_baseline.nii": rows[0]}
+
+
+def test_other_contrasts_and_masks_are_listed_not_matched(match):
+    names = ["AB1_T1.nii", "AB1_T2.nii", "AB1_T1_mask.nii"]
+    found = match(names, ["AB1"])
+    assert found["AB1_T1.nii"] == "AB1"
+    assert "no T1-weighted scan" in found["AB1_T2.nii"]
+    assert "no T1-weighted scan" in found["AB1_T1_mask.nii"]
+
+
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_of_200_numbered_subjects_none_is_taken_for_another(match, width):
+    names = [f"sub-{i:0{width}d}/anat/sub-{i:0{width}d}_T1w.nii.gz" for i in range(1, 201)]
+    found = match(names, [str(i) for i in range(1, 101)])
+    for i, name in enumerate(sorted(names), start=1):
+        number = str(int(name.split("/")[0].removeprefix("sub-")))
+        assert found[name] == number if int(number) <= 100 else found[name].startswith("no id"), i

@@ -1,0 +1,236 @@
+"""A folder and a table become a cohort; whatever finds no partner is listed."""
+
+import shutil
+
+import pandas as pd
+import pytest
+
+from brainage_nb.cohort import sources
+from brainage_nb.cohort.cells import read_cells
+from brainage_nb.cohort.sources import SourceError, find_table, folder_cohort
+from brainage_nb.cohort.tables import TableError
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Write files (an empty one for None) into a folder."""
+
+    def written(files):
+        for name, text in files.items():
+            path = tmp_path / "data" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text or "")
+        return tmp_path / "data"
+
+    return written
+
+
+def ages(found):
+    return found.cohort.set_index("scan_id")["age"].to_dict()
+
+
+def test_a_bids_folder_becomes_a_cohort(data):
+    folder = data(
+        {
+            "participants.tsv": "participant_id\tage\tsex\tsite\tdiagnosis\n"
+            "sub-01\t30\tF\tA\tHC\nsub-02\t40\tM\tB\tAD\n",
+            "sub-01/anat/sub-01_T1w.nii.gz": None,
+            "sub-02/anat/sub-02_run-1_T1w.nii.gz": None,
+            "sub-02/anat/sub-02_run-2_T1w.nii.gz": None,
+        }
+    )
+    cohort = folder_cohort(folder).cohort
+    assert list(cohort.columns) == [
+        *(
+            "scan_id",
+            "subject_id",
+            "session_id",
+            "image",
+            "age",
+            "sex",
+            "site",
+            "source",
+            "diagnosis",
+            "age_note",
+        )
+    ]
+    assert list(cohort["scan_id"]) == ["01", "02_1", "02_2"]
+    assert list(cohort["age"]) == [30, 40, 40]
+    assert set(cohort["source"]) == {"folder"}
+
+
+def test_every_image_and_every_row_is_matched_or_listed_with_a_reason(data):
+    folder = data(
+        {
+            "t.csv": "ID,age\nAB1,30\nAB2,40\nAB3,89+\nAB4,n/a\nAB5,50\n",
+            **dict.fromkeys(["AB1.nii", "AB3.nii", "AB4.nii", "AB9.nii", "AB1_T2.nii"]),
+        }
+    )
+    found = folder_cohort(folder, folder / "t.csv")
+    assert list(found.cohort["scan_id"]) == ["AB1", "AB3", "AB4"]
+    assert found.cohort["age"].isna().tolist() == [False, True, True]
+    assert "bound" in found.cohort["age_note"][1]
+    images = {path.rsplit("/", 1)[1] for path in found.unmatched_images["image"]}
+    assert images == {"AB9.nii", "AB1_T2.nii"}
+    assert dict(zip(found.unmatched_rows["subject_id"], found.unmatched_rows["reason"], strict=True)) == {
+        "AB2": "no image carries this id",
+        "AB5": "no image carries this id",
+    }
+
+
+def test_ages_at_sessions_go_before_those_of_participants(data):
+    folder = data(
+        {
+            "participants.tsv": "participant_id\tage\tsex\nsub-01\t30\tF\nsub-02\t40\tM\nsub-03\t50\tM\n",
+            "sub-01/sub-01_sessions.tsv": "session_id\tage\nses-1\t30.2\nses-2\t33.4\nses-3\tn/a\n",
+            "sub-03/sub-03_sessions.tsv": "session_id\tage\nses-1\tn/a\n",
+            **{f"sub-01/ses-{i}/anat/sub-01_ses-{i}_T1w.nii.gz": None for i in (1, 2, 3)},
+            "sub-02/ses-1/anat/sub-02_ses-1_T1w.nii.gz": None,
+            "sub-03/ses-1/anat/sub-03_ses-1_T1w.nii.gz": None,
+        }
+    )
+    found = folder_cohort(folder)
+    assert ages(found) == pytest.approx(
+        {"01_1": 30.2, "01_2": 33.4, "01_3": float("nan"), "02_1": 40, "03_1": 50}, nan_ok=True
+    )
+    assert list(found.cohort["sex"]) == ["F", "F", "F", "M", "M"]
+
+
+def test_a_sessions_file_serves_where_participants_have_no_age(data):
+    folder = data(
+        {
+            "participants.tsv": "participant_id\tsex\nsub-01\tF\n",
+            "sub-01/sub-01_sessions.tsv": "session_id\tage\nses-1\t30.2\n",
+            "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz": None,
+        }
+    )
+    assert ages(folder_cohort(folder)) == {"01_1": 30.2}
+
+
+def test_one_age_for_several_sessions_is_noted(data):
+    folder = data(
+        {
+            "participants.tsv": "participant_id\tage\nsub-01\t30\n",
+            **{f"sub-01/ses-{i}/anat/sub-01_ses-{i}_T1w.nii.gz": None for i in (1, 2)},
+        }
+    )
+    found = folder_cohort(folder)
+    assert ages(found) == {"01_1": 30, "01_2": 30}
+    assert any("probably that at the first" in note for note in found.notes)
+
+
+def test_waves_of_a_table_meet_sessions_on_disk(data):
+    folder = data(
+        {
+            "participants.tsv": "participant_id\tAgeMRI_W1\tAgeMRI_W2\nsub-01\t54\t58\n",
+            **{f"sub-01/ses-wave{i}/anat/sub-01_ses-wave{i}_T1w.nii.gz": None for i in (1, 2)},
+        }
+    )
+    with pytest.raises(TableError, match="AgeMRI_W1,AgeMRI_W2"):
+        folder_cohort(folder)
+    found = folder_cohort(folder, columns={"age": "AgeMRI_W1,AgeMRI_W2"})
+    assert ages(found) == {"01_wave1": 54, "01_wave2": 58}
+    first_only = folder_cohort(folder, columns={"age": "AgeMRI_W1"})
+    assert ages(first_only) == {"01_wave1": 54}
+
+
+def test_scan_ids_are_unique_even_where_names_repeat(data):
+    folder = data({"t.csv": "ID,age\nAB1,30\n", "a/AB1.nii": None, "b/AB1.nii": None, "AB1_x.nii": None})
+    cohort = folder_cohort(folder).cohort
+    assert cohort["scan_id"].is_unique
+    assert set(cohort["subject_id"]) == {"AB1"}
+
+
+def test_images_inside_the_workspace_are_written_relative_to_it(data, tmp_path):
+    folder = data({"t.csv": "ID,age\nAB1,30\n", "AB1.nii": None})
+    assert folder_cohort(folder, root=tmp_path).cohort["image"][0] == "data/AB1.nii"
+    assert folder_cohort(folder, root=tmp_path / "else").cohort["image"][0] == str(folder / "AB1.nii")
+
+
+def test_the_table_is_found_or_the_candidates_are_listed(data):
+    folder = data({"a.csv": "ID,age\nx,30\n"})
+    assert find_table(folder) == folder / "a.csv"
+    assert find_table(folder, "a.csv") == folder / "a.csv"
+    data({"sub/b.xlsx": None})
+    with pytest.raises(TableError, match=r"a\.csv, sub/b\.xlsx"):
+        find_table(folder)
+    data({"participants.tsv": None})
+    assert find_table(folder).name == "participants.tsv"
+
+
+def test_what_makes_no_cohort_says_what_to_set(data):
+    folder = data({"t.csv": "ID,age\nAB1,30\n"})
+    with pytest.raises(SourceError, match="No NIfTI"):
+        folder_cohort(folder)
+    data({"CD7.nii": None})
+    with pytest.raises(SourceError, match="Images are named like CD7; ids look like AB1"):
+        folder_cohort(folder)
+    with pytest.raises(TableError, match="ages"):
+        folder_cohort(folder, columns={"ages": "age"})
+
+
+def test_the_demo_goes_through_the_folder_source(data, tmp_path, monkeypatch):
+    def make_cohort(folder, n_subjects, seed, voxel_mm, n_jobs):
+        return data(
+            {
+                "participants.tsv": "participant_id\tsession_id\tage\n"
+                "sub-0001\tses-01\t30\nsub-0001\tses-02\t32\n",
+                "truth.csv": "scan_id,age\nx,1\n",
+                **{f"sub-0001/ses-0{i}/anat/sub-0001_ses-0{i}_T1w.nii.gz": None for i in (1, 2)},
+            }
+        )
+
+    phantom = type("phantom", (), {"make_cohort": staticmethod(make_cohort)})
+    monkeypatch.setitem(__import__("sys").modules, "brainage_nb.cohort.phantom", phantom)
+    found = sources.demo_cohort(tmp_path / "data", 1, 0, root=tmp_path)
+    assert ages(found) == {"0001_01": 30, "0001_02": 32}
+    assert set(found.cohort["source"]) == {"demo"}
+
+
+# --- real scans -----------------------------------------------------------------------------------------
+
+
+def test_all_121_scans_of_ixi_get_the_age_of_their_row(shared_data):
+    folder = shared_data / "ixi_hh"
+    found = folder_cohort(folder / "images", folder / "IXI.xls")
+    assert len(found.cohort) == 121 and found.cohort["age"].notna().all()
+    assert found.unmatched_images.empty
+    assert set(found.cohort["site"]) == {"HH"}
+    cells = read_cells(folder / "IXI.xls")[0]["Table"]
+    written = pd.to_numeric(cells["AGE"], errors="coerce").groupby(cells["IXI_ID"].astype(int)).agg(list)
+    for scan in found.cohort.itertuples():
+        name = scan.image.rsplit("/", 1)[1]
+        assert scan.subject_id == scan.scan_id == name[:6]
+        own = written[int(name[3:6])]
+        if scan.subject_id == "IXI328":
+            assert scan.age == pytest.approx(61.934, abs=1e-3)
+            assert scan.age_note.startswith("mean of")
+        else:
+            assert scan.age in own and scan.age_note == ""
+
+
+def test_odd_files_with_a_row_each_reach_cleaning_beside_the_121(shared_data, tmp_path):
+    odd = [path for path in (shared_data / "odd_nifti").iterdir() if path.name != "SOURCES.tsv"]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for path in [*odd, *(shared_data / "ixi_hh" / "images").iterdir()]:
+        (folder / path.name).symlink_to(path)
+    table = read_cells(shared_data / "ixi_hh" / "IXI.xls")[0]["Table"]
+    names = [path.name.split(".")[0] for path in odd]
+    rows = pd.DataFrame({"IXI_ID": names, "AGE": [str(30 + i) for i in range(len(names))]})
+    table = pd.concat([table, rows], ignore_index=True).fillna("")
+    table.to_csv(tmp_path / "IXI.csv", index=False)
+    found = folder_cohort(folder, tmp_path / "IXI.csv")
+    assert len(found.cohort) == 121 + 13
+    assert found.unmatched_images.empty
+    taken = found.cohort.set_index("subject_id")["age"]
+    assert taken[names].to_list() == [30 + i for i in range(len(names))]
+
+
+def test_kaggle_folders_named_like_images_match_too(shared_data, tmp_path):
+    for path in sorted((shared_data / "ixi_hh" / "images").iterdir())[:5]:
+        inner = tmp_path / path.name.removesuffix(".gz") / path.name.removesuffix(".gz")
+        inner.parent.mkdir()
+        shutil.copyfile(path, inner)
+    found = folder_cohort(tmp_path, shared_data / "ixi_hh" / "IXI.xls")
+    assert list(found.cohort["scan_id"]) == ["IXI013", "IXI014", "IXI015", "IXI033", "IXI048"]
