@@ -16,6 +16,10 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
 INNER_FOLDS = 5
+# A feature's standard deviation counts as at least this share of the root mean square over all features.
+# Behind a ReLU some features are active in one or two scans only; divided by their tiny deviation, such a
+# feature of a new scan throws its prediction off by decades.
+SCALE_FLOOR = 0.3
 
 
 class Choice(NamedTuple):
@@ -41,7 +45,7 @@ class LinearSvr:
     Attributes
     ----------
     mean, scale : float32 arrays (features,)
-        Of the training rows.
+        Of the training rows, from `standardisation`.
     weight : float32 array (features,)
         Years a standard deviation of the feature.
     intercept : float
@@ -72,15 +76,22 @@ def fit_svr(features: np.ndarray, age: np.ndarray, choice: Choice) -> LinearSvr:
     age : array (n,)
         Years.
     """
-    scaler = StandardScaler().fit(features)
-    rows = scaler.transform(features)
+    mean, scale = standardisation(features)
+    rows = (features - mean) / scale
     kernel, unit = scaled_kernel(rows)
     svr = SVR(kernel="precomputed", C=choice.C, epsilon=choice.epsilon).fit(kernel, age)
     dual = np.zeros(len(rows), dtype=np.float64)
     dual[svr.support_] = svr.dual_coef_[0]
-    weight = (dual / unit) @ rows
-    arrays = (np.asarray(array, dtype=np.float32) for array in (scaler.mean_, scaler.scale_, weight))
-    return LinearSvr(*arrays, intercept=float(svr.intercept_[0]))
+    weight = ((dual / unit) @ rows).astype(np.float32)
+    return LinearSvr(mean, scale, weight, intercept=float(svr.intercept_[0]))
+
+
+def standardisation(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and scale of each feature over (training) rows, float32: the standard deviation, with a floor."""
+    scaler = StandardScaler().fit(features)
+    floor = SCALE_FLOOR * np.sqrt(scaler.var_.mean())
+    scale = np.maximum(np.sqrt(scaler.var_), floor if floor > 0 else 1.0)
+    return scaler.mean_.astype(np.float32), scale.astype(np.float32)
 
 
 def scaled_kernel(rows: np.ndarray) -> tuple[np.ndarray, float]:
@@ -130,10 +141,10 @@ def out_of_fold(
         train, held_out = train[usable[train]], held_out[usable[held_out]]
         if not len(held_out):
             continue
-        scaler = StandardScaler().fit(features[train])
-        rows = scaler.transform(features[train])
+        mean, scale = standardisation(features[train])
+        rows = (features[train] - mean) / scale
         kernel, unit = scaled_kernel(rows)
-        kernel_held_out = scaler.transform(features[held_out]) @ rows.T / unit
+        kernel_held_out = (features[held_out] - mean) / scale @ rows.T / unit
         for row, choice in zip(predicted, grid, strict=True):
             svr = SVR(kernel="precomputed", C=choice.C, epsilon=choice.epsilon).fit(kernel, age[train])
             row[held_out] = svr.predict(kernel_held_out)

@@ -1,4 +1,4 @@
-"""VGG16 features of many scans in the workspace: each scan is computed once, and again only if its inputs change.
+"""VGG16 features of many scans in the workspace: each is computed once, again only if inputs change.
 
 Knows no ages and no splits, so nothing here can leak; `fusion` learns from what this leaves behind.
 """

@@ -69,9 +69,9 @@ class Vgg16Features(nn.Module):
         """Length of a feature vector at this image size (pixels a side)."""
         return CHANNELS * (1 if self.pooling == "mean" else (image_size // REDUCTION) ** 2)
 
-    def place(self, device: torch.device | str) -> Vgg16Features:
-        """Move to a device; half precision on a GPU that computes it natively (capability 7 and up)."""
-        device = torch.device(device)
+    def place(self, device: torch.device | str = "") -> Vgg16Features:
+        """Move to a device (default: the GPU, if any); half precision where it computes that natively."""
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         native_half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
         kind = torch.float16 if native_half else torch.float32
         return self.to(device=device, dtype=kind, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Pictures of the VGG16 + SVR baseline. Arrays and tables in, an Axes back; nothing is computed from ages here."""
+"""Pictures of the VGG16 + SVR baseline: arrays and tables in, an Axes back. Accuracy: evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#666666"  # Okabe-
 
 
 def plot_triplet(image: np.ndarray, position: int, ax: Axes) -> Axes:
-    """One triplet as the network sees it: (3, height, width), values 0 to 1, three slices as red, green and blue."""
+    """One triplet as the network sees it: (3, height, width), values 0 to 1, slices as red, green, blue."""
     ax.imshow(np.moveaxis(image, 0, -1), interpolation="nearest")
     ax.set_axis_off()
     ax.set_title(f"triplet {position}", fontsize=10)
@@ -41,7 +41,9 @@ def plot_grid(grid: pd.DataFrame, title: str, ax: Axes) -> Axes:
         for dash, (epsilon, line) in zip(dashes, rows.groupby("epsilon"), strict=False):
             label = f"{'one early SVR' if variant == 'early' else 'mean late SVR'}, epsilon {epsilon:g} y"
             ax.plot(line["C"], line["mae"], dash, color=colour, marker=marker, label=label)
-    ax.set(xscale="log", xlabel="C (kernel with mean diagonal 1)", ylabel="MAE, inner cross-validation [years]")
+    ax.set(
+        xscale="log", xlabel="C (kernel with mean diagonal 1)", ylabel="MAE, inner cross-validation [years]"
+    )
     ax.legend(fontsize=8)
     ax.set_title(f"Choosing C and epsilon on training subjects\n{title}", fontsize=10)
     return ax

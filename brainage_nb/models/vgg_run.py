@@ -55,6 +55,14 @@ class VggRun:
     reused: bool
     changed: list[str]
 
+    def summary(self) -> pd.DataFrame:
+        """What was chosen on training subjects, a column a fusion."""
+        rows = {
+            name: {**self.settings[name], "headline": name == self.settings["variant"]}
+            for name in (EARLY, LATE)
+        }
+        return pd.DataFrame(rows).fillna("")
+
 
 def train_vgg_svr(
     cache: FeatureCache,
@@ -102,6 +110,7 @@ def train_vgg_svr(
     settings = _settings(cache, network, variant, early, late, inputs)
     settings["n_scans"] = {name: int(n) for name, n in scans["split"].value_counts().items()}
     settings["n_left_out"] = int(left_out["scan_id"].nunique())
+    settings["reference_age"] = late.fusion.centre
     model = VggSvr(early, late, network, cache.settings, cache.facts["spacing_mm"], variant, settings)
     grid = pd.concat([early.grid.assign(variant=EARLY), late.grid.assign(variant=LATE)])
     run = VggRun(folder, rows[~lost], grid, late.by_position, late.rules, left_out, settings, False, [])

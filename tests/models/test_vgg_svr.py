@@ -103,6 +103,16 @@ def test_scaling_is_learned_inside_each_fold():
     np.testing.assert_allclose(before[:, held_out[1:]], after[:, held_out[1:]], atol=1e-3)
 
 
+def test_a_feature_active_in_one_training_scan_cannot_throw_a_prediction():
+    scans, age, _ = made_up(60)
+    features = np.stack([rows[0] for rows in scans]).astype(np.float32)
+    features[:, :100] = 0
+    features[0, :100] = 0.05
+    features[-1, :100] = 3  # a new scan in which these features happen to be active
+    model = fit_svr(features[:50], age[:50], PUBLISHED)
+    assert np.abs(model.predict(features[50:]) - age[50:]).max() < 10
+
+
 def test_the_best_choice_is_the_lowest_error_and_of_equals_the_first():
     age = np.array([50.0, 60.0])
     predicted = np.array([[55.0, 65.0], [51.0, 61.0], [51.0, 61.0]])

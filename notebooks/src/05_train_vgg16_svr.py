@@ -1,0 +1,237 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 05 · VGG16 features and support vector regression
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/brainage-nb/brainage_nb/blob/main/notebooks/05_train_vgg16_svr.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/brainage-nb/brainage_nb/blob/main/notebooks/05_train_vgg16_svr.ipynb)
+#
+# **In:** `splits.csv` from notebook 02 and the volume store from notebook 03.
+#
+# **Out:** `runs/vgg16_svr/`: `predictions.csv` with two variants, early and late fusion, `settings.json`, and the model
+# as plain arrays. The features stay in `features/` and are computed once.
+#
+# The classic baseline, and a model for those without a GPU. Three neighbouring axial slices become the red, green and
+# blue of a picture; a network made for photographs turns it into numbers; a linear support vector regression (SVR)
+# reads the age from them. *Early* fusion averages the pictures' numbers first, *late* fusion asks each height of the
+# head for an age and weighs the answers.
+
+# %% [markdown]
+# ## Set-up
+# Installs the package where it is absent and leaves the platform's torch and numpy as they are.
+
+# %%
+import importlib.util
+import subprocess
+
+if importlib.util.find_spec("brainage_nb") is None:
+    _script = "https://raw.githubusercontent.com/brainage-nb/brainage_nb/main/colab_setup.sh"
+    subprocess.run(["bash", "-c", f"set -o pipefail; curl -fsSL {_script} | bash"], check=True)
+    importlib.invalidate_caches()
+
+# %% [markdown]
+# ## Parameters
+# The only cell to edit. Colab shows it as a form; `brainage-nb run -p name=value` and papermill set the same names.
+
+# %% tags=["parameters"] nbmake={"mock": {"workspace": "../build/smoke", "vgg_weights": "random_projection", "image_size": 32}}
+# folder for everything written; empty: $BRAINAGE_WORKSPACE, else the platform's usual place
+workspace = ""  # @param {type:"string"}
+# name of this run: its folder in runs/
+run = "vgg16_svr"  # @param {type:"string"}
+# imagenet (528 MB, downloaded once), random_projection (no download; untrained and weaker), or the path of vgg16-397923af.pth
+vgg_weights = "imagenet"  # @param ["imagenet", "random_projection"] {allow-input: true}
+# pixels; side of the slices as the network sees them (224 as published, 112 costs a quarter)
+image_size = 224  # @param {type:"integer"}
+# what is kept of the last pooling: maps (all positions, as published) or mean (512 numbers, small and coarse)
+pooling = "maps"  # @param ["maps", "mean"]
+# triplets of slices at once (lower it if memory runs out)
+batch_size = 16  # @param {type:"integer"}
+# draws of the subject bootstrap behind each interval
+n_bootstrap = 2000  # @param {type:"integer"}
+# seed of the random projection; nothing else here is random
+seed = 1  # @param {type:"integer"}
+
+# %%
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from brainage_nb.evaluation.metrics import flat, regression_metrics
+from brainage_nb.evaluation.plots import predicted_vs_true
+from brainage_nb.models import vgg_plots
+from brainage_nb.models.fusion import positions_in_use
+from brainage_nb.models.vgg_cache import extract_features
+from brainage_nb.models.vgg_features import FeatureSettings, present, triplet_images, triplets_with_brain
+from brainage_nb.models.vgg_network import vgg16_features
+from brainage_nb.models.vgg_run import train_vgg_svr
+from brainage_nb.models.vgg_svr import VggSvr
+from brainage_nb.volumes.store import current_store
+from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
+
+parameters = resolved_parameters(globals())
+ws = open_workspace(workspace).begin("05_train_vgg16_svr")
+session_summary(ws.root)
+
+# %% [markdown]
+# ## Who trains, who is tested
+
+# %%
+splits = ws.read("splits.csv")
+store = current_store(ws.path("volumes"))
+splits.groupby("split").agg(
+    scans=("scan_id", "size"),
+    subjects=("subject_id", "nunique"),
+    youngest=("age", "min"),
+    oldest=("age", "max"),
+)
+
+# %% [markdown]
+# ## The network
+# Its weights are never changed here. With ImageNet weights the filters know edges and textures of photographs. A random
+# projection keeps the network's form with weights that were drawn, not learned: it needs no download, is weaker, and
+# every table and figure says so. Weights that are asked for but absent stop the notebook.
+
+# %%
+network = vgg16_features(vgg_weights, pooling=pooling, seed=seed).place()
+settings = FeatureSettings(image_size=image_size)
+facts = {
+    "weights": network.title,
+    "hash of the weights": network.weights_sha256[:12],
+    "image [pixels]": f"{image_size} x {image_size}",
+    "features a triplet": network.n_features(image_size),
+}
+pd.DataFrame({"value": facts})
+
+# %% [markdown]
+# ## Slices as pictures
+# What the network sees of one training scan: three neighbouring slices as red, green and blue, so that colour marks
+# where neighbours differ. Triplets above the crown, or deep in the neck, are skipped.
+
+# %%
+scan_id = splits.query("split == 'train' and scan_id in @store.scan_ids")["scan_id"].iloc[0]
+volume = store[scan_id]
+positions = triplets_with_brain(volume, store.spacing_mm, settings)
+shown = positions[:: max(1, len(positions) // 6)][:6]
+figure, axes = plt.subplots(1, len(shown), figsize=(2.2 * len(shown), 2.6))
+for ax, position, image in zip(axes, shown, triplet_images(volume, shown, settings), strict=True):
+    vgg_plots.plot_triplet(image.numpy(), position, ax)
+figure.suptitle(f"{len(shown)} of {len(positions)} triplets of scan {scan_id}")
+# %% [markdown]
+# ## Features of every scan
+# Each scan is stored as soon as it is done; after an interruption run this cell again and only the missing ones are
+# computed. A scan that fails is listed with its reason and left out.
+
+# %%
+extracted = extract_features(
+    store, ws.path("features"), network, settings=settings, scan_ids=splits["scan_id"], batch_size=batch_size
+)
+print(
+    f"computed {extracted.computed}, found in the workspace {extracted.reused}, failed {len(extracted.failed)}"
+)
+display(extracted.failed)
+
+# %%
+training = splits.query("split == 'train' and scan_id in @extracted.cache.scan_ids")["scan_id"]
+rows = [extracted.cache.rows(scan_id) for scan_id in training]
+figure, ax = plt.subplots(figsize=(8, 3))
+vgg_plots.plot_present(present(rows), positions_in_use(rows), ax)
+# %% [markdown]
+# ## Fit both fusions
+# Everything is chosen by cross-validation *inside* the training subjects: C and epsilon (both in years; the published
+# pair is among them), the weights of late fusion, and which fusion is the headline. Validation and test ages take no
+# part. The linear kernel is divided by its mean diagonal, or C would mean nothing with so many features.
+
+# %%
+fitted = train_vgg_svr(extracted.cache, splits, ws.run(run), network, failed=extracted.failed)
+if fitted.reused:
+    print("This run was there already, with the same features and splits: read, not fitted again.")
+elif fitted.changed:
+    print("Replaced a run with other settings:", *fitted.changed, sep="\n  ")
+fitted.summary()
+
+# %%
+display(fitted.left_out)
+
+# %%
+figure, ax = plt.subplots(figsize=(7, 4))
+vgg_plots.plot_grid(fitted.grid, fitted.settings["title"], ax)
+# %% [markdown]
+# ## What each height of the head knows
+# Late fusion's score a triplet position, on training subjects that its SVR had not seen, and the weight it was given. A
+# position with a good score can get no weight where a neighbour says the same.
+
+# %%
+figure, ax = plt.subplots(figsize=(8, 4))
+vgg_plots.plot_positions(fitted.by_position, fitted.settings["title"], ax)
+# %% [markdown]
+# Three rules to combine the positions, scored on training subjects that the weights had not seen. MAE: mean absolute
+# error in years. The default is fixed beforehand; it is not picked from this table.
+
+# %%
+fitted.rules.round(2)
+
+# %% [markdown]
+# ## Accuracy on test subjects
+# Raw predictions with 95 % intervals over subjects, beside what saying the mean training age to everybody would give.
+# Notebook 06 compares this model with the ResNet on the same people.
+
+# %%
+test = fitted.predictions.query("split == 'test'")
+reference_age = fitted.settings["reference_age"]
+metrics = {
+    variant: regression_metrics(
+        part["age"],
+        part["predicted_age"],
+        part["subject_id"],
+        reference_age=reference_age,
+        n_bootstrap=n_bootstrap,
+    )
+    for variant, part in test.groupby("variant")
+}
+print(fitted.settings["title"], "· headline:", fitted.settings["variant"], "fusion")
+pd.DataFrame({variant: flat(found) for variant, found in metrics.items()}).round(2)
+
+# %%
+figure, axes = plt.subplots(1, 2, figsize=(11, 5))
+for ax, (variant, part) in zip(axes, test.groupby("variant"), strict=True):
+    name = f"{variant} fusion, test\n{fitted.settings['title']}"
+    predicted_vs_true(
+        part["age"], part["predicted_age"], metrics[variant], name=name, reference_age=reference_age, ax=ax
+    )
+figure.tight_layout()
+
+# %% [markdown]
+# ## Where one age comes from
+# The saved model, read back: the years that each triplet adds to one test scan's age. They sum to the predicted age
+# less the model's starting point.
+
+# %%
+model = VggSvr.load(fitted.folder / "model", weights="" if vgg_weights == "imagenet" else vgg_weights)
+scan_id = test["scan_id"].iloc[0]
+age = model.predict([store[scan_id]])[0]
+figure, ax = plt.subplots(figsize=(6, 5))
+title = f"scan {scan_id}: predicted {age:.1f} years\n{model.variant} fusion, {fitted.settings['title']}"
+vgg_plots.plot_contributions(model.contributions(store[scan_id]), title, ax)
+# %% [markdown]
+# ## Done
+
+# %%
+headline = metrics[fitted.settings["variant"]]
+figures = {
+    "method": fitted.settings["title"],
+    "slices [pixels]": image_size,
+    "headline variant": fitted.settings["variant"],
+    "test MAE [years]": headline["mae"]["value"],
+    "test mean-predictor MAE [years]": headline["mean_predictor_mae"]["value"],
+    "test r": headline["r"]["value"],
+}
+ws.finish("05_train_vgg16_svr", parameters, [fitted.folder, extracted.cache.folder], figures)
