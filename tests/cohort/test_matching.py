@@ -57,6 +57,9 @@ def match(tmp_path):
         ("site3/100307/T1w.nii.gz", "100307"),
         ("row_major.dconn.nii", "row_major.dconn"),
         ("functional.nii", "functional"),
+        ("AIL.nii.gz", "AIL.nii.gz"),
+        ("test.mgz", "odd/test.mgz"),
+        ("IXI002-Guys-0828-T1.nii.gz", "IXI002-Guys-0828-T1.nii.gz"),
         ("anat_T2.nii", "anat_T2"),
     ],
 )

@@ -134,6 +134,23 @@ def test_waves_of_a_table_meet_sessions_on_disk(data):
     assert ages(first_only) == {"01_wave1": 54}
 
 
+def test_a_table_of_file_names_keeps_the_scans_of_a_subject_together(data):
+    names = ["sub-01_ses-1_T1w.nii.gz", "sub-01_ses-2_T1w.nii.gz"]
+    folder = data({"t.csv": f"filename,age\n{names[0]},30\n{names[1]},32\n", **dict.fromkeys(names)})
+    cohort = folder_cohort(folder).cohort
+    assert list(cohort["subject_id"]) == ["01", "01"]
+    assert list(cohort["age"]) == [30, 32]
+
+
+def test_a_mask_is_not_taken_for_the_scan_whose_id_it_carries(data):
+    folder = data(
+        {"t.csv": "ID,Age\nOAS1_0001_MR1,74\n", "OAS1_0001_MR1_mpr.hdr": None, "OAS1_0001_MR1_fseg.hdr": None}
+    )
+    found = folder_cohort(folder)
+    assert [path.rsplit("_", 1)[1] for path in found.cohort["image"]] == ["mpr.hdr"]
+    assert list(found.cohort["scan_id"]) == ["OAS1_0001_MR1"]
+
+
 def test_scan_ids_are_unique_even_where_names_repeat(data):
     folder = data({"t.csv": "ID,age\nAB1,30\n", "a/AB1.nii": None, "b/AB1.nii": None, "AB1_x.nii": None})
     cohort = folder_cohort(folder).cohort
