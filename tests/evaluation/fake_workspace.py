@@ -101,3 +101,23 @@ def write_settings(ws: Workspace, name: str, variant: str) -> Path:
     settings = {"run": name, "variant": variant, "fingerprint": "abc", "seeds": [0], "folds": 0, "epochs": 20}
     write_json(settings, ws.run(name) / "settings.json")
     return ws.run(name)
+
+
+def write_folded_run(
+    ws: Workspace, name: str, scans: pd.DataFrame, *, n_folds: int, mean_rows: bool, seed: int = 0
+) -> Path:
+    """A run with folds: one out-of-fold row a train or validation scan, one row a fold model for each test
+    scan."""
+    rng = np.random.default_rng(seed)
+    subjects = scans["subject_id"].unique()
+    fold_of = dict(zip(subjects, rng.integers(0, n_folds, len(subjects)), strict=True))
+    pool = scans[scans["split"] != "test"]
+    parts = [pool.assign(fold=pool["subject_id"].map(fold_of), predicted_age=simulated(pool, seed=seed))]
+    test = scans[scans["split"] == "test"]
+    members = [test.assign(fold=k, predicted_age=simulated(test, seed=100 + k)) for k in range(n_folds)]
+    rows = pd.concat([*parts, *members]).assign(seed=0, variant="single")
+    if mean_rows:
+        mean = np.mean([part["predicted_age"] for part in members], axis=0)
+        rows = pd.concat([rows, test.assign(fold=-1, predicted_age=mean, seed=-1, variant="mean")])
+    write_csv(rows[PREDICTION_COLUMNS], ws.run(name) / "predictions.csv")
+    return write_settings(ws, name, "mean")

@@ -1,0 +1,104 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from brainage_nb.evaluation.runs import InconsistentRun, headline_rows, is_control, list_runs, read_run
+from brainage_nb.workspace import MissingInput, write_csv
+from tests.evaluation.fake_workspace import (
+    cohort_frame,
+    simulated,
+    write_folded_run,
+    write_run,
+    write_settings,
+    write_workspace,
+)
+
+
+@pytest.fixture
+def scans():
+    return cohort_frame(100, twice=4)
+
+
+def test_a_run_is_read_with_ids_as_text_and_what_the_cohort_knows(tmp_path, scans):
+    ws = write_workspace(tmp_path, scans)
+    write_run(ws, "resnet18", scans, simulated(scans))
+    run = read_run(ws, "resnet18")
+    assert list_runs(ws) == ["resnet18"] and run.splits() == ["train", "val", "test"] and not run.folds
+    assert set(run.predictions["subject_id"]) == set(scans["subject_id"])
+    assert {"sex", "site", "source"} <= set(run.predictions)
+    assert run.reference_age == pytest.approx(scans.loc[scans["split"] == "train", "age"].mean())
+    assert set(run.calibration_rows()["split"]) == {"val"}
+
+
+def test_only_the_headline_variant_counts(tmp_path, scans):
+    ws = write_workspace(tmp_path, scans)
+    early = write_run(ws, "vgg", scans, np.full(len(scans), 1.0), variant="early")
+    both = [pd.read_csv(early / "predictions.csv", dtype={"subject_id": str})]
+    write_run(ws, "vgg", scans, np.full(len(scans), 2.0), variant="late")
+    both.append(pd.read_csv(early / "predictions.csv", dtype={"subject_id": str}))
+    write_csv(pd.concat(both), early / "predictions.csv")
+    assert (read_run(ws, "vgg").predictions["predicted_age"] == 2).all()
+    write_settings(ws, "vgg", "middle")
+    with pytest.raises(InconsistentRun, match=r"'middle'.*\['early', 'late'\]"):
+        read_run(ws, "vgg")
+
+
+def test_folds_give_out_of_fold_rows_and_the_mean_on_test(tmp_path, scans):
+    ws = write_workspace(tmp_path, scans)
+    write_folded_run(ws, "folded", scans, n_folds=4, mean_rows=True)
+    run = read_run(ws, "folded")
+    assert run.folds and run.splits() == ["train", "val", "out_of_fold", "test"]
+    assert len(run.part("out_of_fold")) == (scans["split"] != "test").sum()
+    assert set(run.calibration_rows()["split"]) == {"train", "val"}
+    members = run.members[run.members["variant"] != "mean"]
+    expected = members[members["split"] == "test"].groupby("scan_id")["predicted_age"].mean()
+    found = run.part("test").set_index("scan_id")["predicted_age"]
+    assert found.to_dict() == pytest.approx(expected.to_dict())
+
+
+def test_the_mean_is_taken_here_where_no_mean_row_was_written(tmp_path, scans):
+    ws = write_workspace(tmp_path, scans)
+    write_folded_run(ws, "with", scans, n_folds=4, mean_rows=True)
+    write_folded_run(ws, "without", scans, n_folds=4, mean_rows=False)
+    one, two = (
+        read_run(ws, name).part("test").set_index("scan_id")["predicted_age"] for name in ("with", "without")
+    )
+    assert one.to_dict() == pytest.approx(two.to_dict())
+
+
+def test_a_subject_in_two_splits_stops_the_evaluation(tmp_path, scans):
+    scans.loc[scans.index[-1], "split"] = "train"  # the second session of a test subject
+    ws = write_workspace(tmp_path, scans)
+    write_run(ws, "leaky", scans, simulated(scans))
+    with pytest.raises(InconsistentRun, match="1 subjects are in more than one split"):
+        read_run(ws, "leaky")
+
+
+@pytest.mark.parametrize("column, value", [("split", "train"), ("age", 33.3)])
+def test_a_run_that_disagrees_with_the_splits_is_refused(tmp_path, scans, column, value):
+    ws = write_workspace(tmp_path, scans)
+    changed = scans.copy()
+    subject = scans.loc[scans["split"] == "val", "subject_id"].iloc[0]
+    changed.loc[changed["subject_id"] == subject, column] = value
+    write_run(ws, "stale", changed, simulated(scans))
+    with pytest.raises(InconsistentRun, match=r"differ from splits\.csv"):
+        read_run(ws, "stale")
+
+
+def test_a_missing_prediction_is_refused(scans):
+    rows = scans.assign(predicted_age=50.0, seed=0, variant="single")
+    rows.loc[3, "predicted_age"] = np.nan
+    with pytest.raises(InconsistentRun, match="1 scans have no predicted age"):
+        headline_rows(rows, "single")
+
+
+def test_a_missing_run_names_the_notebook_that_makes_it(tmp_path, scans):
+    with pytest.raises(MissingInput, match="04_train_resnet18"):
+        read_run(write_workspace(tmp_path, scans), "nothing")
+
+
+def test_controls_are_known_by_their_usual_names_and_everybody_counts_where_none_is_named():
+    rows = pd.DataFrame({"diagnosis": ["Control", "AD", "", "HC"]})
+    assert is_control(rows).tolist() == [True, False, False, True]
+    assert is_control(pd.DataFrame({"diagnosis": ["", ""]})).all()
+    assert is_control(pd.DataFrame({"age": [1, 2]})).all()
