@@ -59,7 +59,7 @@ def main() -> None:
         "holds": ratio <= BAR,
         "unit": "extraction time over bare network time, median of pairs",
         "image_size": settings.image_size,
-        "device": str(network.mean.device),
+        "device": str(network.device),
         "seconds_per_triplet": round(sum(pair[0] for pair in pairs) / sum(pair[2] for pair in pairs), 4),
     }
     print(json.dumps(result))
@@ -87,14 +87,13 @@ def bare(
     batch_size: int,
 ) -> float:
     """Seconds of the convolutional part alone, on images that are ready."""
-    images = triplet_images(store[scan_id], positions, settings, network.mean.device)
-    ready = ((images.to(network.mean.dtype) - network.mean) / network.sd).contiguous(
-        memory_format=torch.channels_last
-    )
+    images = triplet_images(store[scan_id], positions, settings, network.device)
+    ready = ((images - network.mean) / network.sd).contiguous(memory_format=torch.channels_last)
     synchronise()
     start = time.perf_counter()
-    for batch in ready.split(batch_size):
-        network.layers(batch)
+    with network.precision():
+        for batch in ready.split(batch_size):
+            network.layers(batch)
     synchronise()
     return time.perf_counter() - start
 

@@ -112,10 +112,9 @@ def volume_features(
     positions = triplets_with_brain(volume, spacing_mm, settings)
     if not len(positions):
         raise FeatureError("no triplet of slices holds brain: the volume is empty or far off centre")
-    kind = network.mean
     batches = [
-        network(images.to(kind.dtype).contiguous(memory_format=torch.channels_last))
-        for images in triplet_images(volume, positions, settings, kind.device).split(batch_size)
+        network(images.contiguous(memory_format=torch.channels_last))
+        for images in triplet_images(volume, positions, settings, network.device).split(batch_size)
     ]
     found = torch.cat(batches).to(torch.float16).cpu().numpy()
     if not np.isfinite(found).all():

@@ -49,7 +49,7 @@ class Vgg16Features(nn.Module):
             raise ValueError(f"pooling = {pooling!r}; choose one of {', '.join(POOLINGS)}.")
         self.layers = layers.eval().requires_grad_(False)
         self.mode, self.pooling, self.seed = mode, pooling, seed
-        self.weights_sha256 = hash_of_tensors(layers)
+        self.weights_sha256, self.half = hash_of_tensors(layers), False
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("sd", torch.tensor(IMAGENET_SD).view(1, 3, 1, 1), persistent=False)
 
@@ -62,7 +62,8 @@ class Vgg16Features(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, 3, height, width) images of values 0 to 1 to (n, features)."""
-        maps = self.layers((images - self.mean) / self.sd)
+        with self.precision():
+            maps = self.layers((images - self.mean) / self.sd)
         return maps.mean(dim=(2, 3)) if self.pooling == "mean" else maps.flatten(1)
 
     def n_features(self, image_size: int) -> int:
@@ -72,9 +73,17 @@ class Vgg16Features(nn.Module):
     def place(self, device: torch.device | str = "") -> Vgg16Features:
         """Move to a device (default: the GPU, if any); half precision where it computes that natively."""
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        native_half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-        kind = torch.float16 if native_half else torch.float32
-        return self.to(device=device, dtype=kind, memory_format=torch.channels_last)
+        self.half = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+        return self.to(device=device, memory_format=torch.channels_last)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.mean.device
+
+    def precision(self) -> torch.autocast:
+        """The context its layers compute in. Weights stay in float32, so that they can be saved exactly."""
+        return torch.autocast(self.device.type, dtype=torch.float16, enabled=self.half)
 
 
 def vgg16_features(weights: str | Path = IMAGENET, *, pooling: str = "maps", seed: int = 0) -> Vgg16Features:

@@ -16,7 +16,7 @@ import pandas as pd
 from brainage_nb.models.fusion import EARLY, LATE, EarlyFusion, LateFusion, fit_early, fit_late
 from brainage_nb.models.linear_svr import GRID
 from brainage_nb.models.vgg_cache import FeatureCache
-from brainage_nb.models.vgg_network import Vgg16Features
+from brainage_nb.models.vgg_network import IMAGENET, Vgg16Features
 from brainage_nb.models.vgg_svr import VggSvr
 from brainage_nb.workspace import read_csv, read_json, write_csv, write_json
 
@@ -217,7 +217,8 @@ def _settings(
 def _write(run: VggRun, model: VggSvr) -> None:
     """Tables and model first, settings.json last: it is the sign that the rest is whole."""
     (run.folder / "settings.json").unlink(missing_ok=True)
-    model.save(run.folder / "model")
+    # A drawn network can be drawn again; ImageNet's weights go along, so that predicting needs no internet.
+    model.save(run.folder / "model", with_network=model.network.mode == IMAGENET)
     for name in ("predictions", "grid", "positions", "rules", "left_out"):
         write_csv(_tables(run)[name], run.folder / f"{name}.csv")
     write_json(run.settings, run.folder / "settings.json")

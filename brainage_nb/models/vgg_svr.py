@@ -18,7 +18,6 @@ from brainage_nb.models.fusion_rules import Fusion
 from brainage_nb.models.linear_svr import Choice, LinearSvr
 from brainage_nb.models.vgg_features import SLICES, FeatureSettings, volume_features
 from brainage_nb.models.vgg_network import (
-    RANDOM_PROJECTION,
     Vgg16Features,
     WeightsError,
     save_features,
@@ -97,13 +96,9 @@ class VggSvr:
         return paths
 
     @classmethod
-    def load(cls, folder: Path | str, weights: str | Path = "", device: str = "cpu") -> VggSvr:
-        """Read what `save` wrote.
-
-        Parameters
-        ----------
-        weights : path, optional
-            torchvision's VGG16 file, where the folder has no copy of the network and there is no internet.
+    def load(cls, folder: Path | str, device: str = "cpu") -> VggSvr:
+        """Read what `save` wrote. Without a copy of the network in the folder, a random projection is drawn
+        again and ImageNet weights are fetched.
 
         Raises
         ------
@@ -114,7 +109,7 @@ class VggSvr:
 
         facts = read_json(Path(folder) / FACTS)
         arrays = load_file(Path(folder) / ARRAYS)
-        network = _network(Path(folder), facts["network"], weights).place(device)
+        network = _network(Path(folder), facts["network"]).place(device)
         early = EarlyFusion(
             arrays["early.positions"],
             _svrs(arrays, EARLY, facts[EARLY]["intercepts"])[0],
@@ -176,13 +171,12 @@ def _svrs(arrays: dict[str, np.ndarray], name: str, intercepts: list[float]) -> 
     return [LinearSvr(*row, intercept) for *row, intercept in zip(*parts, intercepts, strict=True)]
 
 
-def _network(folder: Path, facts: dict[str, Any], weights: str | Path) -> Vgg16Features:
+def _network(folder: Path, facts: dict[str, Any]) -> Vgg16Features:
     mode, pooling = facts["weights"], facts["pooling"]
     if (folder / NETWORK).exists():
         network = saved_features(folder / NETWORK, mode, pooling, facts["seed"])
     else:
-        source = mode if mode == RANDOM_PROJECTION else weights or mode
-        network = vgg16_features(source, pooling=pooling, seed=facts["seed"])
+        network = vgg16_features(mode, pooling=pooling, seed=facts["seed"])
     if network.weights_sha256 != facts["weights_sha256"]:
         raise WeightsError(
             f"The VGG16 weights found have hash {network.weights_sha256[:8]}…, this model was fitted with "

@@ -215,7 +215,7 @@ figure.tight_layout()
 # less the model's starting point.
 
 # %%
-model = VggSvr.load(fitted.folder / "model", weights="" if vgg_weights == "imagenet" else vgg_weights)
+model = VggSvr.load(fitted.folder / "model")
 scan_id = test["scan_id"].iloc[0]
 age = model.predict([store[scan_id]])[0]
 figure, ax = plt.subplots(figsize=(6, 5))

@@ -229,7 +229,7 @@ def test_other_volumes_weights_or_settings_go_to_another_folder(network, tmp_pat
 
 def test_a_volume_with_odd_intensities_is_refused(network):
     class Loud(torch.nn.Module):
-        mean = torch.zeros(1)
+        device = "cpu"
 
         def forward(self, images):
             return images.flatten(1)[:, :4] * 1e6
