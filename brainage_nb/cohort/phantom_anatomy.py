@@ -146,13 +146,13 @@ def _sulci(
     """Where cortex borders CSF, in fissures and at the surface, away from the ventricles."""
     fluid = np.clip(inside - grey - white, 0, 1) * (from_ventricle > 15)
     near_fluid = ndimage.gaussian_filter(fluid, 2.0 / voxel_mm)
-    return np.clip(3.5 * near_fluid, 0, 1) * (grey > 0.02)
+    return np.clip(4.5 * near_fluid, 0, 1) * (grey > 0.02)
 
 
 def _widening(lateral: np.ndarray, affine: np.ndarray, voxel_mm: float) -> tuple[np.ndarray, np.ndarray]:
     """Smooth field that points away from the ventricles, strongest at their wall, on a coarser grid."""
     step = round(FIELD_STEP_MM / voxel_mm)
-    smooth = ndimage.gaussian_filter(lateral.astype(np.float32), 5.5 / voxel_mm)[::step, ::step, ::step]
+    smooth = ndimage.gaussian_filter(lateral.astype(np.float32), 6.5 / voxel_mm)[::step, ::step, ::step]
     away = -np.stack(np.gradient(smooth))
     field_affine = affine.copy()
     field_affine[:3, :3] *= step

@@ -16,13 +16,13 @@ YOUNGEST, OLDEST = 20.0, 86.0  # years
 GAP_SD = 3.75  # years; the mean absolute gap, which is the oracle's MAE, is 0.8 of it
 # How far a person of a given brain age departs from the planted curve, in the parameter's own unit.
 INDIVIDUAL_SD = {
-    "ventricle_mm": 0.30,
+    "ventricle_mm": 0.38,
     "sulcal_opening": 0.045,
-    "grey_white_contrast": 0.0085,
+    "grey_white_contrast": 0.0120,
     "lesions": 0.045,
 }
 ANATOMY_PARAMETERS = tuple(INDIVIDUAL_SD)
-DEFORMATION_MM, DEFORMATION_KNOTS_MM = 1.9, 38.0
+DEFORMATION_MM, DEFORMATION_KNOTS_MM = 1.3, 38.0
 # Semi-axes and centre (mm, MNI152) of an ellipsoid around the brain; the field of view is set by it.
 BRAIN_CENTRE, BRAIN_AXES = np.array([0.0, -17.0, 2.0]), np.array([73.0, 91.0, 82.0])
 
@@ -41,9 +41,9 @@ class Site:
 
 
 SITES = {
-    "north": Site(1.00, 1.00, 1.0, 0.030, 900, ("RAS", "LAS"), ((1, 1, 1),)),
-    "south": Site(0.88, 1.12, 2.2, 0.045, 260, ("PSR", "PIR"), ((1.2, 0.95, 0.95), (1, 1, 1))),
-    "west": Site(1.10, 0.90, 1.6, 0.060, 1800, ("RAI", "LPI", "ASL"), ((0.95, 0.95, 1.5), (0.9, 1.3, 0.9))),
+    "north": Site(1.00, 1.00, 1.0, 0.030, 500, ("RAS", "LAS"), ((1, 1, 1),)),
+    "south": Site(0.90, 1.08, 2.2, 0.040, 260, ("PSR", "PIR"), ((1.2, 0.95, 0.95), (1, 1, 1))),
+    "west": Site(1.08, 0.93, 1.6, 0.050, 700, ("RAI", "LPI", "ASL"), ((0.95, 0.95, 1.5), (0.9, 1.3, 0.9))),
 }
 
 
@@ -62,8 +62,8 @@ def planted_anatomy(brain_age: np.ndarray | float) -> dict[str, np.ndarray | flo
     late = 8.0 * np.logaddexp(0, (years - 40) / 8.0)
     return {
         "ventricle_mm": 0.030 * years + 0.125 * late,
-        "sulcal_opening": 0.08 + 0.0085 * years + 0.0040 * late,
-        "grey_white_contrast": 0.34 - 0.0019 * years,
+        "sulcal_opening": 0.06 + 0.0085 * years + 0.0050 * late,
+        "grey_white_contrast": 0.37 - 0.0026 * years,
         "lesions": 0.04 + 0.0025 * years + 0.0130 * late,
     }
 
@@ -87,8 +87,8 @@ def draw_subject(seed: int, index: int) -> list[dict[str, object]]:
     sex = str(random.choice(["F", "M"]))
     site = str(random.choice(list(SITES), p=[0.45, 0.33, 0.22]))
     departure = {name: random.normal(0, sd) for name, sd in INDIVIDUAL_SD.items()}
-    size = random.normal(1.035 if sex == "M" else 0.985, 0.028)
-    stretch = random.normal(1, 0.02, 3)
+    size = random.normal(1.02 if sex == "M" else 0.985, 0.018)
+    stretch = random.normal(1, 0.012, 3)
     sessions = 2 if random.random() < 0.15 else 1
     rows = []
     for session in range(1, sessions + 1):
@@ -129,7 +129,7 @@ def _at_session(
 def draw_acquisition(seed: int, index: int, session: int, site: Site, voxel_mm: float) -> dict[str, object]:
     """How one session was acquired: pose, field of view, storage, bias strength. Lengths in mm, angles in degrees."""
     random = np.random.default_rng((seed, index, session))
-    pitch, yaw, roll = random.normal(0, (6.0, 3.5, 3.5))
+    pitch, yaw, roll = random.normal(0, (3.5, 2.0, 2.0))
     neck = random.uniform(65, 100) if random.random() < 0.2 else random.uniform(22, 55)
     margins = {
         "left": random.uniform(20, 40),
