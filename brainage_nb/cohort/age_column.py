@@ -9,7 +9,7 @@ import re
 
 import pandas as pd
 
-from brainage_nb.cohort.ages import OLDEST, PER_YEAR, UNIT_OF, bare_number, parse_age
+from brainage_nb.cohort.ages import OLDEST, UNIT_OF, bare_number, parse_age
 from brainage_nb.cohort.cells import TableError, TextTable
 from brainage_nb.cohort.columns import AgeColumn, age_columns, existing_column, plain_name
 
@@ -77,8 +77,6 @@ def unit_of(table: TextTable, column: AgeColumn, age_unit: str) -> str:
     unit = column.unit or _unit_in_sidecar(table, column.name)
     if not unit:
         _check_years(table, column)
-    elif unit != "years":
-        table.note(f"'{column.name}' is in {unit}: divided by {PER_YEAR[unit]:g}.")
     return unit or "years"
 
 

@@ -122,12 +122,26 @@ def _decoded(content: bytes, path: Path) -> tuple[str, list[str]]:
 def _parsed(text: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
     tables = {mark: _rows(text, mark) for mark in _DELIMITERS}
     mark = max(_DELIMITERS, key=lambda mark: _fit(tables[mark], mark))
+    _refuse_title(tables, path)
     names = {"\t": "tab", ";": "semicolon", ",": "comma", "|": "bar", " ": "space"}
     expected = {".tsv": "\t", ".csv": ","}.get(path.suffix.lower(), mark)
     wide = len(tables[mark][0]) > 1
     notes = [f"Columns are parted by a {names[mark]}."] if mark != expected and wide else []
     frame, more = _framed(tables[mark], path)
     return frame, notes + more
+
+
+def _refuse_title(tables: dict[str, list[list[str]]], path: Path) -> None:
+    """Refuse lines above the header (a title, comments): one cell first, several columns below."""
+    if any(len(rows[0]) > 1 for mark, rows in tables.items() if mark != " "):
+        return
+    for mark, rows in tables.items():
+        wide = [len(row) for row in rows[1:] if len(row) > 1]
+        if mark != " " and wide and len(set(wide)) == 1 and len(wide) > len(rows) / 3:
+            raise TableError(
+                f"{path}: the first row, {rows[0][0]!r}, is not a header of the {wide[0]} columns below it. "
+                "Remove the lines above the header."
+            )
 
 
 def _rows(text: str, delimiter: str) -> list[list[str]]:

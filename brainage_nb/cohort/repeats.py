@@ -39,7 +39,7 @@ def merge_repeats(rows: pd.DataFrame, table: TextTable) -> pd.DataFrame:
 def _merged(group: pd.DataFrame, key: list[str], table: TextTable) -> dict[str, Any]:
     name = " ".join(filter(None, group.iloc[0][["subject_id", "session_id"]]))
     age = _one_age(list(group["age"]))
-    if age.rule and not any(age.rule == other.rule for other in group["age"]):
+    if age.rule:
         table.note(f"{name}: {age.rule}.")
     elif age.reason and any(other.years is not None for other in group["age"]):
         table.note(f"{name}: {age.reason}; refused.")

@@ -36,8 +36,8 @@ class FolderCohort:
     ----------
     cohort : DataFrame
         As `cohort.csv`: `scan_id, subject_id, session_id, image, age` [years]`, sex, site, source`, then
-        `diagnosis` and `cdr` where the table knows them, and `age_note`: what was done to the age, or, where
-        `age` is empty, why the table gives none. Cleaning drops those scans with that reason.
+        `diagnosis` and `cdr` where the table knows them, and `age_note`: how the age came from several
+        rows, or, where `age` is empty, why the table gives none. Cleaning drops those scans with that reason.
     unmatched_images : DataFrame
         `image, reason`.
     unmatched_rows : DataFrame

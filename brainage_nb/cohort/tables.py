@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,10 @@ def read_table(
     DataFrame
         One row a subject and session (and image, where the table lists images) with a usable age:
         `subject_id, session_id, age` [years], `sex` ("F", "M" or ""), `site`; `diagnosis`, `cdr`, `image_id`
-        where the table knows them; `table_id` (the id as written) and `age_note` (what was done to this age,
-        mostly ""). Ids are text as written, without `sub-`. `attrs["notes"]` lists what was resolved and by
-        what rule, `attrs["refused"]` the rows without usable age (see `refused_rows`). Read both at once:
-        some pandas operations drop `attrs`.
+        where the table knows them; `table_id` (the id as written) and `age_note` (how an age came from
+        several rows, mostly ""). Ids are text as written, without `sub-`. `attrs["notes"]` lists what was
+        resolved and by what rule, `attrs["refused"]` the rows without usable age (see `refused_rows`). Read
+        both at once: some pandas operations drop `attrs`.
 
     Raises
     ------
@@ -239,12 +240,23 @@ def _visit(
         raise table.error("rows have sessions, and several age columns were named", "set age to one column")
     unit = unit_of(table, column, age_unit)
     ages = pd.Series([parse_age(cell, unit) for cell in table.cells[column.name]], index=people.index)
+    _note_cell_rules(ages, table)
+    # what holds for a column is noted once; a row keeps only rules of its own
+    ages = ages.map(lambda age: replace(age, rule=""))
     sessions = people["session_id"].where(people["session_id"] != "", column.wave)
     if {"ptid", "viscode"} <= set(map(plain_name, table.cells)) and plain_name(column.name) == "age":
         late = ~sessions.str.lower().isin(["bl", "sc", "scmri"])
         reason = "the AGE of ADNIMERGE is that at baseline, not at this visit"
         ages = ages.where(~late, Age(reason=reason))
     return people.assign(session_id=sessions, age=ages)
+
+
+def _note_cell_rules(ages: pd.Series, table: TextTable) -> None:
+    """Note how many cells were not plain years, one note a kind, with its first cell as the example."""
+    rules = ages.map(lambda age: age.rule)
+    rules = rules[rules != ""]
+    for _, alike in rules.groupby(rules.str.replace(r"[\d.,]+", "", regex=True)):
+        table.note(f"Ages not written as plain years: {len(alike)} ({alike.iloc[0]}).")
 
 
 def _result(rows: pd.DataFrame, table: TextTable, ages: list[AgeColumn]) -> pd.DataFrame:

@@ -82,6 +82,7 @@ def test_a_workbook_of_either_kind_is_read_from_the_sheet_that_has_ages(tmp_path
         (b"participant_id\tage\n", "no rows"),
         (b"id,age,sex\n1,35,5,M\n2,36,5,F\n", "Quote"),
         (b"PK\x03\x04 broken", "workbook"),
+        (b"People of my study\nid,age\n1,30\n2,31\n", "Remove the lines above the header"),
     ],
 )
 def test_what_is_no_table_is_refused_with_a_remedy(table, content, remedy):
@@ -202,6 +203,13 @@ def test_a_unit_counts_where_name_sidecar_or_parameter_states_it(table):
     assert ages(table("ID\tage_months\n01\t84\n")) == {"01": 7}
     assert ages(table("ID\tage\n01\t84\n", sidecar={"age": {"Units": "months"}})) == {"01": 7}
     assert ages(table("ID\tage\n01\t84\n", age_unit="months")) == {"01": 7}
+
+
+def test_other_ways_to_write_an_age_are_noted_once_a_kind_and_flag_no_row(table):
+    frame = table("ID\tage\n1\t35,5\n2\t36,25\n3\t011M\n4\t40\n")
+    assert noted(frame, "Ages not written as plain years: 2 (decimal comma)")
+    assert noted(frame, "Ages not written as plain years: 1 (011 months / 12)")
+    assert set(frame["age_note"]) == {""}
 
 
 def test_numbers_that_cannot_be_years_are_refused_until_the_unit_is_set(table):
