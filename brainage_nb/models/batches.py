@@ -1,4 +1,4 @@
-"""Volumes for training: kept on the device where they fit, else streamed from the mapped store. Same values either way.
+"""Volumes for training: on the device where they fit, else streamed from the mapped store; the same values.
 
 Knows the store's shards and the device; knows no ages and no model.
 """
@@ -46,7 +46,7 @@ class ResidentVolumes:
 
 
 class StreamedVolumes:
-    """Volumes of a list of scans, read from the mapped shards a little ahead of their use, by a second thread.
+    """Volumes of a list of scans, read from the mapped shards by a second thread, a little ahead.
 
     Parameters are those of `ResidentVolumes`.
     """

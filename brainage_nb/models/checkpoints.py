@@ -1,12 +1,13 @@
 """Checkpoints that are whole, verified, or not there. They hold whatever state they are given.
 
-A file's name carries its step and the SHA-256 of its bytes, so one rename makes a checkpoint valid and any damage
-shows. With a mirror (a folder on Drive, say) each is copied there in the background under a temporary name,
-read back, compared, renamed.
+A file's name carries its step and the SHA-256 of its bytes, so one rename makes a checkpoint valid and any
+damage shows. With a mirror (a folder on Drive, say) each is copied there in the background under a temporary
+name, read back, compared, renamed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -59,7 +60,8 @@ class Checkpoints:
         Raises
         ------
         CheckpointError
-            Where it cannot be written, also after giving up the older checkpoint; the newest good one is untouched.
+            Where it cannot be written, also after giving up the older checkpoint; the newest good one is
+            untouched.
         """
         try:
             path = self._written(state, step)
@@ -75,7 +77,7 @@ class Checkpoints:
         for path in self._newest_first():
             if not _is_whole(path):
                 warnings.warn(
-                    f"Checkpoint {path} is damaged (its content does not match its hash); using the one before.",
+                    f"Checkpoint {path} is damaged (content and hash disagree); using the one before.",
                     stacklevel=2,
                 )
                 continue
@@ -122,8 +124,8 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             safe = self._good[-1].name if self._good else "nothing yet"
             raise CheckpointError(
-                f"The checkpoint of step {step} cannot be written to {self.folder}: {first}. Safe: {safe}. Free "
-                "some disk space and run again: training goes on from what is safe."
+                f"The checkpoint of step {step} cannot be written to {self.folder}: {first}. Safe: {safe}. "
+                "Free some disk space and run again: training goes on from what is safe."
             ) from error
 
     def _start_mirroring(self, path: Path) -> None:
@@ -147,10 +149,8 @@ class Checkpoints:
         except OSError as error:
             warnings.warn(f"{path.name} could not be copied to {self.mirror}: {error}", stacklevel=2)
         finally:
-            try:
+            with contextlib.suppress(OSError):  # the folder itself may be gone; said above
                 temporary.unlink(missing_ok=True)
-            except OSError:
-                pass  # the folder itself is gone; said above
 
     @staticmethod
     def _prune(folder: Path, keep: list[Path]) -> None:
@@ -186,18 +186,16 @@ def _flush_folder(folder: Path) -> None:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
         return
-    try:
+    with contextlib.suppress(OSError):
         os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+    os.close(handle)
 
 
 def space_needed(n_parameters: int, members: int) -> int:
     """Bytes that a job needs at its worst moment.
 
-    Two checkpoints and one being written of the member in training (weights, two Adam moments, weight average: 16
-    bytes a parameter; best weights in half precision: 2), and half-precision weights of every member.
+    Two checkpoints and one being written of the member in training (weights, two Adam moments, weight
+    average: 16 bytes a parameter; best weights in half precision: 2), and half-precision weights of every
+    member.
     """
     return 3 * 18 * n_parameters + members * 2 * n_parameters

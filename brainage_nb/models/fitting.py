@@ -1,7 +1,8 @@
-"""One model from its first step to its predictions, resumable at any step. Which models there are is not decided here.
+"""One model from its first step to its predictions, resumable at any step. Which models there are is not
+decided here.
 
-Order, batches and augmentation are functions of (seed, epoch, scan), so a run that goes on from a checkpoint does
-what the uninterrupted run would have done, bit for bit on a CPU.
+Order, batches and augmentation are functions of (seed, epoch, scan), so a run that goes on from a checkpoint
+does what the uninterrupted run would have done, bit for bit on a CPU.
 """
 
 from __future__ import annotations
@@ -175,8 +176,8 @@ class MemberFit:
         batches = np.array_split(draw.permutation(self.member.train), self.steps_per_epoch)
         if len(batches[-1]) < self.accelerator.num_processes:
             raise ValueError(
-                f"Batches of {len(batches[-1])} cannot be shared by {self.accelerator.num_processes} processes. "
-                "Set a larger batch_size or fewer processes."
+                f"{self.accelerator.num_processes} processes cannot share batches of {len(batches[-1])}. Set "
+                " a larger batch_size or fewer processes."
             )
         return batches
 
@@ -270,7 +271,7 @@ class MemberFit:
         self.accelerator.wait_for_everyone()
 
     def resume(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one; `SettingsDiffer` where it is another run's."""
+        """Go on from the newest whole checkpoint, if any; `SettingsDiffer` where it is another run's."""
         self.accelerator.wait_for_everyone()
         state = self.checkpoints.load() if self.checkpoints else None
         if state is None:
@@ -318,8 +319,8 @@ def refuse_difference(before: dict[str, Any], now: dict[str, Any], place: Path) 
     if names:
         listed = "; ".join(f"{name}: was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
         raise SettingsDiffer(
-            f"{place} was begun with other settings ({listed}). Go on with those, choose another run name, or set "
-            "fresh=True to delete it and start anew."
+            f"{place} was begun with other settings ({listed}). Go on with those, choose another run "
+            "name, or set fresh=True to delete it and start anew."
         )
 
 

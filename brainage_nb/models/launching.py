@@ -75,7 +75,7 @@ def _launcher(settings: TrainingSettings) -> list[str]:
 
 
 def _followed(command: list[str], environment: dict[str, str]) -> tuple[list[str], int]:
-    """Run a command, print its lines as they come; gives its last lines and exit status. Interrupts reach it."""
+    """Run a command and print its lines as they come; interrupts reach it. Gives last lines and status."""
     process = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )

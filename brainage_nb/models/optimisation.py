@@ -23,11 +23,12 @@ def huber_loss(predicted: Tensor, age: Tensor, delta: float) -> Tensor:
     Raises
     ------
     ValueError
-        Where the shapes differ: (batch, 1) against (batch,) would broadcast to (batch, batch) and train nonsense.
+        Where the shapes differ: (batch, 1) against (batch,) would broadcast to (batch, batch) and train
+        nonsense.
     """
     if predicted.ndim != 1 or predicted.shape != age.shape:
         raise ValueError(
-            f"predicted ages {tuple(predicted.shape)} and true ages {tuple(age.shape)}: expected both (batch,)."
+            f"predicted ages {tuple(predicted.shape)}, true ages {tuple(age.shape)}: expected both (batch,)."
         )
     return nn.functional.huber_loss(predicted, age, reduction="none", delta=delta)
 
@@ -80,8 +81,8 @@ class WeightAverage:
 def precise_statistics(model: nn.Module, batches: Iterable[Tensor], autocast) -> None:
     """Re-estimate BatchNorm statistics as plain means over batches (Wu & Johnson 2021, arXiv:2105.07576).
 
-    On small data the running averages lag behind the weights by years of predicted age. Nothing to do for other
-    norms.
+    On small data the running averages lag behind the weights by years of predicted age. Nothing to do for
+    other norms.
 
     Parameters
     ----------
@@ -145,7 +146,8 @@ class Stepper:
         self.settings, self.micro_batch = settings, micro_batch
 
     def step(self, volumes: Tensor, age: Tensor, batch_total: int, learning_rate: float) -> Tensor:
-        """Do one step; returns (sum of losses, sum of absolute errors, gradient norm) of this process, float64.
+        """Do one step; returns (sum of losses, sum of absolute errors, gradient norm) of this process,
+        float64.
 
         Parameters
         ----------
@@ -185,8 +187,8 @@ class Stepper:
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(
-            f"{size} volumes at once do not fit the device: computing {self.micro_batch} at a time and adding "
-            f"gradients up. The batch of {batch} stays.",
+            f"{size} volumes at once do not fit the device: computing {self.micro_batch} at a time and "
+            f"adding gradients up. The batch of {batch} stays.",
             stacklevel=2,
         )
 

@@ -17,7 +17,8 @@ class NotReady(RuntimeError):
 
 
 def choose_device(settings: TrainingSettings) -> torch.device:
-    """The device to train on, proved by a real operation; on a CPU a loud warning, with `require_gpu` an error.
+    """The device to train on, proved by a real operation; on a CPU a loud warning, with `require_gpu` an
+    error.
 
     Raises
     ------
@@ -29,8 +30,8 @@ def choose_device(settings: TrainingSettings) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     if settings.require_gpu or settings.device == "cuda":
         raise NotReady(
-            f"No usable GPU: {reason}. Choose a GPU runtime (Colab: Runtime > Change runtime type; Kaggle: Settings "
-            "> Accelerator > GPU T4 x2), or set require_gpu=False and device='auto' to train on the CPU."
+            f"No usable GPU: {reason}. Choose a GPU runtime (Colab: Runtime > Change runtime type; Kaggle: "
+            "Settings > Accelerator > GPU T4 x2), or set require_gpu=False and device='auto' for the CPU."
         )
     warnings.warn(
         f"TRAINING ON THE CPU ({reason}): some fifty times slower than a GPU. Meant for small volumes "
@@ -41,7 +42,10 @@ def choose_device(settings: TrainingSettings) -> torch.device:
 
 
 def why_no_gpu() -> str:
-    """Empty where a GPU convolves correctly, else why not. `is_available()` alone is True on cards without kernels."""
+    """Empty where a GPU convolves correctly, else the reason.
+
+    `is_available()` alone does not do: it is True on cards that this PyTorch has no kernels for.
+    """
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
     try:
@@ -49,9 +53,8 @@ def why_no_gpu() -> str:
         total = torch.nn.functional.conv3d(ones, ones[..., :2, :2, :2]).sum().item()
     except RuntimeError as error:
         name = torch.cuda.get_device_name()
-        return (
-            f"{name} fails a convolution ({str(error).splitlines()[0]}); this PyTorch may lack kernels for it"
-        )
+        first = str(error).splitlines()[0]
+        return f"{name} fails a convolution ({first}); this PyTorch may lack kernels for it"
     return "" if total == 216 else f"a convolution gives {total}, expected 216"
 
 
@@ -77,7 +80,7 @@ def check_disk(folder: Path, n_parameters: int, members: int) -> str:
     """
     needed, free = space_needed(n_parameters, members), shutil.disk_usage(folder).free
     sentence = (
-        f"{needed / 1e9:.2f} GB of disk needed at most in {folder} ({members} model(s), checkpoints included), "
+        f"{needed / 1e9:.2f} GB of disk needed at most in {folder} ({members} model(s) and checkpoints), "
         f"{free / 1e9:.1f} GB free"
     )
     if needed > free:

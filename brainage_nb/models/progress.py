@@ -39,7 +39,7 @@ class ProgressBars:
         last = fit.history[-1]
         self.bar.set_postfix_str(
             f"epoch {fit.epoch}/{fit.settings.epochs}, {last['seconds']:.3g} s an epoch, train MAE "
-            f"{last['train_mae']:.2f}, validation MAE {last['val_mae']:.2f} y (best {fit.best['val_mae']:.2f})"
+            f"{last['train_mae']:.2f}, val MAE {last['val_mae']:.2f} years (best {fit.best['val_mae']:.2f})"
         )
         if self.on_epoch is not None:
             now = pd.DataFrame(fit.history)
@@ -51,7 +51,7 @@ class ProgressBars:
 
 
 class EpochLines:
-    """One line an epoch on standard output, from the first process only; for subprocesses and batch systems."""
+    """One line an epoch on standard output, from the first process; for subprocesses and batch systems."""
 
     def begin(self, name: str, number: int, total: int, _history: pd.DataFrame) -> None:
         self.title, self.steps = f"{name} ({number + 1} of {total})", 0
@@ -68,8 +68,8 @@ class EpochLines:
         if fit.accelerator.is_main_process:
             last = fit.history[-1]
             print(
-                f"{self.title}: epoch {fit.epoch}/{fit.settings.epochs}, train MAE {last['train_mae']:.2f} y, "
-                f"validation MAE {last['val_mae']:.2f} y, {last['seconds']:.3g} s",
+                f"{self.title}: epoch {fit.epoch}/{fit.settings.epochs}, train MAE {last['train_mae']:.2f}, "
+                f"val MAE {last['val_mae']:.2f} years, {last['seconds']:.3g} s",
                 flush=True,
             )
 

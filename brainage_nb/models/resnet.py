@@ -1,8 +1,8 @@
 """The 3-D ResNet-18 that reads an age from a head. It knows nothing of files, batches or training.
 
-Written out here, not imported from MONAI: `import monai.networks.nets.resnet` costs 12 s on two cores and every
-prediction would pay it, and MONAI 1.6's `norm` argument never reaches the residual blocks. Parameter names and
-arithmetic are those of MONAI and MedicalNet, so their weights load (the tests compare outputs).
+Written out here, not imported from MONAI: `import monai.networks.nets.resnet` costs 12 s on two cores and
+every prediction would pay it, and MONAI 1.6's `norm` argument never reaches the residual blocks. Parameter
+names and arithmetic are those of MONAI and MedicalNet, so their weights load (the tests compare outputs).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def resnet18_regressor(
     widths: Sequence[int] = (64, 128, 256, 512),
     blocks: Sequence[int] = (2, 2, 2, 2),
     norm: str = "group",
-    shortcut: str = "A",
+    shortcut: str = "B",
     dropout: float = 0.0,
     age_mean: float = 0.0,
     age_sd: float = 1.0,
@@ -39,8 +39,8 @@ def resnet18_regressor(
         Normalisation. "group" is GroupNorm of at most 16 channels a group and behaves alike in training and
         evaluation; "batch" is what MedicalNet's weights were trained with.
     shortcut : {"A", "B"}
-        Where the resolution halves: "A" subsamples and pads with zero channels (MedicalNet; here gradients pass,
-        in MONAI they do not), "B" is a strided 1x1x1 convolution.
+        Where the resolution halves: "B" is a strided 1x1x1 convolution, "A" subsamples and pads with zero
+        channels (MedicalNet; here gradients pass, in MONAI they do not).
     dropout : float
         Share of the pooled features dropped in training.
     age_mean, age_sd : float
@@ -148,14 +148,15 @@ def _norm(norm: str, channels: int) -> nn.Module:
 
 
 def load_pretrained(model: AgeRegressor, path: str | Path) -> list[str]:
-    """Load weights of the same architecture, the regression head excepted; returns the names left as they were.
+    """Load weights of the same architecture, save for the regression head; returns the names left alone.
 
     Parameters
     ----------
     model : AgeRegressor
         Changed in place. MedicalNet's weights need `norm="batch", shortcut="A"`.
     path : path
-        `.safetensors`, or a PyTorch file, bare or under the key `state_dict`, with or without the prefix `module.`.
+        `.safetensors`, or a PyTorch file, bare or under the key `state_dict`, with or without the prefix
+        `module.`.
 
     Raises
     ------
@@ -176,8 +177,9 @@ def load_pretrained(model: AgeRegressor, path: str | Path) -> list[str]:
     unlike = [name for name in wanted if name in weights and weights[name].shape != own[name].shape]
     if missing or unlike:
         raise ValueError(
-            f"{path} does not fit this network: {len(missing)} tensors missing ({missing[:3]}), {len(unlike)} of "
-            f"another shape ({unlike[:3]}). MedicalNet's weights need norm='batch' and shortcut='A'."
+            f"{path} does not fit this network: {len(missing)} tensors missing ({missing[:3]}), "
+            f"{len(unlike)} of another shape ({unlike[:3]}). MedicalNet's weights need norm='batch' and "
+            "shortcut='A'."
         )
     model.load_state_dict({name: weights[name] for name in wanted}, strict=False)
     return [name for name in own if name not in wanted]

@@ -76,8 +76,8 @@ class TrainingSettings:
     require_gpu : bool
         Refuse to train without a GPU.
     scratch : str
-        A fast local folder where checkpoints are written first, for a run folder on a slow or unsafe file system
-        such as Drive: the run folder then receives verified copies. Empty to write there directly.
+        A fast local folder where checkpoints are written first, for a run folder on a slow or unsafe file
+        system such as Drive: the run folder then receives verified copies. Empty to write there directly.
     """
 
     epochs: int = 60
@@ -90,7 +90,7 @@ class TrainingSettings:
     ema_epochs: float = 1.0
     patience: int = 0
     norm: str = "group"
-    shortcut: str = "A"
+    shortcut: str = "B"
     widths: tuple[int, ...] = (64, 128, 256, 512)
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     dropout: float = 0.0

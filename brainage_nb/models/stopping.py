@@ -1,4 +1,4 @@
-"""When to stop before the end: time used up, SIGTERM, or *interrupt*. The loop asks after each step and saves first."""
+"""When to stop before the end: time used up, SIGTERM, or *interrupt*. The loop asks after each step."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ def members_of(scans: pd.DataFrame, settings: TrainingSettings) -> list[Member]:
     Parameters
     ----------
     scans : DataFrame
-        `subject_id, age, split, fold`, a row a scan. Folds of another number than the settings ask for are dealt
-        anew here (by subject and age; the test split is never touched).
+        `subject_id, age, split, fold`, a row a scan. Folds of another number than the settings ask for are
+        dealt anew here (by subject and age; the test split is never touched).
     settings : TrainingSettings
         Its `folds`, `seeds` and `inner_fraction`.
 
@@ -79,8 +79,8 @@ def members_of(scans: pd.DataFrame, settings: TrainingSettings) -> list[Member]:
     for member in members:
         if len(member.train) < 2 or not len(member.validation):
             raise ValueError(
-                f"Model {member.name}: {len(member.train)} scans to train on and {len(member.validation)} to choose "
-                "the best epoch by; expected at least 2 and 1. Use more subjects or fewer folds."
+                f"Model {member.name}: {len(member.train)} scans to train on and {len(member.validation)} "
+                "to choose the best epoch by; expected at least 2 and 1. Use more subjects or fewer folds."
             )
     return members
 
@@ -128,8 +128,8 @@ def member_rows(scans: pd.DataFrame, member: Member, predicted_age: np.ndarray) 
 def with_means(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """All prediction rows with the ensemble's `mean` rows added, and the name of the headline variant.
 
-    A scan of train or val averages over seeds (with folds: of the models that held it out, whose fold the mean
-    row carries); a test scan averages over all models, fold -1. A single model needs no mean rows.
+    A scan of train or val averages over seeds (with folds: of the models that held it out, whose fold the
+    mean row carries); a test scan averages over all models, fold -1. A single model needs no mean rows.
     """
     if rows.groupby(["fold", "seed"]).ngroups == 1:
         return rows, "single"

@@ -1,4 +1,4 @@
-"""Train the age models of one run: `train` for notebooks, `python -m brainage_nb.models.training` for launchers.
+"""Train the age models of one run: `train` in notebooks, `python -m brainage_nb.models.training` elsewhere.
 
 Decides where and how often to fit; the fitting of one model is in `fitting`.
 """
@@ -21,8 +21,8 @@ import torch
 
 from brainage_nb.models.batches import open_volumes
 from brainage_nb.models.fitting import HISTORY, MemberFit, build_network, refuse_difference
-from brainage_nb.models.preflight import check_disk, choose_device, choose_precision
 from brainage_nb.models.launching import in_worker, launch, processes_wanted
+from brainage_nb.models.preflight import check_disk, choose_device, choose_precision
 from brainage_nb.models.progress import EpochLines, ProgressBars
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.stopping import StopRequests
@@ -76,7 +76,8 @@ def train(
     store : VolumeStore
         Preprocessed volumes.
     splits : DataFrame
-        `scan_id, subject_id, session_id, age` (years), `split` and `fold`; scans absent from the store are left out.
+        `scan_id, subject_id, session_id, age` (years), `split` and `fold`; scans absent from the store are
+        left out.
     run_folder : path
         Receives `settings.json`, `history.csv`, `predictions.csv` and `checkpoints/`.
     settings : TrainingSettings, optional
@@ -276,8 +277,8 @@ def _precision_name(accelerator) -> str:
 def _stopped_sentence(reason: str, fit: MemberFit) -> str:
     why = {"time": "max_minutes is used up", "interrupt": "interrupted", "terminate": "asked to terminate"}
     return (
-        f"Stopped in epoch {fit.epoch + 1} of {fit.settings.epochs} of {fit.member.name} ({why[reason]}); all is "
-        "saved. Run again with the same settings to go on."
+        f"Stopped in epoch {fit.epoch + 1} of {fit.settings.epochs} of {fit.member.name} ({why[reason]}); "
+        "all is saved. Run again with the same settings to go on."
     )
 
 

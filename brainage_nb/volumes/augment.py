@@ -1,8 +1,8 @@
-"""Random variation of training volumes, made in batches on the device. Not for preprocessing, never for prediction.
+"""Random variation of training volumes, made in batches on the device. Never for preprocessing or prediction.
 
-Every range is in physical units and every sample draws from its own stream, so a volume is varied alike in any
-batch, on any number of processes and after a resume. All spatial changes are one interpolation; only left and
-right are ever exchanged, since the other two mirror images are no anatomy.
+Every range is in physical units and every sample draws from its own stream, so a volume is varied alike in
+any batch, on any number of processes and after a resume. All spatial changes are one interpolation; only left
+and right are ever exchanged, since the other two mirror images are no anatomy.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def augment(
     """
     if volumes.ndim != 5 or volumes.shape[1] != 1 or len(streams) != len(volumes):
         raise ValueError(
-            f"volumes of shape {tuple(volumes.shape)} and {len(streams)} streams: expected (batch, 1, size, size, "
-            "size) and one stream a sample."
+            f"volumes of shape {tuple(volumes.shape)} and {len(streams)} streams: expected (batch, 1, size, "
+            "size, size) and one stream a sample."
         )
     draws = [np.random.Generator(SFC64(np.random.SeedSequence(list(key)))) for key in streams]
     volumes = _move(volumes, settings, spacing_mm, draws)
@@ -224,10 +224,11 @@ def _displaced(settings: AugmentationSettings, size: int, spacing_mm: float, dra
 
 
 def _grid(affine: np.ndarray, knots: np.ndarray | None, size: int, device: torch.device) -> Tensor:
-    """Input positions of every output voxel, (size, size, size, 3), the last axis in grid_sample's order (S, A, R).
+    """Input positions of every output voxel, (size, size, size, 3), the last axis in grid_sample's order (S,
+    A, R).
 
-    An affine position is linear along the first axis, and a spline is a weighted sum of its knots along it: one
-    matrix product along that axis makes both at once, ten times faster than interpolating a coarse grid.
+    An affine position is linear along the first axis, and a spline is a weighted sum of its knots along it:
+    one matrix product along that axis makes both at once, ten times faster than interpolating a coarse grid.
     """
     import torch
 
@@ -246,7 +247,7 @@ def _grid(affine: np.ndarray, knots: np.ndarray | None, size: int, device: torch
 
 @lru_cache
 def _spline(knots: int, size: int) -> np.ndarray:
-    """Cubic B-spline weights (size, knots) of every voxel along one axis; the end knots lie on the borders."""
+    """Cubic B-spline weights (size, knots) of the voxels along an axis; end knots lie on the borders."""
     position = (np.arange(size) + 0.5) / size * (knots - 1)
     distance = np.abs(position[:, None] - np.arange(knots))
     near = 2 / 3 - distance**2 + distance**3 / 2
@@ -258,7 +259,7 @@ def _spline(knots: int, size: int) -> np.ndarray:
 
 
 def _recolour(volume: Tensor, settings: AugmentationSettings, spacing_mm: float, draw) -> Tensor:
-    """Blur, bias field, contrast and noise of one volume (size, size, size), in the order a scanner adds them."""
+    """Blur, bias field, contrast and noise of one volume (size, size, size), in that order."""
     wanted = (settings.blur, settings.bias_field, settings.gamma, settings.noise)
     blur, bias_field, gamma, noise = draw.random(4) < wanted
     if not (blur or bias_field or gamma or noise):
