@@ -43,7 +43,7 @@ def diagnosis_differences(rows: pd.DataFrame, gap: str = "gap", controls: str | 
     others = [name for name in counts.index if name != named and counts[name] >= FEWEST]
     if named is None or counts[named] < FEWEST or not others:
         return pd.DataFrame()
-    rows = rows[rows["diagnosis"].isin([named, *others])]
+    rows = rows[rows["diagnosis"].isin([named, *others])].reset_index(drop=True)
     covariates = ["age", *(name for name in ("sex", "site") if _varies(rows, name))]
     plain = _differences(rows, gap, named, others, [])
     adjusted = _differences(rows, gap, named, others, covariates)

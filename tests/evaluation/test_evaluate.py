@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+
+from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
+from brainage_nb.evaluation.runs import InconsistentRun
+from brainage_nb.workspace import MissingInput, read_csv, write_csv
+from tests.evaluation.fake_workspace import (
+    cohort_frame,
+    simulated,
+    write_folded_run,
+    write_run,
+    write_workspace,
+)
+
+FEW = {"n_bootstrap": 100}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    scans = cohort_frame(300, twice=12, diagnosis=True)
+    ws = write_workspace(tmp_path_factory.mktemp("demo"), scans, demo=True)
+    write_run(ws, "resnet18", scans, simulated(scans))
+    write_run(ws, "vgg16_svr", scans, simulated(scans, slope=0.6, offset=20, noise=7, seed=5), variant="late")
+    return evaluate_runs(ws, **FEW)
+
+
+def test_results_hold_each_run_and_split_with_value_and_interval(demo):
+    results = demo.results
+    assert [name for name in results if not name.startswith("_")] == ["resnet18", "vgg16_svr"]
+    for run in ("resnet18", "vgg16_svr"):
+        assert list(results[run]) == ["train", "val", "test"]
+        wanted = {"n", "mae", "rmse", "r", "r2", "slope", "gap_age_r", "mean_predictor_mae"}
+        assert wanted <= set(results[run]["test"]) and isinstance(results[run]["test"]["n"], int)
+        assert set(results[run]["test"]["mae"]) == {"value", "low", "high"}
+
+
+def test_raw_predictions_are_never_overwritten(demo):
+    rows = demo.predictions
+    raw = read_csv(demo.workspace.path("runs", "resnet18", "predictions.csv")).set_index("scan_id")[
+        "predicted_age"
+    ]
+    ours = rows[rows["run"] == "resnet18"].set_index("scan_id")
+    assert ours["predicted_age"].to_dict() == pytest.approx(raw.to_dict())
+    assert (ours["corrected_age"] - ours["predicted_age"]).abs().max() > 1
+    assert demo.results["resnet18"]["test"]["slope"]["value"] < 0.9
+    assert demo.results["_age_free_corrected"]["resnet18"]["test"]["slope"]["value"] == pytest.approx(
+        1, abs=0.1
+    )
+
+
+def test_the_correction_is_fitted_on_validation_controls_only(demo):
+    found = demo.runs["resnet18"]
+    val = found.rows[(found.rows["split"] == "val") & (found.rows["diagnosis"] == "control")]
+    slope, intercept = np.polyfit(val["age"], val["predicted_age"], 1)
+    assert [found.corrector.slope_, found.corrector.intercept_] == pytest.approx([slope, intercept])
+
+
+def test_planted_gaps_are_recovered_and_oracle_and_attainable_stand_beside_ours(demo):
+    known = demo.results["_known_answers"]["resnet18"]
+    errors = {name: figure["value"] for name, figure in known["mae"].items()}
+    assert errors["oracle"] < errors["attainable"] < errors["ours"]
+    recovered = {row["kind"]: row for row in known["recovered"]}
+    assert recovered["gap adjusted by true age"]["r_low"] > 0.3
+    assert len(recovered) == 3
+
+
+def test_two_sessions_and_diagnoses_are_reported_where_there_are_enough(demo):
+    assert demo.results["_reliability"]["resnet18"]["n_subjects"] == 12
+    assert demo.results["_diagnosis"]["resnet18"][0]["diagnosis"] == "AD"
+
+
+def test_the_nearer_model_wins_the_paired_comparison(demo):
+    table = demo.comparisons.set_index(["a", "b"])
+    assert table.loc[("resnet18", "vgg16_svr"), "high"] < 0
+    assert table.loc[("resnet18", "mean predictor"), "high"] < 0
+
+
+def test_a_built_cohort_is_called_a_test_object_first(demo):
+    assert demo.is_test_object and "no figure on this page says how accurate" in demo.warnings[0]
+
+
+def test_the_headline_puts_each_error_beside_the_mean_predictors(demo):
+    table = headline_table(demo.results)
+    assert table.index.tolist() == ["resnet18", "vgg16_svr"]
+    assert {"MAE [years]", "mean predictor's MAE [years]"} <= set(table)
+    assert headline_table(demo.results, "val").shape == table.shape
+
+
+def test_noise_is_said_to_be_no_better_than_the_mean_and_is_not_corrected(tmp_path):
+    scans = cohort_frame(300)
+    ws = write_workspace(tmp_path, scans)
+    write_run(ws, "noise", scans, np.random.default_rng(0).normal(53, 8, len(scans)))
+    found = evaluate_runs(ws, "noise", **FEW)
+    test = found.results["noise"]["test"]
+    assert test["mae"]["value"] > test["mean_predictor_mae"]["value"]
+    assert test["r"]["low"] < 0 < test["r"]["high"]
+    assert set(found.results["_age_free_corrected"]["noise"]) == {"refused"}
+    assert found.predictions[["corrected_age", "adjusted_gap"]].isna().all(axis=None)
+    assert any("not shown to be better" in text for text in found.warnings)
+    assert any("no age-bias correction" in text for text in found.warnings)
+
+
+def test_folds_calibrate_on_out_of_fold_rows_and_cover_with_fold_members(tmp_path):
+    scans = cohort_frame(400)
+    ws = write_workspace(tmp_path, scans)
+    write_folded_run(ws, "folded", scans, n_folds=4, mean_rows=True)
+    found = evaluate_runs(ws, **FEW).runs["folded"]
+    assert found.corrector.n_subjects_ == (scans["split"] != "test").sum()
+    test = found.rows[found.rows["split"] == "test"]
+    assert (test["plain_high"] - test["plain_low"]).std() > 0.01  # CV+: each scan has its own members
+    everyone = found.coverage.query("group == 'all' and form == 'plain'").iloc[0]
+    assert everyone["coverage_high"] > 0.9
+    assert "out_of_fold" in found.metrics
+
+
+def test_few_validation_subjects_give_warnings_and_infinite_intervals(tmp_path):
+    scans = cohort_frame(40)
+    ws = write_workspace(tmp_path, scans)
+    write_run(ws, "small", scans, simulated(scans))
+    found = evaluate_runs(ws, **FEW)
+    text = " ".join(found.warnings)
+    assert np.isinf(found.predictions["plain_high"]).all()
+    for part in ("fewer than 40", "nothing is promised", "only 6 test subjects"):
+        assert part in text
+
+
+def test_identical_images_in_two_splits_are_named(tmp_path):
+    scans = cohort_frame(100)
+    ws = write_workspace(tmp_path, scans)
+    write_run(ws, "leaky", scans, simulated(scans))
+    cleaning = ws.read("cleaning.csv")
+    one, other = (scans.loc[scans["split"] == split, "scan_id"].iloc[0] for split in ("train", "test"))
+    cleaning.loc[cleaning["scan_id"].isin([one, other]), "sha256"] = "same"
+    write_csv(cleaning, ws.path("cleaning.csv"))
+    assert any("1 identical image files" in text for text in evaluate_runs(ws, **FEW).warnings)
+
+
+def test_no_run_and_no_test_rows_are_said_plainly(tmp_path):
+    scans = cohort_frame(60)
+    ws = write_workspace(tmp_path, scans)
+    with pytest.raises(MissingInput, match="Run notebook 04 or 05"):
+        evaluate_runs(ws)
+    untested = scans[scans["split"] != "test"]
+    write_run(ws, "untested", untested, simulated(untested))
+    with pytest.raises(InconsistentRun, match="no test predictions"):
+        evaluate_runs(ws, **FEW)

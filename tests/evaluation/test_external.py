@@ -1,0 +1,84 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from brainage_nb.evaluation.external import (
+    TrainedOnThem,
+    evaluate_external,
+    refuse_training_subjects,
+    salted_hashes,
+)
+
+
+def external(n=120, offset=6.0, seed=0):
+    rng = np.random.default_rng(seed)
+    age = rng.uniform(30, 80, n)
+    return pd.DataFrame(
+        {
+            "scan_id": [f"x{i}" for i in range(n)],
+            "subject_id": [f"x{i}" for i in range(n)],
+            "age": age,
+            "site": np.where(np.arange(n) % 2, "A", "B"),
+            "diagnosis": np.where(np.arange(n) % 4 == 3, "AD", "control"),
+            "predicted_age": age + offset + rng.normal(0, 3, n),
+        }
+    )
+
+
+KNOWN = {"reference_age": 50.0, "trained_ages": (20.0, 86.0), "n_bootstrap": 100}
+
+
+def test_raw_figures_and_site_offsets_come_without_any_calibration():
+    found = evaluate_external(external(), **KNOWN)
+    assert found.metrics["mean_gap"]["value"] == pytest.approx(6, abs=1)
+    assert found.offsets["value"].to_numpy() == pytest.approx([6, 6], abs=1.2)
+    assert found.offsets["n"].sum() == 90  # controls only
+    assert found.calibration == {} and found.rest.empty and "calibrated_age" not in found.predictions
+
+
+@pytest.mark.parametrize("n_named, kind", [(10, "offset"), (40, "line")])
+def test_named_controls_calibrate_and_the_rest_is_reported_apart(n_named, kind):
+    rows = external()
+    named = rows.loc[rows["diagnosis"] == "control", "subject_id"].head(n_named).tolist()
+    found = evaluate_external(rows, calibrate_on=named, **KNOWN)
+    raw, calibrated = found.rest.to_dict("records")
+    assert found.calibration["kind"] == kind and found.calibration["subjects"] == sorted(named)
+    assert raw["n"] == calibrated["n"] == 120 - n_named
+    assert abs(calibrated["mean_gap"]) < 1.5 < 4 < raw["mean_gap"]
+    assert found.predictions["predicted_age"].tolist() == rows["predicted_age"].tolist()
+    assert found.metrics["n"] == 120
+
+
+def test_patients_and_strangers_cannot_calibrate():
+    with pytest.raises(ValueError, match=r"not controls \(first: \['x3'\]\)"):
+        evaluate_external(external(), calibrate_on=["x0", "x3"], **KNOWN)
+    with pytest.raises(ValueError, match="not in this cohort"):
+        evaluate_external(external(), calibrate_on=["y1"], **KNOWN)
+
+
+def test_nobody_left_to_report_on_is_refused():
+    rows = external().query("diagnosis == 'control'")
+    with pytest.raises(ValueError, match="nobody is left"):
+        evaluate_external(rows, calibrate_on=rows["subject_id"].tolist(), **KNOWN)
+
+
+def test_ages_outside_training_are_warned_of_with_their_number():
+    rows = external()
+    rows.loc[:2, "age"] = 95.0
+    assert "3 of 120 scans" in evaluate_external(rows, **KNOWN).warnings[0]
+    assert evaluate_external(external(), **KNOWN).warnings == []
+
+
+@pytest.mark.parametrize("column", ["subject_id", "sha256"])
+def test_a_training_subject_or_image_is_refused(column):
+    rows = external().assign(sha256=[f"{i:064x}" for i in range(120)])
+    trained = salted_hashes(["someone", rows[column].iloc[5]], "salt")
+    with pytest.raises(TrainedOnThem, match="took part in training"):
+        refuse_training_subjects(rows, trained, "salt")
+    refuse_training_subjects(rows, trained, "another salt")
+    refuse_training_subjects(rows.drop(index=5), trained, "salt")
+
+
+def test_hashes_do_not_tell_the_names():
+    (code,) = salted_hashes(["IXI002"], "salt")
+    assert len(code) == 64 and "IXI" not in code and code != salted_hashes(["IXI002"], "pepper")[0]

@@ -1,0 +1,102 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from brainage_nb.evaluation import plots
+from brainage_nb.evaluation.intervals import coverage
+from brainage_nb.evaluation.metrics import regression_metrics
+
+
+@pytest.fixture
+def ax():
+    return plots.new_figure()[1]
+
+
+@pytest.fixture
+def made():
+    rng = np.random.default_rng(0)
+    age = rng.uniform(20, 86, 40)
+    return age, age + rng.normal(0, 5, 40)
+
+
+def test_predicted_against_true_names_n_mae_and_r_and_draws_both_references(ax, made):
+    age, predicted = made
+    metrics = regression_metrics(age, predicted, reference_age=50.0, n_bootstrap=50)
+    assert plots.predicted_vs_true(age, predicted, metrics, name="model", reference_age=50.0, ax=ax) is ax
+    title = ax.get_title()
+    assert (
+        "n = 40 scans of 40 subjects" in title
+        and "MAE" in title
+        and "r " in title
+        and "mean predictor" in title
+    )
+    identity, mean = ax.get_lines()
+    assert np.array_equal(identity.get_xdata(), identity.get_ydata())
+    assert set(mean.get_ydata()) == {50.0}
+    assert ax.get_xlabel() == "true age [years]" and ax.get_ylabel() == "predicted age [years]"
+
+
+def test_intervals_are_drawn_inside_the_axes_and_left_out_where_infinite(ax, made):
+    age, predicted = made
+    metrics = regression_metrics(age, predicted, n_bootstrap=0)
+    plots.predicted_vs_true(age, predicted, metrics, interval=(predicted - 30, predicted + 30), ax=ax)
+    assert ax.get_ylim()[1] > (predicted + 30).max() and len(ax.collections) == 2
+    other = plots.new_figure()[1]
+    endless = np.full(40, np.inf)
+    plots.predicted_vs_true(age, predicted, metrics, interval=(-endless, endless), ax=other)
+    assert len(other.collections) == 1 and np.isfinite(other.get_ylim()).all()
+
+
+def test_the_line_through_gaps_has_their_slope(ax):
+    age = np.linspace(20, 80, 30)
+    plots.gap_vs_age(age, 5 - 0.3 * (age - 50), title="gaps", ax=ax)
+    assert "-0.30 years a year of age" in [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_training_curves_of_folds_are_one_legend_entry(ax):
+    history = pd.DataFrame(
+        {
+            "epoch": [1, 2, 1, 2],
+            "fold": [0, 0, 1, 1],
+            "train_loss": [4.0, 3, 4, 2],
+            "val_loss": [5.0, 4, 5, 3],
+        }
+    )
+    plots.training_curve(history, ["train_loss", "val_loss"], title="loss", ylabel="loss", ax=ax)
+    assert len(ax.get_lines()) == 4
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["train loss", "val loss"]
+
+
+def test_the_age_histogram_counts_a_subject_once(ax):
+    splits = pd.DataFrame(
+        {"subject_id": ["a", "a", "b"], "age": [30.0, 31.0, 60.0], "split": ["train", "train", "test"]}
+    )
+    plots.age_histogram(splits, ax=ax)
+    assert "2 subjects" in ax.get_title()
+    assert sum(bar.get_height() for bar in ax.patches) == 2
+
+
+def test_coverage_estimates_and_planted_gaps_are_drawn(made):
+    age, predicted = made
+    figure, axes = plots.new_figure(3)
+    plots.coverage_by_age(coverage(age, predicted - 9, predicted + 9), 0.9, ax=axes[0])
+    table = pd.DataFrame({"label": ["a", "b"], "value": [1.0, 2], "low": [0.5, np.nan], "high": [2, np.nan]})
+    plots.estimates(table, title="two", xlabel="MAE [years]", zero=True, ax=axes[1])
+    plots.planted_vs_recovered(
+        age - 50, 0.5 * (age - 50), title="gap", ylabel="recovered [years]", ax=axes[2]
+    )
+    assert [text.get_text() for text in axes[1].get_yticklabels()] == ["a", "b"]
+    assert any(text.get_text() == "slope 0.50" for text in axes[2].get_legend().get_texts())
+    figure.draw_without_rendering()
+
+
+def test_a_figure_is_written_as_png_and_svg(tmp_path, made):
+    figure, ax = plots.new_figure()
+    plots.gap_vs_age(made[0], made[1] - made[0], title="gaps", ax=ax)
+    png, svg = plots.save_figure(figure, tmp_path / "figures" / "gap")
+    assert png.read_bytes().startswith(b"\x89PNG") and b"<svg" in svg.read_bytes()
+    assert [path.name for path in (png, svg)] == ["gap.png", "gap.svg"]
+
+
+def test_without_axes_a_plot_makes_its_own(made):
+    assert plots.gap_vs_age(made[0], made[1] - made[0], title="gaps").figure is not None

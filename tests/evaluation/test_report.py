@@ -1,0 +1,133 @@
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from brainage_nb.evaluation.report import as_html_table, evaluate_runs, write_report
+from brainage_nb.workspace import read_json
+from tests.evaluation.fake_workspace import cohort_frame, simulated, write_run, write_workspace
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    scans = cohort_frame(160, diagnosis=True)
+    ws = write_workspace(tmp_path_factory.mktemp("report"), scans, demo=True)
+    write_run(ws, "resnet18", scans, simulated(scans))
+    write_report(evaluate_runs(ws, n_bootstrap=50))
+    return ws.path("evaluation")
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_every_file_of_the_contract_is_written(folder):
+    assert {"results.json", "predictions.csv", "report.html", "model_card.md", "figures"} <= {
+        path.name for path in folder.iterdir()
+    }
+    figures = sorted(path.name for path in (folder / "figures").iterdir())
+    assert len(figures) == 2 * 9 and "predicted_vs_true_resnet18.svg" in figures
+
+
+def test_results_can_be_read_back_with_each_metric_as_value_low_high(folder):
+    test = read_json(folder / "results.json")["resnet18"]["test"]
+    assert test["mae"]["low"] < test["mae"]["value"] < test["mae"]["high"]
+
+
+def test_the_page_needs_no_other_file_and_no_network(page):
+    links = re.findall(r'(?:src|href)="([^"]{1,40})', page)
+    assert links and all(link.startswith(("data:image/png;base64,", "#")) for link in links)
+    assert "http://" not in page.replace("http://www.w3.org", "") and "https://" not in page
+    assert "<script" not in page and "url(" not in page
+
+
+def test_the_page_has_every_section_a_reader_needs(page):
+    headings = re.findall(r"<h2[^>]*>(.*?)</h2>", page)
+    assert headings == [
+        "Read this first",
+        "Result",
+        "What data",
+        "What was dropped",
+        "Splits",
+        "Training",
+        "Predicted against true age",
+        "Gap against age, raw and corrected",
+        "Prediction intervals",
+        "Groups",
+        "Models side by side",
+        "Known answers",
+        "Settings and versions",
+        "Words",
+    ]
+    for anchor in re.findall(r'href="#(\w+)"', page):
+        assert f'id="{anchor}"' in page
+
+
+def test_a_built_cohort_is_called_a_test_object_in_report_and_card(folder, page):
+    card = (folder / "model_card.md").read_text(encoding="utf-8")
+    for text in (page, card):
+        assert "It is a test object" in text
+    assert "Not for scans of people" in card
+
+
+def test_the_card_gives_raw_figures_with_intervals_beside_the_mean_predictor(folder):
+    card = (folder / "model_card.md").read_text(encoding="utf-8")
+    test = read_json(folder / "results.json")["resnet18"]["test"]
+    for metric, name in (("mae", "MAE"), ("mean_predictor_mae", "mean predictor's MAE")):
+        assert f"| {name} [years] | {test[metric]['value']:.2f} [{test[metric]['low']:.2f}" in card
+    for section in ("Intended use", "Not intended", "Data", "Limits", "How it was made"):
+        assert f"## {section}" in card
+
+
+def test_no_corrected_error_is_shown_as_accuracy(folder, page):
+    results = read_json(folder / "results.json")
+    corrected = results["_age_free_corrected"]["resnet18"]["test"]["mae"]["value"]
+    assert f"{corrected:.2f} [" not in page and f"{corrected:.2f}&nbsp;[" not in page
+    assert f"{corrected:.2f}" not in (folder / "model_card.md").read_text(encoding="utf-8")
+
+
+def test_a_cohort_without_diagnosis_sessions_or_curves_says_so_instead_of_drawing_nothing(tmp_path):
+    scans = cohort_frame(60)
+    ws = write_workspace(tmp_path, scans)
+    (write_run(ws, "plain", scans, simulated(scans)) / "history.csv").unlink()
+    write_report(evaluate_runs(ws, n_bootstrap=20))
+    text = ws.path("evaluation", "report.html").read_text(encoding="utf-8")
+    assert "No diagnosis could be compared" in text and "left no curve" in text
+    assert "Known answers" not in text and "test object" not in text
+    names = {path.stem for path in ws.path("evaluation", "figures").iterdir()}
+    assert not {
+        name for name in names if name.startswith(("training", "diagnosis", "planted", "intervals"))
+    } - {"intervals_plain"}
+
+
+def test_what_was_dropped_is_counted_with_an_example(page):
+    assert "unreadable" in page and "odd1: The file ends early." in page
+
+
+def test_text_from_tables_cannot_become_markup():
+    html = str(as_html_table(pd.DataFrame({"site": ["<script>x</script>"], "mae": ["7.10 [6.20, 8.00]"]})))
+    assert "<script>" not in html and "7.10&nbsp;[6.20,&nbsp;8.00]" in html
+
+
+def test_importing_the_report_needs_no_torch_and_no_pyplot():
+    code = (
+        "import sys, brainage_nb.evaluation.report; "
+        "print([name for name in ('torch', 'monai', 'matplotlib.pyplot', 'sklearn', 'statsmodels') if name "
+        "in sys.modules])"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
+
+
+def test_infinite_interval_ends_reach_predictions_csv_as_such(tmp_path):
+    scans = cohort_frame(40)
+    ws = write_workspace(tmp_path, scans)
+    write_run(ws, "small", scans, simulated(scans))
+    write_report(evaluate_runs(ws, n_bootstrap=20))
+    assert np.isinf(pd.read_csv(ws.path("evaluation", "predictions.csv"))["plain_high"]).all()
