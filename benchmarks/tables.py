@@ -1,6 +1,6 @@
 """Does every real participants table give ages in years, or a refusal that says what to set?
 
-Prints a line a table. An age counts as found in the table where its own row holds that number, in whatever unit.
+Prints a line a table. An age counts as found where its own row holds that number, in whatever unit.
 
     python benchmarks/tables.py [--folder ../shared/data/tables]
 """
@@ -47,7 +47,7 @@ def examine(path: Path) -> dict[str, object]:
 
 
 def invented(frame: pd.DataFrame, path: Path) -> int:
-    """Ages that no number of their own row gives, in any unit; rows that a rule combined (`age_note`) apart."""
+    """Ages that no number of their own row gives, in any unit, but for rows that a rule combined."""
     written: dict[str, set[float]] = {}
     for cells in read_cells(path)[0].values():
         for row in cells.itertuples(index=False):

@@ -194,7 +194,7 @@ def _distinct(header: list[str]) -> list[str]:
     seen: dict[str, int] = {}
     names = []
     for column, cell in enumerate(header, start=1):
-        name = " ".join(cell.strip("\ufeff'\" ").split()) or f"(column {column})"
+        name = " ".join(cell.strip("'\" ").split()) or f"(column {column})"
         seen[name] = seen.get(name, 0) + 1
         names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
     return names

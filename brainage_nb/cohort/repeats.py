@@ -29,10 +29,14 @@ def merge_repeats(rows: pd.DataFrame, table: TextTable) -> pd.DataFrame:
     repeated = rows.duplicated(key, keep=False)
     if not repeated.any():
         return rows
+    count = len(rows[repeated].drop_duplicates(key))
+    table.note(f"Ids with several rows: {count} (in {repeated.sum()} rows); each gives one row.")
+    rows = rows.drop_duplicates()  # rows that say the same need no rule
+    repeated = rows.duplicated(key, keep=False)
     merged = [_merged(group, key, table) for _, group in rows[repeated].groupby(key, sort=False)]
-    table.note(f"Ids with several rows: {len(merged)} (in {repeated.sum()} rows); each gives one row.")
-    single = rows[~repeated]
-    joined = pd.concat([single, pd.DataFrame(merged).set_index("_order")])
+    if not merged:
+        return rows.reset_index(drop=True)
+    joined = pd.concat([rows[~repeated], pd.DataFrame(merged).set_index("_order")])
     return joined.sort_index().reset_index(drop=True)
 
 
