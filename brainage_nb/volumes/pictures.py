@@ -1,0 +1,165 @@
+"""Figures of volumes: three planes, one row a preprocessing step, a montage of a cohort. Arrays in, axes out.
+
+All volumes are RAS and are shown as radiology workstations do: the head's left is on the picture's right,
+front and crown are up. Nothing here reads a file or changes an intensity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+PLANES = ("sagittal", "coronal", "axial")
+GREY_RANGE = (1.0, 99.5)  # percentiles shown as black and white
+
+
+def plane(
+    volume: np.ndarray, name: str, position: float = 0.5, voxel_size: Sequence[float] = (1, 1, 1)
+) -> tuple[np.ndarray, float]:
+    """Cut one slice, turned for display.
+
+    Parameters
+    ----------
+    volume : (x, y, z) array
+        RAS.
+    name : str
+        sagittal, coronal or axial.
+    position : float
+        Where along the cut axis, from 0 (left, back, bottom) to 1.
+    voxel_size : three floats
+        mm.
+
+    Returns
+    -------
+    picture : 2-D array
+        Rows from top to bottom. Coronal and axial: the head's left at the picture's right. Sagittal: front at
+        the picture's left.
+    aspect : float
+        Height over width of a pixel, for `imshow`.
+    """
+    if name not in PLANES:
+        raise ValueError(f"plane {name!r}: expected one of {', '.join(PLANES)}.")
+    axis = PLANES.index(name)
+    index = round(position * (volume.shape[axis] - 1))
+    across, up = (size for other, size in enumerate(voxel_size) if other != axis)
+    return np.take(volume, index, axis=axis)[::-1, ::-1].T, float(up / across)
+
+
+def show_plane(
+    volume: np.ndarray,
+    name: str,
+    ax: Axes,
+    *,
+    position: float = 0.5,
+    voxel_size: Sequence[float] = (1, 1, 1),
+    limits: tuple[float, float] | None = None,
+) -> Axes:
+    """Draw one slice in grey; `limits` are the values shown black and white (percentiles where left out)."""
+    low, high = limits or np.percentile(volume, GREY_RANGE)
+    picture, aspect = plane(volume, name, position, voxel_size)
+    ax.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+    return ax
+
+
+def three_planes(
+    volume: np.ndarray,
+    axes: Sequence[Axes],
+    *,
+    voxel_size: Sequence[float] = (1, 1, 1),
+    positions: Sequence[float] = (0.5, 0.5, 0.5),
+    title: str = "",
+    sides: bool = True,
+) -> Sequence[Axes]:
+    """Draw the middle sagittal, coronal and axial slice of a RAS volume on three axes.
+
+    Parameters
+    ----------
+    volume : (x, y, z) array
+    axes : three Axes
+    voxel_size : three floats
+        mm.
+    positions : three floats
+        Where to cut along x, y and z, from 0 to 1.
+    title : str
+        Written over the first.
+    sides : bool
+        Whether to mark the head's left and right.
+    """
+    limits = tuple(np.percentile(volume, GREY_RANGE))
+    for name, position, ax in zip(PLANES, positions, axes, strict=True):
+        show_plane(volume, name, ax, position=position, voxel_size=voxel_size, limits=limits)
+    for ax in axes[1:] if sides else ():
+        for x, text, side in ((0.03, "R", "left"), (0.97, "L", "right")):
+            ax.text(x, 0.5, text, transform=ax.transAxes, color="#E69F00", ha=side, va="center", fontsize=9)
+    axes[0].set_title(title, loc="left", fontsize=10)
+    return axes
+
+
+def steps_figure(steps: Sequence[tuple[str, np.ndarray, Sequence[float]]]) -> Figure:
+    """One row a preprocessing step, three planes each, with shape and voxel size.
+
+    Parameters
+    ----------
+    steps : sequence of (title, array, voxel_size)
+        As `preprocessing_steps` gives them. The first is drawn as it lies in the file.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.5, 2.9 * len(steps)), layout="constrained")
+    rows = np.atleast_2d(figure.subplots(len(steps), 3))
+    for index, (row, (name, array, voxel_size)) in enumerate(zip(rows, steps, strict=True)):
+        shape = " x ".join(str(n) for n in array.shape)
+        size = " x ".join(f"{s:.3g}" for s in voxel_size)
+        three_planes(array, row, voxel_size=voxel_size, sides=index > 0)
+        row[0].set_title(f"{name}\n{shape} voxels of {size} mm", loc="left", fontsize=10)
+        row[2].set_title(f"values {array.min():.3g} to {array.max():.3g}", loc="right", fontsize=9)
+    return figure
+
+
+def montage(
+    volumes: Sequence[np.ndarray],
+    titles: Sequence[str] = (),
+    *,
+    name: str = "sagittal",
+    columns: int = 8,
+    voxel_size: Sequence[float] = (1, 1, 1),
+    heading: str = "",
+) -> Figure:
+    """The middle slice of many volumes, one small picture each.
+
+    Parameters
+    ----------
+    volumes : sequence of (x, y, z) arrays
+        RAS.
+    titles : sequence of str
+        One a volume, or none.
+    name : str
+        Plane: sagittal, coronal or axial.
+    """
+    from matplotlib.figure import Figure
+
+    if len(volumes) == 0:
+        raise ValueError("A montage of no volumes: give at least one.")
+    if titles and len(titles) != len(volumes):
+        raise ValueError(f"{len(titles)} titles for {len(volumes)} volumes: give one each, or none.")
+    columns = min(columns, len(volumes))
+    rows = -(-len(volumes) // columns)
+    figure = Figure(figsize=(1.4 * columns + 0.2, 1.65 * rows + 0.4), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for ax in axes[len(volumes) :]:
+        ax.set_axis_off()
+    for ax, volume, title in zip(axes, volumes, titles or [""] * len(volumes), strict=False):
+        show_plane(np.asarray(volume, dtype=np.float32), name, ax, voxel_size=voxel_size)
+        ax.set_title(title, fontsize=7)
+    figure.suptitle(heading or f"middle {name} slice of {len(volumes)} volumes", fontsize=10)
+    return figure
