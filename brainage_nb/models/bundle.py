@@ -24,6 +24,7 @@ from brainage_nb.models.prediction import (
     Prediction,
     age_cautions,
     checked_age,
+    head_cautions,
     likeness_caution,
     member_cautions,
     voxel_cautions,
@@ -147,6 +148,7 @@ class Bundle:
         return among([sha256_of(file) for file in files], self.manifest["seen"], "images")
 
     def _look(self, scan: Path) -> Seen:
+        from brainage_nb.volumes.heads import find_head
         from brainage_nb.volumes.preprocessing import as_stored, grid_affine, preprocess
         from brainage_nb.volumes.scans import load_scan, voxel_sizes
 
@@ -157,7 +159,9 @@ class Bundle:
         except MemoryError:
             raise ScanError("too_large", f"{scan.name} does not fit into memory.") from None
         cautions = [Caution(code, f"{SCAN_FLAGS[code].capitalize()}.") for code in image.extra["flags"]]
-        cautions += voxel_cautions(voxel_sizes(image.affine), self.manifest["training"]["voxel_mm"])
+        training = self.manifest["training"]
+        cautions += voxel_cautions(voxel_sizes(image.affine), training["voxel_mm"])
+        cautions += head_cautions(find_head(image), trained_stripped=training["skull_stripped"])
         if self.trained_on_files([scan])[0]:
             cautions.append(
                 Caution(

@@ -37,7 +37,7 @@ def facts_of_run(run: Run, workspace: Workspace) -> dict[str, Any]:
     correction, refused = _correction(run)
     cleaning = _cleaning(workspace)
     return {
-        "training": _training(learning, cleaning),
+        "training": _training(learning, cleaning) | {"skull_stripped": _skull_stripped(learning, workspace)},
         "correction": correction,
         "correction_refused": refused,
         "interval": _interval(run),
@@ -80,6 +80,22 @@ def _voxel_range(rows: pd.DataFrame, cleaning: pd.DataFrame) -> list[float] | No
     cells = cleaning.loc[cleaning["scan_id"].isin(rows["scan_id"]), "voxel_mm"].dropna()
     sizes = [edge for cell in cells for edge in (ast.literal_eval(cell) if isinstance(cell, str) else cell)]
     return [float(min(sizes)), float(max(sizes))] if sizes else None
+
+
+def _skull_stripped(rows: pd.DataFrame, workspace: Workspace) -> bool | None:
+    """Whether most of a few training scans are skull-stripped; None where none can be opened."""
+    from brainage_nb.volumes.heads import find_head
+    from brainage_nb.volumes.scans import ScanError, load_scan
+
+    images = workspace.read("cohort.csv").set_index("scan_id")["image"]
+    chosen = rows["scan_id"].iloc[np.linspace(0, len(rows) - 1, min(len(rows), LOOKED_AT)).astype(int)]
+    seen = []
+    for scan_id in chosen:
+        try:
+            seen.append(find_head(load_scan(workspace.resolve(images[scan_id]))).skull_stripped)
+        except ScanError:  # scans need not lie where they lay in training
+            continue
+    return bool(np.mean(seen) > 0.5) if seen else None
 
 
 def _correction(run: Run) -> tuple[dict[str, Any] | None, str]:

@@ -56,6 +56,10 @@ class BundleFiles:
 
     def content(self, file: str) -> bytes:
         """Bytes of one listed file; size and SHA-256 agree with the manifest."""
+        if file not in self.manifest["files"]:
+            raise BundleError(
+                f"{self.name}: {MANIFEST} names {str(file)[:80]!r}, which is not among its files."
+            )
         listed = self.manifest["files"][file]
         content = self._read(file)
         if len(content) != listed["bytes"] or hashlib.sha256(content).hexdigest() != listed["sha256"]:
@@ -72,7 +76,7 @@ class BundleFiles:
 
         try:
             return load(self.content(file))
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, ValueError, OverflowError) as error:
             raise BundleError(f"{self.name}: {file} is not a readable safetensors file ({error}).") from error
 
 
@@ -317,7 +321,7 @@ def zip_bundle(folder: Path | str, target: Path | str) -> Path:
 def _write_arrays(path: Path, named: Mapping[str, np.ndarray]) -> dict[str, Any]:
     from safetensors.numpy import save
 
-    content = save({name: np.ascontiguousarray(array) for name, array in named.items()})
+    content = save({name: np.asarray(array, order="C") for name, array in named.items()})
     with open(path, "wb") as stream:
         stream.write(content)
         stream.flush()

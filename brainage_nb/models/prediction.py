@@ -15,6 +15,8 @@ import numpy as np
 if TYPE_CHECKING:
     import pandas as pd
 
+    from brainage_nb.volumes.heads import Head
+
 NOT_A_DEVICE = (
     "For research only. This is not a medical device: it does not diagnose, and its result is no ground "
     "for a decision about a person's care. A brain age above or below the true age is a statistical "
@@ -230,6 +232,33 @@ def voxel_cautions(voxel_size: Sequence[float], usual: Sequence[float] | None) -
             )
         ]
     return []
+
+
+def head_cautions(head: Head, *, trained_stripped: bool | None) -> list[Caution]:
+    """Whether the head is whole, and prepared as the training scans were (None: not known how they were)."""
+    found = []
+    if head.cut_off:
+        sides = ", ".join(head.cut_off)
+        found.append(
+            Caution(
+                "cut_off",
+                f"The head is cut off at the {sides} of the image; part of the brain may be missing.",
+            )
+        )
+    if trained_stripped is not None and head.skull_stripped != trained_stripped:
+        this, those = (
+            ("a skull-stripped brain", "whole heads")
+            if head.skull_stripped
+            else ("a whole head", "skull-stripped scans")
+        )
+        found.append(
+            Caution(
+                "skull_not_as_in_training",
+                f"This scan looks like {this}, but the model was trained on {those}. Give the scan prepared as the "
+                "training scans were; the number is not to be trusted.",
+            )
+        )
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,225 @@
+"""The parts of the prediction app's page. Needs Streamlit; computes nothing itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import hashlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import streamlit as st
+
+from brainage_nb.apps.uploads import SCAN_TYPES, StoredScan, stored
+from brainage_nb.models.bundle import Bundle, BundleError, load_bundle
+from brainage_nb.models.prediction import NOT_A_DEVICE, OLDEST, Failure, Prediction
+from brainage_nb.workspace import read_csv
+
+MAX_BUNDLE_BYTES = 2 * 2**30
+UPLOADED = "Upload a bundle (.zip)"
+STYLE = Path(__file__).with_name("app.css")
+
+
+@st.cache_resource
+def _turn() -> threading.Lock:
+    """One prediction at a time on this server: many uploads wait, and memory stays that of one."""
+    return threading.Lock()
+
+
+@st.cache_resource(max_entries=2, show_spinner=False)
+def _bundle_on_disk(path: str, _changed: float) -> Bundle:
+    return load_bundle(path)
+
+
+@st.cache_resource(max_entries=2, show_spinner=False)
+def _uploaded_bundle(digest: str, _upload: Any) -> Bundle:
+    return load_bundle(_upload, max_bytes=MAX_BUNDLE_BYTES)
+
+
+# --- head and foot --------------------------------------------------------------------------------------
+
+
+def page_head() -> None:
+    """Style and title."""
+    st.html(f"<style>{STYLE.read_text(encoding='utf-8')}</style>")
+    st.title("Brain age from a T1 scan")
+    st.markdown(
+        "Choose a model, add one or more T1-weighted head scans, and read the predicted age, how far it "
+        "can be trusted, and where in the brain it comes from. Scans stay on this computer and are deleted "
+        "after prediction."
+    )
+
+
+def notice() -> None:
+    """What this is not."""
+    st.html(f"<p class='notice'>{NOT_A_DEVICE}</p>")
+
+
+# --- model ----------------------------------------------------------------------------------------------
+
+
+def choose_bundle(offered: Sequence[Path]) -> Bundle | None:
+    """The chosen model, or None where none is chosen or it cannot be opened (which is said)."""
+    st.header("1 · Model", anchor=False)
+    labels = {_label(path): path for path in offered}
+    choice = UPLOADED
+    if labels:
+        choice = st.selectbox("Model", [*labels, UPLOADED], label_visibility="collapsed", key="model")
+    else:
+        st.info(
+            "No trained model lies in the workspace yet. Upload a bundle below, or make one: `make demo` "
+            "trains a demonstration model in a few minutes; notebooks 04 and 05 train on your scans."
+        )
+    st.session_state["bundle folder"] = labels.get(choice)
+    try:
+        bundle = _from_upload() if choice == UPLOADED else _from_disk(labels[choice])
+    except BundleError as error:
+        st.error(str(error))
+        return None
+    if bundle is not None:
+        _describe(bundle)
+    return bundle
+
+
+def _label(path: Path) -> str:
+    """`resnet18 · workspace/demo` for a bundle in a workspace, else its path."""
+    if path.name == "bundle" and path.parents[1].name == "runs":
+        return f"{path.parent.name} · {path.parents[2].name}"
+    return path.name
+
+
+def _from_disk(path: Path) -> Bundle:
+    inside = path / "bundle.json" if path.is_dir() else path
+    if not inside.exists():
+        raise BundleError(f"No bundle at {path.name}.")
+    with st.spinner("Opening the model"):
+        return _bundle_on_disk(str(path), inside.stat().st_mtime)
+
+
+def _from_upload() -> Bundle | None:
+    upload = st.file_uploader("Bundle", type=None, key="bundle", label_visibility="collapsed")
+    if upload is None:
+        return None
+    with st.spinner("Opening the model"):
+        digest = hashlib.sha256(upload.getbuffer()).hexdigest()
+        return _uploaded_bundle(digest, upload)
+
+
+def _describe(bundle: Bundle) -> None:
+    training = bundle.manifest["training"]
+    figures = bundle.manifest["figures"]
+    test = figures.get("test") or next(iter(figures.values()))
+    st.caption(
+        f"{bundle.title}, ages {training['age_low']:.0f} to {training['age_high']:.0f}. On held-out scans "
+        f"it was off by {test['mae']['value']:.1f} years on average; always saying the mean age would be "
+        f"off by {test['mean_predictor_mae']['value']:.1f}."
+    )
+    if bundle.is_test_object:
+        st.warning(
+            "A demonstration model, trained on invented heads. It shows how the app works; its ages mean "
+            "nothing for people.",
+            icon=":material/science:",
+        )
+
+
+# --- scans ----------------------------------------------------------------------------------------------
+
+
+def predict_scans(bundle: Bundle) -> None:
+    """Upload field, true ages, and the button; results go into the session."""
+    st.header("2 · Scans", anchor=False)
+    _forget_other_models(bundle)
+    turn = st.session_state.setdefault("turn", 0)  # a new key empties the field, so uploads leave the memory
+    uploads = st.file_uploader(
+        "NIfTI (.nii, .nii.gz), FreeSurfer (.mgz), or a DICOM series as a .zip",
+        type=list(SCAN_TYPES),
+        accept_multiple_files=True,
+        key=f"scans-{turn}",
+    )
+    ages = _true_ages([upload.name for upload in uploads], turn)
+    columns = st.columns([2, 2, 2, 4])
+    if columns[0].button("Predict", type="primary", disabled=not uploads, width="stretch", key="predict"):
+        with st.spinner(f"Predicting {len(uploads)} scan{'s' if len(uploads) > 1 else ''}"):
+            _keep(_predict(bundle, uploads, ages))
+        st.session_state["turn"] = turn + 1
+        st.rerun()
+    example = _demo_head()
+    if example and columns[1].button("Try a demo head", width="stretch", key="demo"):
+        with st.spinner("Predicting a demo head"), _turn():
+            _keep(list(bundle.predict_many([example[0]], [example[1]], n_jobs=1)))
+        st.rerun()
+    if st.session_state.get("results") and columns[2].button("Clear", width="stretch", key="clear"):
+        _keep([])
+        st.rerun()
+
+
+def _keep(results: list[Prediction | Failure]) -> None:
+    st.session_state["results"] = results
+    st.session_state.pop("explanations", None)
+
+
+def _forget_other_models(bundle: Bundle) -> None:
+    """Results of another model must not stand under this one's name."""
+    made = (bundle.manifest["run"], bundle.manifest["created"])
+    if st.session_state.setdefault("model made", made) != made:
+        st.session_state["model made"] = made
+        _keep([])
+
+
+def _demo_head() -> tuple[Path, float] | None:
+    """A test scan of the workspace the model lies in, with its age, where its cohort is the invented one."""
+    folder = st.session_state.get("bundle folder")
+    splits = folder.parents[2] / "splits.csv" if folder else None
+    if splits is None or not splits.exists() or not (folder.parents[2] / "demo" / "truth.csv").exists():
+        return None
+    rows = read_csv(splits)
+    test = rows[rows["split"] == "test"].sort_values("age")
+    if test.empty:
+        return None
+    row = test.iloc[2 * len(test) // 3]
+    image = folder.parents[2] / row["image"]
+    return (image, float(row["age"])) if image.exists() else None
+
+
+def _true_ages(names: Sequence[str], turn: int) -> list[float | None]:
+    if len(names) <= 1:
+        age = st.number_input(
+            "True age in years, if known (only for the gap; the prediction does not use it)",
+            min_value=0.0,
+            max_value=OLDEST,
+            value=None,
+            step=1.0,
+            key=f"age-{turn}",
+            width=420,
+        )
+        return [age]
+    st.caption("True ages in years, where known: click a cell. Only for the gap; the prediction does not use
+    them.") table = st.data_editor(
+        pd.DataFrame({"scan": list(names), "true age": pd.Series([None] * len(names), dtype=float)}),
+        column_config={
+            "scan": st.column_config.TextColumn("Scan", disabled=True),
+            "true age": st.column_config.NumberColumn("True age [years]", min_value=0, max_value=OLDEST),
+        },
+        hide_index=True,
+        key=f"ages-{turn}",
+        width=560,
+    )
+    return list(table["true age"])
+
+
+def _predict(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -> list[Prediction | Failure]:
+    known = dict(zip([upload.name for upload in uploads], ages, strict=True))
+    results: list[Prediction | Failure] = []
+    with _turn(), stored(uploads) as scans:
+        for scan in scans:
+            results.append(_one(bundle, scan, known) if isinstance(scan, StoredScan) else scan)
+    gc.collect()
+    return results
+
+
+def _one(bundle: Bundle, scan: StoredScan, ages: dict[str, float | None]) -> Prediction | Failure:
+    result = next(bundle.predict_many([scan.path], [ages.get(scan.name)], n_jobs=1))
+    return dataclasses.replace(result, scan=scan.name)

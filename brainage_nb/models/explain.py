@@ -1,0 +1,136 @@
+"""Why a model says an age: a heat map of one scan, in its own space, and what a folder of them needs to be kept.
+
+The maps themselves are computed in `heat_maps`; groups, template space and regions are in `explain_groups`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from brainage_nb.models.heat_maps import grad_cam, occlusion
+from brainage_nb.models.members import VGG
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from brainage_nb.models.bundle import Bundle
+    from brainage_nb.models.prediction import Prediction
+
+GRAD_CAM, OCCLUSION, TRIPLETS = "grad_cam", "occlusion", "triplets"
+METHODS = {
+    GRAD_CAM: "Grad-CAM (relative; above 0 raises the age)",
+    OCCLUSION: "occlusion (years that each place adds to the age)",
+    TRIPLETS: "years that each triplet of axial slices adds to the age",
+}
+CUBE_MM = 24.0  # covered at once: about a gyrus with its neighbours
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A heat map of one scan.
+
+    Attributes
+    ----------
+    heat : float32 array (size, size, size)
+        RAS, on the grid of `Prediction.volume`. Above 0 raises the age, below 0 lowers it.
+    method : str
+        A key of `METHODS`, whose text gives the unit.
+    spacing_mm : float
+        Voxel edge, mm.
+    contributions : DataFrame or None
+        For VGG16-SVR: `position, first_slice, last_slice, years`.
+    """
+
+    heat: np.ndarray = field(repr=False)
+    method: str
+    spacing_mm: float
+    contributions: pd.DataFrame | None = field(default=None, repr=False)
+
+    @property
+    def title(self) -> str:
+        """The method in words, with its unit."""
+        return METHODS[self.method]
+
+    def picture(self, prediction: Prediction, at: tuple[int, int, int] | None = None) -> Figure:
+        """Three planes with the heat over them, as a figure that stands alone."""
+        from matplotlib.figure import Figure
+
+        from brainage_nb.models.explain_plots import overlay_planes
+
+        figure = Figure(figsize=(9, 3.3), layout="constrained")
+        axes = figure.subplots(1, 3)
+        overlay_planes(axes, prediction.volume, self.heat, at, spacing_mm=self.spacing_mm)
+        figure.suptitle(f"{prediction.predicted_age:.1f} years; {self.title}", fontsize=10)
+        return figure
+
+    def save(self, folder: Path | str, prediction: Prediction) -> list[Path]:
+        """Write `<scan>_heat.nii.gz`, which lies on the scan in any viewer, and `<scan>_heat.png`."""
+        import nibabel as nib
+
+        from brainage_nb.workspace import writing
+
+        stem = Path(folder) / prediction.scan.removesuffix(".gz").removesuffix(".nii")
+        nifti, png = stem.with_name(f"{stem.name}_heat.nii.gz"), stem.with_name(f"{stem.name}_heat.png")
+        with writing(nifti) as temporary:
+            image = nib.Nifti1Image(self.heat.astype(np.float32), prediction.affine)
+            named = temporary.with_name(f"{temporary.name}.nii.gz")  # nibabel compresses by name
+            nib.save(image, named)
+            named.replace(temporary)
+        with writing(png) as temporary:
+            self.picture(prediction).savefig(temporary, format="png", dpi=150)
+        return [nifti, png]
+
+
+def explain(
+    bundle: Bundle,
+    prediction: Prediction,
+    method: str = "",
+    *,
+    progress: Callable[[float], Any] | None = None,
+) -> Explanation:
+    """A heat map of one predicted scan.
+
+    Parameters
+    ----------
+    bundle : Bundle
+        The one that made the prediction.
+    method : {"grad_cam", "occlusion", "triplets"}
+        Networks: Grad-CAM (a second) by default, occlusion (a minute) on request. VGG16-SVR: triplets.
+    progress : callable, optional
+        Receives the share done, 0 to 1 (occlusion only).
+    """
+    known = (TRIPLETS,) if bundle.model.kind == VGG else (GRAD_CAM, OCCLUSION)
+    method = method or known[0]
+    if method not in known:
+        raise ValueError(f"method = {method!r}: for this model expected one of {', '.join(known)}.")
+    spacing = float(bundle.settings.spacing_mm)
+    if method == TRIPLETS:
+        contributions = bundle.model.model.contributions(prediction.volume, bundle.model.variant)
+        return Explanation(_as_slabs(contributions, prediction.volume.shape), method, spacing, contributions)
+    model = bundle.model
+    if method == GRAD_CAM:
+        heat = grad_cam(model.networks, prediction.volume, flip_averaging=model.flip_averaging)
+        return Explanation(heat, method, spacing)
+    edge = max(2, round(CUBE_MM / spacing))
+    heat = occlusion(
+        model.networks,
+        prediction.volume,
+        edge=edge,
+        step=max(1, edge // 2),
+        flip_averaging=model.flip_averaging,
+        progress=progress,
+    )
+    return Explanation(heat, method, spacing)
+
+
+def _as_slabs(contributions: pd.DataFrame, shape: tuple[int, ...]) -> np.ndarray:
+    heat = np.zeros(shape, dtype=np.float32)
+    for row in contributions.dropna(subset=["years"]).itertuples():
+        heat[:, :, row.first_slice : row.last_slice + 1] = row.years
+    return heat

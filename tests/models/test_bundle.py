@@ -1,0 +1,273 @@
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from brainage_nb.models.bundle import BundleError, load_bundle, save_bundle
+from brainage_nb.models.bundle_files import zip_bundle
+from brainage_nb.models.members import arrays_of, network_from, precision_check
+from brainage_nb.models.prediction import Failure
+from brainage_nb.volumes.scans import ScanError
+from brainage_nb.workspace import open_workspace, write_csv, write_json
+from tests.models.tiny_bundle import (
+    ARCHITECTURE,
+    SETTINGS,
+    head_array,
+    networks,
+    write_scan,
+    write_tiny_bundle,
+)
+
+SPLIT = ["train"] * 10 + ["val"] * 5 + ["test"] * 3
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle", n=2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workspace with a run of two seeds, one epoch each, on eighteen small heads."""
+    from brainage_nb.models.training import TrainingSettings, train
+    from brainage_nb.volumes.store import build_store
+
+    ws = open_workspace(tmp_path_factory.mktemp("trained"))
+    rng = np.random.default_rng(0)
+    scans = pd.DataFrame(
+        {"subject_id": [f"{k:03d}" for k in range(len(SPLIT))], "session_id": "", "split": SPLIT}
+    )
+    scans["scan_id"], scans["age"] = (
+        scans["subject_id"],
+        np.linspace(25, 80, len(SPLIT))[rng.permutation(len(SPLIT))],
+    )
+    scans["image"] = [str(write_scan(ws.path(f"{k}.nii"), k)) for k in range(len(SPLIT))]
+    scans = scans.assign(sex="F", site="A", source="folder", fold=-1)
+    hashes = [hashlib.sha256(open(image, "rb").read()).hexdigest() for image in scans["image"]]
+    write_csv(scans.drop(columns=["split", "fold"]), ws.path("cohort.csv"))
+    write_csv(scans.drop(columns=["source"]), ws.path("splits.csv"))
+    write_csv(
+        scans.assign(sha256=hashes, voxel_mm=[(4.0, 4.0, 4.0)] * len(SPLIT), kept=True),
+        ws.path("cleaning.csv"),
+    )
+    store = build_store(scans, ws.path("volumes"), SETTINGS, n_jobs=1).store
+    chosen = TrainingSettings(
+        epochs=1, widths=ARCHITECTURE["widths"], blocks=ARCHITECTURE["blocks"], seeds=(0, 1), device="cpu",
+        processes=1, augmentation=None, learning_rate=1e-3,
+    )  # fmt: skip
+    with pytest.warns(UserWarning) as _:
+        train(store, scans, ws.run("resnet18"), chosen)
+    return ws
+
+
+@pytest.fixture(scope="module")
+def saved(trained):
+    return save_bundle(trained.run("resnet18"), licence="CC BY 4.0")
+
+
+def test_a_saved_model_predicts_what_the_run_predicted(trained, saved):
+    bundle, expected = load_bundle(saved), trained.read("runs/resnet18/predictions.csv")
+    expected = expected[expected["variant"] == "mean"].set_index("scan_id")["predicted_age"]
+    for row in trained.read("splits.csv").itertuples():
+        assert bundle.predict(row.image).predicted_age == pytest.approx(expected[row.scan_id], abs=1e-4)
+    assert bundle.manifest["reproduced_within_years"] < 1e-4
+
+
+def test_a_zipped_bundle_predicts_the_same(trained, saved, tmp_path):
+    packed = zip_bundle(saved, tmp_path / "model.zip")
+    scan = trained.path("17.nii")
+    assert load_bundle(packed).predict(scan) == load_bundle(saved).predict(scan)
+
+
+def test_the_bundle_says_on_whom_it_was_trained_and_hides_who_they_are(trained, saved):
+    bundle = load_bundle(saved)
+    training = bundle.manifest["training"]
+    assert (training["n_subjects"], sum(training["age_counts"])) == (15, 15)
+    assert training["voxel_mm"] == [4.0, 4.0]
+    assert bundle.trained_on(["000", "014", "015", "000 "]) == [True, True, False, False]
+    text = (saved / "bundle.json").read_text()
+    assert '"000"' not in text and str(trained.root) not in text
+
+
+def test_a_training_scan_is_recognised_by_its_content(trained, saved, tmp_path):
+    bundle = load_bundle(saved)
+    copy = shutil.copy(trained.path("3.nii"), tmp_path / "renamed.nii")
+    assert "training_scan" in [caution.code for caution in bundle.predict(copy).warnings]
+    assert "training_scan" not in [
+        caution.code for caution in bundle.predict(trained.path("17.nii")).warnings
+    ]
+
+
+def test_interval_and_correction_come_from_validation_rows_alone(trained, saved):
+    manifest = load_bundle(saved).manifest
+    assert manifest["interval"]["n_calibration"] == 5
+    assert manifest["interval"]["quantile"] is None and "cannot support" in manifest["interval"]["support"]
+    assert manifest["correction"] or "slope" in manifest["correction_refused"]
+    result = load_bundle(saved).predict(trained.path("17.nii"))
+    assert result.high == np.inf and result.to_dict()["high"] is None
+    assert "few_calibration_subjects" in [caution.code for caution in result.warnings]
+
+
+def test_the_card_states_figures_licence_and_use(saved):
+    card = (saved / "README.md").read_text()
+    for said in ("15 people", "mean predictor", "CC BY 4.0", "not a medical device"):
+        assert said in card
+
+
+def test_a_run_that_is_not_finished_has_no_bundle(trained, tmp_path):
+    ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
+    shutil.rmtree(ws.path("runs", "resnet18", "checkpoints"))
+    with pytest.raises(FileNotFoundError, match="no finished model"):
+        save_bundle(ws.run("resnet18"))
+
+
+def test_half_precision_is_refused_where_it_would_move_an_age():
+    (network,) = networks()
+    volume = np.random.default_rng(0).normal(size=(24, 24, 24)).astype(np.float16)
+    assert precision_check(network, ARCHITECTURE, [volume], flip_averaging=True) < 1
+    network.fc.weight.data *= 1e6
+    assert precision_check(network, ARCHITECTURE, [volume], flip_averaging=True) == np.inf
+
+
+# --- one prediction -------------------------------------------------------------------------------------
+
+
+def test_gap_interval_and_corrections_follow_from_the_prediction(tiny, tmp_path):
+    result = load_bundle(tiny).predict(write_scan(tmp_path / "a.nii.gz", 5), age=44)
+    assert result.predicted_age == pytest.approx(np.mean(result.members))
+    assert (result.low, result.high) == pytest.approx((result.predicted_age - 8, result.predicted_age + 8))
+    assert result.corrected_age == pytest.approx((result.predicted_age - 10) / 0.8)
+    assert result.gap == pytest.approx(result.predicted_age - 44)
+    assert result.adjusted_gap == pytest.approx(result.predicted_age - (10 + 0.8 * 44))
+
+
+def test_the_true_age_does_not_change_the_prediction(tiny, tmp_path):
+    bundle, scan = load_bundle(tiny), write_scan(tmp_path / "a.nii", 5)
+    assert bundle.predict(scan, age=20).predicted_age == bundle.predict(scan, age=80).predicted_age
+    assert bundle.predict(scan).gap is None
+
+
+@pytest.mark.parametrize("age", [-1, 500, np.inf])
+def test_an_age_that_is_none_is_refused(age, tiny, tmp_path):
+    with pytest.raises(ValueError, match="expected years from 0 to 120"):
+        load_bundle(tiny).predict(tmp_path / "a.nii", age=age)
+
+
+def test_one_bad_scan_does_not_end_the_rest(tiny, tmp_path):
+    scans = [write_scan(tmp_path / f"{k}.nii", k) for k in range(4)]
+    scans[1].write_text("no scan")
+    scans.insert(3, tmp_path / "missing.nii")
+    bundle = load_bundle(tiny)
+    results = list(bundle.predict_many(scans, [30, 40, 999, 50, 60], n_jobs=1))
+    assert [isinstance(result, Failure) for result in results] == [False, True, True, True, False]
+    assert [result.code for result in results[1:4]] == ["unreadable", "failed", "missing"]
+    assert results[0] == bundle.predict(scans[0], 30) and results[4] == bundle.predict(scans[4], 60)
+
+
+def codes(bundle, scan, age=None):
+    return [caution.code for caution in load_bundle(bundle).predict(scan, age).warnings]
+
+
+def test_a_scan_like_the_training_scans_raises_no_warning_but_disagreement(tiny, tmp_path):
+    assert codes(tiny, write_scan(tmp_path / "a.nii", 9), age=50) == ["members_disagree"]
+
+
+def test_what_is_no_head_of_that_kind_is_noticed(tiny, tmp_path):
+    inverted = 900 - np.clip(head_array(1), 0, 900).astype(np.int16)
+    noise = np.random.default_rng(0).integers(0, 1000, (48, 48, 48)).astype(np.int16)
+    for name, array in {"inverted": inverted, "noise": noise}.items():
+        assert "unlike_training" in codes(tiny, write_scan(tmp_path / f"{name}.nii", array=array)), name
+
+
+def test_odd_voxels_and_ages_out_of_range_are_noticed(tiny, tmp_path):
+    thick = write_scan(tmp_path / "thick.nii", array=head_array()[:, :, ::4])
+    assert "coarse_voxels" not in codes(tiny, write_scan(tmp_path / "a.nii"))
+    import nibabel as nib
+
+    nib.save(nib.Nifti1Image(head_array()[:, :, ::4], np.diag([4.0, 4, 16, 1])), thick)
+    assert "extreme_voxel_size" in codes(tiny, thick)
+    assert "true_age_outside_training" in codes(tiny, write_scan(tmp_path / "b.nii"), age=95)
+
+
+# --- hostile scans --------------------------------------------------------------------------------------
+
+
+def test_a_header_that_claims_too_much_is_refused_before_it_is_read(tiny, tmp_path):
+    import nibabel as nib
+
+    header = nib.Nifti1Header()
+    header.set_data_shape((30000, 30000, 30000))
+    for name in ("absurd.nii", "absurd.nii.gz", "without_ending"):
+        path = tmp_path / name
+        content = header.binaryblock + b"\0" * 1000
+        if name.endswith(".gz"):
+            import gzip
+
+            content = gzip.compress(content)
+        path.write_bytes(content)
+        with pytest.raises(ScanError) as caught:
+            load_bundle(tiny).predict(path)
+        assert caught.value.code in ("too_large", "truncated")
+
+
+# --- hostile bundles ------------------------------------------------------------------------------------
+
+
+def changed(bundle, target, **changes):
+    """A copy of a bundle whose manifest says something else."""
+    shutil.copytree(bundle, target)
+    path = target / "bundle.json"
+    write_json(json.loads(path.read_text()) | changes, path)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"kind": "script"}, "of kind 'script'"),
+        ({"architecture": ARCHITECTURE | {"widths": [10**9] * 4}}, "widths"),
+        ({"architecture": ARCHITECTURE | {"widths": [8, 8, 8, 8]}}, "has shape"),
+        ({"architecture": ARCHITECTURE | {"blocks": [2, 2, 2, 2]}}, "missing or left over"),
+        ({"architecture": ARCHITECTURE | {"surprise": 1}}, "surprise"),
+        ({"architecture": "resnet"}, "bundle.json"),
+        ({"members": []}, "no members"),
+        ({"members": [{"file": "../../etc/passwd"}]}, "not among its files"),
+        ({"preprocessing": {}}, "settings"),
+        ({"preprocessing": SETTINGS.to_json() | {"fingerprint": "other"}}, "other steps"),
+        ({"training": None}, "bundle.json"),
+        ({"interval": {"level": 0.9}}, "scaled"),
+        ({"correction": {"slope": 1}}, "intercept"),
+        ({"reference": {}}, "likeness"),
+        ({"seen": {"salt": "not hex"}}, "bundle.json"),
+        ({"position": {"part": [], "age": [1], "predicted_age": []}}, "positions"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused_with_a_reason(changes, said, tiny, tmp_path):
+    with pytest.raises(BundleError, match=said):
+        load_bundle(changed(tiny, tmp_path / "changed", **changes))
+
+
+def test_weights_that_are_not_finite_are_refused():
+    (network,) = networks()
+    arrays = arrays_of(network, half=False)
+    arrays["fc.weight"] = np.full_like(arrays["fc.weight"], np.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        network_from(ARCHITECTURE, arrays)
+
+
+def test_loading_a_bundle_imports_no_monai_and_no_pickle_reader(tiny):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from brainage_nb.models.bundle import load_bundle; load_bundle(sys.argv[1]);"
+        "print([name for name in ('monai', 'sklearn', 'matplotlib', 'joblib', 'nilearn', 'torchvision') "
+        "if name in sys.modules])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tiny)], check=True, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == "[]"

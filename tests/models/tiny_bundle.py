@@ -1,0 +1,121 @@
+"""A bundle of untrained tiny networks, and a scan: what tests of predicting, the command line and the app need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+
+from brainage_nb.models.bundle_files import write_bundle
+from brainage_nb.models.bundle_saving import card_of
+from brainage_nb.models.members import arrays_of
+from brainage_nb.models.prediction import NOT_A_DEVICE
+from brainage_nb.models.reference import FILE, Reference
+from brainage_nb.models.resnet import resnet18_regressor
+from brainage_nb.volumes.preprocessing import PreprocessingSettings, as_stored, preprocess
+
+ARCHITECTURE = {"widths": [4, 4, 8, 8], "blocks": [1, 1, 1, 1], "norm": "group", "shortcut": "A"}
+SETTINGS = PreprocessingSettings(spacing_mm=8, size=24)
+AGES = np.linspace(20, 80, 60)
+
+
+def networks(n: int = 1, seed: int = 0) -> list:
+    """Tiny networks that answer with clearly different ages."""
+    torch.manual_seed(seed)
+    made = [resnet18_regressor(**ARCHITECTURE, age_mean=50.0, age_sd=10.0) for _ in range(n)]
+    for network in made:
+        torch.nn.init.normal_(network.fc.weight, std=0.5)
+    return [network.eval() for network in made]
+
+
+def head_array(seed: int = 0, side: int = 48) -> np.ndarray:
+    """A bright ball with a dark shell and a darker middle, int16, 4 mm voxels."""
+    rng = np.random.default_rng(seed)
+    x = np.linspace(-1, 1, side)
+    radius = np.sqrt(sum(axis**2 for axis in np.meshgrid(x / 0.7, x / 0.85, x / 0.8, indexing="ij")))
+    head = 800.0 * (radius < 1) - 500 * ((radius > 0.8) & (radius < 0.92)) - 200 * (radius < 0.3)
+    return np.clip(head + rng.normal(0, 20, head.shape), 0, None).astype(np.int16)
+
+
+def write_scan(path: Path, seed: int = 0, *, array: np.ndarray | None = None, spacing: float = 4.0) -> Path:
+    """Write a head as NIfTI."""
+    array = head_array(seed) if array is None else array
+    affine = np.diag([spacing, spacing, spacing, 1.0])
+    affine[:3, 3] = -spacing * np.array(array.shape[:3]) / 2
+    nib.save(nib.Nifti1Image(array, affine), path)
+    return path
+
+
+def manifest(n: int = 1, **changes) -> dict:
+    """What `save_bundle` would say."""
+    figure = {"value": 5.0, "low": 4.0, "high": 6.0}
+    files = [{"file": f"member-{k:02d}.safetensors", "name": f"seed{k}"} for k in range(n)]
+    said = {
+        "run": "tiny",
+        "created": "2026-01-01T00:00:00+00:00",
+        "licence": "CC0",
+        "intended_use": NOT_A_DEVICE,
+        "versions": {},
+        "variant": "single",
+        "kind": "resnet18",
+        "architecture": ARCHITECTURE,
+        "flip_averaging": True,
+        "members": files,
+        "weights": "float16",
+        "half_precision_moves_years": 0.001,
+        "reproduced_within_years": 0.0,
+        "preprocessing": SETTINGS.to_json(),
+        "volumes": SETTINGS.fingerprint,
+        "training": {
+            "n_subjects": 60,
+            "n_scans": 60,
+            "age_low": 20.0,
+            "age_high": 80.0,
+            "age_mean": 50.0,
+            "age_edges": list(range(20, 86, 5)),
+            "age_counts": [5] * 13,
+            "voxel_mm": [1.0, 4.0],
+            "skull_stripped": None,
+            "source": {"folder": 60},
+        },
+        "correction": {
+            "intercept": 10.0,
+            "slope": 0.8,
+            "slope_interval": [0.7, 0.9],
+            "n_subjects": 50,
+            "age_range": [20.0, 80.0],
+            "support": "",
+        },
+        "correction_refused": "",
+        "interval": {
+            "level": 0.9,
+            "scaled": False,
+            "quantile": 8.0,
+            "n_calibration": 50,
+            "support": "",
+            "learned": False,
+            "difficulty": None,
+            "floor": 0.0,
+        },
+        "figures": {"test": {"n": 50, "mae": figure, "r": figure, "mean_predictor_mae": figure}},
+        "position": {
+            "part": ["test"] * 60,
+            "age": AGES.round().astype(int).tolist(),
+            "predicted_age": (0.8 * AGES + 10).round(1).tolist(),
+        },
+        "seen": {"salt": "00" * 16, "subjects": [], "images": []},
+    }
+    return said | changes
+
+
+def write_tiny_bundle(folder: Path, *, n: int = 1, **changes) -> Path:
+    """A bundle whose reference are three of our balls."""
+    scratch = folder.with_name(f"{folder.name}-scans")
+    scratch.mkdir(parents=True)
+    volumes = [as_stored(preprocess(write_scan(scratch / f"{k}.nii", k), SETTINGS)) for k in range(3)]
+    reference = Reference.fit(volumes)
+    said = manifest(n, reference=reference.to_dict(), **changes)
+    arrays = {f"member-{k:02d}.safetensors": arrays_of(net, half=True) for k, net in enumerate(networks(n))}
+    return write_bundle(folder, said, arrays | {FILE: reference.arrays()}, card_of(said))
