@@ -6,9 +6,7 @@ Arrays and frames in, frames out; predicting is the models' business. Refuses pe
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,48 +54,33 @@ class ExternalEvaluation:
     warnings: list[str]
 
 
-def salted_hashes(names: Iterable[str], salt: str) -> list[str]:
-    """SHA-256 of each name under a salt (HMAC): lets a bundle recognise its training subjects without naming
-    them."""
-    return [hmac.new(salt.encode(), str(name).encode(), hashlib.sha256).hexdigest() for name in names]
-
-
-def refuse_training_subjects(
-    rows: pd.DataFrame,
-    trained_on: Collection[str],
-    salt: str,
-    columns: tuple[str, ...] = ("subject_id", "sha256"),
-) -> None:
-    """Stop where an external subject id or image (its file's SHA-256) is among the hashes of what was trained
-    on.
+def refuse_trained_on(names: Sequence[str], seen: Sequence[bool], what: str = "subjects") -> None:
+    """Stop where the model was trained on some of these.
 
     Parameters
     ----------
-    rows : DataFrame
-        The external cohort; those of `columns` that it has are looked up.
-    trained_on : collection of str
-        From `salted_hashes`, as bundles carry them.
-    salt : str
-        The bundle's salt.
+    names : sequence of str
+        Subject ids, or image files, of the external cohort.
+    seen : sequence of bool
+        For each, whether it took part in training (a bundle knows by salted hashes: `trained_on`,
+        `trained_on_files`).
+    what : str
+        Their kind, for the message.
 
     Raises
     ------
     TrainedOnThem
-        Any of them is known.
+        Any of them did.
     """
-    known = set(trained_on)
-    for column in (name for name in columns if name in rows):
-        values = rows[column].dropna().astype(str)
-        values = values[values != ""].unique()
-        shared = [
-            value for value, code in zip(values, salted_hashes(values, salt), strict=True) if code in known
-        ]
-        if shared:
-            raise TrainedOnThem(
-                f"{len(shared)} of {len(values)} values of {column} in this cohort took part in training "
-                f"(first: {shared[:5]}). The figures would be too good: leave these subjects out, or, where "
-                "only the ids happen to be equal, rename them."
-            )
+    if len(names) != len(seen):
+        raise ValueError(f"{len(names)} {what} with {len(seen)} answers; give one for each.")
+    shared = sorted({str(name) for name, known in zip(names, seen, strict=True) if known})
+    if shared:
+        raise TrainedOnThem(
+            f"{len(shared)} of {len(set(names))} {what} of this cohort took part in training (first: "
+            f"{shared[:5]}). The figures would be too good: leave them out, or, where only the ids happen to "
+            "be equal, rename them."
+        )
 
 
 def evaluate_external(

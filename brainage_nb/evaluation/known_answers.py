@@ -16,7 +16,8 @@ from brainage_nb.evaluation.metrics import correlation_with_interval, mean_with_
 from brainage_nb.workspace import Workspace, read_csv
 
 FEWEST_TWICE = 10  # subjects with two sessions, below which a reliability means little
-_NOT_ANATOMY = ("age", "brain_age", "gap")
+# Columns of truth.csv that hold a person's planted anatomy; the others are pose, scanner and file form.
+ANATOMY = ("ventricle_mm", "sulcal_opening", "grey_white_contrast", "lesions")
 
 
 def read_truth(workspace: Workspace, path: str | Path = "") -> pd.DataFrame | None:
@@ -33,14 +34,17 @@ def read_truth(workspace: Workspace, path: str | Path = "") -> pd.DataFrame | No
 
 
 def with_truth(rows: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """Rows that have a planted gap, with `planted_gap` and `brain_age` in years.
+    """Rows that have a planted gap, with `planted_gap`, `brain_age` (years) and the planted anatomy.
 
-    Matched by `scan_id`, or by subject and session where the scans are named otherwise.
+    Matched by `scan_id`, or by subject and session where a scan goes by another name.
     """
     planted = truth.rename(columns={"gap": "planted_gap"})
-    keys = ["scan_id"] if set(rows["scan_id"]) & set(planted["scan_id"]) else ["subject_id", "session_id"]
-    planted = planted[[*keys, "planted_gap", "brain_age"]].drop_duplicates(keys)
-    return rows.merge(planted, on=keys, how="inner")
+    found = ["planted_gap", "brain_age", *(name for name in ANATOMY if name in planted)]
+    by_scan = rows[["scan_id"]].merge(planted[["scan_id", *found]].drop_duplicates("scan_id"), how="left")
+    keys = ["subject_id", "session_id"]
+    by_session = rows[keys].merge(planted[[*keys, *found]].drop_duplicates(keys), on=keys, how="left")
+    known = by_scan[found].fillna(by_session[found])
+    return rows.reset_index(drop=True).join(known).dropna(subset=["planted_gap"])
 
 
 def recovered_gap(
@@ -83,44 +87,31 @@ def recovered_gap(
 
 
 def reference_errors(
-    rows: pd.DataFrame, truth: pd.DataFrame, training: pd.DataFrame, *, n_bootstrap: int = 2000, seed: int = 0
+    rows: pd.DataFrame, training: pd.DataFrame, *, n_bootstrap: int = 2000, seed: int = 0
 ) -> dict[str, dict[str, float]]:
     """MAE (years) of the two references on the same test rows as ours.
 
     Parameters
     ----------
-    rows : DataFrame
-        Test rows from `with_truth`.
-    truth : DataFrame
-        Planted truth of all scans.
-    training : DataFrame
-        Rows whose planted anatomy the attainable regression is fitted on.
+    rows, training : DataFrame
+        Test rows and rows that the attainable regression is fitted on, both from `with_truth`.
 
     Returns
     -------
     dict
         `oracle`: knows the planted brain age. `attainable`: the best regression of age on the planted
-        anatomy, where the truth names its parameters. Each {"value", "low", "high", "n", "n_subjects"}.
+        anatomy, where the truth holds it. Each {"value", "low", "high", "n", "n_subjects"}.
     """
     subjects = rows["subject_id"].to_numpy()
     bootstrap = {"n_bootstrap": n_bootstrap, "seed": seed}
     errors = {"oracle": mean_with_interval((rows["brain_age"] - rows["age"]).abs(), subjects, **bootstrap)}
-    anatomy = anatomy_columns(truth)
-    key = "scan_id" if set(rows["scan_id"]) & set(truth["scan_id"]) else "subject_id"
-    planted = truth.drop_duplicates(key).set_index(key)[anatomy]
-    known = training[training[key].isin(planted.index)]
-    if anatomy and len(known) >= 5 * len(anatomy):
-        predicted = _attainable(planted.loc[known[key]], known["age"], planted.loc[rows[key]])
+    anatomy = [name for name in ANATOMY if name in rows]
+    if anatomy and len(training) >= 5 * len(anatomy):
+        predicted = _attainable(training[anatomy], training["age"], rows[anatomy])
         errors["attainable"] = mean_with_interval(
             np.abs(predicted - rows["age"].to_numpy()), subjects, **bootstrap
         )
     return errors
-
-
-def anatomy_columns(truth: pd.DataFrame) -> list[str]:
-    """The columns of truth.csv that hold varying planted numbers, not ids, ages or gaps."""
-    numbers = truth.select_dtypes("number")
-    return [name for name in numbers if name not in _NOT_ANATOMY and numbers[name].std() > 0]
 
 
 def two_session_reliability(
@@ -170,17 +161,19 @@ def icc(pairs: np.ndarray) -> float:
 
 
 def _attainable(train: pd.DataFrame, age: pd.Series, test: pd.DataFrame) -> np.ndarray:
-    """Cross-validated ridge on the anatomy and its squares and products: smooth, and close to the best there
-    is."""
+    """Ages of the test rows by the regression that does best in cross-validation on the training rows."""
     from sklearn.linear_model import RidgeCV
+    from sklearn.model_selection import cross_val_score
     from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import PolynomialFeatures, StandardScaler
+    from sklearn.preprocessing import PolynomialFeatures, SplineTransformer, StandardScaler
 
-    degree = 2 if len(train) >= 3 * train.shape[1] ** 2 else 1
-    model = make_pipeline(
-        StandardScaler(),
-        PolynomialFeatures(degree, include_bias=False),
-        StandardScaler(),
-        RidgeCV(np.logspace(-3, 3, 13)),
+    ridge = RidgeCV(np.logspace(-4, 3, 15))
+    splines = SplineTransformer(n_knots=4, knots="quantile", extrapolation="linear")
+    models = (
+        make_pipeline(StandardScaler(), ridge),
+        make_pipeline(splines, StandardScaler(), ridge),
+        make_pipeline(StandardScaler(), PolynomialFeatures(2), StandardScaler(), ridge),
     )
-    return model.fit(train.to_numpy(), age.to_numpy()).predict(test.to_numpy())
+    x, y = train.to_numpy(), age.to_numpy()
+    scores = [cross_val_score(model, x, y, scoring="neg_mean_absolute_error").mean() for model in models]
+    return models[int(np.argmax(scores))].fit(x, y).predict(test.to_numpy())

@@ -64,10 +64,7 @@ def _content(evaluation: Evaluation, name: str, found: RunEvaluation) -> dict[st
         "name": name,
         "when": datetime.now(UTC).strftime("%Y-%m-%d"),
         "version": version_of("brainage-nb"),
-        "settings": {
-            key: value for key, value in found.run.settings.items() if not isinstance(value, dict | list)
-        },
-        "seeds": found.run.settings.get("seeds", "not recorded"),
+        "settings": tables.flat_settings(found.run.settings),
         "fingerprint": found.run.settings.get("fingerprint", "not recorded"),
         "sources": sorted(cohort["source"].unique()) if "source" in cohort else [],
         "sites": sorted(site for site in cohort["site"].unique() if site) if "site" in cohort else [],

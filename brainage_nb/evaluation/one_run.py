@@ -209,9 +209,9 @@ def _known_answers(
     known: pd.DataFrame, truth: pd.DataFrame, found: RunEvaluation, bootstrap: dict[str, int]
 ) -> dict[str, Any]:
     kinds = {kind: column for kind, column in RECOVERED_KINDS.items() if known[column].notna().all()}
-    training = found.run.part("train")
+    training = with_truth(found.run.part("train"), truth)
     ours = mean_with_interval(known["gap"].abs(), known["subject_id"].to_numpy(), **bootstrap)
-    errors = reference_errors(known, truth, training, **bootstrap)
+    errors = reference_errors(known, training, **bootstrap)
     return {
         "mae": {"ours": ours} | errors,
         "recovered": recovered_gap(known, kinds, **bootstrap).to_dict("records"),

@@ -16,7 +16,7 @@ from brainage_nb.workspace import Workspace
 
 SPLIT_WORDS = {
     "train": "training (the model has seen these)",
-    "val": "validation (chose the best epoch or setting)",
+    "val": "validation (may have chosen the best epoch)",
     OUT_OF_FOLD: "out-of-fold (each by a model that did not see the subject)",
     "test": "test (never seen)",
 }
@@ -166,11 +166,21 @@ def known_tables(evaluation: Evaluation) -> dict[str, dict[str, pd.DataFrame]]:
 
 def settings_table(evaluation: Evaluation) -> pd.DataFrame:
     """Settings of each run, a row a setting, a column a run."""
-    columns = {
-        name: {key: _short(value) for key, value in found.run.settings.items() if not isinstance(value, dict)}
-        for name, found in evaluation.runs.items()
-    }
+    columns = {name: flat_settings(found.run.settings) for name, found in evaluation.runs.items()}
     return pd.DataFrame(columns).fillna("").rename_axis("setting").reset_index()
+
+
+def flat_settings(settings: dict[str, Any], within: str = "") -> dict[str, str]:
+    """Nested settings as `outer.inner` -> text; the prefix `settings.` is left out, and so is what is too
+    long to read."""
+    flat: dict[str, str] = {}
+    for name, value in settings.items():
+        label = f"{within}.{name}" if within and within != "settings" else name
+        if isinstance(value, dict):
+            flat |= flat_settings(value, label)
+        elif len(str(value)) <= 80:
+            flat[label] = str(value)
+    return flat
 
 
 def bias_table(found: RunEvaluation) -> pd.DataFrame:
@@ -237,8 +247,3 @@ def _verdict(row: dict[str, Any]) -> str:
     if row["low"] > 0:
         return f"{row['b']} is nearer"
     return "no difference shown"
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 120 else text[:117] + "..."

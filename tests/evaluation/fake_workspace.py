@@ -73,8 +73,8 @@ def truth_of(scans: pd.DataFrame, seed: int = 3) -> pd.DataFrame:
     truth = scans[["scan_id", "subject_id", "session_id", "age"]].assign(
         brain_age=brain_age,
         gap=scans["gap_planted"],
-        ventricle_scale=0.01 * brain_age + rng.normal(0, 0.03, len(scans)),
-        sulcus_opening=0.02 * brain_age + rng.normal(0, 0.08, len(scans)),
+        ventricle_mm=0.01 * brain_age + rng.normal(0, 0.03, len(scans)),
+        sulcal_opening=0.02 * brain_age + rng.normal(0, 0.08, len(scans)),
     )
     return truth
 

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from brainage_nb.evaluation.known_answers import (
-    anatomy_columns,
+    ANATOMY,
     icc,
     read_truth,
     recovered_gap,
@@ -50,10 +50,16 @@ def test_a_gap_recovered_at_half_size_has_slope_one_half(scans):
 def test_the_oracle_knows_the_gap_and_the_attainable_lies_between_it_and_the_mean(scans):
     truth = truth_of(scans)
     rows = with_truth(scans[scans["split"] == "test"], truth)
-    errors = reference_errors(rows, truth, scans[scans["split"] == "train"], n_bootstrap=100)
+    training = with_truth(scans[scans["split"] == "train"], truth)
+    errors = reference_errors(rows, training, n_bootstrap=100)
     assert errors["oracle"]["value"] == pytest.approx(rows["planted_gap"].abs().mean())
     assert errors["oracle"]["value"] < errors["attainable"]["value"] < 6
-    assert anatomy_columns(truth) == ["ventricle_scale", "sulcus_opening"]
+
+
+def test_the_anatomy_is_that_of_the_known_answer_cohort():
+    from brainage_nb.cohort.phantom_subject import ANATOMY_PARAMETERS
+
+    assert set(ANATOMY) == set(ANATOMY_PARAMETERS)
 
 
 def test_icc_equals_the_published_example():
