@@ -1,4 +1,4 @@
-"""The known-answer cohort: T1-like heads aged by known rules, written as a BIDS-like folder with the truth beside it.
+"""The known-answer cohort: T1-like heads aged by known rules, in a BIDS-like folder beside the truth.
 
 A test object for the whole kit. How well a model does on it says nothing about people.
 """
@@ -17,18 +17,15 @@ from scipy import ndimage
 from tqdm.auto import tqdm
 
 from brainage_nb.cohort.phantom_anatomy import Anatomy, template_anatomy
-from brainage_nb.cohort.phantom_scan import (
+from brainage_nb.cohort.phantom_scan import aged_head, displacement, sample_head, scan_head
+from brainage_nb.cohort.phantom_subject import (
     ANATOMY_PARAMETERS,
     OLDEST,
     SITES,
     YOUNGEST,
-    aged_head,
-    displacement,
     draw_acquisition,
     draw_subject,
     planted_anatomy,
-    sample_head,
-    scan_head,
 )
 from brainage_nb.workspace import n_workers, read_json, write_csv, write_json, write_text, writing
 
@@ -51,7 +48,8 @@ the subject's own departure from the mean:
   grey_white_contrast   (white - grey) / their mean falls
   lesions               dark periventricular lesions grow (extent, 0 to 1)
 
-Head size and pose, smooth differences of shape, field of view, bias field, noise and the scanner site do not depend on age.
+Head size and pose, smooth differences of shape, field of view, bias field, noise and the scanner site do
+not depend on age.
 
 participants.tsv    a row a subject and session: age (years), sex, site
 truth.csv           a row a scan: brain age, gap (years), every planted parameter and nuisance
@@ -77,7 +75,7 @@ def make_cohort(
     n_subjects : int
         Number of subjects; about 15 % of them have a second session, one to four years later.
     seed : int
-        With the subject's number it decides everything about a subject, however many jobs and subjects there are.
+        With the subject's number it fixes everything about a subject, whatever the jobs and subjects beside.
     voxel_mm : 1 or 2
         Usual voxel edge in mm: 1 is realistic, 2 is the fast form for demo and tests.
     n_jobs : int
@@ -86,7 +84,8 @@ def make_cohort(
     Returns
     -------
     Path
-        The folder: `sub-0001[/ses-01]/anat/*_T1w.nii.gz`, `participants.tsv`, `truth.csv`, `ageing_map.nii.gz`, `README`.
+        The folder: `sub-0001[/ses-01]/anat/*_T1w.nii.gz`, `participants.tsv`, `truth.csv`,
+        `ageing_map.nii.gz` and a `README` that says in words what is planted.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""The head that every phantom scan starts from: MNI152 brain tissue with an invented skull, scalp, face and neck.
+"""The head every phantom scan starts from: MNI152 brain tissue with an invented skull, scalp, face and neck.
 
 Not for real scans, and no source of anatomy beyond the brain: what lies outside it only has the right order
 of bright and dark in a T1-weighted scan, so that whatever finds or strips a head has something to find.
@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage
 
-# T1-like intensities, relative to white matter near 0.9. Order: air < bone < CSF < muscle < grey < white < fat.
+# T1-like intensities, white matter near 0.9. Order: air < bone < CSF < muscle < grey < white < fat.
 GREY, WHITE, CSF = 0.65, 0.875, 0.27
 BONE, MARROW, MUSCLE, SKIN, FAT, AIR = 0.07, 0.38, 0.48, 0.42, 1.0, 0.02
 
@@ -123,7 +123,7 @@ def _positions(shape: tuple[int, ...], affine: np.ndarray) -> tuple[np.ndarray, 
 
 
 def _inside_of_skull(mask: np.ndarray, voxel_mm: float) -> np.ndarray:
-    """Brain plus the CSF around it: the mask, closed over fissures and grown by about 2 mm, with a soft edge."""
+    """Brain plus the CSF around it: the mask, closed over fissures, grown by about 2 mm, with a soft edge."""
     grown = ndimage.distance_transform_edt(~mask, sampling=voxel_mm) < 2.5
     closed = ndimage.gaussian_filter(grown.astype(np.float32), 4.0 / voxel_mm) > 0.5
     return ndimage.gaussian_filter((closed | mask).astype(np.float32), 0.8 / voxel_mm)

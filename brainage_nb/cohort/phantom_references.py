@@ -15,7 +15,7 @@ from scipy import ndimage
 from tqdm.auto import tqdm
 
 from brainage_nb.cohort.phantom import TRUTH, image_path
-from brainage_nb.cohort.phantom_scan import ANATOMY_PARAMETERS
+from brainage_nb.cohort.phantom_subject import ANATOMY_PARAMETERS
 from brainage_nb.workspace import n_workers, read_csv
 
 BASELINE_FWHM_MM, BASELINE_SPACING_MM = 8.0, 6.0
@@ -34,7 +34,7 @@ def mean_predictor_mae(truth: pd.DataFrame) -> float:
 
 
 def attainable_mae(truth: pd.DataFrame, *, folds: int = 10, seed: int = 0) -> float:
-    """MAE in years of the best regression of age on the planted anatomy parameters, cross-validated by subject.
+    """MAE in years of the best regression of age on the planted anatomy, cross-validated by subject.
 
     The parameters carry each person's own departure, so a model that reads them without error is still off by
     this much. Tried: a straight line, splines, splines with products of two parameters; the best counts.
@@ -87,7 +87,9 @@ def baseline_mae(folder: Path | str, *, folds: int = 5, n_jobs: int = 0, seed: i
 
     truth = read_csv(Path(folder) / TRUTH)
     paths = [Path(folder) / image_path(row) for row in truth.to_dict("records")]
-    reading = Parallel(n_jobs=n_workers(n_jobs), return_as="generator")(delayed(coarse_voxels)(p) for p in paths)
+    reading = Parallel(n_jobs=n_workers(n_jobs), return_as="generator")(
+        delayed(coarse_voxels)(p) for p in paths
+    )
     voxels = np.stack(list(tqdm(reading, total=len(paths), desc="baseline", unit="scan")))
     voxels = (voxels - voxels.mean(axis=0)) / (voxels.std(axis=0) + 0.1)
     similarity = voxels @ voxels.T / voxels.shape[1]
@@ -121,6 +123,8 @@ def coarse_voxels(path: Path | str) -> np.ndarray:
         crown - (BASELINE_BELOW_CROWN_MM + BASELINE_BOX_MM[2]) / voxel_size[2],
     ]
     counts = [int(length / BASELINE_SPACING_MM) for length in BASELINE_BOX_MM]
-    axes = [s + np.arange(n) * BASELINE_SPACING_MM / v for s, n, v in zip(start, counts, voxel_size, strict=True)]
+    axes = [
+        s + np.arange(n) * BASELINE_SPACING_MM / v for s, n, v in zip(start, counts, voxel_size, strict=True)
+    ]
     coarse = ndimage.map_coordinates(smooth, np.stack(np.meshgrid(*axes, indexing="ij")), order=1)
     return ((coarse - coarse.mean()) / coarse.std()).ravel().astype(np.float32)
