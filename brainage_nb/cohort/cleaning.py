@@ -48,7 +48,7 @@ def clean(cohort: pd.DataFrame, facts: pd.DataFrame, rules: CleaningRules | None
         Where `facts` is not about the scans of `cohort`.
     """
     rules = rules or CleaningRules()
-    scans = _joined(cohort, facts, rules)
+    scans = _joined(cohort, facts)
     reasons = {row.scan_id: next(_reasons(row, rules), None) for row in scans.itertuples()}
     kept = scans[[reasons[scan] is None for scan in scans["scan_id"]]]
     doubles, survivors = _duplicates(kept, rules)
@@ -79,8 +79,7 @@ def counts_by_reason(cleaning: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["outcome", "code", "scans", "meaning"])
 
 
-def _joined(cohort: pd.DataFrame, facts: pd.DataFrame, rules: CleaningRules) -> pd.DataFrame:
-    """Cohort and facts side by side, with `skull_stripped`."""
+def _joined(cohort: pd.DataFrame, facts: pd.DataFrame) -> pd.DataFrame:
     known = [name for name in (*ID_COLUMNS, "age", "age_note") if name in cohort]
     if cohort["scan_id"].duplicated().any() or set(cohort["scan_id"]) != set(facts["scan_id"]):
         raise ValueError(
@@ -88,9 +87,7 @@ def _joined(cohort: pd.DataFrame, facts: pd.DataFrame, rules: CleaningRules) -> 
             "one twice. Inspect this cohort again: inspect_scans(cohort, …)."
         )
     scans = cohort[known].merge(facts, on="scan_id", how="left")
-    small = scans["head_ml"] < rules.stripped_max_ml
-    empty = scans["background_fraction"] >= rules.stripped_min_background
-    return scans.assign(age=pd.to_numeric(scans["age"], errors="coerce"), skull_stripped=small & empty)
+    return scans.assign(age=pd.to_numeric(scans["age"], errors="coerce"))
 
 
 # --- one scan ------------------------------------------------------------------------------------------
@@ -161,20 +158,10 @@ def _flags(scan: Any, rules: CleaningRules) -> Iterator[Finding]:
     if scan.skull_stripped:
         yield (
             "skull_stripped",
-            f"{scan.head_ml:.0f} ml in an empty background (under {rules.stripped_max_ml:g}): the skull "
-            "seems to be removed already; other scans may still have theirs.",
+            f"The skull seems to be removed already ({scan.head_ml:.0f} ml, no dark bone under the surface).",
         )
-    cut = [
-        f"{e} ({f:.0%})"
-        for e, f in zip(EDGES, scan.edge_fractions, strict=True)
-        if f > rules.max_edge_fraction
-    ]
-    if cut:
-        yield (
-            "head_cut_off",
-            f"The head is cut by the edge of the image: {', '.join(cut)} of its largest section, over "
-            f"{rules.max_edge_fraction:.0%}.",
-        )
+    if cut := _cut_edges(scan, rules):
+        yield "head_cut_off", f"The edge of the image cuts the head: {cut}."
     if max(scan.voxel_mm) > rules.coarse_mm:
         yield (
             "coarse",
@@ -205,6 +192,20 @@ def _flags(scan: Any, rules: CleaningRules) -> Iterator[Finding]:
     note = getattr(scan, "age_note", "")
     if isinstance(note, str) and note:
         yield "age_note", _capital(note.rstrip(".")) + "."
+
+
+def _cut_edges(scan: Any, rules: CleaningRules) -> str:
+    edges = zip(EDGES, scan.edge_fractions, strict=True)
+    limit = rules.max_edge_fraction
+    cut = [
+        f"{edge} ({share:.0%} of its largest section, over {limit:.0%})"
+        for edge, share in edges
+        if share > limit
+    ]
+    # A brain without skull is too short below its crown by nature.
+    if scan.bottom_cut and not scan.skull_stripped:
+        cut.append("bottom (too close below the crown)")
+    return ", ".join(cut)
 
 
 # --- scans beside each other ---------------------------------------------------------------------------

@@ -66,13 +66,9 @@ class CleaningRules:
     min_head_ml, max_head_ml : float
         Least and largest volume of what stands out from the background [ml]. A small adult brain without
         skull has 850 ml, a macaque's 100 ml, a head with neck and shoulders less than 9000 ml.
-    stripped_max_ml : float
-        Flag as skull-stripped what is smaller [ml]: brains reach 2000 ml, heads begin near 2700 ml ...
-    stripped_min_background : float
-        ... where also at least this share of voxels has exactly the lowest intensity.
     max_edge_fraction : float
-        Flag a head whose section in an outermost slice is more than this share of its largest section. The
-        lower edge, where every neck is cut, does not count.
+        Flag a head whose section in an outermost slice is more than this share of its largest section. At
+        the lower edge, where every neck is cut, only the height below the crown counts.
     min_age, max_age : float
         Youngest and oldest possible age [years].
     adult_from, adult_to : float
@@ -106,8 +102,6 @@ class CleaningRules:
     min_intensity_p1: float = -500.0
     min_head_ml: float = 600.0
     max_head_ml: float = 12000.0
-    stripped_max_ml: float = 2400.0
-    stripped_min_background: float = 0.4
     max_edge_fraction: float = 0.25
     min_age: float = 0.0
     max_age: float = 115.0

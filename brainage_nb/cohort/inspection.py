@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from brainage_nb.volumes.heads import coarse_picture, find_head, head_mask
 from brainage_nb.volumes.scans import ScanError, load_scan, voxel_sizes
 from brainage_nb.workspace import n_workers, sha256_of
 
@@ -38,10 +39,11 @@ FACTS = {
     "n_values": "distinct intensities among at most 250 000 evenly spaced voxels",
     "equal_neighbours": "share of bright voxels with a neighbour exactly as bright (label maps: most)",
     "at_maximum": "share of bright voxels that have exactly the greatest intensity",
-    "head_ml": "volume that stands out from the background [ml]",
+    "head_ml": "volume of the head, or of what stands out from the background [ml]",
     "head_mm": "geometric mean of its width and length [mm]",
     "edge_fractions": "its section in the outermost slices over its largest: left, right, back, front, top",
-    "background_fraction": "share of voxels that have exactly the lowest intensity",
+    "bottom_cut": "whether the image ends too close below the crown to hold the whole brain",
+    "skull_stripped": "whether the outermost tissue looks like brain, not like scalp over bone",
     "brightness": "median over 99th percentile of intensity inside it, both above the background",
     "sha256": "SHA-256 of the file",
     "voxels_sha256": "SHA-256 of shape and intensities in the orientation nearest to RAS: equal for the same "
@@ -200,7 +202,6 @@ def _content(image: Any) -> dict[str, Any]:
         "n_values": len(np.unique(sample)),
         "equal_neighbours": _equal_neighbours(array, low, high),
         "at_maximum": float(np.mean(sample[bright] == array.max()).round(4)) if bright.any() else 0.0,
-        "background_fraction": float(np.mean(sample == array.min()).round(4)),
         "voxels_sha256": _voxels_sha256(image),
     }
 
@@ -214,38 +215,22 @@ def _equal_neighbours(array: np.ndarray, low: float, high: float) -> float:
 
 
 def _head(image: Any) -> dict[str, Any]:
-    """Size and brightness of what stands out from the background, at about 3 mm."""
-    import nibabel as nib
-    from scipy import ndimage
-
-    canonical = nib.as_closest_canonical(image)
-    size = voxel_sizes(canonical.affine)
-    step = np.maximum(1, np.round(3.0 / size)).astype(int)
-    coarse = ndimage.uniform_filter(np.asarray(canonical.dataobj), step)[
-        tuple(slice(None, None, n) for n in step)
-    ]
-    low, high = np.percentile(coarse, [1, 99])
-    bright = coarse > low + BRIGHT * (high - low)
-    if not bright.any():
-        return {"head_ml": 0.0, "head_mm": 0.0, "edge_fractions": (0.0,) * 5, "brightness": 0.0}
-    width, length, height = (bright.sum(axis=others) for others in ((1, 2), (0, 2), (0, 1)))
-    extent = _extent(width) * _extent(length)
-    edges = [
-        p[end] / p.max()
-        for p, end in zip((width, width, length, length, height), (0, -1, 0, -1, -1), strict=True)
-    ]
-    inside = coarse[bright]
+    """Size, brightness and completeness of the head."""
+    head = find_head(image)
+    coarse, _ = coarse_picture(np.asanyarray(image.dataobj), image.affine)
+    mask = head_mask(coarse)
+    level = np.percentile(coarse, 1)
+    inside = coarse[mask]
+    width, length, height = (mask.sum(axis=others) for others in ((1, 2), (0, 2), (0, 1)))
+    faces = ((width, 0), (width, -1), (length, 0), (length, -1), (height, -1))
     return {
-        "head_ml": float((bright.sum() * np.prod(size * step) / 1000).round(1)),
-        "head_mm": float(np.sqrt(extent * np.prod((size * step)[:2])).round(1)),
-        "edge_fractions": tuple(float(edge.round(3)) for edge in edges),
-        "brightness": float(((np.median(inside) - low) / (np.percentile(inside, 99) - low)).round(3)),
+        "head_ml": round(1000 * head.volume_l, 1),
+        "head_mm": round(float(np.sqrt(head.extent_mm[0] * head.extent_mm[1])), 1),
+        "edge_fractions": tuple(round(float(area[end] / area.max()), 3) for area, end in faces),
+        "bottom_cut": "bottom" in head.cut_off,
+        "skull_stripped": head.skull_stripped,
+        "brightness": round(float((np.median(inside) - level) / (np.percentile(inside, 99) - level)), 3),
     }
-
-
-def _extent(profile: np.ndarray) -> int:
-    """Number of slices from the first to the last that hold more than stray voxels."""
-    return int(np.ptp(np.flatnonzero(profile > 0.05 * profile.max()))) + 1
 
 
 def _voxels_sha256(image: Any) -> str:

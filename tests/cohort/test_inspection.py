@@ -44,6 +44,13 @@ def test_facts_of_a_scan_are_those_of_its_header_and_voxels(tmp_path):
     assert facts["head_mm"] == pytest.approx(np.sqrt(150 * 170), rel=0.1)
     assert facts["equal_neighbours"] < 0.1
     assert facts["at_maximum"] < 0.01
+    assert max(facts["edge_fractions"]) < 0.1
+
+
+def test_a_head_beyond_the_edge_is_measured_on_that_side(tmp_path):
+    facts = inspect_scan(save(tmp_path / "a.nii.gz", head()[:, :, :20]), RULES)
+    assert [share > 0.5 for share in facts["edge_fractions"]] == [False, False, False, False, True]
+    assert inspect_scan(save(tmp_path / "b.nii.gz", head()[:, :, 16:]), RULES)["bottom_cut"]
 
 
 def test_the_same_picture_has_the_same_voxel_hash_in_any_orientation_compression_and_number_type(tmp_path):
@@ -58,6 +65,9 @@ def test_the_same_picture_has_the_same_voxel_hash_in_any_orientation_compression
     assert one["voxels_sha256"] == same["voxels_sha256"]
     assert one["sha256"] != same["sha256"]
     assert one["voxels_sha256"] != other["voxels_sha256"]
+    array = head()
+    save(tmp_path / "d.nii", array.reshape(32, 32, 40))
+    assert inspect_scan(tmp_path / "d.nii", RULES)["voxels_sha256"] != one["voxels_sha256"]
 
 
 @pytest.mark.parametrize("ending", ["nii", "nii.gz"])
