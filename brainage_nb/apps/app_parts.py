@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
+from brainage_nb.apps.styles import APP_STYLE
 from brainage_nb.apps.uploads import SCAN_TYPES, StoredScan, stored
 from brainage_nb.models.bundle import Bundle, BundleError, load_bundle
 from brainage_nb.models.prediction import NOT_A_DEVICE, OLDEST, Failure, Prediction
@@ -20,7 +21,6 @@ from brainage_nb.workspace import read_csv
 
 MAX_BUNDLE_BYTES = 2 * 2**30
 UPLOADED = "Upload a bundle (.zip)"
-STYLE = Path(__file__).with_name("app.css")
 
 
 @st.cache_resource
@@ -44,7 +44,7 @@ def _uploaded_bundle(digest: str, _upload: Any) -> Bundle:
 
 def page_head() -> None:
     """Style and title."""
-    st.html(f"<style>{STYLE.read_text(encoding='utf-8')}</style>")
+    st.html(f"<style>{APP_STYLE}</style>")
     st.title("Brain age from a T1 scan")
     st.markdown(
         "Choose a model, add one or more T1-weighted head scans, and read the predicted age, how far it "
@@ -196,8 +196,8 @@ def _true_ages(names: Sequence[str], turn: int) -> list[float | None]:
             width=420,
         )
         return [age]
-    st.caption("True ages in years, where known: click a cell. Only for the gap; the prediction does not use
-    them.") table = st.data_editor(
+    st.caption("True ages in years, where known; only for the gap, the prediction does not use them.")
+    table = st.data_editor(
         pd.DataFrame({"scan": list(names), "true age": pd.Series([None] * len(names), dtype=float)}),
         column_config={
             "scan": st.column_config.TextColumn("Scan", disabled=True),
@@ -210,7 +210,7 @@ def _true_ages(names: Sequence[str], turn: int) -> list[float | None]:
     return list(table["true age"])
 
 
-def _predict(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -> list[Prediction | Failure]:
+def _predict(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -> list[Any]:
     known = dict(zip([upload.name for upload in uploads], ages, strict=True))
     results: list[Prediction | Failure] = []
     with _turn(), stored(uploads) as scans:

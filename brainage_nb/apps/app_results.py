@@ -83,8 +83,8 @@ def _numbers(prediction: Prediction) -> None:
     if prediction.gap is not None:
         columns[2].metric("Gap: predicted minus true [years]", f"{prediction.gap:+.1f}")
     sentences = [
-        f"For about {prediction.level * 10:.0f} of 10 people like those the model was checked on, the true age lies "
-        f"between {prediction.low:.0f} and {prediction.high:.0f}."
+        f"For about {prediction.level * 10:.0f} of 10 people like those the model was checked on, the true "
+        f"age lies between {prediction.low:.0f} and {prediction.high:.0f}."
         if prediction.low > float("-inf")
         else "",
         f"Corrected for the model's bias towards the mean: {prediction.corrected_age:.1f} years."
@@ -126,8 +126,8 @@ def _slices(bundle: Bundle, prediction: Prediction, place: int) -> Figure:
         ax.title.set_color("white")
     st.pyplot(figure, clear_figure=False)
     st.caption(
-        f"{explanation.title}. Vermilion raises the age, blue lowers it. A heat map shows what the model used, not "
-        "what is wrong with a brain."
+        f"{explanation.title}. Vermilion raises the age, blue lowers it. A heat map shows what the model "
+        "used, not what is wrong with a brain."
     )
     return figure
 

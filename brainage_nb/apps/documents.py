@@ -1,4 +1,4 @@
-"""Results to take away: JSON, CSV and one page of HTML that stands alone. Draws nothing (see `models.explain_plots`)."""
+"""Results to take away: JSON, CSV and one page of HTML that stands alone. Draws nothing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from brainage_nb import __version__
+from brainage_nb.apps.styles import PAGE_STYLE
 from brainage_nb.models.prediction import COLUMNS, NOT_A_DEVICE, Failure, Prediction
 
 if TYPE_CHECKING:
@@ -40,10 +41,13 @@ def result_csv(results: Sequence[Prediction | Failure]) -> str:
 
 
 def result_page(prediction: Prediction, bundle: Bundle, pictures: Mapping[str, Figure]) -> str:
-    """One page of HTML without outside references, to be kept or printed: figures, interval, warnings, model."""
+    """One page of HTML without outside references, to be kept or printed: figures, interval, warnings,
+    model.
+    """
     rows = prediction.frame()["value"].drop(index="predicted age [years]")
     facts = model_facts(bundle)
     return PAGE.format(
+        style=PAGE_STYLE,
         scan=html.escape(prediction.scan),
         age=f"{prediction.predicted_age:.1f}",
         rows="".join(
@@ -53,7 +57,8 @@ def result_page(prediction: Prediction, bundle: Bundle, pictures: Mapping[str, F
         warnings="".join(f"<li>{html.escape(caution.sentence)}</li>" for caution in prediction.warnings)
         or "<li>None.</li>",
         pictures="".join(
-            f"<figure><img alt='{html.escape(title)}' src='{as_data_url(figure)}'><figcaption>{html.escape(title)}"
+            f"<figure><img alt='{html.escape(title)}' "
+            f"src='{as_data_url(figure)}'><figcaption>{html.escape(title)}"
             "</figcaption></figure>"
             for title, figure in pictures.items()
         ),
@@ -112,22 +117,14 @@ def _no_formula(value: Any) -> Any:
     return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t") else value
 
 
-TEST_OBJECT = "<p class='test'>This model was trained on invented heads, to test the kit. Its ages mean nothing for people.</p>"
+TEST_OBJECT = (
+    "<p class='test'>This model was trained on invented heads, to test the kit. Its ages mean nothing for "
+    "people.</p>"
+)
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Brain age: {scan}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-@page {{ size: A4; margin: 14mm }}
-body {{ font: 15px/1.45 system-ui, sans-serif; color: #1c2733; max-width: 46em; margin: 2em auto; padding: 0 1em }}
-h1 {{ font-size: 1.35em; margin: 0 }} h2 {{ font-size: 1em; margin: 1.3em 0 .3em }}
-.age {{ font-size: 2.6em; font-weight: 600; color: #0072B2; line-height: 1.1 }}
-.age small {{ font-size: .4em; color: #54606c; font-weight: 400 }}
-table {{ border-collapse: collapse; width: 100% }} th {{ text-align: left; font-weight: 400; color: #54606c }}
-th, td {{ padding: .18em .6em .18em 0; border-bottom: 1px solid #e4e8ec; vertical-align: top }}
-figure {{ margin: .8em 0; break-inside: avoid }} img {{ max-width: 100% }} figcaption {{ color: #54606c; font-size: .85em }}
-ul {{ margin: .2em 0; padding-left: 1.2em }} .notice, .test {{ border-left: 3px solid #D55E00; padding-left: .8em }}
-footer {{ color: #54606c; font-size: .8em; margin-top: 1.5em }}
-</style></head><body>
+<style>{style}</style></head><body>
 <h1>Brain age of {scan}</h1>
 <p class="age">{age} <small>years, predicted</small></p>
 <table>{rows}</table>

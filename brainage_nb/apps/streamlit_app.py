@@ -1,6 +1,6 @@
 """The prediction app: a bundle and scans in, ages with their reasons out. Served by `brainage-nb app`.
 
-The page's order only; its parts are in `app_parts` and `app_results`, uploads in `uploads`, downloads in `documents`.
+The page's order only; its parts are in `app_parts` and `app_results`.
 """
 
 from __future__ import annotations

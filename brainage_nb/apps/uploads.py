@@ -136,7 +136,10 @@ def converted(dicom: Path, out: Path) -> list[StoredScan | Failure]:
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=CONVERSION_SECONDS)
     except (subprocess.SubprocessError, OSError):
-        sentence = "The DICOM files could not be converted (dcm2niix failed or took too long). Convert them to NIfTI."
+        sentence = (
+            "The DICOM files could not be converted (dcm2niix failed or took too long). Convert them to "
+            "NIfTI."
+        )
         return [Failure(name, "not_converted", sentence)]
     scans = [StoredScan(path, f"DICOM {path.stem.replace('_', ' ')}") for path in sorted(out.glob("*.nii"))]
     sentence = "No image volume was found in the DICOM files. Zip the whole T1 series, one file a slice."

@@ -21,6 +21,7 @@ from brainage_nb.evaluation.metrics import regression_metrics
 from brainage_nb.evaluation.runs import OUT_OF_FOLD, Run
 from brainage_nb.workspace import Workspace
 
+LOOKED_AT = 7  # training scans opened again
 HASH_ROUNDS = (
     2000  # slows down guessing ids; it cannot stop it where ids are few and known (IXI001, IXI002, ...)
 )

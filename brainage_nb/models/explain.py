@@ -1,4 +1,4 @@
-"""Why a model says an age: a heat map of one scan, in its own space, and what a folder of them needs to be kept.
+"""Why a model says an age: a heat map of one scan, in its own space.
 
 The maps themselves are computed in `heat_maps`; groups, template space and regions are in `explain_groups`.
 """

@@ -246,16 +246,14 @@ def head_cautions(head: Head, *, trained_stripped: bool | None) -> list[Caution]
             )
         )
     if trained_stripped is not None and head.skull_stripped != trained_stripped:
-        this, those = (
-            ("a skull-stripped brain", "whole heads")
-            if head.skull_stripped
-            else ("a whole head", "skull-stripped scans")
-        )
+        this, those = ("a whole head", "skull-stripped scans")
+        if head.skull_stripped:
+            this, those = ("a skull-stripped brain", "whole heads")
         found.append(
             Caution(
                 "skull_not_as_in_training",
-                f"This scan looks like {this}, but the model was trained on {those}. Give the scan prepared as the "
-                "training scans were; the number is not to be trusted.",
+                f"This scan looks like {this}, but the model was trained on {those}. Give the scan prepared "
+                "as the training scans were; the number is not to be trusted.",
             )
         )
     return found

@@ -1,6 +1,6 @@
-import hashlib
 import json
 import shutil
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -11,7 +11,7 @@ from brainage_nb.models.bundle_files import zip_bundle
 from brainage_nb.models.members import arrays_of, network_from, precision_check
 from brainage_nb.models.prediction import Failure
 from brainage_nb.volumes.scans import ScanError
-from brainage_nb.workspace import open_workspace, write_csv, write_json
+from brainage_nb.workspace import open_workspace, sha256_of, write_csv, write_json
 from tests.models.tiny_bundle import (
     ARCHITECTURE,
     SETTINGS,
@@ -46,7 +46,7 @@ def trained(tmp_path_factory):
     )
     scans["image"] = [str(write_scan(ws.path(f"{k}.nii"), k)) for k in range(len(SPLIT))]
     scans = scans.assign(sex="F", site="A", source="folder", fold=-1)
-    hashes = [hashlib.sha256(open(image, "rb").read()).hexdigest() for image in scans["image"]]
+    hashes = [sha256_of(image) for image in scans["image"]]
     write_csv(scans.drop(columns=["split", "fold"]), ws.path("cohort.csv"))
     write_csv(scans.drop(columns=["source"]), ws.path("splits.csv"))
     write_csv(
@@ -58,7 +58,8 @@ def trained(tmp_path_factory):
         epochs=1, widths=ARCHITECTURE["widths"], blocks=ARCHITECTURE["blocks"], seeds=(0, 1), device="cpu",
         processes=1, augmentation=None, learning_rate=1e-3,
     )  # fmt: skip
-    with pytest.warns(UserWarning) as _:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it trains without a GPU
         train(store, scans, ws.run("resnet18"), chosen)
     return ws
 

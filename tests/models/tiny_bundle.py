@@ -1,4 +1,4 @@
-"""A bundle of untrained tiny networks, and a scan: what tests of predicting, the command line and the app need."""
+"""A bundle of untrained tiny networks, and scans: for tests of predicting, command line and app."""
 
 from __future__ import annotations
 
