@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from brainage_nb.workspace import sha256_of
+from brainage_nb.workspace import sha256_of, writing
 
 KEEP = 2
 NAME = re.compile(r"step-(\d+)-([0-9a-f]{32})\.pt")
@@ -199,3 +199,22 @@ def space_needed(n_parameters: int, members: int) -> int:
     member.
     """
     return 3 * 18 * n_parameters + members * 2 * n_parameters
+
+
+def halved(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Weights on the CPU: convolutions and the head in float16, norms, biases and statistics as they are."""
+    return {
+        name: (tensor.half() if tensor.ndim > 1 else tensor).detach().to("cpu", copy=True)
+        for name, tensor in model.state_dict().items()
+    }
+
+
+def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Write weights as safetensors, whole and read back before they count."""
+    from safetensors.torch import save
+
+    content = save({name: tensor.contiguous() for name, tensor in weights.items()})
+    with writing(path) as temporary:
+        temporary.write_bytes(content)
+        if sha256_of(temporary) != hashlib.sha256(content).hexdigest():
+            raise OSError(f"{path} reads back with another content; is the disk full or Drive disconnected?")

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 
 from brainage_nb.models.batches import ResidentVolumes, StreamedVolumes
-from brainage_nb.models.checkpoints import Checkpoints
+from brainage_nb.models.checkpoints import Checkpoints, halved, write_weights
 from brainage_nb.models.optimisation import (
     Stepper,
     WeightAverage,
@@ -28,11 +28,11 @@ from brainage_nb.models.optimisation import (
     predict_ages,
 )
 from brainage_nb.models.resnet import AgeRegressor, load_pretrained, resnet18_regressor
-from brainage_nb.models.settings import TrainingSettings
+from brainage_nb.models.settings import TrainingSettings, refuse_difference
 from brainage_nb.models.stopping import StopRequests
 from brainage_nb.models.sweeps import Member, member_rows
 from brainage_nb.volumes.augment import augment
-from brainage_nb.workspace import sha256_of, write_csv, writing
+from brainage_nb.workspace import write_csv
 
 PRECISE_SCANS = 256  # enough for BatchNorm's means; more changes nothing
 HISTORY = (
@@ -47,10 +47,6 @@ HISTORY = (
     "gradient_norm",
     "seconds",
 )
-
-
-class SettingsDiffer(ValueError):
-    """A run was begun with other settings; the message names them."""
 
 
 def build_network(settings: TrainingSettings, age: np.ndarray) -> AgeRegressor:
@@ -104,12 +100,7 @@ class MemberFit:
         self.history: list[dict[str, float]] = []
         self.best: dict[str, Any] = {"val_mae": float("inf"), "epoch": -1, "weights": {}}
         self._build()
-        self.checkpoints = None
-        if accelerator.is_main_process or self.folder.exists():
-            scratch = (
-                Path(settings.scratch) / folder.parent.parent.name / folder.name if settings.scratch else None
-            )
-            self.checkpoints = Checkpoints(scratch or folder, folder if scratch else None)
+        self.checkpoints = self._open_checkpoints() if accelerator.is_main_process else None
         self._saved = time.monotonic()
 
     def _build(self) -> None:
@@ -124,6 +115,12 @@ class MemberFit:
         prepared, self.optimiser = self.accelerator.prepare(model, make_optimiser(model, settings))
         self.stepper = Stepper(self.accelerator, prepared, self.optimiser, settings, settings.micro_batch)
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def _open_checkpoints(self) -> Checkpoints:
+        if not self.settings.scratch:
+            return Checkpoints(self.folder)
+        run = self.folder.parent.parent.name
+        return Checkpoints(Path(self.settings.scratch) / run / self.folder.name, mirror=self.folder)
 
     # --- the loop ----------------------------------------------------------------------------------------
 
@@ -272,8 +269,11 @@ class MemberFit:
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if any; `SettingsDiffer` where it is another run's."""
-        self.accelerator.wait_for_everyone()
         state = self.checkpoints.load() if self.checkpoints else None
+        if self.accelerator.num_processes > 1:  # the first process alone sees its scratch folder
+            from accelerate.utils import broadcast_object_list
+
+            state = broadcast_object_list([state])[0]
         if state is None:
             return
         refuse_difference(json.loads(state["identity"]), self.identity, self.folder)
@@ -310,36 +310,3 @@ class MemberFit:
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state() if cuda else None,
         }
-
-
-def refuse_difference(before: dict[str, Any], now: dict[str, Any], place: Path) -> None:
-    """Raise `SettingsDiffer` naming every setting that is not what `place` was begun with."""
-    now = json.loads(json.dumps(now))
-    names = [name for name in sorted(set(before) | set(now)) if before.get(name) != now.get(name)]
-    if names:
-        listed = "; ".join(f"{name}: was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
-        raise SettingsDiffer(
-            f"{place} was begun with other settings ({listed}). Go on with those, choose another run "
-            "name, or set fresh=True to delete it and start anew."
-        )
-
-
-def halved(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Weights on the CPU: convolutions and the head in float16, norms, biases and statistics as they are."""
-    return {
-        name: (tensor.half() if tensor.ndim > 1 else tensor).detach().to("cpu", copy=True)
-        for name, tensor in model.state_dict().items()
-    }
-
-
-def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Write weights as safetensors, whole and read back before they count."""
-    import hashlib
-
-    from safetensors.torch import save
-
-    content = save({name: tensor.contiguous() for name, tensor in weights.items()})
-    with writing(path) as temporary:
-        temporary.write_bytes(content)
-        if sha256_of(temporary) != hashlib.sha256(content).hexdigest():
-            raise OSError(f"{path} reads back with another content; is the disk full or Drive disconnected?")

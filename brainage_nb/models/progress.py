@@ -27,15 +27,20 @@ class ProgressBars:
         self.title = name if total == 1 else f"{name} ({number + 1} of {total})"
         self.earlier, self.bar = history, None
 
-    def step(self, fit) -> None:
+    def _open(self, fit) -> None:
+        """Open the bar where training goes on, which is known only once the checkpoint is read."""
         if self.bar is None:
             from tqdm.auto import tqdm
 
             steps = fit.steps_per_epoch * fit.settings.epochs
-            self.bar = tqdm(total=steps, initial=fit.step - 1, desc=self.title, unit="step")
-        self.bar.update(1)
+            self.bar = tqdm(total=steps, initial=fit.step, desc=self.title, unit="step")
+
+    def step(self, fit) -> None:
+        self._open(fit)
+        self.bar.update(fit.step - self.bar.n)
 
     def epoch(self, fit) -> None:
+        self._open(fit)
         last = fit.history[-1]
         self.bar.set_postfix_str(
             f"epoch {fit.epoch}/{fit.settings.epochs}, {last['seconds']:.3g} s an epoch, train MAE "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from brainage_nb.models.resnet import NORMS
@@ -20,6 +22,10 @@ RUNTIME = (
     "require_gpu",
     "scratch",
 )
+
+
+class SettingsDiffer(ValueError):
+    """A run was begun with other settings; the message names them."""
 
 
 @dataclass(frozen=True)
@@ -147,3 +153,15 @@ class TrainingSettings:
 def _require(settings: TrainingSettings, name: str, holds: bool, expected: str) -> None:
     if not holds:
         raise ValueError(f"{name} = {getattr(settings, name)!r}: expected {expected}.")
+
+
+def refuse_difference(before: dict[str, Any], now: dict[str, Any], place: Path) -> None:
+    """Raise `SettingsDiffer` naming every setting that is not what `place` was begun with."""
+    now = json.loads(json.dumps(now))
+    names = [name for name in sorted(set(before) | set(now)) if before.get(name) != now.get(name)]
+    if names:
+        listed = "; ".join(f"{name}: was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
+        raise SettingsDiffer(
+            f"{place} was begun with other settings ({listed}). Go on with those, choose another run "
+            "name, or set fresh=True to delete it and start anew."
+        )

@@ -1,0 +1,329 @@
+"""Training: right, resumable at any step, and honest about where it runs."""
+
+import os
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from brainage_nb.models import preflight
+from brainage_nb.models.batches import ResidentVolumes, StreamedVolumes, open_volumes
+from brainage_nb.models.optimisation import Stepper
+from brainage_nb.models.preflight import NotReady
+from brainage_nb.models.settings import SettingsDiffer, TrainingSettings
+from brainage_nb.models.stopping import StopRequests
+from brainage_nb.models.sweeps import members_of
+from brainage_nb.models.training import train
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRAINING ON THE CPU")
+
+
+class StopAfter(StopRequests):
+    """Asks to stop at given steps, as a session that ends would."""
+
+    steps_left = 10**9
+
+    def asked(self, accelerator):
+        StopAfter.steps_left -= 1
+        self.reason = "time" if StopAfter.steps_left <= 0 else ""
+        return bool(self.reason)
+
+
+def same(first, second):
+    """Whether two runs are bit-identical but for the seconds they took."""
+    pd.testing.assert_frame_equal(
+        first.history.drop(columns="seconds"), second.history.drop(columns="seconds"), check_exact=True
+    )
+    pd.testing.assert_frame_equal(first.predictions, second.predictions, check_exact=True)
+
+
+def weights(folder):
+    return next(folder.glob("checkpoints/*/weights.safetensors")).read_bytes()
+
+
+def test_a_run_learns_the_planted_age(tiny, tiny_settings, tmp_path):
+    store, splits = tiny
+    settings = replace(tiny_settings, epochs=25, augmentation=None)
+    result = train(store, splits, tmp_path / "run", settings)
+    assert result.complete
+    error = (result.predictions["predicted_age"] - result.predictions["age"]).abs()
+    assert error.groupby(result.predictions["split"]).mean().max() < 6
+    assert result.history["val_mae"].iloc[-1] < result.history["val_mae"].iloc[0] / 2
+
+
+def test_predictions_have_a_row_a_scan_in_the_contract_s_columns(tiny, tiny_settings, tmp_path):
+    store, splits = tiny
+    result = train(store, splits, tmp_path / "run", tiny_settings)
+    assert list(result.predictions) == [
+        "scan_id", "subject_id", "session_id", "split", "fold", "seed", "variant", "age", "predicted_age"
+    ]  # fmt: skip
+    assert sorted(result.predictions["scan_id"]) == sorted(splits["scan_id"])
+    assert set(result.predictions["fold"]) == {-1}
+    assert set(result.predictions["variant"]) == {"single"} == {result.settings["variant"]}
+    assert result.settings["fingerprint"] == store.fingerprint
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "settings.json", "history.csv", "predictions.csv", "checkpoints"
+    }  # fmt: skip
+
+
+def test_stored_weights_give_the_predictions_of_the_table(tiny, tiny_settings, tmp_path):
+    from safetensors.torch import load_file
+
+    from brainage_nb.models.fitting import build_network
+
+    store, splits = tiny
+    result = train(store, splits, tmp_path / "run", replace(tiny_settings, flip_averaging=True))
+    network = build_network(tiny_settings, splits["age"].to_numpy()).eval()
+    stored = load_file(tmp_path / "run" / "checkpoints" / "seed0" / "weights.safetensors")
+    assert stored["conv1.weight"].dtype == torch.float16
+    network.load_state_dict({name: tensor.float() for name, tensor in stored.items()})
+    volumes = torch.from_numpy(store.read(list(result.predictions["scan_id"]))).float()[:, None]
+    with torch.no_grad():
+        age = (network(volumes) + network(volumes.flip(2))) / 2
+    np.testing.assert_allclose(age.numpy(), result.predictions["predicted_age"], atol=1e-3)
+
+
+def test_a_finished_run_is_not_trained_again_unless_fresh(tiny, tiny_settings, tmp_path):
+    store, splits = tiny
+    first = train(store, splits, tmp_path / "run", tiny_settings)
+    calls = []
+    again = train(store, splits, tmp_path / "run", tiny_settings, on_epoch=calls.append)
+    assert not calls and "complete" in again.notes[0]
+    same(first, again)
+    same(first, train(store, splits, tmp_path / "run", tiny_settings, fresh=True, on_epoch=calls.append))
+    assert [len(history) for history in calls] == [1, 2, 3]
+
+
+def test_other_settings_are_named_and_refused_unless_fresh(tiny, tiny_settings, tmp_path):
+    store, splits = tiny
+    train(store, splits, tmp_path / "run", tiny_settings)
+    with pytest.raises(SettingsDiffer, match=r"learning_rate: was 0.003, now 0.1.*fresh=True"):
+        train(store, splits, tmp_path / "run", replace(tiny_settings, learning_rate=0.1))
+    with pytest.raises(SettingsDiffer, match="scans_ages_splits"):
+        train(store, splits.assign(age=splits["age"] + 1), tmp_path / "run", tiny_settings)
+    changed_place = replace(tiny_settings, resident_share=0.0, checkpoint_minutes=1.0)
+    assert "complete" in train(store, splits, tmp_path / "run", changed_place).notes[0]
+
+
+@pytest.mark.parametrize("stops", [(1,), (4,), (5, 3), (2, 2, 2, 2, 2, 1)])
+def test_stopping_at_any_step_changes_nothing(tiny, tiny_settings, tmp_path, monkeypatch, stops):
+    store, splits = tiny
+    settings = replace(tiny_settings, dropout=0.2, norm="batch")
+    whole = train(store, splits, tmp_path / "whole", settings)
+    monkeypatch.setattr("brainage_nb.models.training.StopRequests", StopAfter)
+    for steps in stops:
+        StopAfter.steps_left = steps
+        part = train(store, splits, tmp_path / "parts", settings)
+        assert not part.complete
+        assert "all is saved" in part.notes[-1]
+        assert part.predictions.empty
+    StopAfter.steps_left = 10**9
+    same(whole, train(store, splits, tmp_path / "parts", settings))
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+
+
+def test_a_crash_goes_on_from_the_last_checkpoint(tiny, tiny_settings, tmp_path):
+    store, splits = tiny
+    whole = train(store, splits, tmp_path / "whole", tiny_settings)
+    settings = replace(tiny_settings, checkpoint_minutes=0.0)
+
+    def crash(history):
+        if len(history) == 2:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(store, splits, tmp_path / "crashed", settings, on_epoch=crash)
+    assert len(list((tmp_path / "crashed" / "checkpoints" / "seed0").glob("step-*.pt"))) == 2
+    same(whole, train(store, splits, tmp_path / "crashed", tiny_settings))
+    assert not list((tmp_path / "crashed").rglob("step-*.pt"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_and_sigterm_save_first(tiny, tiny_settings, tmp_path, number):
+    store, splits = tiny
+    whole = train(store, splits, tmp_path / "whole", tiny_settings)
+    arrived = []
+
+    def outer(received, _frame):
+        arrived.append(received)
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, outer)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(
+                store,
+                splits,
+                tmp_path / "cut",
+                tiny_settings,
+                on_epoch=lambda _: os.kill(os.getpid(), number),
+            )
+    finally:
+        signal.signal(number, before)
+    assert arrived == ([signal.SIGTERM] if number == signal.SIGTERM else [])
+    assert len(list((tmp_path / "cut").rglob("step-*.pt"))) == 1
+    same(whole, train(store, splits, tmp_path / "cut", tiny_settings))
+
+
+def test_max_minutes_ends_cleanly(tiny, tiny_settings, tmp_path):
+    store, splits = tiny
+    result = train(store, splits, tmp_path / "run", replace(tiny_settings, max_minutes=1e-6))
+    assert not result.complete
+    assert "max_minutes" in result.notes[-1]
+    assert train(store, splits, tmp_path / "run", replace(tiny_settings, max_minutes=60)).complete
+
+
+def test_a_scratch_folder_keeps_the_run_folder_supplied(tiny, tiny_settings, tmp_path, monkeypatch):
+    store, splits = tiny
+    whole = train(store, splits, tmp_path / "whole", tiny_settings)
+    settings = replace(tiny_settings, scratch=str(tmp_path / "fast"))
+    monkeypatch.setattr("brainage_nb.models.training.StopRequests", StopAfter)
+    StopAfter.steps_left = 6
+    train(store, splits, tmp_path / "drive", settings)
+    assert list((tmp_path / "drive").rglob("step-*.pt"))
+    StopAfter.steps_left = 10**9
+    other_machine = replace(settings, scratch=str(tmp_path / "another machine"))
+    same(whole, train(store, splits, tmp_path / "drive", other_machine))
+
+
+def test_resident_and_streamed_volumes_give_the_same_run(tiny, tiny_settings, tmp_path):
+    store, splits = tiny
+    resident = train(store, splits, tmp_path / "resident", tiny_settings)
+    streamed = train(store, splits, tmp_path / "streamed", replace(tiny_settings, resident_share=0.0))
+    assert resident.settings["volumes"] == "resident" and streamed.settings["volumes"] == "streamed"
+    same(resident, streamed)
+
+
+def test_volumes_stay_on_the_device_where_they_fit(tiny):
+    store, _ = tiny
+    device = torch.device("cpu")
+    assert isinstance(open_volumes(store, store.scan_ids, device, 0.5), ResidentVolumes)
+    streamed = open_volumes(store, store.scan_ids, device, 0.0)
+    assert isinstance(streamed, StreamedVolumes)
+    rows = [np.array([29, 0]), np.array([3]), np.array([17, 16, 15]), np.array([5])]
+    for batch, wanted in zip(streamed.batches(rows), rows, strict=True):
+        expected = store.read([store.scan_ids[row] for row in wanted]).astype(np.float32)
+        assert np.array_equal(batch[:, 0].numpy(), expected)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_keeps_its_size(tiny, tiny_settings, tmp_path, monkeypatch):
+    store, splits = tiny
+    settings = replace(tiny_settings, augmentation=None, gradient_clip=0.0)
+    whole = train(store, splits, tmp_path / "whole", settings)
+    true_gradient = Stepper._gradient
+
+    def small_device(self, volumes, age, batch_total):
+        if (self.micro_batch or len(volumes)) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return true_gradient(self, volumes, age, batch_total)
+
+    monkeypatch.setattr(Stepper, "_gradient", small_device)
+    with pytest.warns(UserWarning, match="The batch of 5 stays"):
+        pieces = train(store, splits, tmp_path / "pieces", settings)
+    np.testing.assert_allclose(pieces.history["train_loss"], whole.history["train_loss"], rtol=1e-3)
+
+
+def test_one_volume_that_does_not_fit_is_an_error_with_advice(tiny, tiny_settings, tmp_path, monkeypatch):
+    def no_room(self, volumes, age, batch_total):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Stepper, "_gradient", no_room)
+    with (
+        pytest.warns(UserWarning, match="do not fit"),
+        pytest.raises(torch.OutOfMemoryError, match="spacing_mm"),
+    ):
+        train(*tiny, tmp_path / "run", tiny_settings)
+
+
+def test_folds_hold_out_every_subject_once_and_leave_the_test_split_alone(tiny, tiny_settings, tmp_path):
+    store, splits = tiny
+    result = train(store, splits, tmp_path / "run", replace(tiny_settings, epochs=1, folds=3, seeds=(0, 1)))
+    rows = result.predictions
+    single, mean = rows[rows["variant"] == "single"], rows[rows["variant"] == "mean"]
+    assert result.settings["variant"] == "mean"
+    dealt = splits[splits["split"] != "test"]
+    held_out = single[(single["split"] != "test") & (single["seed"] == 1)]
+    assert sorted(held_out["scan_id"]) == sorted(dealt["scan_id"])
+    assert set(single[single["split"] == "test"].groupby("scan_id").size()) == {6}
+    assert sorted(mean["scan_id"]) == sorted(splits["scan_id"])
+    assert set(mean["seed"]) == {-1}
+    assert set(mean.loc[mean["split"] == "test", "fold"]) == {-1}
+    one = mean[mean["split"] != "test"].iloc[0]
+    own = single[single["scan_id"] == one["scan_id"]]
+    assert set(own["fold"]) == {one["fold"]}
+    assert np.isclose(own["predicted_age"].mean(), one["predicted_age"])
+
+
+def test_a_stopped_sweep_goes_on_with_the_members_that_are_missing(
+    tiny, tiny_settings, tmp_path, monkeypatch
+):
+    store, splits = tiny
+    settings = replace(tiny_settings, epochs=2, seeds=(4, 5))
+    whole = train(store, splits, tmp_path / "whole", settings)
+    monkeypatch.setattr("brainage_nb.models.training.StopRequests", StopAfter)
+    StopAfter.steps_left = 11  # 8 steps of the first member, 3 of the second
+    assert not train(store, splits, tmp_path / "parts", settings).complete
+    finished = tmp_path / "parts" / "checkpoints" / "seed4"
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "history.csv", "predictions.csv", "weights.safetensors"
+    ]  # fmt: skip
+    StopAfter.steps_left = 10**9
+    same(whole, train(store, splits, tmp_path / "parts", settings))
+
+
+def test_early_stop_ends_after_the_patience(tiny, tiny_settings, tmp_path):
+    settings = replace(tiny_settings, epochs=50, learning_rate=1e-9, patience=2, ema_epochs=0.0)
+    history = train(*tiny, tmp_path / "run", settings).history
+    assert len(history) < 50
+    assert len(history) - 1 - history["val_mae"].idxmin() == 2
+
+
+def test_scans_without_volume_are_left_out_and_said(tiny, tiny_settings, tmp_path):
+    store, splits = tiny
+    more = pd.concat([splits, splits.tail(1).assign(scan_id="GONE", subject_id="GONE")])
+    with pytest.warns(UserWarning, match=r"1 of 31 scans have no volume in the store.*GONE"):
+        result = train(store, more, tmp_path / "run", replace(tiny_settings, epochs=1))
+    assert len(result.predictions) == 30
+
+
+def test_a_required_gpu_that_is_missing_raises_with_the_reason(tiny_settings, monkeypatch):
+    monkeypatch.setattr(preflight, "why_no_gpu", lambda: "PyTorch sees no GPU")
+    with pytest.raises(NotReady, match=r"PyTorch sees no GPU.*GPU runtime"):
+        preflight.choose_device(TrainingSettings(require_gpu=True))
+    with pytest.warns(UserWarning, match="TRAINING ON THE CPU"):
+        assert preflight.choose_device(TrainingSettings()).type == "cpu"
+
+
+@pytest.mark.parametrize(("capability", "precision"), [((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_precision_is_what_the_card_does_natively(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert preflight.choose_precision(TrainingSettings(), torch.device("cuda")) == precision
+    assert preflight.choose_precision(TrainingSettings(), torch.device("cpu")) == "fp32"
+
+
+def test_a_job_that_does_not_fit_the_disk_is_refused_with_figures(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    with pytest.raises(NotReady, match=r"2\.79 GB of disk needed.*15 model.*1\.0 GB free"):
+        preflight.check_disk(tmp_path, 33_161_409, 15)
+
+
+def test_settings_survive_json_and_refuse_what_is_unknown():
+    settings = TrainingSettings(seeds=(3, 4), widths=(4, 4, 8, 8), augmentation=None)
+    assert TrainingSettings.from_json(settings.to_json()) == settings
+    assert TrainingSettings.from_json(TrainingSettings().to_json()) == TrainingSettings()
+    with pytest.raises(ValueError, match="learning_rat"):
+        TrainingSettings.from_json({"learning_rat": 1})
+    with pytest.raises(ValueError, match="folds = 1: expected"):
+        TrainingSettings(folds=1)
+
+
+def test_the_best_epoch_comes_from_neither_the_held_out_fold_nor_the_test_split(tiny, tiny_settings):
+    test = set(np.flatnonzero(tiny[1]["split"] == "test"))
+    for member in members_of(tiny[1], replace(tiny_settings, folds=3)):
+        assert not test & (set(member.train) | set(member.validation))
+        assert not set(member.predicted) & set(member.train)
+        assert not set(member.predicted) & set(member.validation)
