@@ -134,7 +134,7 @@ def _gaps(name: str, found: RunEvaluation) -> ReportFigure:
             ("adjusted_gap", "gap adjusted\nby true age", plots.GREEN),
         ]
     figure, axes = plots.new_figure(len(panels), width=2.9 if len(panels) > 1 else 4.4, height=3.1)
-    reach = 1.1 * float(np.abs(rows[[column for column, _, _ in panels]].to_numpy()).max())
+    reach = 1.3 * float(np.abs(rows[[column for column, _, _ in panels]].to_numpy()).max())
     for ax, (column, title, colour) in zip(np.atleast_1d(axes), panels, strict=True):
         r = float(np.corrcoef(rows["age"], rows[column])[0, 1])
         plots.gap_vs_age(
@@ -235,7 +235,11 @@ def _planted(name: str, found: RunEvaluation) -> ReportFigure | None:
     recovered = pd.DataFrame(found.known["recovered"]).set_index("kind")
     figure, axes = plots.new_figure(len(recovered), width=2.9, height=3.4)
     for ax, (kind, row) in zip(np.atleast_1d(axes), recovered.iterrows(), strict=True):
-        title = f"{kind}\nr {row['r']:.2f} [{row['r_low']:.2f}, {row['r_high']:.2f}], n = {row['n']:.0f}"
+        r, slope = (
+            f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
+            for name in ("r", "slope")
+        )
+        title = f"{kind}\nr {r}, n = {row['n']:.0f}\nslope {slope}"
         title = title.replace("gap of the age-free corrected prediction", "age-free corrected gap")
         plots.planted_vs_recovered(
             rows["planted_gap"].to_numpy(),
@@ -248,5 +252,6 @@ def _planted(name: str, found: RunEvaluation) -> ReportFigure | None:
         f"planted_gap_{name}",
         "known",
         figure,
-        f"{name}: the gap that was planted in each test scan against the gap the model found.",
+        f"{name}: the gap that was planted in each test scan against the gap the model found. Black: found "
+        "as planted; red: straight line through the dots.",
     )

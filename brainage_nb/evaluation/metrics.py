@@ -68,6 +68,34 @@ def regression_metrics(
     return counts | {name: _with_interval(value[name][0], draws[name]) for name in METRICS}
 
 
+def metrics_by_split(predictions: pd.DataFrame, variant: str, reference_age: float) -> pd.DataFrame:
+    """The first figures of a run, a row a split, as text with 95 % subject-bootstrap intervals.
+
+    Parameters
+    ----------
+    predictions : DataFrame
+        As `predictions.csv`; may be empty.
+    variant : str
+        Which rows count: the headline of the run's `settings.json`.
+    reference_age : float
+        Mean age of the training subjects, years.
+    """
+    titles = {"mae": "MAE [years]", "mean_predictor_mae": "mean predictor's MAE [years]", "r": "r"}
+    rows = {}
+    headline = predictions[predictions["variant"] == variant] if len(predictions) else predictions
+    for split in [
+        name for name in ("train", "val", "test") if len(headline) and (headline["split"] == name).any()
+    ]:
+        part = headline[headline["split"] == split]
+        figures = regression_metrics(
+            part["age"], part["predicted_age"], part["subject_id"], reference_age=reference_age
+        )
+        rows[split] = {"scans": len(part)} | {
+            title: with_interval(figures[key]) for key, title in titles.items()
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("split")
+
+
 def metrics_by_group(
     predictions: pd.DataFrame,
     by: str,

@@ -209,7 +209,8 @@ def _known_answers(
     known: pd.DataFrame, truth: pd.DataFrame, found: RunEvaluation, bootstrap: dict[str, int]
 ) -> dict[str, Any]:
     kinds = {kind: column for kind, column in RECOVERED_KINDS.items() if known[column].notna().all()}
-    training = with_truth(found.run.part("train"), truth)
+    not_test = found.rows["split"] != "test"
+    training = with_truth(found.rows[not_test], truth)
     ours = mean_with_interval(known["gap"].abs(), known["subject_id"].to_numpy(), **bootstrap)
     errors = reference_errors(known, training, **bootstrap)
     return {

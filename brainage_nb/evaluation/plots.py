@@ -118,7 +118,7 @@ def gap_vs_age(
         slope, intercept = np.polyfit(age, gap, 1)
         label = f"{slope:+.2f} years a year of age"
         ax.plot(ends, intercept + slope * ends, color=VERMILLION, lw=1.5, label=label, zorder=4)
-        ax.legend(fontsize=_SMALL, frameon=False)
+        ax.legend(fontsize=_SMALL, frameon=False, loc="upper right")
     reach = 1.15 * max(1.0, float(np.abs(gap).max()))
     ax.set_ylim(-reach, reach)
     return _labelled(ax, title, "true age [years]", ylabel)
@@ -190,7 +190,9 @@ def coverage_by_age(coverage: pd.DataFrame, level: float, *, ax: Axes | None = N
     ax.set_xticks(x, labels)
     ax.set_ylim(0, 104)
     ax.legend(fontsize=_SMALL, frameon=False, loc="lower right")
-    return _labelled(ax, "Test scans inside their interval", "true age [years]", "inside [%]")
+    return _labelled(
+        ax, f"Test scans inside their interval, n = {coverage['n'].max()}", "true age [years]", "inside [%]"
+    )
 
 
 def calibration(curve: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
@@ -259,18 +261,17 @@ def estimates(
 def planted_vs_recovered(
     planted: np.ndarray, recovered: np.ndarray, *, title: str, ylabel: str, ax: Axes | None = None
 ) -> Axes:
-    """Gap planted in the known-answer cohort against the gap the model found, with the line of perfect
-    recovery."""
+    """Gap planted in the known-answer cohort against the gap found, with the line of perfect recovery (black)
+    and the straight line through the dots (red)."""
     ax = _axes(ax)
     ends = _limits(planted, recovered)
-    ax.plot(ends, ends, color="black", lw=1, label="recovered = planted")
+    ax.plot(ends, ends, color="black", lw=1)
     ax.scatter(planted, recovered, color=GREEN, zorder=3, **_dots(len(planted)))
     slope, intercept = np.polyfit(planted, recovered, 1)
     x = np.array([np.min(planted), np.max(planted)])
-    ax.plot(x, intercept + slope * x, color=VERMILLION, lw=1.5, label=f"slope {slope:.2f}")
+    ax.plot(x, intercept + slope * x, color=VERMILLION, lw=1.5)
     ax.set(xlim=ends, ylim=ends)
     ax.set_aspect("equal")
-    ax.legend(fontsize=_SMALL, frameon=False, loc="upper left")
     return _labelled(ax, title, "planted gap [years]", ylabel)
 
 

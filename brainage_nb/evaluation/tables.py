@@ -42,7 +42,8 @@ def other_splits(evaluation: Evaluation) -> pd.DataFrame:
     rows = []
     for name, found in evaluation.runs.items():
         for split, figures in found.metrics.items():
-            if split != "test":
+            # With folds, train and validation rows are out-of-fold too: one row says all of it.
+            if split != "test" and (split == OUT_OF_FOLD or not found.run.folds):
                 shown = {
                     "run": name,
                     "split": SPLIT_WORDS[split],

@@ -3,6 +3,7 @@ import pytest
 
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
 from brainage_nb.evaluation.runs import InconsistentRun
+from brainage_nb.evaluation.tables import other_splits
 from brainage_nb.workspace import MissingInput, read_csv, write_csv
 from tests.evaluation.fake_workspace import (
     cohort_frame,
@@ -111,6 +112,14 @@ def test_folds_calibrate_on_out_of_fold_rows_and_cover_with_fold_members(tmp_pat
     everyone = found.coverage.query("group == 'all' and form == 'plain'").iloc[0]
     assert everyone["coverage_high"] > 0.9
     assert "out_of_fold" in found.metrics
+
+
+def test_out_of_fold_rows_are_not_called_seen_in_training(tmp_path):
+    scans = cohort_frame(100)
+    ws = write_workspace(tmp_path, scans)
+    write_folded_run(ws, "folded", scans, n_folds=4, mean_rows=True)
+    (words,) = other_splits(evaluate_runs(ws, **FEW))["split"]
+    assert "did not see the subject" in words
 
 
 def test_few_validation_subjects_give_warnings_and_infinite_intervals(tmp_path):
