@@ -5,7 +5,6 @@ READY := .venv/.ready
 DEMO ?= workspace/demo
 SMOKE := build/smoke
 NOTEBOOKS := $(wildcard notebooks/src/*.py)
-export MPLBACKEND = Agg
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all notebooks lint bench badges clean

@@ -10,15 +10,18 @@ from brainage_nb import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status (0 well, 1 a notebook failed, 2 wrong usage)."""
+    """Entry point; returns the exit status: 0 well, 1 a notebook failed, 2 wrong usage, 75 paused."""
     options = _parser().parse_args(arguments)
-    from brainage_nb.pipeline import NotebookFailed, ParameterError
+    from brainage_nb.pipeline import NotebookFailed, NotebookPaused, ParameterError
 
     try:
         return options.command(options)
     except (ParameterError, FileNotFoundError) as error:
         print(f"brainage-nb: {error}", file=sys.stderr)
         return 2
+    except NotebookPaused as error:
+        print(f"brainage-nb: {error}", file=sys.stderr)
+        return 75
     except (NotebookFailed, OSError) as error:
         print(f"brainage-nb: {error}", file=sys.stderr)
         return 1

@@ -25,6 +25,10 @@ class NotebookFailed(RuntimeError):
     """A notebook stopped: its name, the cell and the error are in the message."""
 
 
+class NotebookPaused(RuntimeError):
+    """A notebook saved its work and ended early, as asked; the same command goes on."""
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One line of a parameters cell: its name, default and the comment above it."""
@@ -166,6 +170,8 @@ def run_notebooks(
     ------
     NotebookFailed
         Names the notebook, the cell and the error.
+    NotebookPaused
+        A notebook ended early with its work saved (its time was up).
     """
     results = []
     for place, notebook in enumerate(notebooks, start=1):
@@ -229,6 +235,10 @@ def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
         raise NotebookFailed(
             f"{notebook.name} stopped before its last cell without an error (an exit, or a kernel killed "
             f"mid-way): it left no result. Look at {output}"
+        )
+    if result["status"] != "complete":
+        raise NotebookPaused(
+            f"{notebook.name} stopped before its end with everything saved. Run the same command to go on."
         )
     return result
 

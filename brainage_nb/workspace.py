@@ -260,6 +260,7 @@ class Workspace:
         parameters: Mapping[str, Any],
         written: Iterable[Path] = (),
         figures: Mapping[str, Any] | None = None,
+        status: str = "complete",
     ) -> pd.DataFrame:
         """Write `results/<notebook>.json`, the only sign that a notebook ended well.
 
@@ -273,6 +274,8 @@ class Workspace:
             Files and folders left behind; each is listed with its rows (CSV) or bytes.
         figures : mapping
             Headline figures; a key names metric, split and unit.
+        status : {"complete", "stopped"}
+            "stopped" where all is saved and the notebook, run again, goes on.
 
         Returns
         -------
@@ -284,7 +287,7 @@ class Workspace:
         files = [_described(Path(path), self.root) for path in written]
         result = {
             "notebook": notebook,
-            "status": "complete",
+            "status": status,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "duration_s": round(time.time() - self.opened, 1),
             "platform": platform(),

@@ -1,6 +1,7 @@
 """The notebooks as files: each test is named for what once went wrong for somebody."""
 
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def test_parameters_are_flat_literals_each_under_a_comment_and_a_colab_form(path
         assert isinstance(item.default, str | int | float | bool), name
         assert item.comment and not item.comment.startswith("@"), f"{name} has no comment line above it"
     for line in source.splitlines():
-        assert line.startswith("#") or re.match(r"^\w+ = .+  # @param (\{type:\"\w+\"\}|\[.+\])$", line), line
+        assert line.startswith("#") or re.match(r"^\w+ = .+  # @param (\{type:\"\w+\"\}|\[.+\]( \{.+\})?)$", line), line
 
 
 @each_notebook
@@ -115,6 +116,28 @@ def test_the_last_cell_leaves_the_result_file(path):
 def test_no_figure_is_typed_into_prose(path):
     for cell in cells(path, "markdown"):
         assert not re.search(r"\b(MAE|RMSE|r|R2)\s*(=|of|is)\s*\d", cell.source)
+
+
+def test_parameters_that_mirror_the_package_keep_its_defaults():
+    from brainage_nb.cohort.cleaning_rules import CleaningRules
+    from brainage_nb.models.settings import TrainingSettings
+    from brainage_nb.volumes.augment import AugmentationSettings
+    from brainage_nb.volumes.preprocessing import PreprocessingSettings
+
+    mirrored = {
+        "02": [CleaningRules],
+        "03": [PreprocessingSettings],
+        "04": [TrainingSettings, AugmentationSettings],
+    }
+    for path in NOTEBOOKS:
+        parameters = Notebook(path).parameters()
+        for settings in mirrored.get(path.stem[:2], []):
+            for field in dataclasses.fields(settings):
+                if field.name in parameters and field.name != "seeds":
+                    assert parameters[field.name].default == field.default, f"{path.stem}: {field.name}"
+    assert {field.name for field in dataclasses.fields(CleaningRules)} <= set(
+        Notebook(NOTEBOOKS[1]).parameters()
+    )
 
 
 def test_only_the_workspace_layer_knows_a_platform():

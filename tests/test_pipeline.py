@@ -98,6 +98,14 @@ def test_a_notebook_that_ends_without_its_last_cell_is_a_failure(tmp_path):
         run_notebooks([notebook], open_workspace(tmp_path / "ws"), {}, say=lambda line: None)
 
 
+def test_a_notebook_that_saved_and_stopped_is_neither_done_nor_failed(tmp_path, monkeypatch, capsys):
+    make_notebook(tmp_path, "01_a", ending=ENDING.replace("figures=", "status='stopped', figures="))
+    monkeypatch.setattr(pipeline, "notebooks_folder", lambda: tmp_path)
+    for _ in range(2):
+        assert main(["run", "--workspace", str(tmp_path / "ws")]) == 75
+    assert "Run the same command to go on" in capsys.readouterr().err
+
+
 def test_the_command_line_stops_at_the_first_failure_and_says_so(tmp_path, monkeypatch, capsys):
     make_notebook(tmp_path, "01_a", body="raise ValueError('no scans here')")
     make_notebook(tmp_path, "02_b")

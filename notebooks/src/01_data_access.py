@@ -100,9 +100,9 @@ columns = {
     "age_unit": age_unit,
 }
 if source == "demo":
-    found = demo_cohort(ws.path("demo"), n_subjects=n_subjects, voxel_mm=demo_voxel_mm, seed=seed)
+    found = demo_cohort(ws.path("demo"), n_subjects, seed, voxel_mm=demo_voxel_mm, root=ws.root)
 else:
-    found = folder_cohort(data_dir, table, columns=columns)
+    found = folder_cohort(data_dir, table, columns=columns, root=ws.root)
 found.cohort.head(8)
 
 # %% [markdown]

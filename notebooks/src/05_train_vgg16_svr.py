@@ -85,6 +85,7 @@ session_summary(ws.root)
 # ## Who trains, who is tested
 
 # %%
+ws.need("volumes/current")
 splits = ws.read("splits.csv")
 store = current_store(ws.path("volumes"))
 splits.groupby("split").agg(
@@ -144,6 +145,7 @@ training = splits.query("split == 'train' and scan_id in @extracted.cache.scan_i
 rows = [extracted.cache.rows(scan_id) for scan_id in training]
 figure, ax = plt.subplots(figsize=(8, 3))
 vgg_plots.plot_present(present(rows), positions_in_use(rows), ax)
+plt.show()
 # %% [markdown]
 # ## Fit both fusions
 # Everything is chosen by cross-validation *inside* the training subjects: C and epsilon (both in years; the published
@@ -164,6 +166,7 @@ display(fitted.left_out)
 # %%
 figure, ax = plt.subplots(figsize=(7, 4))
 vgg_plots.plot_grid(fitted.grid, fitted.settings["title"], ax)
+plt.show()
 # %% [markdown]
 # ## What each height of the head knows
 # Late fusion's score a triplet position, on training subjects that its SVR had not seen, and the weight it was given. A
@@ -172,6 +175,7 @@ vgg_plots.plot_grid(fitted.grid, fitted.settings["title"], ax)
 # %%
 figure, ax = plt.subplots(figsize=(8, 4))
 vgg_plots.plot_positions(fitted.by_position, fitted.settings["title"], ax)
+plt.show()
 # %% [markdown]
 # Three rules to combine the positions, scored on training subjects that the weights had not seen. MAE: mean absolute
 # error in years. The default is fixed beforehand; it is not picked from this table.
@@ -208,6 +212,7 @@ for ax, (variant, part) in zip(axes, test.groupby("variant"), strict=True):
         part["age"], part["predicted_age"], metrics[variant], name=name, reference_age=reference_age, ax=ax
     )
 figure.tight_layout()
+plt.show()
 
 # %% [markdown]
 # ## Where one age comes from
@@ -221,6 +226,7 @@ age = model.predict([store[scan_id]])[0]
 figure, ax = plt.subplots(figsize=(6, 5))
 title = f"scan {scan_id}: predicted {age:.1f} years\n{model.variant} fusion, {fitted.settings['title']}"
 vgg_plots.plot_contributions(model.contributions(store[scan_id]), title, ax)
+plt.show()
 # %% [markdown]
 # ## Done
 

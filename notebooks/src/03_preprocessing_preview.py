@@ -1,0 +1,131 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 03 · Preprocessing preview
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/brainage-nb/brainage_nb/blob/main/notebooks/03_preprocessing_preview.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/brainage-nb/brainage_nb/blob/main/notebooks/03_preprocessing_preview.ipynb)
+#
+# **In:** `splits.csv` from notebook 02 and the scans it names.
+#
+# **Out:** `volumes/<fingerprint>/`, every scan as the array a model sees, stored once in half precision.
+#
+# A scan is turned to one orientation, smoothed to the resolution of the grid, resampled, cut to a cube hung from the
+# crown of the head, and scaled. Each volume is treated by itself, so a new scan can be treated the same way later. This
+# notebook shows every step on one scan before it treats them all.
+
+# %% [markdown]
+# ## Set-up
+# Installs the package where it is absent and leaves the platform's torch and numpy as they are.
+
+# %%
+import importlib.util
+import subprocess
+
+if importlib.util.find_spec("brainage_nb") is None:
+    _script = "https://raw.githubusercontent.com/brainage-nb/brainage_nb/main/colab_setup.sh"
+    subprocess.run(["bash", "-c", f"set -o pipefail; curl -fsSL {_script} | bash"], check=True)
+    importlib.invalidate_caches()
+
+# %% [markdown]
+# ## Parameters
+# The only cell to edit. Colab shows it as a form; `brainage-nb run -p name=value` and papermill set the same names.
+
+# %% tags=["parameters"] nbmake={"mock": {"workspace": "../build/smoke", "spacing_mm": 6.0, "size": 32}}
+# folder for everything written; empty: $BRAINAGE_WORKSPACE, else the platform's usual place
+workspace = ""  # @param {type:"string"}
+# mm; edge of a voxel of the grid (4 for a small run on a CPU)
+spacing_mm = 2.0  # @param {type:"number"}
+# voxels along each edge of the cube (48 with 4 mm)
+size = 96  # @param {type:"integer"}
+# smooth finer scans to the grid's resolution first; without it 1 mm and 3 mm scans of one person differ
+smooth = True  # @param {type:"boolean"}
+# scan to show step by step; empty: the first
+preview_scan = ""  # @param {type:"string"}
+
+# %%
+import matplotlib.pyplot as plt  # noqa: F401 (makes the notebook show figures)
+import pandas as pd
+
+from brainage_nb.volumes.pictures import montage, steps_figure
+from brainage_nb.volumes.preprocessing import PreprocessingSettings, preprocessing_steps
+from brainage_nb.volumes.store import build_store
+from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
+
+parameters = resolved_parameters(globals())
+ws = open_workspace(workspace).begin("03_preprocessing_preview")
+session_summary(ws.root)
+
+# %% [markdown]
+# ## The steps and their numbers
+# These numbers make the fingerprint of the volume store: other numbers, another store beside it.
+
+# %%
+settings = PreprocessingSettings(spacing_mm=spacing_mm, size=size, smooth=smooth)
+print(f"fingerprint {settings.fingerprint}")
+with pd.option_context("display.max_colwidth", None):
+    display(pd.DataFrame({"step": [str(step) for step in settings.steps]}))
+
+# %% [markdown]
+# ## One scan, step by step
+# Left is marked. The cube hangs from the crown of the head, so a long neck or a head far from the middle of the image
+# does not push the brain out of it.
+
+# %%
+scans = ws.read("splits.csv")
+chosen = scans.set_index("scan_id").loc[preview_scan or scans["scan_id"].iloc[0]]
+steps_figure(preprocessing_steps(ws.resolve(chosen["image"]), settings))
+
+# %% [markdown]
+# ## All scans
+# Each volume is written once, in half precision, with its checksum. Run this cell again after an interruption: it goes
+# on with the scans that are missing.
+
+# %%
+report = build_store(scans, ws.path("volumes"), settings, ws.resolve)
+print(report.note)
+
+# %%
+print(f"{len(report.failed)} scans gave no volume")
+report.failed
+
+# %% [markdown]
+# ## The cohort as a model sees it
+# Look for a head that is cut, turned or empty. The scans are spread evenly over the ages.
+
+# %%
+store = report.store
+shown = scans[scans["scan_id"].isin(store.scan_ids)].sort_values("age")
+shown = shown.iloc[:: max(1, len(shown) // 24)].head(24)
+titles = [f"{row.scan_id}, {row.age:.0f} y" for row in shown.itertuples()]
+montage(list(store.read(shown["scan_id"])), titles, heading="middle sagittal slices, youngest to oldest")
+
+# %%
+montage(
+    list(store.read(shown["scan_id"])),
+    titles,
+    name="axial",
+    heading="middle axial slices, youngest to oldest",
+)
+
+# %% [markdown]
+# ## What comes next
+# **04** trains the network on these volumes, **05** the classic baseline.
+
+# %%
+ws.finish(
+    "03_preprocessing_preview",
+    parameters,
+    written=[store.folder, ws.path("volumes", "current")],
+    figures={"volumes": len(store.scan_ids), "scans without a volume": len(report.failed)},
+)

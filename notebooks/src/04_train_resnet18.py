@@ -1,0 +1,174 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 04 · Train the 3D ResNet-18
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/brainage-nb/brainage_nb/blob/main/notebooks/04_train_resnet18.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/brainage-nb/brainage_nb/blob/main/notebooks/04_train_resnet18.ipynb)
+#
+# **In:** the volume store of notebook 03 and the splits of notebook 02.
+#
+# **Out:** `runs/<run>/`: settings, history, checkpoints and `predictions.csv` for every scan.
+#
+# A residual network looks at the whole volume and answers with one number, the age in years. It is judged after every
+# epoch on the validation subjects, and the best epoch is kept; the test subjects are only predicted, at the very end.
+# Press *Run all* again after a lost connection: training goes on from the last checkpoint.
+
+# %% [markdown]
+# ## Set-up
+# Installs the package where it is absent and leaves the platform's torch and numpy as they are.
+
+# %%
+import importlib.util
+import subprocess
+
+if importlib.util.find_spec("brainage_nb") is None:
+    _script = "https://raw.githubusercontent.com/brainage-nb/brainage_nb/main/colab_setup.sh"
+    subprocess.run(["bash", "-c", f"set -o pipefail; curl -fsSL {_script} | bash"], check=True)
+    importlib.invalidate_caches()
+
+# %% [markdown]
+# ## Parameters
+# The only cell to edit. Colab shows it as a form; `brainage-nb run -p name=value` and papermill set the same names.
+
+# %% tags=["parameters"] nbmake={"mock": {"workspace": "../build/smoke", "epochs": 2, "batch_size": 4}}
+# folder for everything written; empty: $BRAINAGE_WORKSPACE, else the platform's usual place
+workspace = ""  # @param {type:"string"}
+# name of this training run; another name is another run beside it
+run = "resnet18"  # @param {type:"string"}
+# passes over the training set
+epochs = 60  # @param {type:"integer"}
+# volumes a step; kept when memory forces smaller pieces
+batch_size = 8  # @param {type:"integer"}
+# peak of the learning rate, after the warm-up
+learning_rate = 3e-4  # @param {type:"number"}
+# seeds, with commas; one model a seed, several make an ensemble
+seeds = "1"  # @param {type:"string"}
+# folds of cross-validation over training and validation subjects; 0: none
+folds = 0  # @param {type:"integer"}
+# stop after so many epochs without a better validation error; 0: never
+patience = 0  # @param {type:"integer"}
+# minutes after which everything is saved and the run ends, to be continued; 0: no limit
+max_minutes = 0.0  # @param {type:"number"}
+# refuse to train without a GPU
+require_gpu = False  # @param {type:"boolean"}
+# file of weights to start from; empty: random ones
+init_from = ""  # @param {type:"string"}
+# delete what an earlier run of this name left and start anew
+fresh = False  # @param {type:"boolean"}
+# degrees; largest random rotation about each axis
+rotation_deg = 10.0  # @param {type:"number"}
+# share; largest random change of size (0.08: 8 % smaller to 8 % larger)
+scale = 0.08  # @param {type:"number"}
+# mm; largest random shift along each axis
+shift_mm = 5.0  # @param {type:"number"}
+# mm; largest random displacement of the smooth deformation's control points
+deformation_mm = 3.0  # @param {type:"number"}
+# log of the largest random contrast exponent
+log_gamma = 0.25  # @param {type:"number"}
+# log of the strongest random bias field
+log_bias = 0.2  # @param {type:"number"}
+# mm; full width at half maximum of the strongest random blur
+blur_mm = 4.0  # @param {type:"number"}
+# z-score units; standard deviation of the strongest random noise
+noise_sd = 0.1  # @param {type:"number"}
+
+# %%
+import matplotlib.pyplot as plt  # noqa: F401 (makes the notebook show figures)
+import pandas as pd
+
+from brainage_nb.apps.live_curve import LiveCurve, history_figure
+from brainage_nb.evaluation.metrics import metrics_by_split
+from brainage_nb.models.settings import TrainingSettings
+from brainage_nb.models.training import train
+from brainage_nb.volumes.augment import AugmentationSettings, augmentation_examples
+from brainage_nb.volumes.pictures import montage
+from brainage_nb.volumes.store import current_store
+from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
+
+parameters = resolved_parameters(globals())
+ws = open_workspace(workspace).begin("04_train_resnet18")
+session_summary(ws.root)
+
+# %% [markdown]
+# ## Volumes and splits
+
+# %%
+ws.need("volumes/current")
+store = current_store(ws.path("volumes"))
+splits = ws.read("splits.csv")
+print(f"{len(store.scan_ids)} volumes of {store.size}^3 voxels of {store.spacing_mm:g} mm")
+splits.groupby("split").agg(
+    scans=("scan_id", "size"),
+    subjects=("subject_id", "nunique"),
+    youngest=("age", "min"),
+    oldest=("age", "max"),
+)
+
+# %% [markdown]
+# ## What the network gets to see
+# Each training volume is varied at random, anew in every epoch: a head may be turned, larger, or taken by another
+# scanner, and the age must stay the same. Only left and right are exchanged; other mirror images are no anatomy.
+
+# %%
+ranges = {name: parameters[name] for name in AugmentationSettings.__dataclass_fields__ if name in parameters}
+augmentation = AugmentationSettings(**ranges)
+examples = augmentation_examples(store[store.scan_ids[0]], augmentation, store.spacing_mm, seed=1)
+montage([volume for _, volume in examples], [title for title, _ in examples], name="axial", columns=3)
+
+# %% [markdown]
+# ## Train
+# Huber loss in years, AdamW with a warm-up and a cosine, mixed precision where the card has it. The network starts at
+# the mean age of the training subjects, so its first guess is the mean predictor's.
+
+# %%
+settings = TrainingSettings(
+    epochs=epochs,
+    batch_size=batch_size,
+    learning_rate=learning_rate,
+    seeds=tuple(int(value) for value in seeds.split(",")),
+    folds=folds,
+    patience=patience,
+    max_minutes=max_minutes,
+    require_gpu=require_gpu,
+    init_from=init_from,
+    augmentation=augmentation,
+)
+result = train(store, splits, ws.run(run), settings, fresh=fresh, on_epoch=LiveCurve())
+pd.DataFrame({"notes": result.notes})
+
+# %%
+display(history_figure(result.history))
+result.history.tail()
+
+# %% [markdown]
+# ## First figures
+# Raw predictions, split by split. Training subjects were seen and validation subjects chose the best epoch: only the
+# test row says what to expect on new people. **06 · Evaluate** adds intervals, corrections and the report.
+
+# %%
+if not result.complete:
+    print("Not finished yet; everything is saved. Run this notebook again and it goes on from here.")
+reference_age = splits.loc[splits["split"] == "train", "age"].mean()
+figures = metrics_by_split(result.predictions, result.settings.get("variant", ""), reference_age)
+figures
+
+# %%
+folder = ws.run(run)
+ws.finish(
+    "04_train_resnet18",
+    parameters,
+    status="complete" if result.complete else "stopped",
+    written=[path for path in sorted(folder.iterdir()) if not path.name.startswith(".")],
+    figures={f"{split} {title}": text for split, row in figures.iterrows() for title, text in row.items()},
+)

@@ -1,0 +1,161 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 06 · Evaluate
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/brainage-nb/brainage_nb/blob/main/notebooks/06_evaluate.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/brainage-nb/brainage_nb/blob/main/notebooks/06_evaluate.ipynb)
+#
+# **In:** the predictions of notebooks 04 and 05 in `runs/`.
+#
+# **Out:** `evaluation/`: `results.json`, `predictions.csv`, every figure, `report.html` (one file that opens offline)
+# and `model_card.md`.
+#
+# How far off is the model on people it has never seen, and how sure is that figure? Every metric comes from raw
+# predictions with a 95 % interval over subjects, and every mean absolute error (MAE) stands beside that of saying the
+# mean training age to everybody. Corrected values are kept apart: a correction that uses a person's true age can make
+# pure noise look accurate.
+
+# %% [markdown]
+# ## Set-up
+# Installs the package where it is absent and leaves the platform's torch and numpy as they are.
+
+# %%
+import importlib.util
+import subprocess
+
+if importlib.util.find_spec("brainage_nb") is None:
+    _script = "https://raw.githubusercontent.com/brainage-nb/brainage_nb/main/colab_setup.sh"
+    subprocess.run(["bash", "-c", f"set -o pipefail; curl -fsSL {_script} | bash"], check=True)
+    importlib.invalidate_caches()
+
+# %% [markdown]
+# ## Parameters
+# The only cell to edit. Colab shows it as a form; `brainage-nb run -p name=value` and papermill set the same names.
+
+# %% tags=["parameters"] nbmake={"mock": {"workspace": "../build/smoke", "n_bootstrap": 200}}
+# folder for everything written; empty: $BRAINAGE_WORKSPACE, else the platform's usual place
+workspace = ""  # @param {type:"string"}
+# runs to evaluate, with commas; empty: all that have predictions
+runs = ""  # @param {type:"string"}
+# share of people whose age a prediction interval should hold
+level = 0.9  # @param {type:"number"}
+# draws of the subject bootstrap behind each interval
+n_bootstrap = 2000  # @param {type:"integer"}
+# diagnosis that others are compared with; empty: found by name
+controls = ""  # @param {type:"string"}
+# seed of every random choice
+seed = 1  # @param {type:"integer"}
+
+# %%
+import matplotlib.pyplot as plt  # noqa: F401 (makes the notebook show figures)
+import pandas as pd
+
+from brainage_nb.evaluation import tables
+from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
+from brainage_nb.evaluation.figures import draw_figures
+from brainage_nb.evaluation.report import write_report
+from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
+
+parameters = resolved_parameters(globals())
+ws = open_workspace(workspace).begin("06_evaluate")
+session_summary(ws.root)
+
+# %% [markdown]
+# ## Raw accuracy on test subjects
+# Nobody in this table took part in training or in choosing the best epoch. Read each MAE beside the mean predictor's:
+# the range of ages alone decides how large an MAE can get.
+
+# %%
+evaluation = evaluate_runs(
+    ws, runs, level=level, n_bootstrap=n_bootstrap, controls=controls or None, seed=seed
+)
+headline_table(evaluation.results).T
+
+# %%
+with pd.option_context("display.max_colwidth", None):
+    display(pd.DataFrame({"read this first": evaluation.warnings or ["no warnings"]}))
+
+# %% [markdown]
+# ## Predicted against true age, run by run
+
+# %%
+figures = {drawn.name: drawn for drawn in draw_figures(evaluation)}
+for name, drawn in figures.items():
+    if name.startswith("predicted"):
+        display(drawn.figure)
+
+# %% [markdown]
+# ## The brain-age gap, raw and corrected
+# Models pull predictions towards the mean age, so raw gaps fall with age. The age-free correction undoes the line that
+# was fitted on validation or out-of-fold predictions and is still a prediction. The other kind uses each person's true
+# age: it adjusts a gap and is never an accuracy.
+
+# %%
+for name, drawn in figures.items():
+    if name.startswith("gap"):
+        display(drawn.figure)
+
+# %%
+for name, found in evaluation.runs.items():
+    print(name)
+    display(tables.bias_table(found))
+
+# %% [markdown]
+# ## How wide an interval must be
+# Conformal intervals promise their coverage for people like those they were fitted on, whatever the model.
+
+# %%
+for name, found in evaluation.runs.items():
+    print(name)
+    display(tables.coverage_table(found))
+
+# %% [markdown]
+# ## Groups and models side by side
+
+# %%
+for name, found in evaluation.runs.items():
+    print(name)
+    display(tables.groups_table(found))
+tables.comparison_table(evaluation)
+
+# %% [markdown]
+# ## Known answers
+# On the demo cohort the truth is known, so the model can be checked against it. Other cohorts have nothing here.
+
+# %%
+for name, drawn in figures.items():
+    if name.startswith("planted"):
+        display(drawn.figure)
+for name, known in tables.known_tables(evaluation).items():
+    print(name)
+    display(known["errors"], known["recovered"])
+
+# %% [markdown]
+# ## Report and model card
+# `report.html` is one file: send it to somebody who did not run this.
+
+# %%
+written = write_report(evaluation)
+print(f"Report: {ws.path('evaluation', 'report.html')}")
+
+# %%
+headline = headline_table(evaluation.results)
+ws.finish(
+    "06_evaluate",
+    parameters,
+    written=written,
+    figures={
+        f"{run}, test {metric}": headline.loc[run, metric] for run in headline.index for metric in headline
+    },
+)
