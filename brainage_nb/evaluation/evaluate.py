@@ -6,7 +6,7 @@ Computes; draws and writes nothing (see `report`). Raw figures are never replace
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from brainage_nb.evaluation.cautions import cautions
+from brainage_nb.evaluation.external import ExternalEvaluation
 from brainage_nb.evaluation.intervals import LEVEL
 from brainage_nb.evaluation.known_answers import read_truth
 from brainage_nb.evaluation.metrics import paired_difference, with_interval
@@ -25,7 +26,11 @@ from brainage_nb.workspace import MissingInput, Workspace, open_workspace
 
 @dataclass
 class Evaluation:
-    """Everything `write_report` needs; `results` is what goes into `results.json`."""
+    """Everything `write_report` needs; `results` is what goes into `results.json`.
+
+    `external` is filled by whoever applied a model to another cohort: its name -> what `evaluate_external`
+    found.
+    """
 
     workspace: Workspace
     runs: dict[str, RunEvaluation]
@@ -34,6 +39,7 @@ class Evaluation:
     level: float
     warnings: list[str]
     parameters: dict[str, Any]
+    external: dict[str, ExternalEvaluation] = field(default_factory=dict)
 
     @property
     def predictions(self) -> pd.DataFrame:
@@ -58,6 +64,7 @@ class Evaluation:
             "_diagnosis": {name: found.diagnosis.to_dict("records") for name, found in each},
             "_known_answers": {name: found.known for name, found in each if found.known},
             "_reliability": {name: found.reliability for name, found in each if found.reliability},
+            "_external": {name: found.summary() for name, found in self.external.items()},
             "_comparisons": self.comparisons.to_dict("records"),
             "_test_object": self.is_test_object,
             "_warnings": self.warnings,

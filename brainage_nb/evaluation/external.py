@@ -53,6 +53,12 @@ class ExternalEvaluation:
     predictions: pd.DataFrame
     warnings: list[str]
 
+    def summary(self) -> dict[str, Any]:
+        """All but the predictions, for `results.json`; names of people are left out."""
+        calibration = {name: value for name, value in self.calibration.items() if name != "subjects"}
+        tables = {"offsets": self.offsets.to_dict("records"), "rest": self.rest.to_dict("records")}
+        return {"metrics": self.metrics, "calibration": calibration, "warnings": self.warnings} | tables
+
 
 def refuse_trained_on(names: Sequence[str], seen: Sequence[bool], what: str = "subjects") -> None:
     """Stop where the model was trained on some of these.

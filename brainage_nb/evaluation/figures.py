@@ -12,6 +12,7 @@ import pandas as pd
 
 from brainage_nb.evaluation import plots
 from brainage_nb.evaluation.evaluate import Evaluation
+from brainage_nb.evaluation.external import ExternalEvaluation
 from brainage_nb.evaluation.one_run import RECOVERED_KINDS, RunEvaluation
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def draw_figures(evaluation: Evaluation) -> list[ReportFigure]:
         "MAE on test with 95 % subject bootstrap, and the mean predictor's on the same scans. Further left "
         "is better."
     )
-    return [*drawn, ReportFigure("models_compared", "models", figure, caption)]
+    drawn.append(ReportFigure("models_compared", "models", figure, caption))
+    return drawn + [_external(name, found) for name, found in evaluation.external.items()]
 
 
 def models_table(evaluation: Evaluation) -> pd.DataFrame:
@@ -123,6 +125,17 @@ def _predicted(name: str, found: RunEvaluation) -> ReportFigure:
         "Raw predicted age of test scans against true age. Dots on the black line are right; the dashed line "
         "is what predicting the mean training age for everyone gives.",
     )
+
+
+def _external(name: str, found: ExternalEvaluation) -> ReportFigure:
+    figure, ax = plots.new_figure(width=5.0, height=5.0)
+    rows = found.predictions
+    plots.predicted_vs_true(
+        rows["age"].to_numpy(), rows["predicted_age"].to_numpy(), found.metrics, name=f"{name}, raw", ax=ax
+    )
+    plain_name = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
+    caption = f"{name}: raw predicted age against true age in a cohort the model never saw."
+    return ReportFigure(f"external_{plain_name}", "external", figure, caption)
 
 
 def _gaps(name: str, found: RunEvaluation) -> ReportFigure:

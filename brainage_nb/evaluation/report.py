@@ -107,6 +107,7 @@ def report_html(
         comparisons=tables.comparison_table(evaluation),
         known=tables.known_tables(evaluation),
         reliability={name: found.reliability for name, found in evaluation.runs.items() if found.reliability},
+        external={name: tables.external_tables(found) for name, found in evaluation.external.items()},
         settings=tables.settings_table(evaluation),
         versions=pd.DataFrame({"package": PACKAGES, "version": [version_of(name) for name in PACKAGES]}),
         with_interval=with_interval,

@@ -9,11 +9,18 @@ import numpy as np
 import pandas as pd
 
 from brainage_nb.evaluation.evaluate import Evaluation
+from brainage_nb.evaluation.external import ExternalEvaluation
 from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.evaluation.one_run import RunEvaluation
 from brainage_nb.evaluation.runs import OUT_OF_FOLD
 from brainage_nb.workspace import Workspace
 
+EXTERNAL_FIGURES = {
+    "mae": "MAE [years]",
+    "mean_predictor_mae": "mean predictor's MAE [years]",
+    "r": "r",
+    "mean_gap": "mean gap [years]",
+}
 SPLIT_WORDS = {
     "train": "training (the model has seen these)",
     "val": "validation (may have chosen the best epoch)",
@@ -163,6 +170,26 @@ def known_tables(evaluation: Evaluation) -> dict[str, dict[str, pd.DataFrame]]:
             ),
         }
     return tables
+
+
+def external_tables(found: ExternalEvaluation) -> dict[str, pd.DataFrame]:
+    """Another cohort as text: `raw` figures of all its scans, `offsets` of its sites and, where named
+    controls calibrated, the `rest` of it before and after."""
+    raw = {title: with_interval(found.metrics[key]) for key, title in EXTERNAL_FIGURES.items()}
+    offsets = [
+        {"site": row["site"], "controls' mean gap [years]": with_interval(row), "scans": row["n"]}
+        for row in found.offsets.to_dict("records")
+    ]
+    rest = [
+        {"form": row["form"], "scans": row["n"]}
+        | {title: _text(row, key) for key, title in EXTERNAL_FIGURES.items()}
+        for row in found.rest.to_dict("records")
+    ]
+    return {
+        "raw": pd.DataFrame([{"scans": found.metrics["n"], "subjects": found.metrics["n_subjects"]} | raw]),
+        "offsets": pd.DataFrame(offsets),
+        "rest": pd.DataFrame(rest),
+    }
 
 
 def settings_table(evaluation: Evaluation) -> pd.DataFrame:

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from brainage_nb.evaluation.external import evaluate_external
 from brainage_nb.evaluation.report import as_html_table, evaluate_runs, write_report
 from brainage_nb.workspace import read_json
 from tests.evaluation.fake_workspace import cohort_frame, simulated, write_run, write_workspace
@@ -106,6 +107,28 @@ def test_what_has_no_data_is_said_in_a_line_instead_of_an_empty_figure(tmp_path)
 
 def test_what_was_dropped_is_counted_with_an_example(page):
     assert "unreadable" in page and "odd1: The file ends early." in page
+
+
+def test_another_cohort_has_its_section_with_raw_figures_and_no_names(tmp_path):
+    scans = cohort_frame(100)
+    ws = write_workspace(tmp_path, scans)
+    write_run(ws, "resnet18", scans, simulated(scans))
+    elsewhere = cohort_frame(50, seed=9).assign(subject_id=lambda rows: "secret" + rows["subject_id"])
+    elsewhere["predicted_age"] = simulated(elsewhere)
+    evaluation = evaluate_runs(ws, n_bootstrap=20)
+    evaluation.external["OASIS"] = evaluate_external(
+        elsewhere,
+        reference_age=50.0,
+        trained_ages=(20.0, 60.0),
+        calibrate_on=elsewhere["subject_id"].head(10).tolist(),
+        n_bootstrap=20,
+    )
+    write_report(evaluation)
+    text = ws.path("evaluation", "report.html").read_text(encoding="utf-8")
+    assert "Other cohorts" in text and "an offset on 10 named controls" in text and "extrapolations" in text
+    assert "secret" not in text + ws.path("evaluation", "results.json").read_text(encoding="utf-8")
+    assert read_json(ws.path("evaluation", "results.json"))["_external"]["OASIS"]["metrics"]["n"] == 50
+    assert ws.path("evaluation", "figures", "external_OASIS.png").exists()
 
 
 def test_text_from_tables_cannot_become_markup():
