@@ -90,7 +90,7 @@ def find_head(image: nib.spatialimages.SpatialImage) -> Head:
     mask = head_mask(coarse)
     points = np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3]
     voxel_l = abs(np.linalg.det(affine[:3, :3])) / 1e6
-    crown = _crown(points, voxel_l)
+    crown = _crown(points, affine)
     top = points[points[:, 2] >= crown - TOP_MM]
     x, y = top[:, :2].mean(axis=0)
     extent = np.ptp(points, axis=0) + np.abs(affine[:3, :3]).max(axis=1)
@@ -191,10 +191,18 @@ def _otsu(values: np.ndarray, bins: int = 128) -> float:
     return float(edges[1:][inner][between.argmax()])
 
 
-def _crown(points: np.ndarray, voxel_l: float) -> float:
-    """World height with `CROWN_ML` of head above it."""
-    above = min(len(points), max(1, round(CROWN_ML / 1000 / voxel_l)))
-    return float(np.partition(points[:, 2], -above)[-above])
+def _crown(points: np.ndarray, affine: np.ndarray) -> float:
+    """World height with `CROWN_ML` of head above it, between the slices too.
+
+    Each voxel is spread over its own height, so that thick slices do not make the crown jump.
+    """
+    voxel_ml = abs(np.linalg.det(affine[:3, :3])) / 1000
+    height = np.abs(affine[2, :3]).sum()
+    top = points[:, 2].max() + height / 2
+    levels = top - np.arange(0, 40 + 2 * height, 0.25)
+    near = points[points[:, 2] > levels[-1] - height, 2]
+    above = np.array([np.clip((near + height / 2 - level) / height, 0, 1).sum() for level in levels])
+    return float(np.interp(CROWN_ML, above * voxel_ml, levels))
 
 
 def _cut_off(mask: np.ndarray, affine: np.ndarray, crown: float) -> tuple[str, ...]:
