@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from brainage_nb.evaluation.metrics import regression_metrics
 from brainage_nb.models.fusion import EARLY, LATE, EarlyFusion, LateFusion, fit_early, fit_late
 from brainage_nb.models.linear_svr import GRID
 from brainage_nb.models.vgg_cache import FeatureCache
@@ -62,6 +63,15 @@ class VggRun:
             for name in (EARLY, LATE)
         }
         return pd.DataFrame(rows).fillna("")
+
+    def accuracy(self, split: str = "test", *, n_bootstrap: int = 2000) -> dict[str, dict[str, Any]]:
+        """`regression_metrics` of both fusions on one split; the mean predictor says the training mean."""
+        rows = self.predictions[self.predictions["split"] == split]
+        known = {"reference_age": self.settings["reference_age"], "n_bootstrap": n_bootstrap}
+        return {
+            variant: regression_metrics(part["age"], part["predicted_age"], part["subject_id"], **known)
+            for variant, part in rows.groupby("variant")
+        }
 
 
 def train_vgg_svr(

@@ -65,7 +65,7 @@ seed = 1  # @param {type:"integer"}
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from brainage_nb.evaluation.metrics import flat, regression_metrics
+from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.evaluation.plots import predicted_vs_true
 from brainage_nb.models import vgg_plots
 from brainage_nb.models.fusion import positions_in_use
@@ -121,7 +121,7 @@ pd.DataFrame({"value": facts})
 scan_id = splits.query("split == 'train' and scan_id in @store.scan_ids")["scan_id"].iloc[0]
 volume = store[scan_id]
 positions = triplets_with_brain(volume, store.spacing_mm, settings)
-shown = positions[:: max(1, len(positions) // 6)][:6]
+shown = positions[:: -(-len(positions) // 6)]
 figure, axes = plt.subplots(1, len(shown), figsize=(2.2 * len(shown), 2.6))
 for ax, position, image in zip(axes, shown, triplet_images(volume, shown, settings), strict=True):
     vgg_plots.plot_triplet(image.numpy(), position, ax)
@@ -189,27 +189,28 @@ fitted.rules.round(2)
 # Notebook 06 compares this model with the ResNet on the same people.
 
 # %%
-test = fitted.predictions.query("split == 'test'")
-reference_age = fitted.settings["reference_age"]
-metrics = {
-    variant: regression_metrics(
-        part["age"],
-        part["predicted_age"],
-        part["subject_id"],
-        reference_age=reference_age,
-        n_bootstrap=n_bootstrap,
-    )
-    for variant, part in test.groupby("variant")
+metrics = fitted.accuracy("test", n_bootstrap=n_bootstrap)
+names = {
+    "mae": "MAE [years]",
+    "mean_predictor_mae": "mean predictor's MAE [years]",
+    "r": "r",
+    "slope": "slope",
 }
-print(fitted.settings["title"], "· headline:", fitted.settings["variant"], "fusion")
-pd.DataFrame({variant: flat(found) for variant, found in metrics.items()}).round(2)
+shown = {
+    variant: {title: with_interval(found[key]) for key, title in names.items()}
+    for variant, found in metrics.items()
+}
+print(f"{fitted.settings['title']}; headline: {fitted.settings['variant']} fusion")
+pd.DataFrame(shown)
 
 # %%
+test = fitted.predictions.query("split == 'test'")
+mean_age = fitted.settings["reference_age"]
 figure, axes = plt.subplots(1, 2, figsize=(11, 5))
 for ax, (variant, part) in zip(axes, test.groupby("variant"), strict=True):
     name = f"{variant} fusion, test\n{fitted.settings['title']}"
     predicted_vs_true(
-        part["age"], part["predicted_age"], metrics[variant], name=name, reference_age=reference_age, ax=ax
+        part["age"], part["predicted_age"], metrics[variant], name=name, reference_age=mean_age, ax=ax
     )
 figure.tight_layout()
 plt.show()
@@ -231,13 +232,9 @@ plt.show()
 # ## Done
 
 # %%
-headline = metrics[fitted.settings["variant"]]
 figures = {
     "method": fitted.settings["title"],
     "slices [pixels]": image_size,
     "headline variant": fitted.settings["variant"],
-    "test MAE [years]": headline["mae"]["value"],
-    "test mean-predictor MAE [years]": headline["mean_predictor_mae"]["value"],
-    "test r": headline["r"]["value"],
-}
+} | {f"test {title}, {variant}": value for variant, row in shown.items() for title, value in row.items()}
 ws.finish("05_train_vgg16_svr", parameters, [fitted.folder, extracted.cache.folder], figures)

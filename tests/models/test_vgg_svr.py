@@ -339,8 +339,14 @@ def test_predictions_carry_the_agreed_columns_and_both_variants(cohort, cache, n
     assert run.settings["fingerprint"] == "store-a"
     assert run.settings["weights"] == "random_projection"
     assert "random projection" in run.settings["title"]
-    test = written[written["split"] == "test"]
-    assert np.corrcoef(test["age"], test["predicted_age"])[0, 1] > 0.8
+    accuracy = run.accuracy("test", n_bootstrap=50)
+    assert set(accuracy) == {"early", "late"}
+    assert accuracy["early"]["n"] == 6
+    assert accuracy["early"]["r"]["value"] > 0.8
+    mean_training_age = cohort.loc[cohort["split"] == "train", "age"].mean()
+    ages = cohort.loc[cohort["split"] == "test", "age"]
+    expected = (ages - mean_training_age).abs().mean()
+    assert accuracy["late"]["mean_predictor_mae"]["value"] == pytest.approx(expected)
 
 
 def test_the_headline_has_the_lower_inner_error(cohort, cache, network, tmp_path):
