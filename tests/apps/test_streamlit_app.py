@@ -1,0 +1,163 @@
+import gzip
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+pytest.importorskip("streamlit")
+from streamlit.testing.v1 import AppTest
+
+from brainage_nb.apps import app_parts, predict_cli
+from brainage_nb.models.bundle import load_bundle
+from brainage_nb.models.bundle_files import zip_bundle
+from tests.models.tiny_bundle import head_array, write_scan, write_tiny_bundle
+
+SCRIPT = predict_cli.__file__.replace("predict_cli", "streamlit_app")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle")
+
+
+@pytest.fixture
+def app(tiny, tmp_path, monkeypatch):
+    """The app with no bundle in reach, one uploaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BRAINAGE_WORKSPACE", str(tmp_path / "none"))
+    page = AppTest.from_file(SCRIPT, default_timeout=120).run()
+    assert not page.exception
+    packed = zip_bundle(tiny, tmp_path / "model.zip").read_bytes()
+    return page.file_uploader(key="bundle").upload("model.zip", packed).run()
+
+
+def uploader(page):
+    return page.file_uploader(key=f"scans-{page.session_state['turn']}")
+
+
+def predicted(page, name, content):
+    page = uploader(page).upload(name, content).run()
+    page = page.button(key="predict").click().run()
+    assert not page.exception
+    return page
+
+
+def test_without_a_model_the_page_says_how_to_get_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BRAINAGE_WORKSPACE", str(tmp_path / "none"))
+    page = AppTest.from_file(SCRIPT, default_timeout=120).run()
+    assert not page.exception and "make demo" in page.info[0].value
+
+
+def test_an_uploaded_scan_gets_the_age_the_command_line_gives(app, tiny, tmp_path):
+    scan = write_scan(tmp_path / "head.nii.gz", 5)
+    page = predicted(app, "head.nii.gz", scan.read_bytes())
+    expected = load_bundle(tiny).predict(scan)
+    assert page.metric[0].value == f"{expected.predicted_age:.1f}"
+    assert page.metric[1].value == expected.interval_text
+    results = page.session_state["results"]
+    assert results[0].predicted_age == pytest.approx(expected.predicted_age, abs=1e-4)
+    assert list(page.session_state["explanations"]) == [0]
+
+
+def test_the_true_age_gives_a_gap(app, tmp_path):
+    page = app.number_input(key="age-0").set_value(40.0).run()
+    page = predicted(page, "head.nii", write_scan(tmp_path / "head.nii", 5).read_bytes())
+    assert page.session_state["results"][0].gap == pytest.approx(
+        page.session_state["results"][0].predicted_age - 40
+    )
+    assert page.metric[2].value.startswith(("+", "-"))
+
+
+def hostile():
+    import nibabel as nib
+
+    header = nib.Nifti1Header()
+    header.set_data_shape((30000, 30000, 30000))
+    series = nib.Nifti1Image(np.zeros((8, 8, 8, 5), np.int16), np.eye(4)).to_bytes()
+    whole = gzip.compress(nib.Nifti1Image(head_array(), np.eye(4)).to_bytes())
+    return {
+        "claims 30000^3": ("a.nii", header.binaryblock + b"\0" * 100, "30000"),
+        "claims 30000^3, zipped": ("a.nii.gz", gzip.compress(header.binaryblock + b"\0" * 100), "30000"),
+        "text": ("a.nii", b"patient notes, not a scan", "neither a NIfTI"),
+        "empty": ("a.nii.gz", b"", "empty"),
+        "pickle": ("a.nii", pickle.dumps({"a": 1}), "neither a NIfTI"),
+        "series": ("a.nii", series, "expected one 3-D volume"),
+        "truncated": ("a.nii.gz", whole[: len(whole) // 2], "end early"),
+        "zip that leads out": ("a.zip", None, "no DICOM"),
+    }
+
+
+@pytest.mark.parametrize("name", hostile())
+def test_a_hostile_scan_gets_a_clear_message_and_the_app_goes_on(name, app, tmp_path):
+    import tempfile
+    import zipfile
+
+    file, content, said = hostile()[name]
+    if content is None:
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr("../../out.dcm", "content")
+        content = (tmp_path / "a.zip").read_bytes()
+    page = predicted(app, file, content)
+    assert said in page.error[0].value and not page.metric
+    assert not list(tmp_path.parent.parent.glob("**/out.dcm"))
+    page = predicted(page, "good.nii", write_scan(tmp_path / "good.nii").read_bytes())
+    assert len(page.metric) >= 1
+    assert not list(app_parts.Path(tempfile.gettempdir()).glob("brainage-*"))
+
+
+@pytest.mark.parametrize("content", [pickle.dumps({"weights": 1}), b"", b"PK\x03\x04" + b"x" * 99])
+def test_a_hostile_bundle_gets_a_clear_message(content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BRAINAGE_WORKSPACE", str(tmp_path / "none"))
+    page = AppTest.from_file(SCRIPT, default_timeout=120).run()
+    page = page.file_uploader(key="bundle").upload("model.zip", content).run()
+    assert not page.exception and len(page.error) == 1
+    assert "bundle" in page.error[0].value or "zip" in page.error[0].value
+
+
+def test_a_damaged_zip_of_a_bundle_is_said(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BRAINAGE_WORKSPACE", str(tmp_path / "none"))
+    content = bytearray(zip_bundle(tiny, tmp_path / "model.zip").read_bytes())
+    content[len(content) // 2] ^= 255
+    page = AppTest.from_file(SCRIPT, default_timeout=120).run()
+    page = page.file_uploader(key="bundle").upload("model.zip", bytes(content)).run()
+    assert not page.exception and len(page.error) == 1
+
+
+def test_downloads_hold_the_same_numbers_and_no_outside_reference(tiny, tmp_path):
+    from matplotlib.figure import Figure
+
+    from brainage_nb.apps import documents
+
+    bundle = load_bundle(tiny)
+    result = bundle.predict(write_scan(tmp_path / "=2+2.nii", 5), 40)
+    content = json.loads(documents.result_json([result], bundle))
+    assert content["results"][0]["predicted_age"] == pytest.approx(result.predicted_age, abs=1e-4)
+    assert "'=2+2.nii" in documents.result_csv([result])
+    page = documents.result_page(result, bundle, {"<b>title</b>": Figure()})
+    assert f"{result.predicted_age:.1f}" in page and "not a medical device" in page
+    assert "<b>title" not in page and "http" not in page
+
+
+def test_the_demo_head_button_works_out_of_the_box(tiny, tmp_path, monkeypatch):
+    import shutil
+
+    import pandas as pd
+
+    from brainage_nb.workspace import write_csv
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("BRAINAGE_WORKSPACE", raising=False)
+    demo = tmp_path / "workspace" / "demo"
+    shutil.copytree(tiny, demo / "runs" / "resnet18" / "bundle")
+    (demo / "demo").mkdir()
+    write_scan(demo / "demo" / "head.nii")
+    write_csv(pd.DataFrame({"scan_id": ["a"]}), demo / "demo" / "truth.csv")
+    row = {"scan_id": "a", "subject_id": "a", "image": "demo/head.nii", "age": 61.0, "split": "test"}
+    write_csv(pd.DataFrame([row]), demo / "splits.csv")
+    page = AppTest.from_file(SCRIPT, default_timeout=120).run()
+    page = page.button(key="demo").click().run()
+    assert not page.exception and page.session_state["results"][0].age == 61.0
