@@ -5,10 +5,10 @@ Arrays and frames in, numbers out. Nothing here corrects a prediction or reads a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pandas as pd
+
+from brainage_nb.evaluation.bootstrap import bootstrap_sums, subject_codes, value_with_interval
 
 METRICS = (
     "mae",
@@ -21,7 +21,6 @@ METRICS = (
     "mae_over_range",
     "mean_predictor_mae",
 )
-_CHUNK_BYTES = 32e6  # of resampling weights held at once; keeps 10,000 subjects far below a gigabyte
 
 
 def regression_metrics(
@@ -59,13 +58,13 @@ def regression_metrics(
         predictions.
     """
     age, predicted = _checked(age, predicted)
-    subjects = _subject_codes(subject_id, len(age))
+    subjects = subject_codes(subject_id, len(age))
     columns = _moment_columns(age, predicted, reference_age)
     age_range = float(np.ptp(age))
     value = _figures(columns.sum(axis=0, keepdims=True), age_range)
     draws = _figures(bootstrap_sums(columns, subjects, n_bootstrap, seed), age_range)
     counts = {"n": len(age), "n_subjects": int(subjects.max()) + 1}
-    return counts | {name: _with_interval(value[name][0], draws[name]) for name in METRICS}
+    return counts | {name: value_with_interval(value[name][0], draws[name]) for name in METRICS}
 
 
 def metrics_by_split(predictions: pd.DataFrame, variant: str, reference_age: float) -> pd.DataFrame:
@@ -165,7 +164,7 @@ def paired_difference(
     """
     age, predicted_a = _checked(age, predicted_a)
     age, predicted_b = _checked(age, predicted_b)
-    subjects = _subject_codes(subject_id, len(age))
+    subjects = subject_codes(subject_id, len(age))
     difference = np.abs(predicted_a - age) - np.abs(predicted_b - age)
     return mean_with_interval(difference, subjects, n_bootstrap=n_bootstrap, seed=seed)
 
@@ -175,10 +174,10 @@ def mean_with_interval(
 ) -> dict[str, float]:
     """Mean of one value a scan with its 95 % subject bootstrap interval."""
     values = np.asarray(values, dtype=float)
-    subjects = _subject_codes(subject_id, len(values))
+    subjects = subject_codes(subject_id, len(values))
     sums = bootstrap_sums(np.column_stack([np.ones(len(values)), values]), subjects, n_bootstrap, seed)
     counts = {"n": len(values), "n_subjects": int(subjects.max()) + 1}
-    return _with_interval(values.mean(), sums[:, 1] / sums[:, 0]) | counts
+    return value_with_interval(values.mean(), sums[:, 1] / sums[:, 0]) | counts
 
 
 def correlation_with_interval(
@@ -226,40 +225,6 @@ def with_interval(figure: dict[str, float], digits: int = 2) -> str:
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def bootstrap_sums(columns: np.ndarray, subject_codes: np.ndarray, n_bootstrap: int, seed: int) -> np.ndarray:
-    """Column sums under resampling of subjects.
-
-    Every figure here follows from sums over scans, so a draw is one row of counts (how often each subject was
-    taken) times the subjects' own sums: a matrix product instead of a loop.
-
-    Parameters
-    ----------
-    columns : array (n_scans, k)
-    subject_codes : array (n_scans,) of int
-        0 … n_subjects - 1.
-
-    Returns
-    -------
-    array (n_bootstrap, k)
-    """
-    n_subjects = int(subject_codes.max()) + 1
-    by_subject = np.column_stack(
-        [np.bincount(subject_codes, column, minlength=n_subjects) for column in columns.T]
-    )
-    draws = [counts @ by_subject for counts in _draws(n_subjects, n_bootstrap, seed)]
-    return np.concatenate([np.empty((0, columns.shape[1])), *draws])
-
-
-def _draws(n_subjects: int, n_bootstrap: int, seed: int) -> Iterator[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    size = max(1, int(_CHUNK_BYTES / (8 * n_subjects)))
-    for start in range(0, n_bootstrap, size):
-        rows = min(size, n_bootstrap - start)
-        taken = rng.integers(0, n_subjects, (rows, n_subjects))
-        taken += np.arange(rows)[:, None] * n_subjects  # one bincount for all rows of the chunk
-        yield np.bincount(taken.ravel(), minlength=rows * n_subjects).reshape(rows, n_subjects).astype(float)
-
-
 def _moment_columns(age: np.ndarray, predicted: np.ndarray, reference_age: float | None) -> np.ndarray:
     gap = predicted - age
     # Centred on the sample: second moments of raw ages would lose digits to their means.
@@ -291,14 +256,6 @@ def _figures(sums: np.ndarray, age_range: float) -> dict[str, np.ndarray]:
         }
 
 
-def _with_interval(value: float, draws: np.ndarray) -> dict[str, float]:
-    draws = draws[np.isfinite(draws)]
-    if not np.isfinite(value) or len(draws) < 2 or np.ptp(draws) == 0:
-        return {"value": float(value), "low": np.nan, "high": np.nan}
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return {"value": float(value), "low": float(low), "high": float(high)}
-
-
 def _checked(age: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     age, predicted = np.asarray(age, dtype=float), np.asarray(predicted, dtype=float)
     if age.ndim != 1 or age.shape != predicted.shape:
@@ -315,11 +272,3 @@ def _checked(age: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.nda
             f"{bad} of {len(age)} scans have no finite age or prediction; drop or mend them first."
         )
     return age, predicted
-
-
-def _subject_codes(subject_id: np.ndarray | None, n_scans: int) -> np.ndarray:
-    if subject_id is None:
-        return np.arange(n_scans)
-    if len(subject_id) != n_scans:
-        raise ValueError(f"subject_id has {len(subject_id)} entries for {n_scans} scans.")
-    return pd.factorize(np.asarray(subject_id))[0]
