@@ -216,6 +216,8 @@ def test_numbers_that_cannot_be_years_are_refused_until_the_unit_is_set(table):
     text = "ID\tage\n" + "".join(f"{i}\t{age}\n" for i, age in enumerate([250, 301, 98, 410]))
     with pytest.raises(TableError, match="set age_unit"):
         table(text, "other.tsv")
+    with pytest.raises(TableError, match="set age_unit"):
+        table("ID\tage\n1\t250\n2\t301\n", "two.tsv")
     children = "ID\tage\n" + "".join(f"{i}\t{age}\n" for i, age in enumerate(range(72, 132, 5)))
     with pytest.raises(TableError, match="set age_unit"):
         table(children, "other.tsv")
