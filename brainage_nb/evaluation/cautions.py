@@ -104,6 +104,13 @@ def _of_workspace(found: dict[str, RunEvaluation], ws: Workspace) -> list[str]:
         said.append(
             "The runs were tested on different scans; compare them only by the paired differences below."
         )
+    dealt = ws.read("splits.csv")
+    dealt = set(dealt.loc[dealt["split"] == "test", "scan_id"])
+    for name, one in found.items():
+        if lost := dealt - set(one.run.part("test")["scan_id"]):
+            said.append(
+                f"{name}: {len(lost)} of {len(dealt)} test scans have no prediction and are in no figure."
+            )
     if ws.path("cleaning.csv").exists():
         said += _of_cleaning(ws.read("cleaning.csv"), found)
     return said

@@ -197,7 +197,13 @@ def _check(run: Run, ws: Workspace) -> None:
             "trained on would be tested on; make splits.csv and the run again."
         )
     dealt = ws.read("splits.csv")[["scan_id", "split", "age"]]
-    both = rows.merge(dealt, on="scan_id", suffixes=("", "_dealt"))
+    both = rows.merge(dealt, on="scan_id", how="left", suffixes=("", "_dealt"))
+    gone = both.loc[both["split_dealt"].isna(), "scan_id"].tolist()
+    if gone:
+        raise InconsistentRun(
+            f"{run.name}: {len(gone)} predicted scans are not in splits.csv (first: {gone[:5]}). They were "
+            "dropped after training; train again on the cleaned scans."
+        )
     wrong = both[(both["split"] != both["split_dealt"]) | ((both["age"] - both["age_dealt"]).abs() > 0.01)]
     if len(wrong):
         raise InconsistentRun(

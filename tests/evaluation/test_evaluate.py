@@ -144,6 +144,14 @@ def test_identical_images_in_two_splits_are_named(tmp_path):
     assert any("1 identical image files" in text for text in evaluate_runs(ws, **FEW).warnings)
 
 
+def test_test_scans_without_prediction_are_counted(tmp_path):
+    scans = cohort_frame(100)
+    ws = write_workspace(tmp_path, scans)
+    some = scans.drop(index=scans.index[scans["split"] == "test"][:4])
+    write_run(ws, "partial", some, simulated(some))
+    assert any("4 of 15 test scans have no prediction" in text for text in evaluate_runs(ws, **FEW).warnings)
+
+
 def test_no_run_and_no_test_rows_are_said_plainly(tmp_path):
     scans = cohort_frame(60)
     ws = write_workspace(tmp_path, scans)

@@ -85,6 +85,13 @@ def test_a_run_that_disagrees_with_the_splits_is_refused(tmp_path, scans, column
         read_run(ws, "stale")
 
 
+def test_scans_dropped_after_training_are_refused(tmp_path, scans):
+    ws = write_workspace(tmp_path, scans.drop(index=5))
+    write_run(ws, "stale", scans, simulated(scans))
+    with pytest.raises(InconsistentRun, match=r"1 predicted scans are not in splits\.csv"):
+        read_run(ws, "stale")
+
+
 def test_a_missing_prediction_is_refused(scans):
     rows = scans.assign(predicted_age=50.0, seed=0, variant="single")
     rows.loc[3, "predicted_age"] = np.nan
