@@ -13,6 +13,7 @@ import tempfile
 import time
 
 import numpy as np
+import pandas as pd
 import torch
 
 from brainage_nb.models.vgg_cache import extract_features
@@ -35,6 +36,7 @@ class Store(dict):
             volume[14:82, 8:88, 4:92] += rng.uniform(1, 3, (68, 80, 88))
             self[f"scan-{number}"] = volume.astype(np.float16)
         self.scan_ids = list(self)
+        self.index = pd.DataFrame({"scan_id": self.scan_ids, "sha256": "made up"})
 
 
 def main() -> None:

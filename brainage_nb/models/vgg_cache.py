@@ -12,22 +12,23 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
 
 from brainage_nb.models.vgg_features import FeatureError, FeatureSettings, volume_features
 from brainage_nb.models.vgg_network import Vgg16Features
-from brainage_nb.workspace import read_json, write_json, writing
+from brainage_nb.workspace import read_csv, read_json, write_csv, write_json, writing
 
 FORMAT = 1  # raise it when the arithmetic of `vgg_features` changes, so that old caches are not read
 
 
 class Volumes(Protocol):
-    """What is asked of a volume store (`volumes.store.VolumeStore`)."""
+    """What is asked of a volume store (`volumes.store.VolumeStore`); `index` has `scan_id` and `sha256`."""
 
     scan_ids: Sequence[str]
+    index: pd.DataFrame
     fingerprint: str
     spacing_mm: float
 
@@ -36,7 +37,8 @@ class Volumes(Protocol):
 
 @dataclass
 class FeatureCache:
-    """Features of many scans in one folder: `features.json` and `<scan_id>.npy` as `volume_features` gives.
+    """Features of many scans in one folder: `features.json`, `index.csv` (which volume each scan's features
+    come from: `scan_id, volume_sha256`) and `<scan_id>.npy` as `volume_features` gives.
 
     Parameters
     ----------
@@ -46,16 +48,20 @@ class FeatureCache:
 
     folder: Path
     facts: dict = field(init=False)
+    volume_sha256: dict[str, str] = field(init=False, repr=False)
     _open: dict[str, np.ndarray] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         self.folder = Path(self.folder)
         self.facts = read_json(self.folder / "features.json")
+        index = self.folder / "index.csv"
+        rows = read_csv(index) if index.exists() else pd.DataFrame(columns=["scan_id", "volume_sha256"])
+        self.volume_sha256 = dict(zip(rows["scan_id"], rows["volume_sha256"], strict=True))
 
     @property
     def scan_ids(self) -> list[str]:
         """Scans whose features are here, sorted."""
-        return sorted(unquote(path.name.removesuffix(".npy")) for path in self.folder.glob("*.npy"))
+        return sorted(self.volume_sha256)
 
     @property
     def settings(self) -> FeatureSettings:
@@ -72,12 +78,33 @@ class FeatureCache:
             self._open[scan_id] = np.load(self.path(scan_id), mmap_mode="r")
         return self._open[scan_id]
 
-    def has(self, scan_id: str) -> bool:
-        """Whether one scan's features are here and whole."""
+    def has(self, scan_id: str, volume_sha256: str = "") -> bool:
+        """Whether one scan's features are here and whole, and, where it is given, from this very volume."""
+        found = self.volume_sha256.get(scan_id)
+        if found is None or (volume_sha256 and volume_sha256 != found):
+            return False
         try:
             return self.rows(scan_id).shape[1] == self.facts["n_features"]
         except (OSError, ValueError, EOFError):
             return False
+
+    def add(self, scan_id: str, rows: np.ndarray, volume_sha256: str) -> None:
+        """Write one scan's features, then note their volume: what the index names is whole."""
+        self.drop(scan_id)
+        with writing(self.path(scan_id)) as temporary, open(temporary, "wb") as stream:
+            np.save(stream, rows)
+        self.volume_sha256[scan_id] = volume_sha256
+        self._write_index()
+
+    def drop(self, scan_id: str) -> None:
+        """Forget one scan's features, if any."""
+        self._open.pop(scan_id, None)
+        if self.volume_sha256.pop(scan_id, None) is not None:
+            self._write_index()
+
+    def _write_index(self) -> None:
+        index = pd.DataFrame(sorted(self.volume_sha256.items()), columns=["scan_id", "volume_sha256"])
+        write_csv(index, self.folder / "index.csv")
 
 
 @dataclass
@@ -107,7 +134,7 @@ def extract_features(
         z-scored volumes, RAS.
     folder : path
         The workspace's `features`; the cache is a folder in it, named after everything that shapes a feature
-        (store, weights, pooling, settings), so other volumes or weights never meet old features.
+        (preprocessing, weights, pooling, settings), so other volumes or weights never meet old features.
     network : Vgg16Features
         From `vgg16_features`, on its device.
     scan_ids : list of str, optional
@@ -125,7 +152,8 @@ def extract_features(
     settings = settings or FeatureSettings()
     cache = open_cache(store, folder, network, settings)
     wanted = list(store.scan_ids if scan_ids is None else scan_ids)
-    missing = [scan_id for scan_id in wanted if not cache.has(scan_id)]
+    volumes = dict(zip(store.index["scan_id"], store.index["sha256"], strict=True))
+    missing = [scan_id for scan_id in wanted if not cache.has(scan_id, volumes.get(scan_id, "absent"))]
     failed, writes = [], []
     with ThreadPoolExecutor(max_workers=1) as writer:  # the disk works while the network does
         for scan_id in tqdm(missing, desc="VGG16 features", unit="scan", disable=not missing):
@@ -135,8 +163,9 @@ def extract_features(
                 )
             except (FeatureError, KeyError, OSError) as error:
                 failed.append((scan_id, str(error.args[0] if error.args else error)))
+                writes.append(writer.submit(cache.drop, scan_id))
                 continue
-            writes.append(writer.submit(_write, rows, cache.path(scan_id)))
+            writes.append(writer.submit(cache.add, scan_id, rows, volumes[scan_id]))
             _raise_failed(writes)
     _raise_failed(writes, wait=True)
     report = pd.DataFrame(failed, columns=["scan_id", "reason"])
@@ -169,11 +198,6 @@ def _volume(store: Volumes, scan_id: str) -> np.ndarray:
         return np.asarray(store[scan_id])
     except KeyError as error:
         raise FeatureError("not in the volume store: its preprocessing failed or it came later") from error
-
-
-def _write(rows: np.ndarray, path: Path) -> None:
-    with writing(path) as temporary, open(temporary, "wb") as stream:
-        np.save(stream, rows)
 
 
 def _raise_failed(writes: list[Future], wait: bool = False) -> None:

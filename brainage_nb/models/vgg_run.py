@@ -173,10 +173,10 @@ def _left_out(absent: pd.DataFrame, failed: pd.DataFrame | None, lost: pd.DataFr
 def _inputs(cache: FeatureCache, splits: pd.DataFrame, network: Vgg16Features) -> dict[str, Any]:
     """What decides a run's outcome; equal inputs need no second fit."""
     used = splits[["scan_id", "subject_id", "age", "split", "fold"]].sort_values("scan_id")
-    known = [scan_id for scan_id in used["scan_id"] if cache.has(scan_id)]
+    known = [scan_id + cache.volume_sha256[scan_id] for scan_id in used["scan_id"] if cache.has(scan_id)]
     return {
         "features": cache.facts["fingerprint"],
-        "scans with features": hashlib.sha256("\n".join(known).encode()).hexdigest()[:12],
+        "volumes": hashlib.sha256("\n".join(known).encode()).hexdigest()[:12],
         "splits": hashlib.sha256(used.to_csv(index=False).encode()).hexdigest()[:12],
         "grid": [list(choice) for choice in GRID],
         "seed": network.seed,

@@ -3,6 +3,7 @@
 import hashlib
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -43,6 +44,8 @@ class Store(dict):
     def __init__(self, volumes, fingerprint="store-a"):
         super().__init__(volumes)
         self.scan_ids, self.fingerprint, self.spacing_mm = list(volumes), fingerprint, SPACING
+        hashes = [hashlib.sha256(volume.tobytes()).hexdigest() for volume in volumes.values()]
+        self.index = pd.DataFrame({"scan_id": self.scan_ids, "sha256": hashes})
 
 
 # --- triplets -------------------------------------------------------------------------------------------
@@ -193,6 +196,18 @@ def test_only_missing_scans_are_computed(network, tmp_path, monkeypatch):
     assert second.cache.path("sub-0").stat().st_mtime_ns == before
     expected = volume_features(store["sub-1"], SPACING, network, SMALL)
     np.testing.assert_array_equal(FeatureCache(second.cache.folder).rows("sub-1"), expected)
+
+
+def test_a_volume_that_changed_is_computed_again(network, tmp_path):
+    first = extract_features(Store({"a": head(), "b": head(seed=1)}), tmp_path, network, settings=SMALL)
+    broken = np.zeros((SIZE,) * 3, np.float16)
+    changed = Store({"a": head(seed=2), "b": broken})
+    second = extract_features(changed, tmp_path, network, settings=SMALL)
+    assert second.cache.folder == first.cache.folder
+    assert (second.computed, second.reused) == (1, 0)
+    expected = volume_features(changed["a"], SPACING, network, SMALL)
+    np.testing.assert_array_equal(FeatureCache(second.cache.folder).rows("a"), expected)
+    assert FeatureCache(second.cache.folder).scan_ids == ["a"]  # the old features of b are not kept
 
 
 def test_an_interrupted_extraction_keeps_what_was_done(network, tmp_path):

@@ -104,13 +104,15 @@ def test_scaling_is_learned_inside_each_fold():
 
 
 def test_a_feature_active_in_one_training_scan_cannot_throw_a_prediction():
-    scans, age, _ = made_up(60)
+    scans, age, _ = made_up(60, noise=(3, 3, 3, 3))
     features = np.stack([rows[0] for rows in scans]).astype(np.float32)
     features[:, :100] = 0
     features[0, :100] = 0.05
-    features[-1, :100] = 3  # a new scan in which these features happen to be active
+    age[0] = 95 - age[0]  # so that the SVR leans on whatever sets this scan apart
     model = fit_svr(features[:50], age[:50], PUBLISHED)
-    assert np.abs(model.predict(features[50:]) - age[50:]).max() < 10
+    usual = model.predict(features[50:])
+    features[50:, :100] = 3  # new scans in which these features happen to be active
+    assert np.abs(model.predict(features[50:]) - usual).max() < 5
 
 
 def test_the_best_choice_is_the_lowest_error_and_of_equals_the_first():
@@ -225,6 +227,9 @@ class Store(dict):
     def __init__(self, volumes):
         super().__init__(volumes)
         self.scan_ids, self.fingerprint, self.spacing_mm = list(volumes), "store-a", 8.0
+        self.index = pd.DataFrame(
+            {"scan_id": self.scan_ids, "sha256": [f"hash of {i}" for i in self.scan_ids]}
+        )
 
 
 def heads(age):
