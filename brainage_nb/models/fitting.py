@@ -29,12 +29,13 @@ from brainage_nb.models.optimisation import (
 )
 from brainage_nb.models.resnet import AgeRegressor, load_pretrained, resnet18_regressor
 from brainage_nb.models.settings import TrainingSettings, refuse_difference
+from brainage_nb.models.shared_batchnorm import share_batchnorm
 from brainage_nb.models.stopping import StopRequests
 from brainage_nb.models.sweeps import Member, member_rows
 from brainage_nb.volumes.augment import augment
 from brainage_nb.workspace import write_csv
 
-PRECISE_SCANS = 256  # enough for BatchNorm's means; more changes nothing
+PRECISE_SCANS = 64  # enough for BatchNorm's means
 HISTORY = (
     "fold",
     "seed",
@@ -111,6 +112,8 @@ class MemberFit:
             load_pretrained(model, settings.init_from)
         model.to(device)
         self.average = WeightAverage(model, settings.ema_epochs * self.steps_per_epoch)
+        if self.accelerator.num_processes > 1:
+            model = share_batchnorm(model, device)
         self.network = model
         prepared, self.optimiser = self.accelerator.prepare(model, make_optimiser(model, settings))
         self.stepper = Stepper(self.accelerator, prepared, self.optimiser, settings, settings.micro_batch)
@@ -222,8 +225,10 @@ class MemberFit:
         return self._predict(rows, flip_averaging=False) - self.scans["age"].to_numpy(float)[rows]
 
     def _precise_batches(self):
-        rows = self.member.train
+        """Training volumes spread over the ages, as they are predicted: without augmentation."""
+        rows = self.member.train[np.argsort(self.scans["age"].to_numpy()[self.member.train], kind="stable")]
         rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), PRECISE_SCANS)).round().astype(int)]
+        rows = np.random.default_rng(0).permutation(rows)  # so that each batch spans the ages
         return self.volumes.batches(np.array_split(rows, -(-len(rows) // self.settings.batch_size)))
 
     def _predict(self, rows: np.ndarray, *, flip_averaging: bool) -> np.ndarray:

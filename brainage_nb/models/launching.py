@@ -21,7 +21,7 @@ from brainage_nb.workspace import write_csv, write_json
 if TYPE_CHECKING:
     from brainage_nb.volumes.store import VolumeStore
 
-LAST_LINES = 25
+LAST_LINES = 100
 
 
 class LaunchFailed(RuntimeError):
@@ -45,7 +45,7 @@ def processes_wanted(settings: TrainingSettings) -> int:
 def launch(
     store: VolumeStore, splits: pd.DataFrame, run_folder: Path, settings: TrainingSettings, *, fresh: bool
 ) -> None:
-    """Train in several processes through `accelerate launch`; blocks, printing their lines as they come.
+    """Train in several processes; blocks, printing their lines as they come.
 
     Raises
     ------
@@ -55,23 +55,19 @@ def launch(
     run_folder.mkdir(parents=True, exist_ok=True)
     settings_file = write_json(settings.to_json(), run_folder / "launch_settings.json")
     splits_file = write_csv(splits, run_folder / "launch_splits.csv")
-    command = [*_launcher(settings), "--module", "brainage_nb.models.training"]
+    # torchrun, which `accelerate launch` calls too; unlike that, it also starts several processes on CPUs.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes_wanted(settings)), "-m", "brainage_nb.models.training"]
     command += ["--volumes", str(store.folder), "--splits", str(splits_file), "--run-folder", str(run_folder)]
     command += ["--settings", str(settings_file)] + (["--fresh"] if fresh else [])
     environment = os.environ | {"BRAINAGE_TRAINING_WORKER": "1", "PYTHONUNBUFFERED": "1"}
     lines, status = _followed(command, environment)
     if status:
-        raise LaunchFailed(f"Training in {processes_wanted(settings)} processes failed:\n" + "\n".join(lines))
+        # The launcher's own report comes last and says little; the first process's error says what happened.
+        told = [line for line in lines if line.startswith("[rank0]")] or lines
+        raise LaunchFailed(f"Training in {processes_wanted(settings)} processes failed:\n" + "\n".join(told))
     settings_file.unlink()
     splits_file.unlink()
-
-
-def _launcher(settings: TrainingSettings) -> list[str]:
-    on_gpus = settings.device != "cpu" and torch.cuda.is_available()
-    kind = ["--multi_gpu"] if on_gpus else ["--cpu"]
-    count = str(processes_wanted(settings))
-    fixed = ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [sys.executable, "-m", "accelerate.commands.launch", *kind, "--num_processes", count, *fixed]
 
 
 def _followed(command: list[str], environment: dict[str, str]) -> tuple[list[str], int]:

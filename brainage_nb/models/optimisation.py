@@ -187,8 +187,8 @@ class Stepper:
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
         warnings.warn(
-            f"{size} volumes at once do not fit the device: computing {self.micro_batch} at a time and "
-            f"adding gradients up. The batch of {batch} stays.",
+            f"{size} volumes at once do not fit the device: computing {self.micro_batch} at a time (which is "
+            f"what BatchNorm sees) and adding gradients up. The batch of {batch} stays.",
             stacklevel=2,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from pathlib import Path
@@ -48,6 +49,7 @@ def why_no_gpu() -> str:
     """
     if not torch.cuda.is_available():
         return "PyTorch sees no GPU"
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", torch.cuda.current_device())))
     try:
         ones = torch.ones(1, 1, 4, 4, 4, device="cuda")
         total = torch.nn.functional.conv3d(ones, ones[..., :2, :2, :2]).sum().item()

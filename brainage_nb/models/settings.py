@@ -95,7 +95,7 @@ class TrainingSettings:
     gradient_clip: float = 20.0
     ema_epochs: float = 1.0
     patience: int = 0
-    norm: str = "group"
+    norm: str = "batch"
     shortcut: str = "B"
     widths: tuple[int, ...] = (64, 128, 256, 512)
     blocks: tuple[int, ...] = (2, 2, 2, 2)

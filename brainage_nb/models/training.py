@@ -93,12 +93,12 @@ def train(
     """
     settings = settings or TrainingSettings()
     run_folder = Path(run_folder)
-    if not in_worker() and processes_wanted(settings) > 1:
-        launch(store, splits, run_folder, settings, fresh=fresh)
-        return _result(run_folder, [])
     job = Job(store, splits, run_folder, settings)
     if not fresh and job.is_done():
         return _result(run_folder, ["This run is complete with these settings: nothing was trained again."])
+    if not in_worker() and processes_wanted(settings) > 1:
+        launch(store, splits, run_folder, settings, fresh=fresh)
+        return _result(run_folder, [])
     progress = EpochLines() if in_worker() else ProgressBars(on_epoch)
     with StopRequests(settings.max_minutes) as stop:
         job.run(stop, progress, fresh=fresh)

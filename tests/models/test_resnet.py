@@ -91,7 +91,7 @@ def test_weights_of_another_network_are_refused(tmp_path):
 
 
 def test_unknown_options_name_what_there_is():
-    with pytest.raises(ValueError, match=r"norm='layer'.*group.*instance.*batch"):
+    with pytest.raises(ValueError, match=r"norm='layer'.*batch.*group.*instance"):
         resnet18_regressor(norm="layer")
     with pytest.raises(ValueError, match="four stages"):
         resnet18_regressor(widths=(4, 8))

@@ -112,7 +112,7 @@ def test_other_settings_are_named_and_refused_unless_fresh(tiny, tiny_settings, 
 @pytest.mark.parametrize("stops", [(1,), (4,), (5, 3), (2, 2, 2, 2, 2, 1)])
 def test_stopping_at_any_step_changes_nothing(tiny, tiny_settings, tmp_path, monkeypatch, stops):
     store, splits = tiny
-    settings = replace(tiny_settings, dropout=0.2, norm="batch")
+    settings = replace(tiny_settings, dropout=0.2)
     whole = train(store, splits, tmp_path / "whole", settings)
     monkeypatch.setattr("brainage_nb.models.training.StopRequests", StopAfter)
     for steps in stops:
@@ -212,7 +212,7 @@ def test_volumes_stay_on_the_device_where_they_fit(tiny):
 
 def test_a_batch_that_does_not_fit_is_halved_and_keeps_its_size(tiny, tiny_settings, tmp_path, monkeypatch):
     store, splits = tiny
-    settings = replace(tiny_settings, augmentation=None, gradient_clip=0.0)
+    settings = replace(tiny_settings, augmentation=None, gradient_clip=0.0, norm="group")
     whole = train(store, splits, tmp_path / "whole", settings)
     true_gradient = Stepper._gradient
 
@@ -327,3 +327,23 @@ def test_the_best_epoch_comes_from_neither_the_held_out_fold_nor_the_test_split(
         assert not test & (set(member.train) | set(member.validation))
         assert not set(member.predicted) & set(member.train)
         assert not set(member.predicted) & set(member.validation)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_two_processes_give_the_loss_of_one(tiny, tiny_settings, tmp_path, norm):
+    settings = replace(tiny_settings, norm=norm)
+    one = train(*tiny, tmp_path / "one", settings)
+    two = train(*tiny, tmp_path / "two", replace(settings, processes=2))
+    assert two.complete and two.settings["processes"] == 2
+    for column in ("train_loss", "val_mae"):
+        np.testing.assert_allclose(two.history[column], one.history[column], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_failing_launch_shows_its_last_lines(tiny, tiny_settings, tmp_path):
+    from brainage_nb.models.launching import LaunchFailed
+
+    settings = replace(tiny_settings, processes=2, init_from=str(tmp_path / "nowhere.pth"))
+    with pytest.raises(LaunchFailed, match=r"nowhere\.pth"):
+        train(*tiny, tmp_path / "run", settings)
