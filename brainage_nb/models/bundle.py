@@ -16,7 +16,7 @@ import numpy as np
 
 from brainage_nb.models.bundle_facts import among
 from brainage_nb.models.bundle_files import MAX_BYTES, BundleError, BundleFiles, open_bundle
-from brainage_nb.models.bundle_saving import save_bundle
+from brainage_nb.models.bundle_saving import current_bundle, save_bundle
 from brainage_nb.models.members import RESNET, VGG, NetworkEnsemble, SvrModel, network_from, svr_from
 from brainage_nb.models.prediction import (
     Caution,
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from brainage_nb.evaluation.intervals import ConformalInterval
     from brainage_nb.volumes.preprocessing import PreprocessingSettings
 
-__all__ = ["Bundle", "BundleError", "load_bundle", "save_bundle"]
+__all__ = ["Bundle", "BundleError", "current_bundle", "load_bundle", "save_bundle"]
 
 MAX_SCAN_BYTES = 2**30  # a 0.5 mm head in 32-bit numbers is 0.5 GB
 MAX_VOXELS = 2 * 10**8

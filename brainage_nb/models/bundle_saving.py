@@ -91,6 +91,15 @@ def save_bundle(
     return write_bundle(target or folder / "bundle", manifest, arrays, card_of(manifest))
 
 
+def current_bundle(run_folder: Path | str) -> Path:
+    """The bundle of a run: the one there, or saved now where there is none or the run was trained again."""
+    bundle = Path(run_folder) / "bundle"
+    made, predicted = bundle / "bundle.json", Path(run_folder) / "predictions.csv"
+    if made.exists() and (not predicted.exists() or made.stat().st_mtime >= predicted.stat().st_mtime):
+        return bundle
+    return save_bundle(run_folder)
+
+
 def evenly(items: Sequence[str], n: int) -> list[str]:
     """At most `n` of the items, evenly spaced."""
     chosen = np.unique(np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int))

@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from brainage_nb.models.explain_groups import template_grid
+from brainage_nb.volumes.pictures import PLANES, plane
+
 if TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
 
+    from brainage_nb.models.explain_groups import GroupMap
     from brainage_nb.models.prediction import Prediction
 
 BLUE, VERMILION, GREY, BLACK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"  # Okabe-Ito where coloured
-PLANES = ("sagittal", "coronal", "axial")
-ENDS = {"sagittal": "PA", "coronal": "LR", "axial": "LR"}  # what lies at the left and right border of a slice
+# What lies at the left and right border of a slice.
+ENDS = {"sagittal": "AP", "coronal": "RL", "axial": "RL"}
 
 
 def overlay_planes(
@@ -25,41 +28,40 @@ def overlay_planes(
     at: Sequence[int] | None = None,
     *,
     opacity: float = 0.6,
-    spacing_mm: float | None = None,
+    spacing_mm: float = 1.0,
 ) -> Sequence[Axes]:
     """Sagittal, coronal and axial slice of a volume with a signed heat map over it.
+
+    The head's left is on the picture's right, as on radiology workstations.
 
     Parameters
     ----------
     axes : three Axes
-    volume, heat : array (size, size, size)
-        RAS. The left of the picture is the person's left. Vermilion raises the age, blue lowers it.
+    volume, heat : array (x, y, z)
+        RAS. Vermilion raises the age, blue lowers it.
     at : three ints, optional
         Voxel shown; by default where the heat is strongest inside the head, without heat the centre.
     opacity : float
         Of the strongest heat, 0 to 1.
-    spacing_mm : float, optional
+    spacing_mm : float
         Voxel edge in mm, for the slices' positions in the titles.
     """
-    at = strongest(volume, heat) if at is None else tuple(int(value) for value in at)
+    at = strongest(volume, heat) if at is None else at
     low, high = np.percentile(volume, [1, 99.7])
-    top = 1.0 if heat is None else max(float(np.percentile(np.abs(heat), 99.8)), 1e-12)
-    for axis, (ax, plane) in enumerate(zip(axes, PLANES, strict=True)):
-        ax.imshow(
-            _slice(volume, axis, at),
-            cmap="gray",
-            vmin=low,
-            vmax=high,
-            origin="lower",
-            interpolation="bilinear",
-        )
+    if heat is not None:
+        shown = np.where(_near_head(volume), heat, 0.0)
+        shown = shown / max(float(np.percentile(np.abs(shown), 99.8)), 1e-12)
+    for axis, (ax, name) in enumerate(zip(axes, PLANES, strict=True)):
+        position = at[axis] / max(volume.shape[axis] - 1, 1)
+        picture, _ = plane(np.asarray(volume, np.float32), name, position)
+        ax.imshow(picture, cmap="gray", vmin=low, vmax=high, interpolation="bilinear")
         if heat is not None:
-            ax.imshow(
-                signed_colours(_slice(heat, axis, at) / top, opacity),
-                origin="lower",
-                interpolation="bilinear",
-            )
-        _label(ax, plane, at[axis], len(volume), spacing_mm)
+            picture, _ = plane(shown, name, position)
+            ax.imshow(signed_colours(picture, opacity), interpolation="bilinear")
+        ax.set_title(f"{name}, {at[axis] * spacing_mm:.0f} mm", fontsize=9)
+        for x, end in zip((0.03, 0.97), ENDS[name], strict=True):
+            ax.text(x, 0.5, end, color="white", fontsize=9, ha="center", va="center", transform=ax.transAxes)
+        ax.set_axis_off()
     return axes
 
 
@@ -127,28 +129,35 @@ def age_among_held_out(ax: Axes, prediction: Prediction, position: Mapping[str, 
     return ax
 
 
-def triplet_bars(ax: Axes, contributions: pd.DataFrame, spacing_mm: float) -> Axes:
-    """Years each triplet of slices adds to the age (`VggSvr.contributions`), from the lowest slice up."""
-    shown = contributions.dropna(subset=["years"])
-    height = (shown["first_slice"] + shown["last_slice"] + 1) / 2 * spacing_mm
-    colours = np.where(shown["years"] >= 0, VERMILION, BLUE)
-    ax.barh(height, shown["years"], height=2.4 * spacing_mm, color=colours)
-    ax.axvline(0, color=BLACK, lw=0.8)
-    ax.set(xlabel="Contribution to the age [years]", ylabel="Height in the volume [mm]")
-    ax.set_title(f"What {len(shown)} triplets of axial slices add", fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+def _near_head(volume: np.ndarray) -> np.ndarray:
+    """Head and a voxel around it; heat in plain air only distracts."""
+    from scipy import ndimage
+
+    head = np.asarray(volume, dtype=np.float32) > np.mean(volume, dtype=float)
+    return ndimage.binary_dilation(ndimage.binary_fill_holes(head))
 
 
-def _slice(volume: np.ndarray, axis: int, at: Sequence[int]) -> np.ndarray:
-    """One slice as an image: rows from low to high second axis, columns along the first."""
-    return np.take(np.asarray(volume, dtype=np.float32), at[axis], axis=axis).T
+def group_panels(
+    axes: Sequence[Axes], group: GroupMap, at_mm: Sequence[float] = (0, -20, 5)
+) -> Sequence[Axes]:
+    """Mean heat map of one age band over its mean volume, in template space.
 
-
-def _label(ax: Axes, plane: str, index: int, size: int, spacing_mm: float | None) -> None:
-    place = f"slice {index}" if spacing_mm is None else f"{index * spacing_mm:.0f} mm"
-    ax.set_title(f"{plane}, {place}", fontsize=9)
-    for x, end in zip((0.03, 0.97), ENDS[plane], strict=True):
-        ax.text(x, 0.5, end, color="white", fontsize=9, ha="center", va="center", transform=ax.transAxes)
-    ax.set_xlim(-0.5, size - 0.5)
-    ax.set_axis_off()
+    `axes` are three; `at_mm` is the MNI152 position shown, mm.
+    """
+    shape, affine = template_grid()
+    at = np.round(np.linalg.solve(affine, [*at_mm, 1.0])[:3]).astype(int)
+    at = [int(np.clip(index, 0, side - 1)) for index, side in zip(at, shape, strict=True)]
+    overlay_planes(axes, group.volume, group.heat, at, spacing_mm=affine[0, 0])
+    for ax, name, place in zip(axes, PLANES, at_mm, strict=True):
+        ax.set_title(f"{name}, {'xyz'[PLANES.index(name)]} = {place:g} mm", fontsize=9)
+    axes[0].text(
+        -0.08,
+        0.5,
+        f"{group.low:g} to {group.high:g} years\nn = {group.n}",
+        rotation=90,
+        ha="center",
+        va="center",
+        fontsize=9,
+        transform=axes[0].transAxes,
+    )
+    return axes

@@ -1,0 +1,175 @@
+"""The prediction widget of notebook 07: choose a scan, read its age, look at the slices with the heat map.
+
+Every view is also a plain figure (`result_figure`), so that headless runs and exported pages show it. Works
+with ipywidgets 7.7 and 8, whose upload fields differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from brainage_nb.apps.uploads import StoredScan, stored
+from brainage_nb.models.explain import Explanation, explain
+from brainage_nb.models.prediction import Failure, Prediction
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from brainage_nb.models.bundle import Bundle
+
+
+def result_figure(
+    bundle: Bundle,
+    prediction: Prediction,
+    explanation: Explanation,
+    at: Sequence[int] | None = None,
+    *,
+    opacity: float = 0.6,
+) -> Figure:
+    """Three planes with the heat map, and the age among held-out scans: one static picture."""
+    from matplotlib.figure import Figure
+
+    from brainage_nb.models.explain_plots import age_among_held_out, overlay_planes
+
+    figure = Figure(figsize=(12, 7.4), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.1))
+    overlay_planes(
+        upper.subplots(1, 3),
+        prediction.volume,
+        explanation.heat,
+        at,
+        opacity=opacity,
+        spacing_mm=explanation.spacing_mm,
+    )
+    upper.suptitle(f"{prediction.scan}: {explanation.title}", fontsize=10)
+    left, right = lower.subplots(1, 2, width_ratios=(1.3, 1))
+    age_among_held_out(left, prediction, bundle.manifest["position"])
+    _write_result(right, prediction)
+    return figure
+
+
+def _write_result(ax: Any, prediction: Prediction) -> None:
+    import textwrap
+
+    lines = [f"{name}: {value}" for name, value in prediction.frame()["value"].items()]
+    lines += [""] + [f"! {caution.sentence}" for caution in prediction.warnings]
+    wrapped = [part for line in lines for part in (textwrap.wrap(line, 58) or [""])]
+    ax.text(0, 1, "\n".join(wrapped), va="top", fontsize=9, transform=ax.transAxes)
+    ax.set_axis_off()
+
+
+class PredictionWidget:
+    """Choose or upload a scan, predict, look around.
+
+    Parameters
+    ----------
+    bundle : Bundle
+    scans : mapping
+        Name to show -> (path, true age in years or None); the workspace's list.
+    """
+
+    def __init__(self, bundle: Bundle, scans: Mapping[str, tuple[Path, float | None]]):
+        import ipywidgets as w
+
+        self.bundle, self.scans = bundle, dict(scans)
+        self.prediction: Prediction | None = None
+        self.explanation: Explanation | None = None
+        self.choice = w.Dropdown(options=list(self.scans), description="Scan")
+        self.upload = w.FileUpload(multiple=False, description="or upload one")
+        self.age = w.Text(placeholder="years, if known", description="True age")
+        self.button = w.Button(description="Predict", button_style="primary")
+        last = bundle.settings.size - 1
+        names = ("left to right", "back to front", "bottom to top")
+        self.sliders = [
+            w.IntSlider(value=last // 2, min=0, max=last, description=name, continuous_update=False)
+            for name in names
+        ]
+        self.opacity = w.FloatSlider(value=0.6, min=0, max=1, step=0.1, description="heat map")
+        self.said, self.picture = w.HTML(), w.Image(format="png", layout=w.Layout(max_width="100%"))
+        self.button.on_click(self._when_asked)
+        for slider in (*self.sliders, self.opacity):
+            slider.observe(self._redraw, names="value")
+        top = w.HBox([self.choice, self.upload, self.age, self.button], layout=w.Layout(flex_flow="row wrap"))
+        looks = w.HBox([*self.sliders, self.opacity], layout=w.Layout(flex_flow="row wrap"))
+        self.view = w.VBox([top, self.said, looks, self.picture])
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        display(self.view)
+
+    def predict(self) -> Prediction | Failure:
+        """Predict the chosen or uploaded scan and show it; the upload is removed afterwards."""
+        uploads = uploaded(self.upload.value)
+        if uploads:
+            with stored(uploads[:1]) as found:
+                result = self._one(found[0]) if isinstance(found[0], StoredScan) else found[0]
+        else:
+            path, known = self.scans[self.choice.value]
+            result = self._one(StoredScan(Path(path), self.choice.value), known)
+        if isinstance(result, Failure):
+            self._say(result.sentence)
+            return result
+        from brainage_nb.models.explain_plots import strongest
+
+        self.prediction = result
+        self.explanation = explain(self.bundle, result)
+        for slider, index in zip(self.sliders, strongest(result.volume, self.explanation.heat), strict=True):
+            slider.value = index
+        self._say("")
+        self._redraw()
+        return result
+
+    def _one(self, scan: StoredScan, known: float | None = None) -> Prediction | Failure:
+        try:
+            age = float(self.age.value) if self.age.value.strip() else known
+        except ValueError:
+            return Failure(scan.name, "age", f"True age {self.age.value!r}: expected years, as 54.5.")
+        result = next(self.bundle.predict_many([scan.path], [age], n_jobs=1))
+        return dataclasses.replace(result, scan=scan.name)
+
+    def _when_asked(self, _button: Any) -> None:
+        self._say("Predicting ...")
+        self.predict()
+
+    def _redraw(self, _change: Any = None) -> None:
+        if self.prediction is None:
+            return
+        at = [slider.value for slider in self.sliders]
+        figure = result_figure(self.bundle, self.prediction, self.explanation, at, opacity=self.opacity.value)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=90)
+        self.picture.value = stream.getvalue()
+
+    def _say(self, text: str) -> None:
+        import html
+
+        self.said.value = html.escape(text)
+
+
+class _Uploaded(io.BytesIO):
+    """An uploaded file with its name."""
+
+    def __init__(self, name: str, content: Any):
+        super().__init__(bytes(content))
+        self.name = name
+
+
+def uploaded(value: Any) -> list[_Uploaded]:
+    """Files of a FileUpload's value: a tuple of mappings (ipywidgets 8) or name -> mapping (ipywidgets 7)."""
+    if isinstance(value, Mapping):
+        return [_Uploaded(name, item["content"]) for name, item in value.items()]
+    return [_Uploaded(item["name"], item["content"]) for item in value]
+
+
+def workspace_scans(
+    splits: Any, resolve: Callable[[str], Path], split: str = "test"
+) -> dict[str, tuple[Path, float | None]]:
+    """The scans of one split for the widget's list: `scan_id` -> (path, age), those whose file is there."""
+    rows = splits[splits["split"] == split].sort_values("scan_id")
+    found = {row.scan_id: (resolve(row.image), float(row.age)) for row in rows.itertuples()}
+    return {name: (path, age) for name, (path, age) in found.items() if path.exists()}

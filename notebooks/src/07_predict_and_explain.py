@@ -1,0 +1,193 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # 07 · Predict and explain
+#
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/brainage-nb/brainage_nb/blob/main/notebooks/07_predict_and_explain.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/brainage-nb/brainage_nb/blob/main/notebooks/07_predict_and_explain.ipynb)
+#
+# **In:** a trained model (a run of notebook 04 or 05, or a bundle someone gave you) and one T1-weighted scan.
+#
+# **Out:** the predicted age with its interval and warnings, a heat map of where it comes from, and the bundle: one
+# folder to hand the model on. Opening a bundle runs nothing from it.
+#
+# For research only. This is not a medical device: it does not diagnose, and its result is no ground for a decision
+# about a person's care.
+
+# %% [markdown]
+# ## Set-up
+# Installs the package where it is absent and leaves the platform's torch and numpy as they are.
+
+# %%
+import importlib.util
+import subprocess
+
+if importlib.util.find_spec("brainage_nb") is None:
+    _script = "https://raw.githubusercontent.com/brainage-nb/brainage_nb/main/colab_setup.sh"
+    subprocess.run(["bash", "-c", f"set -o pipefail; curl -fsSL {_script} | bash"], check=True)
+    importlib.invalidate_caches()
+
+# %% [markdown]
+# ## Parameters
+# The only cell to edit. Colab shows it as a form; `brainage-nb run -p name=value` and papermill set the same names.
+
+# %% tags=["parameters"] nbmake={"mock": {"workspace": "../build/smoke", "per_band": 2}}
+# folder for everything written; empty: $BRAINAGE_WORKSPACE, else the platform's usual place
+workspace = ""  # @param {type:"string"}
+# run whose model predicts, when no bundle is named
+run = "resnet18"  # @param {type:"string"}
+# bundle (folder or .zip) of a model from elsewhere; empty: that of the run
+bundle = ""  # @param {type:"string"}
+# scan to predict (NIfTI or MGH); empty: a test scan of the workspace
+scan = ""  # @param {type:"string"}
+# true age of that scan in years, for the gap; 0: not known, or from the workspace
+true_age = 0.0  # @param {type:"number"}
+# how the age is explained: grad_cam (a second) or occlusion (minutes); SVR models always show triplets
+method = "grad_cam"  # @param ["grad_cam", "occlusion"]
+# scans an age band behind each group map
+per_band = 12  # @param {type:"integer"}
+# seed of every random choice
+seed = 1  # @param {type:"integer"}
+
+# %%
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from brainage_nb.apps.widget import PredictionWidget, result_figure, workspace_scans
+from brainage_nb.models.bundle import current_bundle, load_bundle
+from brainage_nb.models.explain import explain
+from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary, write_json
+
+parameters = resolved_parameters(globals())
+ws = open_workspace(workspace).begin("07_predict_and_explain")
+session_summary(ws.root)
+
+# %% [markdown]
+# ## The model
+# A bundle holds the weights, the preprocessing, whom the model learned from, its bias correction and interval (both
+# from subjects it was not tested on), and its figures.
+
+# %%
+place = bundle or current_bundle(ws.run(run))
+model = load_bundle(place)
+training = model.manifest["training"]
+print(f"{model.title}; ages {training['age_low']:.0f} to {training['age_high']:.0f} years; from {place}")
+if model.is_test_object:
+    print("Trained on invented heads, to test the kit: its ages mean nothing for people.")
+pd.DataFrame(model.manifest["figures"]).map(
+    lambda figure: (
+        f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+        if isinstance(figure, dict)
+        else figure
+    )
+)
+
+# %% [markdown]
+# ## One scan, one age
+# The interval holds the true age of about nine in ten people like those it was calibrated on. Read the warnings
+# first: outside the ages and kinds of scan the model knows, the number means nothing.
+
+# %%
+scans = workspace_scans(ws.read("splits.csv"), ws.resolve)
+path, known_age = (scan, true_age or None) if scan else list(scans.values())[len(scans) // 2]
+prediction = model.predict(path, true_age or known_age)
+prediction.frame()
+
+# %%
+with pd.option_context("display.max_colwidth", None):
+    display(pd.DataFrame(prediction.warnings, columns=["code", "warning"]))
+
+# %% [markdown]
+# ## Where the age comes from
+# Vermilion raises the age, blue lowers it. A heat map shows what the model used; it does not show what is wrong with
+# a brain, and a map can look sensible while the model errs.
+
+# %%
+explanation = explain(model, prediction, method if model.model.kind == "resnet18" else "")
+result_figure(model, prediction, explanation)
+
+# %%
+saved = explanation.save(ws.path("predictions"), prediction)
+saved.append(write_json(prediction.to_dict(), ws.path("predictions", "prediction.json")))
+explanation.contributions if explanation.contributions is not None else [path.name for path in saved]
+
+# %% [markdown]
+# ## Look around
+# Choose another scan of the workspace or upload one, and move through the slices. Without a live kernel the figure
+# above stands for it.
+
+# %%
+PredictionWidget(model, scans or {prediction.scan: (path, None)})
+
+# %% [markdown]
+# ## By age: what the model uses on average
+# Mean maps over test scans, in template space by the crown and middle of the head alone: good to about a centimetre.
+
+# %%
+from brainage_nb.models.explain_groups import age_group_maps, coarse_regions, region_table
+from brainage_nb.models.explain_plots import group_panels
+from brainage_nb.volumes.store import VolumeStore
+
+splits = ws.read("splits.csv")
+test = splits[splits["split"] == "test"]
+groups = []
+if model.model.kind == "resnet18" and ws.path("volumes", model.settings.fingerprint).exists():
+    store = VolumeStore.open(ws.path("volumes", model.settings.fingerprint))
+    groups = age_group_maps(model, store, test[test["scan_id"].isin(store.scan_ids)], per_band=per_band)
+
+# %%
+if groups:
+    figure, axes = plt.subplots(len(groups), 3, figsize=(9, 3.2 * len(groups)), squeeze=False)
+    for row, group in zip(axes, groups, strict=True):
+        group_panels(row, group)
+    figure.suptitle(
+        "Mean Grad-CAM of test scans by true age (vermilion raises the age, blue lowers it)", fontsize=10
+    )
+    plt.show()
+
+# %% [markdown]
+# Heat by region. `density` above 1 is more heat than the region's size explains. Borders are rough.
+
+# %%
+regions = region_table(groups[-1].heat, coarse_regions()) if groups else pd.DataFrame()
+regions.round(3)
+
+# %% [markdown]
+# ## Can the maps be believed?
+# On the known-answer cohort it is known where ageing was planted: heat should fall there, more than plain edges do
+# and more than that of a network with random weights. AUC of 0.5 is chance. On people nobody knows the answer.
+
+# %%
+from brainage_nb.models.explain_checks import AGEING_MAP, planted_check, planted_places
+
+checked = pd.DataFrame(columns=["map", "auc_of_mean"])
+if groups and ws.path("demo", AGEING_MAP).exists():
+    some = test.sort_values("age").iloc[:: max(1, len(test) // (2 * per_band))]
+    places = planted_places(ws.path("demo"), some, ws.resolve, model.settings)
+    checked = planted_check(model, store, places, ws.path("demo", AGEING_MAP), seed=seed)
+checked.round(3)
+
+# %% [markdown]
+# ## Done
+
+# %%
+ws.finish(
+    "07_predict_and_explain",
+    parameters,
+    written=[*saved, *([] if bundle else [place])],
+    figures={f"{prediction.scan}: predicted age [years]": round(prediction.predicted_age, 2)}
+    | {
+        f"AUC against planted ageing, {row['map']}": round(row.auc_of_mean, 3)
+        for _, row in checked.iterrows()
+    },
+)

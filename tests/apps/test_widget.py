@@ -1,0 +1,83 @@
+import datetime
+
+import pytest
+
+from brainage_nb.apps.widget import PredictionWidget, result_figure, uploaded, workspace_scans
+from brainage_nb.models.bundle import load_bundle
+from brainage_nb.models.explain import explain
+from brainage_nb.models.prediction import Failure
+from tests.models.tiny_bundle import write_scan, write_tiny_bundle
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    return load_bundle(write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle"))
+
+
+def test_a_chosen_scan_is_predicted_and_shown(bundle, tmp_path):
+    scan = write_scan(tmp_path / "a.nii", 5)
+    widget = PredictionWidget(bundle, {"a": (scan, 44.0)})
+    result = widget.predict()
+    assert result.predicted_age == pytest.approx(bundle.predict(scan).predicted_age, abs=1e-5)
+    assert result.gap == pytest.approx(result.predicted_age - 44)
+    assert widget.picture.value.startswith(b"\x89PNG")
+
+
+def test_moving_a_slider_draws_another_slice(bundle, tmp_path):
+    widget = PredictionWidget(bundle, {"a": (write_scan(tmp_path / "a.nii", 5), None)})
+    widget.predict()
+    before = widget.picture.value
+    widget.sliders[2].value = widget.sliders[2].value - 4
+    assert widget.picture.value != before
+
+
+def test_an_upload_counts_before_the_list_and_a_bad_one_is_said(bundle, tmp_path):
+    scan = write_scan(tmp_path / "a.nii", 5)
+    widget = PredictionWidget(bundle, {"a": (scan, None)})
+    files = {
+        "b.nii": {"content": write_scan(tmp_path / "b.nii", 6).read_bytes()},
+        "bad.nii": {"content": b"no scan"},
+    }
+    for name, item in files.items():
+        now = datetime.datetime.now(datetime.UTC)
+        widget.upload.value = ({"name": name, "type": "", "size": 1, "last_modified": now, **item},)
+        result = widget.predict()
+    assert isinstance(result, Failure) and "neither a NIfTI" in widget.said.value
+    assert widget.prediction.scan == "b.nii"
+
+
+def test_an_age_that_is_no_number_is_said(bundle, tmp_path):
+    widget = PredictionWidget(bundle, {"a": (write_scan(tmp_path / "a.nii", 5), None)})
+    widget.age.value = "fifty"
+    assert isinstance(widget.predict(), Failure) and "expected years" in widget.said.value
+
+
+def test_uploads_of_both_ipywidgets_versions_are_read():
+    seven = {"a.nii": {"metadata": {"name": "a.nii"}, "content": b"abc"}}
+    eight = ({"name": "a.nii", "content": memoryview(b"abc")},)
+    for value in (seven, eight):
+        (file,) = uploaded(value)
+        assert (file.name, file.getvalue()) == ("a.nii", b"abc")
+    assert uploaded({}) == uploaded(()) == []
+
+
+def test_the_static_figure_says_what_the_widget_says(bundle, tmp_path):
+    result = bundle.predict(write_scan(tmp_path / "a.nii", 5), 44)
+    figure = result_figure(bundle, result, explain(bundle, result))
+    texts = [text.get_text() for part in figure.subfigs for sub in (part, *part.axes) for text in sub.texts]
+    assert any(f"{result.predicted_age:.1f}" in text and f"{result.gap:+.1f}" in text for text in texts)
+
+
+def test_the_list_holds_test_scans_whose_files_are_there(tmp_path):
+    import pandas as pd
+
+    write_scan(tmp_path / "b.nii")
+    rows = pd.DataFrame(
+        {
+            "scan_id": ["c", "b", "a"],
+            "split": ["test", "test", "train"],
+            "image": ["c.nii", "b.nii", "b.nii"],
+            "age": 50,
+        }
+    )
+    assert workspace_scans(rows, lambda image: tmp_path / image) == {"b": (tmp_path / "b.nii", 50.0)}
