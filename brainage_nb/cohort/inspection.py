@@ -122,14 +122,20 @@ def _numbered(work: Callable[..., Any], position: int, task: tuple) -> tuple[int
 def _one_process_a_task(
     work: Callable[..., Any], waiting: dict[int, tuple], lost: Any
 ) -> Iterator[tuple[int, Any]]:
-    from joblib.externals.loky import get_reusable_executor
+    # A pool of its own: joblib's shared one must not be left changed for whoever uses it next.
+    from joblib.externals.loky import ProcessPoolExecutor
 
-    for position, task in waiting.items():
-        try:
-            alone = get_reusable_executor(max_workers=1, kill_workers=True)
-            yield position, alone.submit(work, *task).result()
-        except BrokenProcessPool:
-            yield position, lost
+    alone = ProcessPoolExecutor(max_workers=1)
+    try:
+        for position, task in waiting.items():
+            try:
+                yield position, alone.submit(work, *task).result()
+            except BrokenProcessPool:
+                alone.shutdown(kill_workers=True)
+                alone = ProcessPoolExecutor(max_workers=1)
+                yield position, lost
+    finally:
+        alone.shutdown(kill_workers=True)
 
 
 def inspect_scan(path: str | Path, rules: CleaningRules) -> dict[str, Any]:

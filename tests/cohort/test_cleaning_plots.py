@@ -17,7 +17,7 @@ def ax():
 
 def people(n, **columns):
     ids = [f"s{number}" for number in range(n)]
-    return pd.DataFrame({"subject_id": ids, "age": np.linspace(20, 80, n)}).assign(**columns)
+    return pd.DataFrame({"subject_id": ids, "age": np.linspace(20, 79, n)}).assign(**columns)
 
 
 def heights(ax):

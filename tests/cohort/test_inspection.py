@@ -99,6 +99,8 @@ def test_a_tilted_affine_is_measured_in_degrees(tmp_path):
 def test_label_maps_have_equal_neighbours_and_lettering_stands_at_the_maximum(tmp_path):
     labels = (head() > 500).astype(np.uint8) * 3
     assert inspect_scan(save(tmp_path / "labels.nii.gz", labels), RULES)["equal_neighbours"] > 0.9
+    empty_around = head() * (head() > 500)
+    assert inspect_scan(save(tmp_path / "empty_around.nii.gz", empty_around), RULES)["equal_neighbours"] < 0.1
     lettered = head()
     lettered[12:20, 10:30, 16:18] = 2000
     assert inspect_scan(save(tmp_path / "lettered.nii.gz", lettered), RULES)["at_maximum"] > 0.02
@@ -157,6 +159,10 @@ def test_a_process_that_dies_loses_only_its_own_task():
 
     found = dict(each_in_parallel(work, [(n,) for n in range(6)], 2, title="numbers", lost="lost"))
     assert found == {0: 0, 1: 10, 2: 20, 3: "lost", 4: 40, 5: 50}
+    again = dict(
+        each_in_parallel(lambda number: -number, [(n,) for n in range(3)], 2, title="numbers", lost="")
+    )
+    assert again == {0: 0, 1: -1, 2: -2}
 
 
 def test_an_empty_cohort_gives_an_empty_table():
