@@ -33,7 +33,7 @@ class ProgressBars:
             from tqdm.auto import tqdm
 
             steps = fit.steps_per_epoch * fit.settings.epochs
-            self.bar = tqdm(total=steps, initial=fit.step, desc=self.title, unit="step")
+            self.bar = tqdm(total=steps, initial=fit.step, desc=self.title, unit="step", mininterval=0.5)
 
     def step(self, fit) -> None:
         self._open(fit)

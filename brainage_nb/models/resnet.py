@@ -36,8 +36,8 @@ def resnet18_regressor(
     blocks : sequence of int
         Residual blocks of each stage; (2, 2, 2, 2) is ResNet-18, (1, 1, 1, 1) is ResNet-10.
     norm : {"batch", "group", "instance"}
-        Normalisation. "batch" learns fastest on small cohorts; its statistics need `precise_statistics` before
-        evaluation. "group" is GroupNorm of 16 channels a group, alike in training and evaluation.
+        Normalisation. "batch" learns fastest on small cohorts; before evaluation its statistics need
+        `precise_statistics`. "group" is GroupNorm of 16 channels a group, alike in training and evaluation.
     shortcut : {"A", "B"}
         Where the resolution halves: "B" is a strided 1x1x1 convolution, "A" subsamples and pads with zero
         channels (MedicalNet; here gradients pass, in MONAI they do not).

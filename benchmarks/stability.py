@@ -1,0 +1,125 @@
+"""Do evaluation-mode predictions jump on small data, and what cures it? Three seeds on real scans at 4 mm.
+
+Run: `python benchmarks/stability.py --data FOLDER [--epochs 12] [--quick]`, where FOLDER holds `images/` and a
+table of ages (`IXI.xls`). One training a seed and norm; after each epoch the same weights are evaluated in
+each way: running statistics (what PyTorch does by default), precise statistics, precise statistics of the
+averaged weights (what this package does). `--norms batch,group` compares GroupNorm too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from brainage_nb.cohort.sources import folder_cohort
+from brainage_nb.cohort.splits import deal_splits
+from brainage_nb.models.fitting import MemberFit
+from brainage_nb.models.job import Job
+from brainage_nb.models.optimisation import precise_statistics, predict_ages
+from brainage_nb.models.settings import TrainingSettings
+from brainage_nb.models.stopping import StopRequests
+from brainage_nb.volumes.preprocessing import PreprocessingSettings
+from brainage_nb.volumes.store import VolumeStore, build_store
+
+BAR = 1.5
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+DEFAULT_DATA = Path(os.environ.get("BRAINAGE_TEST_DATA", SHARED)) / "ixi_hh"
+
+
+class Watch:
+    """Evaluates the weights of each epoch in every way; takes the place of a progress bar."""
+
+    def __init__(self, norm: str, seed: int):
+        self.norm, self.seed, self.rows = norm, seed, []
+
+    def begin(self, *_) -> None:
+        """Nothing to open."""
+
+    step = end = begin
+
+    def epoch(self, fit: MemberFit) -> None:
+        """Note the validation MAE (years) of each way."""
+        network = copy.deepcopy(fit.network)
+        ways = {"running statistics": validation_mae(fit, network)}
+        if self.norm == "batch":
+            precise_statistics(network, fit._precise_batches(), fit.accelerator.autocast)
+            ways["precise statistics"] = validation_mae(fit, network)
+        ways["precise statistics + weight average"] = fit.history[-1]["val_mae"]
+        for way, mae in ways.items():
+            row = {"norm": self.norm, "way": way, "seed": self.seed, "epoch": fit.epoch, "mae": mae}
+            self.rows.append(row)
+        print(self.norm, self.seed, fit.epoch, {way: round(mae, 2) for way, mae in ways.items()}, flush=True)
+
+
+def validation_mae(fit: MemberFit, network) -> float:
+    """MAE in years of a network on the validation scans, evaluation mode."""
+    rows = fit.member.validation
+    batches = fit.volumes.batches(np.array_split(rows, -(-len(rows) // 8)))
+    ages = predict_ages(network, batches, fit.accelerator.autocast, flip_averaging=False)
+    return float(np.abs(ages - fit.scans["age"].to_numpy()[rows]).mean())
+
+
+def real_store(data: Path, work: Path) -> tuple[VolumeStore, pd.DataFrame]:
+    """The scans of a folder at 4 mm, and their splits."""
+    found = folder_cohort(data / "images", data / "IXI.xls")
+    splits = deal_splits(found.cohort)
+    settings = PreprocessingSettings(spacing_mm=4.0, size=48)
+    return build_store(splits, work / "volumes", settings, resolve=Path).store, splits
+
+
+def verdict(rows: pd.DataFrame) -> pd.DataFrame:
+    """For each norm, way and seed: best MAE, and the worst of the last half of training over it."""
+    late = rows[rows["epoch"] > rows["epoch"].max() / 2]
+    keys = ["norm", "way", "seed"]
+    best, worst = rows.groupby(keys, sort=False)["mae"].min(), late.groupby(keys, sort=False)["mae"].max()
+    return pd.DataFrame({"best": best, "worst of last half": worst, "ratio": worst / best}).reset_index()
+
+
+def main() -> None:
+    """Train, print the before/after table, and as the last line the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=DEFAULT_DATA)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--norms", default="batch")
+    parser.add_argument("--quick", action="store_true", help="six epochs of one seed")
+    options = parser.parse_args()
+    epochs, seeds = (6, "0") if options.quick else (options.epochs, options.seeds)
+    if not options.data.is_dir():
+        print(json.dumps({"name": "stability", "skipped": f"no scans at {options.data}; give --data"}))
+        sys.exit(0)
+    warnings.simplefilter("ignore")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        store, splits = real_store(options.data, Path(folder))
+        for norm in options.norms.split(","):
+            for seed in map(int, seeds.split(",")):
+                settings = TrainingSettings(epochs=epochs, norm=norm, seeds=(seed,), checkpoint_minutes=1e9)
+                watch = Watch(norm, seed)
+                Job(store, splits, Path(folder) / f"{norm}{seed}", settings).run(StopRequests(), watch)
+                rows += watch.rows
+    table = verdict(pd.DataFrame(rows))
+    print(table.round(2).to_string(index=False))
+    cured = table[(table["norm"] == TrainingSettings().norm) & table["way"].str.endswith("average")]["ratio"]
+    worst = table.groupby(["norm", "way"], sort=False)["ratio"].max()
+    outcome = {
+        "name": "stability",
+        "value": round(float(cured.max()), 3),
+        "bar": BAR,
+        "holds": bool(cured.max() <= BAR),
+        "worst_ratio": {f"{norm}, {way}": round(r, 2) for (norm, way), r in worst.items()},
+    }
+    print(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main()
