@@ -122,11 +122,22 @@ def find_notebooks(first: str = "", last: str = "") -> list[Notebook]:
 
 
 def parse_overrides(given: Sequence[str], notebooks: Sequence[Notebook]) -> dict[str, Any]:
-    """Turn `name=value` texts into values; a name that none of the notebooks knows is refused."""
+    """Turn `name=value` texts into values.
+
+    Raises
+    ------
+    ParameterError
+        A name that none of the notebooks knows, a value of another type, or one `run` for two notebooks.
+    """
     known: dict[str, Parameter] = {}
     for notebook in notebooks:
         known |= notebook.parameters()
     values = {}
+    trained = [notebook.name for notebook in notebooks if "run" in notebook.parameters()]
+    if len(trained) > 1 and any(item.startswith("run=") for item in given):
+        raise ParameterError(
+            f"-p run=... would be one run for {' and '.join(trained)}. Choose one of them with --from and --to."
+        )
     for item in given:
         name, equals, text = item.partition("=")
         if not equals:

@@ -39,7 +39,8 @@ def prepare(name: str, owner: str, given: list[str], target: Path) -> Path:
 def main() -> int:
     """Prepare and push; returns the exit status."""
     names = sorted(path.parent.name for path in FOLDER.glob("*/kernel-metadata.json"))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kind = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     parser.add_argument("notebook", choices=names)
     parser.add_argument("--owner", required=True, help="your Kaggle user name")
     parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="name=value")

@@ -23,9 +23,9 @@ open_workspace(workspace).finish("NAME", used, figures={"epochs": epochs})
 """
 
 
-def make_notebook(folder, name, body="", ending=ENDING):
+def make_notebook(folder, name, body="", ending=ENDING, extra=""):
     cells = [
-        nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(PARAMETERS + extra, metadata={"tags": ["parameters"]}),
         nbformat.v4.new_markdown_cell("## The middle part"),
         nbformat.v4.new_code_cell(body or "1 + 1"),
         nbformat.v4.new_code_cell(ending.replace("NAME", name)),
@@ -59,6 +59,13 @@ def test_values_are_parsed_by_the_type_of_the_default(tmp_path):
 def test_an_unknown_parameter_is_refused_with_a_suggestion(tmp_path):
     with pytest.raises(ParameterError, match="Did you mean epochs"):
         parse_overrides(["epocs=3"], [make_notebook(tmp_path, "01_a")])
+
+
+def test_one_run_name_for_two_training_notebooks_is_refused(tmp_path):
+    notebooks = [make_notebook(tmp_path, name, extra='# run\nrun = "x"') for name in ("04_a", "05_b")]
+    assert parse_overrides(["run=y"], notebooks[:1]) == {"run": "y"}
+    with pytest.raises(ParameterError, match="04_a and 05_b"):
+        parse_overrides(["run=y"], notebooks)
 
 
 def test_what_is_done_is_skipped_until_a_parameter_or_an_earlier_notebook_changes(tmp_path):

@@ -74,7 +74,7 @@ seed = 1  # @param {type:"integer"}
 
 # %%
 import matplotlib.pyplot as plt
-import pandas as pd
+from IPython.display import Markdown
 
 from brainage_nb.cohort.cleaning_plots import age_histogram
 from brainage_nb.cohort.sources import demo_cohort, folder_cohort
@@ -110,8 +110,7 @@ found.cohort.head(8)
 # Each line is a rule that was applied to this table, with the rows it touched.
 
 # %%
-with pd.option_context("display.max_colwidth", None):
-    display(pd.DataFrame({"decided": found.notes or ["nothing needed deciding"]}))
+Markdown("\n".join(f"- {note}" for note in found.notes or ["Nothing needed deciding."]))
 
 # %% [markdown]
 # ## What did not match

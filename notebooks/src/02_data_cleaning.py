@@ -100,7 +100,6 @@ min_cohort = 10  # @param {type:"integer"}
 
 # %%
 import matplotlib.pyplot as plt
-import pandas as pd
 
 from brainage_nb.cohort.cleaning import CleaningRules, clean, counts_by_reason, inspect_scans
 from brainage_nb.cohort.cleaning_plots import age_histogram, flagged_montage, plot_reasons
@@ -137,8 +136,8 @@ counts_by_reason(cleaning)
 
 # %%
 odd = cleaning[~cleaning["kept"] | (cleaning["flags"] != "")]
-with pd.option_context("display.max_colwidth", None, "display.max_rows", 60):
-    display(odd[["scan_id", "kept", "reason", "flags", "detail"]])
+print(f"{len(odd)} scans dropped or flagged; the first 60, all are in cleaning.csv")
+odd[["scan_id", "kept", "reason", "flags", "detail"]].head(60).style.set_properties(**{"text-align": "left"})
 
 # %%
 figure, ax = plt.subplots(figsize=(8, 3.4), layout="constrained")
@@ -177,7 +176,7 @@ split_table(splits)
 
 # %%
 figure, ax = plt.subplots(figsize=(8, 2.8), layout="constrained")
-plot_splits(splits, ax)
+plot_splits(ax, splits)
 plt.show()
 
 # %% [markdown]

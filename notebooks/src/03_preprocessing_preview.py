@@ -54,14 +54,15 @@ smooth = True  # @param {type:"boolean"}
 preview_scan = ""  # @param {type:"string"}
 
 # %%
-import matplotlib.pyplot as plt  # noqa: F401 (makes the notebook show figures)
 import pandas as pd
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.volumes.pictures import montage, steps_figure
 from brainage_nb.volumes.preprocessing import PreprocessingSettings, preprocessing_steps
 from brainage_nb.volumes.store import build_store
 from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
 
+set_matplotlib_formats("png")  # figures appear in their cells
 parameters = resolved_parameters(globals())
 ws = open_workspace(workspace).begin("03_preprocessing_preview")
 session_summary(ws.root)
@@ -73,8 +74,10 @@ session_summary(ws.root)
 # %%
 settings = PreprocessingSettings(spacing_mm=spacing_mm, size=size, smooth=smooth)
 print(f"fingerprint {settings.fingerprint}")
-with pd.option_context("display.max_colwidth", None):
-    display(pd.DataFrame({"step": [str(step) for step in settings.steps]}))
+numbers = [
+    (step["step"], name, value) for step in settings.steps for name, value in step.items() if name != "step"
+]
+pd.DataFrame(numbers, columns=["step", "number", "value"])
 
 # %% [markdown]
 # ## One scan, step by step

@@ -84,8 +84,8 @@ blur_mm = 4.0  # @param {type:"number"}
 noise_sd = 0.1  # @param {type:"number"}
 
 # %%
-import matplotlib.pyplot as plt  # noqa: F401 (makes the notebook show figures)
-import pandas as pd
+from IPython.display import Markdown
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.apps.live_curve import LiveCurve, history_figure
 from brainage_nb.evaluation.metrics import metrics_by_split
@@ -96,6 +96,7 @@ from brainage_nb.volumes.pictures import montage
 from brainage_nb.volumes.store import current_store
 from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
 
+set_matplotlib_formats("png")  # figures appear in their cells
 parameters = resolved_parameters(globals())
 ws = open_workspace(workspace).begin("04_train_resnet18")
 session_summary(ws.root)
@@ -145,7 +146,7 @@ settings = TrainingSettings(
     augmentation=augmentation,
 )
 result = train(store, splits, ws.run(run), settings, fresh=fresh, on_epoch=LiveCurve())
-pd.DataFrame({"notes": result.notes})
+Markdown("\n".join(f"- {note}" for note in result.notes))
 
 # %%
 display(history_figure(result.history))

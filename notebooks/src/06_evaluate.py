@@ -58,8 +58,8 @@ controls = ""  # @param {type:"string"}
 seed = 1  # @param {type:"integer"}
 
 # %%
-import matplotlib.pyplot as plt  # noqa: F401 (makes the notebook show figures)
-import pandas as pd
+from IPython.display import Markdown
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.evaluation import tables
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
@@ -67,6 +67,7 @@ from brainage_nb.evaluation.figures import draw_figures
 from brainage_nb.evaluation.report import write_report
 from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
 
+set_matplotlib_formats("png")  # figures appear in their cells
 parameters = resolved_parameters(globals())
 ws = open_workspace(workspace).begin("06_evaluate")
 session_summary(ws.root)
@@ -83,8 +84,9 @@ evaluation = evaluate_runs(
 headline_table(evaluation.results).T
 
 # %%
-with pd.option_context("display.max_colwidth", None):
-    display(pd.DataFrame({"read this first": evaluation.warnings or ["no warnings"]}))
+Markdown(
+    "**Read this first**\n\n" + "\n".join(f"- {line}" for line in evaluation.warnings or ["No warnings."])
+)
 
 # %% [markdown]
 # ## Predicted against true age, run by run
