@@ -63,7 +63,7 @@ def test_nobody_left_to_report_on_is_refused():
 
 def test_ages_outside_training_are_warned_of_with_their_number():
     rows = external()
-    rows.loc[:2, "age"] = 95.0
+    rows.loc[:2, "age"] = [95.0, 12.0, 95.0]
     assert "3 of 120 scans" in evaluate_external(rows, **KNOWN).warnings[0]
     assert evaluate_external(external(), **KNOWN).warnings == []
 

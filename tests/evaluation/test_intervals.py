@@ -127,9 +127,9 @@ def test_a_given_difficulty_is_needed_again():
 
 
 def test_coverage_counts_each_age_bin():
-    age = np.array([25.0, 26.0, 45.0])
-    table = coverage(age, age - [1, -1, 1], age + 2)
+    age = np.array([25.0, 26.0, 27.0, 45.0])
+    table = coverage(age, age - np.array([1, -1, 5, 1]), age + np.array([2, 2, -1, 2]))
     assert table["group"].tolist() == ["all", "20-29", "40-49"]
-    assert table["coverage"].tolist() == pytest.approx([2 / 3, 0.5, 1])
-    assert table["mean_width"].tolist() == pytest.approx([7 / 3, 2, 3])
+    assert table["coverage"].tolist() == pytest.approx([1 / 2, 1 / 3, 1])
+    assert table["mean_width"].tolist() == pytest.approx([11 / 4, 8 / 3, 3])
     assert (table["coverage_low"] < table["coverage"]).all()

@@ -44,6 +44,7 @@ def test_a_gap_recovered_at_half_size_has_slope_one_half(scans):
     rows["half"] = 0.5 * rows["planted_gap"] + rng.normal(0, 0.5, len(rows))
     found = recovered_gap(rows, {"a": "perfect", "b": "half"}, n_bootstrap=300).set_index("kind")
     assert found.loc["a", ["r", "slope"]].tolist() == pytest.approx([1, 1])
+    assert found.loc["b", "slope"] == pytest.approx(0.5, abs=0.03)
     assert found.loc["b", "slope_low"] < 0.5 < found.loc["b", "slope_high"] < 0.6
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from brainage_nb.evaluation.external import evaluate_external
 from brainage_nb.evaluation.report import as_html_table, evaluate_runs, write_report
+from brainage_nb.evaluation.tables import dropped_table
 from brainage_nb.workspace import read_json
 from tests.evaluation.fake_workspace import cohort_frame, simulated, write_run, write_workspace
 
@@ -105,8 +106,11 @@ def test_what_has_no_data_is_said_in_a_line_instead_of_an_empty_figure(tmp_path)
     assert np.isinf(pd.read_csv(ws.path("evaluation", "predictions.csv"))["plain_high"]).all()
 
 
-def test_what_was_dropped_is_counted_with_an_example(page):
-    assert "unreadable" in page and "odd1: The file ends early." in page
+def test_what_was_dropped_is_counted_with_an_example(tmp_path, page):
+    ws = write_workspace(tmp_path, cohort_frame(20))
+    (row,) = dropped_table(ws).to_dict("records")
+    assert row == {"reason": "unreadable", "scans": 2, "for example": "odd1: The file ends early."}
+    assert row["for example"] in page
 
 
 def test_another_cohort_has_its_section_with_raw_figures_and_no_names(tmp_path):
