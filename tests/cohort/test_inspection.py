@@ -141,14 +141,21 @@ def test_bad_files_get_an_error_each_and_the_others_their_facts(tmp_path):
     assert facts.set_index("scan_id").loc["series", "shape"] == (32, 40, 32, 2)
 
 
-def test_a_fault_inside_a_reader_becomes_the_error_of_that_scan(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("fault", "error", "said"),
+    [
+        (ZeroDivisionError("deep inside"), "unreadable", "ZeroDivisionError: deep inside"),
+        (MemoryError(), "too_large", "does not fit into memory"),
+    ],
+)
+def test_a_fault_inside_a_reader_becomes_the_error_of_that_scan(tmp_path, monkeypatch, fault, error, said):
     def broken(path, **_):
-        raise ZeroDivisionError("deep inside")
+        raise fault
 
     monkeypatch.setattr("brainage_nb.cohort.inspection.load_scan", broken)
     facts = inspect_scan(save(tmp_path / "a.nii.gz", head()), RULES)
-    assert facts["error"] == "unreadable"
-    assert "ZeroDivisionError: deep inside" in facts["error_detail"]
+    assert facts["error"] == error
+    assert said in facts["error_detail"]
 
 
 def test_a_process_that_dies_loses_only_its_own_task():
