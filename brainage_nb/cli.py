@@ -1,4 +1,4 @@
-"""The command `brainage-nb`: run the notebooks headless, list them."""
+"""The command `brainage-nb`: run the notebooks headless, list them, predict scans, open the app."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from brainage_nb import __version__
+from brainage_nb.apps import predict_cli
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         help="a notebook parameter (repeatable)",
     )
     run.set_defaults(command=_run)
+
+    predict_cli.add_parsers(commands)
 
     listing = commands.add_parser("list", help="show the notebooks and their parameters")
     listing.set_defaults(command=_list)
