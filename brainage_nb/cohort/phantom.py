@@ -34,7 +34,7 @@ DESCRIPTION, TRUTH, PARTICIPANTS, AGEING_MAP = (
     "dataset_description.json",
     "truth.csv",
     "participants.tsv",
-    "ageing_map.nii.gz",
+    "derivatives/ageing_map.nii.gz",
 )
 README = """\
 The known-answer cohort of brainage_nb: invented heads, no people.
@@ -53,7 +53,8 @@ not depend on age.
 
 participants.tsv    a row a subject and session: age (years), sex, site
 truth.csv           a row a scan: brain age, gap (years), every planted parameter and nuisance
-ageing_map.nii.gz   where ageing was planted, 0 to 1, in MNI152 space: the mean change of intensity from
+derivatives/ageing_map.nii.gz
+                    where ageing was planted, 0 to 1, in MNI152 space: the mean change of intensity from
                     brain age 20 to 86 without nuisances, smoothed by 2 mm
 """
 
@@ -85,7 +86,7 @@ def make_cohort(
     -------
     Path
         The folder: `sub-0001[/ses-01]/anat/*_T1w.nii.gz`, `participants.tsv`, `truth.csv`,
-        `ageing_map.nii.gz` and a `README` that says in words what is planted.
+        `derivatives/ageing_map.nii.gz` and a `README` that says in words what is planted.
 
     Raises
     ------

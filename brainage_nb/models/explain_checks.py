@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from brainage_nb.cohort.phantom import TRUTH
 from brainage_nb.models.explain_groups import in_template, template_grid
 from brainage_nb.models.heat_maps import edge_map, grad_cam, randomised
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from brainage_nb.volumes.preprocessing import PreprocessingSettings
     from brainage_nb.volumes.store import VolumeStore
 
-AGEING_MAP, TRUTH = "ageing_map.nii.gz", "truth.csv"
 HEAT, EDGES, RANDOM = "Grad-CAM of the model", "edges of the scan", "Grad-CAM, weights randomised"
 
 

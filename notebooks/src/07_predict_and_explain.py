@@ -168,7 +168,8 @@ regions.round(3)
 # and more than that of a network with random weights. AUC of 0.5 is chance. On people nobody knows the answer.
 
 # %%
-from brainage_nb.models.explain_checks import AGEING_MAP, planted_check, planted_places
+from brainage_nb.cohort.phantom import AGEING_MAP
+from brainage_nb.models.explain_checks import planted_check, planted_places
 
 checked = pd.DataFrame(columns=["map", "auc_of_mean"])
 if groups and ws.path("demo", AGEING_MAP).exists():
