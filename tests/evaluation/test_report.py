@@ -8,7 +8,7 @@ import pytest
 
 from brainage_nb.evaluation.external import evaluate_external
 from brainage_nb.evaluation.report import as_html_table, evaluate_runs, write_report
-from brainage_nb.evaluation.tables import dropped_table
+from brainage_nb.evaluation.tables import dropped_table, flat_settings
 from brainage_nb.workspace import read_json
 from tests.evaluation.fake_workspace import cohort_frame, simulated, write_run, write_workspace
 
@@ -133,6 +133,15 @@ def test_another_cohort_has_its_section_with_raw_figures_and_no_names(tmp_path):
     assert "secret" not in text + ws.path("evaluation", "results.json").read_text(encoding="utf-8")
     assert read_json(ws.path("evaluation", "results.json"))["_external"]["OASIS"]["metrics"]["n"] == 50
     assert ws.path("evaluation", "figures", "external_OASIS.png").exists()
+
+
+def test_nested_settings_become_one_row_each_without_repetition():
+    nested = {
+        "variant": "mean",
+        "settings": {"epochs": 3, "augmentation": {"flip": 0.5}},
+        "identity": {"epochs": 3},
+    }
+    assert flat_settings(nested) == {"variant": "mean", "epochs": "3", "augmentation.flip": "0.5"}
 
 
 def test_text_from_tables_cannot_become_markup():
