@@ -71,6 +71,7 @@ def test_a_gzip_file_of_two_members_is_read_whole(scan, array, tmp_path):
 def test_a_truncated_file_is_truncated_whether_compressed_or_not(scan, tmp_path):
     plain = gzip.decompress(scan.read_bytes())
     (tmp_path / "cut.nii.gz").write_bytes(scan.read_bytes()[:-200])
+    (tmp_path / "cut_checksum.nii.gz").write_bytes(scan.read_bytes()[:-3])
     (tmp_path / "cut.nii").write_bytes(plain[:-200])
     (tmp_path / "cut_inside.nii.gz").write_bytes(gzip.compress(plain[:-200]))
     (tmp_path / "empty.nii").write_bytes(b"")
