@@ -28,8 +28,6 @@ from brainage_nb.workspace import read_csv
 SETTINGS = TrainingSettings(
     epochs=3, batch_size=6, widths=(8, 16, 32, 64), blocks=(1, 1, 1, 1), device="cpu", checkpoint_minutes=0.0
 )
-KILLS = 3
-STEPS = 12
 CHECKPOINT_BYTES = 4_000_000
 
 
@@ -89,10 +87,10 @@ def kill_at(child: int, folder: Path, step: int, jitter: float) -> bool:
     return True
 
 
-def killed_run(work: Path, run: str, store, splits, number: int, seconds_a_step: float) -> tuple[int, int]:
-    """Train one run with up to `KILLS` kills; (kills, kills that cut a write)."""
+def killed_run(work: Path, run: str, store, splits, number: int, kills_wanted: int) -> tuple[int, int]:
+    """Train one run with up to `kills_wanted` kills; (kills, kills that cut a write)."""
     draw, kills, cut = random.Random(number), 0, 0
-    for _ in range(KILLS):
+    for _ in range(kills_wanted):
         step = newest_step(work / run) + draw.randint(0, 4)
         if number % 2:
             child = start(work, run, store, splits, bytes_until_kill=draw.randint(1, 5 * CHECKPOINT_BYTES))
@@ -119,6 +117,7 @@ def main() -> None:
     """Train once undisturbed, then the killed runs; print a table, and as the last line the result."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=3, help="at most so many a run")
     parser.add_argument("--quick", action="store_true", help="four runs")
     options = parser.parse_args()
     n_runs = 4 if options.quick else options.runs
@@ -131,7 +130,7 @@ def main() -> None:
         seconds, whole = time.monotonic() - started, result(work / "whole")
         rows = []
         for number in range(n_runs):
-            kills, cut = killed_run(work, f"run{number}", store, splits, number, seconds / STEPS)
+            kills, cut = killed_run(work, f"run{number}", store, splits, number, options.kills)
             same = result(work / f"run{number}") == whole
             rows.append({"run": number, "kills": kills, "in a write": cut, "identical": same})
             print(rows[-1], flush=True)

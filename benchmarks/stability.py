@@ -1,7 +1,7 @@
 """Do evaluation-mode predictions jump on small data, and what cures it? Three seeds on real scans at 4 mm.
 
-Run: `python benchmarks/stability.py --data FOLDER [--epochs 12] [--quick]`, where FOLDER holds `images/` and a
-table of ages (`IXI.xls`). One training a seed and norm; after each epoch the same weights are evaluated in
+Run: `python benchmarks/stability.py --data FOLDER [--epochs 12] [--quick]`, where FOLDER holds `images/` and
+a table of ages (`IXI.xls`). One training a seed and norm; after each epoch the same weights are evaluated in
 each way: running statistics (what PyTorch does by default), precise statistics, precise statistics of the
 averaged weights (what this package does). `--norms batch,group` compares GroupNorm too.
 """

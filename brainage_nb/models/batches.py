@@ -32,10 +32,10 @@ class ResidentVolumes:
     """
 
     def __init__(self, store: VolumeStore, scan_ids: Sequence[str], device: torch.device):
-        size = store.size
         self.where = "resident"
-        self.spacing_mm, self.device = store.spacing_mm, device
-        self._volumes = torch.empty((len(scan_ids), size, size, size), dtype=torch.float16, device=device)
+        self.size, self.spacing_mm, self.device = store.size, store.spacing_mm, device
+        shape = (len(scan_ids), *(self.size,) * 3)
+        self._volumes = torch.empty(shape, dtype=torch.float16, device=device)
         for row, (shard, place) in enumerate(zip(*store.locate(scan_ids), strict=True)):
             self._volumes[row] = torch.from_numpy(np.array(store.shards[shard][place])).to(device)
 
@@ -53,8 +53,8 @@ class StreamedVolumes:
 
     def __init__(self, store: VolumeStore, scan_ids: Sequence[str], device: torch.device):
         self.where = "streamed"
-        self.spacing_mm, self.device = store.spacing_mm, device
-        self._size, self._shards = store.size, store.shards
+        self.size, self.spacing_mm, self.device = store.size, store.spacing_mm, device
+        self._shards = store.shards
         self._shard, self._row = (np.asarray(places) for places in store.locate(scan_ids))
 
     def batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Tensor]:
@@ -74,7 +74,7 @@ class StreamedVolumes:
 
     def _read(self, rows: np.ndarray) -> Tensor:
         pinned = self.device.type == "cuda"
-        batch = torch.empty((len(rows), 1, *(self._size,) * 3), dtype=torch.float16, pin_memory=pinned)
+        batch = torch.empty((len(rows), 1, *(self.size,) * 3), dtype=torch.float16, pin_memory=pinned)
         for target, row in zip(batch.numpy(), rows, strict=True):
             target[0] = self._shards[self._shard[row]][self._row[row]]
         return batch

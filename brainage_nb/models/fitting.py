@@ -7,6 +7,7 @@ does what the uninterrupted run would have done, bit for bit on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from brainage_nb.models.optimisation import (
     WeightAverage,
     learning_rate_at,
     make_optimiser,
+    piece_that_fits,
     precise_statistics,
     predict_ages,
 )
@@ -112,11 +114,14 @@ class MemberFit:
             load_pretrained(model, settings.init_from)
         model.to(device)
         self.average = WeightAverage(model, settings.ema_epochs * self.steps_per_epoch)
+        piece = settings.micro_batch
         if self.accelerator.num_processes > 1:
+            share = -(-settings.batch_size // self.accelerator.num_processes)
+            piece = piece or piece_that_fits(model, self.volumes.size, share, self.accelerator)
             model = share_batchnorm(model, device)
         self.network = model
         prepared, self.optimiser = self.accelerator.prepare(model, make_optimiser(model, settings))
-        self.stepper = Stepper(self.accelerator, prepared, self.optimiser, settings, settings.micro_batch)
+        self.stepper = Stepper(self.accelerator, prepared, self.optimiser, settings, piece)
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
 
     def _open_checkpoints(self) -> Checkpoints:
@@ -222,7 +227,8 @@ class MemberFit:
     def _validation_error(self) -> np.ndarray:
         rows = self.member.validation
         precise_statistics(self.average.model, self._precise_batches(), self.accelerator.autocast)
-        return self._predict(rows, flip_averaging=False) - self.scans["age"].to_numpy(float)[rows]
+        ages = self._predict(rows, self.accelerator.autocast, flip_averaging=False)
+        return ages - self.scans["age"].to_numpy(float)[rows]
 
     def _precise_batches(self):
         """Training volumes spread over the ages, as they are predicted: without augmentation."""
@@ -231,14 +237,12 @@ class MemberFit:
         rows = np.random.default_rng(0).permutation(rows)  # so that each batch spans the ages
         return self.volumes.batches(np.array_split(rows, -(-len(rows) // self.settings.batch_size)))
 
-    def _predict(self, rows: np.ndarray, *, flip_averaging: bool) -> np.ndarray:
+    def _predict(self, rows: np.ndarray, autocast: Callable, *, flip_averaging: bool) -> np.ndarray:
         """Ages in years of the scans at `rows`, every process doing its share and receiving all."""
         size = self.stepper.micro_batch or self.settings.batch_size
         share = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         batches = self.volumes.batches([share[start : start + size] for start in range(0, len(share), size)])
-        ages = predict_ages(
-            self.average.model, batches, self.accelerator.autocast, flip_averaging=flip_averaging
-        )
+        ages = predict_ages(self.average.model, batches, autocast, flip_averaging=flip_averaging)
         if self.accelerator.num_processes == 1:
             return ages
         from accelerate.utils import gather_object
@@ -250,7 +254,9 @@ class MemberFit:
         """Predict with the best epoch's weights as stored, write everything, drop the checkpoints."""
         weights = self.best["weights"]
         self.average.model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-        predicted = self._predict(self.member.predicted, flip_averaging=self.settings.flip_averaging)
+        flips = self.settings.flip_averaging
+        with torch.backends.cudnn.flags(allow_tf32=False):  # full precision, as a saved model predicts
+            predicted = self._predict(self.member.predicted, contextlib.nullcontext, flip_averaging=flips)
         if self.accelerator.is_main_process:
             write_weights(weights, self.folder / "weights.safetensors")
             write_csv(pd.DataFrame(self.history, columns=list(HISTORY)), self.folder / "history.csv")

@@ -5,6 +5,7 @@ Knows models and batches; knows no files, folds or epochs' bookkeeping.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import warnings
@@ -211,6 +212,32 @@ class Stepper:
 
 
 def _exchanging(accelerator, model, last: bool):
-    import contextlib
-
     return contextlib.nullcontext() if last else accelerator.no_sync(model)
+
+
+def piece_that_fits(model: nn.Module, size: int, share: int, accelerator) -> int:
+    """How many volumes of edge `size` every process can compute at once, at most `share`; 0 means all.
+
+    Several processes must know before they start: one that runs out of memory in a step leaves the others
+    waiting.
+    """
+    trial, piece = copy.deepcopy(model), share
+    while piece > 1 and not _fits(trial, size, piece, accelerator):
+        piece = (piece + 1) // 2
+    from accelerate.utils import gather_object
+
+    piece = min(gather_object([piece]))
+    return 0 if piece == share else piece
+
+
+def _fits(model: nn.Module, size: int, piece: int, accelerator) -> bool:
+    try:
+        with accelerator.autocast():
+            ages = model(torch.zeros(piece, 1, size, size, size, device=accelerator.device))
+        ages.sum().backward()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return False
+    finally:
+        model.zero_grad()
+    return True

@@ -1,8 +1,12 @@
 """Training: right, resumable at any step, and honest about where it runs."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from brainage_nb.models import preflight
+from brainage_nb.models import optimisation, preflight
 from brainage_nb.models.batches import ResidentVolumes, StreamedVolumes, open_volumes
 from brainage_nb.models.optimisation import Stepper
 from brainage_nb.models.preflight import NotReady
@@ -239,6 +243,15 @@ def test_one_volume_that_does_not_fit_is_an_error_with_advice(tiny, tiny_setting
         train(*tiny, tmp_path / "run", tiny_settings)
 
 
+def test_several_processes_agree_beforehand_on_a_piece_that_fits(monkeypatch):
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(optimisation, "_fits", lambda model, size, piece, accelerator: piece <= 3)
+    accelerator = Accelerator(cpu=True)
+    assert optimisation.piece_that_fits(torch.nn.Linear(1, 1), 8, 16, accelerator) == 2
+    assert optimisation.piece_that_fits(torch.nn.Linear(1, 1), 8, 3, accelerator) == 0
+
+
 def test_folds_hold_out_every_subject_once_and_leave_the_test_split_alone(tiny, tiny_settings, tmp_path):
     store, splits = tiny
     result = train(store, splits, tmp_path / "run", replace(tiny_settings, epochs=1, folds=3, seeds=(0, 1)))
@@ -327,6 +340,15 @@ def test_the_best_epoch_comes_from_neither_the_held_out_fold_nor_the_test_split(
         assert not test & (set(member.train) | set(member.validation))
         assert not set(member.predicted) & set(member.train)
         assert not set(member.predicted) & set(member.validation)
+
+
+def test_a_run_killed_at_a_random_moment_or_in_a_write_ends_bit_for_bit_the_same():
+    script = Path(__file__).parents[2] / "benchmarks" / "resume.py"
+    command = [sys.executable, script, "--runs", "2", "--kills", "1"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert outcome["holds"]
+    assert outcome["kills"] >= 1
 
 
 @pytest.mark.slow
