@@ -6,6 +6,8 @@ fraction of the time. Where to put the grid is not decided here.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from functools import lru_cache
 from math import erf, sqrt
 
 import numpy as np
@@ -103,9 +105,10 @@ def along_axes(array: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
     slow, middle, fast = (
         matrices[axis][:, columns].astype(np.float32) for axis, columns in zip(order, used, strict=True)
     )
-    work = np.matmul(work, fast.T)
-    work = np.matmul(middle, work)
-    work = np.matmul(slow, work.reshape(len(work), -1)).reshape(len(slow), len(middle), len(fast))
+    with _one_thread():
+        work = np.matmul(work, fast.T)
+        work = np.matmul(middle, work)
+        work = np.matmul(slow, work.reshape(len(work), -1)).reshape(len(slow), len(middle), len(fast))
     return work.transpose(np.argsort(order))
 
 
@@ -181,7 +184,8 @@ def _smoothed(array: np.ndarray, sd: np.ndarray, low: np.ndarray, high: np.ndarr
         band = _smoothing(stop[axis] - start[axis], sd[axis])[
             low[axis] - start[axis] : high[axis] - start[axis]
         ]
-        work = _banded(band.astype(np.float32), work, place)
+        with _one_thread():
+            work = _banded(band.astype(np.float32), work, place)
     return work.transpose(np.argsort(order))
 
 
@@ -203,3 +207,15 @@ def _banded(band: np.ndarray, array: np.ndarray, place: int) -> np.ndarray:
             flat = rows[:, columns] @ taken.reshape(len(taken), -1)
             result[made] = flat.reshape(len(rows), *shape[1:])
     return result
+
+
+def _one_thread() -> AbstractContextManager:
+    """Keep BLAS to one thread: on a busy CPU, threads that wait for each other cost ten times the work."""
+    return _blas().limit(limits=1, user_api="blas")
+
+
+@lru_cache(maxsize=1)
+def _blas():
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
