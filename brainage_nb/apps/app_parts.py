@@ -68,7 +68,7 @@ def choose_bundle(offered: Sequence[Path]) -> Bundle | None:
     choice = UPLOADED
     if labels:
         choice = st.selectbox("Model", [*labels, UPLOADED], label_visibility="collapsed", key="model")
-    else:
+    elif not st.session_state.get("bundle"):
         st.info(
             "No trained model lies in the workspace yet. Upload a bundle below, or make one: `make demo` "
             "trains a demonstration model in a few minutes; notebooks 04 and 05 train on your scans."
@@ -140,18 +140,26 @@ def predict_scans(bundle: Bundle) -> None:
         key=f"scans-{turn}",
     )
     ages = _true_ages([upload.name for upload in uploads], turn)
-    columns = st.columns([2, 2, 2, 4])
-    if columns[0].button("Predict", type="primary", disabled=not uploads, width="stretch", key="predict"):
+    _act(bundle, uploads, ages)
+
+
+def _act(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -> None:
+    """The buttons and what they do."""
+    example = _demo_head()
+    wanted = ["predict"] + ["demo"] * bool(example) + ["clear"] * bool(st.session_state.get("results"))
+    place = dict(zip(wanted, st.columns([2] * len(wanted) + [10 - 2 * len(wanted)]), strict=False))
+    if place["predict"].button(
+        "Predict", type="primary", disabled=not uploads, width="stretch", key="predict"
+    ):
         with st.spinner(f"Predicting {len(uploads)} scan{'s' if len(uploads) > 1 else ''}"):
             _keep(_predict(bundle, uploads, ages))
-        st.session_state["turn"] = turn + 1
+        st.session_state["turn"] += 1
         st.rerun()
-    example = _demo_head()
-    if example and columns[1].button("Try a demo head", width="stretch", key="demo"):
+    if "demo" in place and place["demo"].button("Try a demo head", width="stretch", key="demo"):
         with st.spinner("Predicting a demo head"), _turn():
             _keep(list(bundle.predict_many([example[0]], [example[1]], n_jobs=1)))
         st.rerun()
-    if st.session_state.get("results") and columns[2].button("Clear", width="stretch", key="clear"):
+    if "clear" in place and place["clear"].button("Clear", width="stretch", key="clear"):
         _keep([])
         st.rerun()
 
@@ -187,7 +195,7 @@ def _demo_head() -> tuple[Path, float] | None:
 def _true_ages(names: Sequence[str], turn: int) -> list[float | None]:
     if len(names) <= 1:
         age = st.number_input(
-            "True age in years, if known (only for the gap; the prediction does not use it)",
+            "True age in years, if known; only for the gap",
             min_value=0.0,
             max_value=OLDEST,
             value=None,

@@ -204,7 +204,7 @@ def app_command(port: int, bundle: str = "", *, browser: bool = False) -> list[s
         "server.address": "127.0.0.1",
         "server.port": port,
         "server.headless": not browser,
-        "server.maxUploadSize": 2048,
+        "server.maxUploadSize": 1024,
         "server.fileWatcherType": "none",
         "browser.gatherUsageStats": False,
         "client.toolbarMode": "minimal",

@@ -9,7 +9,7 @@ h1 {
 }
 h2 {
   font-size: 1.15rem !important; font-weight: 600 !important; color: #33414e;
-  margin-top: 1.4rem !important;
+  margin-top: 0.2rem !important; padding-top: 0.4rem !important;
 }
 [data-testid="stMetricLabel"] p { color: #54606c; font-size: 0.85rem; }
 [data-testid="stMetricValue"] { font-size: 2rem; font-weight: 600; }

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 GRAD_CAM, OCCLUSION, TRIPLETS = "grad_cam", "occlusion", "triplets"
 METHODS = {
-    GRAD_CAM: "Grad-CAM (relative; above 0 raises the age)",
-    OCCLUSION: "occlusion (years that each place adds to the age)",
+    GRAD_CAM: "Grad-CAM, relative",
+    OCCLUSION: "occlusion: years that each place adds to the age",
     TRIPLETS: "years that each triplet of axial slices adds to the age",
 }
 CUBE_MM = 24.0  # covered at once: about a gyrus with its neighbours

@@ -189,19 +189,20 @@ def coarse_regions(spacing_mm: float = TEMPLATE_MM) -> np.ndarray:
     return labels
 
 
+def brain_mask(spacing_mm: float = TEMPLATE_MM) -> np.ndarray:
+    """The MNI152 brain on the template grid."""
+    return _mni_mask("brain", *template_grid(spacing_mm))
+
+
 def _mni_mask(name: str, shape: tuple[int, int, int], affine: np.ndarray) -> np.ndarray:
-    """Brain, or deep fluid inside it (neither grey nor white, away from the surface), on our grid."""
+    """Brain, or deep fluid inside it (dark in the template, 12 mm from the surface), on our grid."""
     from nilearn import datasets
     from scipy import ndimage
 
     image = datasets.load_mni152_brain_mask(resolution=2)
-    brain = image.get_fdata() > 0.5
-    mask = brain
+    mask = image.get_fdata() > 0.5
     if name == "fluid":
-        grey, white = (
-            load(resolution=2).get_fdata() > 0.5
-            for load in (datasets.load_mni152_gm_mask, datasets.load_mni152_wm_mask)
-        )
-        mask = ndimage.binary_erosion(brain, iterations=12) & ~grey & ~white
+        mask = ndimage.binary_erosion(mask, iterations=6)
+        mask &= datasets.load_mni152_template(resolution=2).get_fdata() < 0.5
     matrix = np.linalg.inv(image.affine) @ affine
     return ndimage.affine_transform(mask.astype(np.float32), matrix, output_shape=shape, order=1) > 0.5

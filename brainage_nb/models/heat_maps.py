@@ -15,17 +15,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
-FINEST = 5  # a map of fewer voxels a side only says left or right, front or back
 
 
 def grad_cam(
-    networks: Sequence[nn.Module], volume: np.ndarray, layer: str = "", *, flip_averaging: bool = True
+    networks: Sequence[nn.Module],
+    volume: np.ndarray,
+    layers: Sequence[str] = LAYERS[:3],
+    *,
+    elementwise: bool = True,
+    flip_averaging: bool = True,
 ) -> np.ndarray:
-    """Signed Grad-CAM of the predicted age (Selvaraju et al. 2017, without the final ReLU).
+    """Signed Grad-CAM of the predicted age, without the final ReLU, over several layers.
 
-    Each channel of a layer is weighted by the mean gradient of the age and the channels are added; positive
-    where the age is pushed up, negative where it is pushed down. The unit is arbitrary: maps of one model
-    compare in pattern, and values are scaled to a largest magnitude of 1.
+    The published form (Selvaraju et al. 2017) weights each channel by its mean gradient; the element-wise
+    form (HiResCAM, Draelos & Carin 2020) keeps the gradient's place and so does not smear one place's
+    importance over the head. Each layer's map is scaled to the same mean magnitude, then they are averaged:
+    early layers say where exactly, later ones what matters.
 
     Parameters
     ----------
@@ -33,34 +38,32 @@ def grad_cam(
         The members; maps are averaged.
     volume : array (size, size, size)
         RAS, z-scored.
-    layer : str
-        `layer1` (fine) to `layer4` (coarse); by default the deepest that still resolves the head.
+    layers : sequence of str
+        Of `layer1` (fine) to `layer4` (coarse: 3 voxels a side at 96).
+    elementwise : bool
+        False for the published form.
     flip_averaging : bool
         Average with the map of the left-right mirror image, mirrored back.
 
     Returns
     -------
     float32 array (size, size, size)
+        Positive where the age is pushed up, negative where it is pushed down. The unit is arbitrary; the
+        largest magnitude is 1.
     """
-    layer = layer or deepest_useful_layer(len(volume))
-    if layer not in LAYERS:
-        raise ValueError(f"layer = {layer!r}: expected one of {', '.join(LAYERS)}.")
+    if unknown := set(layers) - set(LAYERS) or (set() if layers else {"none"}):
+        raise ValueError(f"layers: {sorted(unknown)} unknown; expected some of {', '.join(LAYERS)}.")
 
     def one(batch: Tensor) -> Tensor:
-        maps = [_cam(network, batch, layer) for network in networks]
-        coarse = torch.stack(maps).mean(dim=0)
-        return functional.interpolate(coarse, size=batch.shape[2:], mode="trilinear", align_corners=False)
+        total = torch.zeros_like(batch)
+        for layer in layers:
+            coarse = sum(_cam(network, batch, layer, elementwise=elementwise) for network in networks)
+            fine = functional.interpolate(coarse, size=batch.shape[2:], mode="trilinear", align_corners=False)
+            total += fine / fine.abs().mean().clamp_min(1e-12)
+        return total
 
     heat = _mirrored(one, volume, flip_averaging)
     return heat / max(float(np.abs(heat).max()), 1e-12)
-
-
-def deepest_useful_layer(size: int) -> str:
-    """The deepest layer with 5 or more voxels a side: stem and pooling divide by 4, each later stage by 2."""
-    return next(
-        (name for name, step in zip(LAYERS[::-1], (32, 16, 8, 4), strict=True) if size / step >= FINEST),
-        "layer1",
-    )
 
 
 def occlusion(
@@ -136,7 +139,7 @@ def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
 # --- one forward pass and its bookkeeping ---------------------------------------------------------------
 
 
-def _cam(network: nn.Module, batch: Tensor, layer: str) -> Tensor:
+def _cam(network: nn.Module, batch: Tensor, layer: str, *, elementwise: bool) -> Tensor:
     kept = {}
 
     def keep(_module, _inputs, output):
@@ -149,7 +152,7 @@ def _cam(network: nn.Module, batch: Tensor, layer: str) -> Tensor:
             (gradient,) = torch.autograd.grad(network(batch.clone()).sum(), kept["activation"])
     finally:
         handle.remove()
-    weights = gradient.mean(dim=(2, 3, 4), keepdim=True)
+    weights = gradient if elementwise else gradient.mean(dim=(2, 3, 4), keepdim=True)
     return (weights * kept["activation"].detach()).sum(dim=1, keepdim=True)
 
 
