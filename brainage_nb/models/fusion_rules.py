@@ -16,9 +16,10 @@ from brainage_nb.models.linear_svr import inner_folds
 
 LINEAR_RULES = ("inverse_error", "nnls")
 RULES = (*LINEAR_RULES, "median")
-# On 121 real scans, non-negative least squares did as well on training subjects and worse on new ones:
-# neighbouring positions say nearly the same, and it puts all weight on a few of them.
-DEFAULT_RULE = "inverse_error"
+DEFAULT_RULE = "nnls"
+# Neighbouring positions say nearly the same, so plain least squares gives all weight to a few, by luck.
+# A pull towards equal weights, as strong as this many typical scans, keeps them together where data are few.
+EQUAL_SCANS = 10
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ def learn_fusion(predicted: np.ndarray, age: np.ndarray, rule: str = DEFAULT_RUL
         Their ages, years.
     rule : {"inverse_error", "nnls"}
         Weights proportional to 1 / MAE^2 and one least-squares slope for their mean; or non-negative least
-        squares of the ages on all predictions. Both work on differences from the mean age.
+        squares of the ages on all predictions, pulled towards equal weights. Both work on differences from
+        the mean age.
     """
     centre = float(np.mean(age))
     deviation = predicted - centre
@@ -77,13 +79,22 @@ def learn_fusion(predicted: np.ndarray, age: np.ndarray, rule: str = DEFAULT_RUL
         weights = np.nanmean(np.abs(predicted - age[:, None]), axis=0) ** -2.0
         weights *= _slope(deviation @ weights, age - centre)
     elif rule == "nnls":
-        weights, _ = nnls(deviation, age - centre)
+        weights = _nnls(deviation, age - centre)
     else:
         raise ValueError(f"rule = {rule!r}: expected one of {', '.join(LINEAR_RULES)}.")
     slope = float(weights.sum())
     if slope <= 0:  # no regressor knows anything about age: everyone gets the mean
         return Fusion(rule, centre, 0.0, np.full(len(weights), 1 / len(weights)))
     return Fusion(rule, centre, slope, weights / slope)
+
+
+def _nnls(deviation: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Non-negative least squares with a ridge penalty on the weights' differences from their own mean."""
+    n_regressors = deviation.shape[1]
+    strength = np.sqrt(EQUAL_SCANS * (deviation**2).mean())
+    penalty = strength * (np.eye(n_regressors) - 1 / n_regressors)
+    weights, _ = nnls(np.vstack([deviation, penalty]), np.concatenate([target, np.zeros(n_regressors)]))
+    return weights
 
 
 def _slope(deviation: np.ndarray, target: np.ndarray) -> float:

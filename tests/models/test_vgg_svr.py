@@ -139,7 +139,7 @@ def test_better_regressors_weigh_more(rule):
     fusion = learn_fusion(predicted, age, rule)
     assert fusion.weights[0] > fusion.weights[1] > fusion.weights[2] >= 0
     assert fusion.weights.sum() == pytest.approx(1)
-    assert fusion.slope == pytest.approx(1, abs=0.05)
+    assert fusion.slope == pytest.approx(1, abs=0.1)
 
 
 def test_nnls_stretches_regressors_that_pull_towards_the_mean():
@@ -148,6 +148,12 @@ def test_nnls_stretches_regressors_that_pull_towards_the_mean():
     fusion = learn_fusion(shrunk, age, "nnls")
     assert fusion.slope == pytest.approx(2, abs=0.05)
     np.testing.assert_allclose(fusion.combine(shrunk), age, atol=3)
+
+
+def test_regressors_that_say_the_same_share_the_weight():
+    predicted, age, _ = noisy_predictions(n=20, sd=(4.0,))
+    twins = np.hstack([predicted, predicted + np.linspace(-0.1, 0.1, 20)[:, None]])
+    np.testing.assert_allclose(learn_fusion(twins, age, "nnls").weights, [0.5, 0.5], atol=0.05)
 
 
 def test_a_missing_position_scales_the_other_weights_up():
@@ -195,7 +201,8 @@ def test_late_fusion_trusts_the_positions_that_know_the_age():
     scans, age, subjects = made_up(60)
     late = fit_late(scans, age, subjects, FEW)
     assert late.by_position["mae"].idxmin() in (0, 1)
-    assert late.fusion.weights[:2].sum() > 0.8
+    assert late.fusion.weights[:2].sum() > 0.6
+    assert late.fusion.weights[3] == late.fusion.weights.min()
     assert late.by_position["n_scans"].tolist() == [60] * 4
 
 
@@ -394,7 +401,9 @@ def test_a_saved_model_predicts_from_volumes_what_the_run_wrote(
     cohort, cache, store, network, tmp_path, with_network
 ):
     run = train_vgg_svr(cache, cohort, tmp_path / "run", network)
-    VggSvr.load(run.folder / "model").save(tmp_path / "copy", with_network=with_network)
+    first = VggSvr.load(run.folder / "model")
+    np.testing.assert_allclose(first.late.fusion.weights, run.by_position["weight"])
+    first.save(tmp_path / "copy", with_network=with_network)
     model = VggSvr.load(tmp_path / "copy")
     ids = ["s30", "s31"]
     for variant in ("early", "late"):
