@@ -136,7 +136,7 @@ def parse_overrides(given: Sequence[str], notebooks: Sequence[Notebook]) -> dict
     trained = [notebook.name for notebook in notebooks if "run" in notebook.parameters()]
     if len(trained) > 1 and any(item.startswith("run=") for item in given):
         raise ParameterError(
-            f"-p run=... would be one run for {' and '.join(trained)}. Choose one of them with --from and --to."
+            f"-p run=... would be one run for {' and '.join(trained)}; choose one with --from and --to."
         )
     for item in given:
         name, equals, text = item.partition("=")

@@ -6,6 +6,7 @@ It turns three-channel images into feature vectors. It knows no scans, slices or
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from brainage_nb.workspace import sha256_of
 
-IMAGENET, RANDOM_PROJECTION = "imagenet", "random_projection"
+IMAGENET, RANDOM_PROJECTION, AUTO = "imagenet", "random_projection", "auto"
 IMAGENET_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 # torchvision publishes only the first eight hex digits of the file's SHA-256, in its name.
 IMAGENET_SHA256_START = "397923af"
@@ -91,9 +92,10 @@ def vgg16_features(weights: str | Path = IMAGENET, *, pooling: str = "maps", see
 
     Parameters
     ----------
-    weights : {"imagenet", "random_projection"} or path
+    weights : {"imagenet", "random_projection", "auto"} or path
         "imagenet" downloads torchvision's file once (528 MB, hash checked); a path is that same file, brought
-        along (hash checked too); "random_projection" draws He-initialised weights, and every result says so.
+        along (hash checked too); "random_projection" draws He-initialised weights, and every result says so;
+        "auto" is "imagenet" where it is there or can be fetched, else "random_projection" with a warning.
     pooling : {"maps", "mean"}
         See `Vgg16Features`.
     seed : int
@@ -102,8 +104,14 @@ def vgg16_features(weights: str | Path = IMAGENET, *, pooling: str = "maps", see
     Raises
     ------
     WeightsError
-        The file is absent, cannot be fetched, or its hash is another. Nothing else is used in its place.
+        The file is absent, cannot be fetched, or its hash is another. Only "auto" uses anything in its place.
     """
+    if str(weights) == AUTO:
+        try:
+            return vgg16_features(IMAGENET, pooling=pooling)
+        except WeightsError as error:
+            warnings.warn(f"RANDOM PROJECTION instead of ImageNet weights: {error}", stacklevel=2)
+            return vgg16_features(RANDOM_PROJECTION, pooling=pooling, seed=seed)
     layers = _empty_layers()
     if str(weights) == RANDOM_PROJECTION:
         _draw(layers, seed)

@@ -89,6 +89,7 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.apps.live_curve import LiveCurve, history_figure
 from brainage_nb.evaluation.metrics import metrics_by_split
+from brainage_nb.models.bundle_saving import current_bundle
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.training import train
 from brainage_nb.volumes.augment import AugmentationSettings, augmentation_examples
@@ -163,6 +164,15 @@ if not result.complete:
 reference_age = splits.loc[splits["split"] == "train", "age"].mean()
 figures = metrics_by_split(result.predictions, result.settings.get("variant", ""), reference_age)
 figures
+
+# %% [markdown]
+# ## Bundle
+# Everything another person needs to use this model, and nothing that runs: weights, preprocessing, whom it learned
+# from, its correction and interval. **07** and the app open it.
+
+# %%
+if result.complete:
+    print(f"Saved {current_bundle(ws.run(run))}")
 
 # %%
 folder = ws.run(run)

@@ -48,8 +48,8 @@ if importlib.util.find_spec("brainage_nb") is None:
 workspace = ""  # @param {type:"string"}
 # name of this run: its folder in runs/
 run = "vgg16_svr"  # @param {type:"string"}
-# imagenet (528 MB, downloaded once), random_projection (no download; untrained and weaker), or the path of vgg16-397923af.pth
-vgg_weights = "imagenet"  # @param ["imagenet", "random_projection"] {allow-input: true}
+# auto (ImageNet where it can be fetched, else random_projection), imagenet (528 MB, downloaded once), random_projection (untrained and weaker), or the path of vgg16-397923af.pth
+vgg_weights = "auto"  # @param ["auto", "imagenet", "random_projection"] {allow-input: true}
 # pixels; side of the slices as the network sees them (224 as published, 112 costs a quarter)
 image_size = 224  # @param {type:"integer"}
 # what is kept of the last pooling: maps (all positions, as published) or mean (512 numbers, small and coarse)
@@ -68,6 +68,7 @@ import pandas as pd
 from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.evaluation.plots import predicted_vs_true
 from brainage_nb.models import vgg_plots
+from brainage_nb.models.bundle_saving import current_bundle
 from brainage_nb.models.fusion import positions_in_use
 from brainage_nb.models.vgg_cache import extract_features
 from brainage_nb.models.vgg_features import FeatureSettings, present, triplet_images, triplets_with_brain
@@ -229,7 +230,11 @@ title = f"scan {scan_id}: predicted {age:.1f} years\n{model.variant} fusion, {fi
 vgg_plots.plot_contributions(model.contributions(store[scan_id]), title, ax)
 plt.show()
 # %% [markdown]
-# ## Done
+# ## Bundle
+# Everything another person needs to use this model, and nothing that runs. **07** and the app open it.
+
+# %%
+print(f"Saved {current_bundle(fitted.folder)}")
 
 # %%
 figures = {

@@ -119,7 +119,7 @@ def test_random_weights_keep_their_seed_and_say_what_they_are():
     assert one.layers[0].weight.std().item() == pytest.approx((2 / 27) ** 0.5, rel=0.05)
 
 
-def test_absent_imagenet_weights_raise_and_are_never_replaced(monkeypatch, tmp_path):
+def test_absent_imagenet_weights_raise_and_are_replaced_only_by_auto_with_a_warning(monkeypatch, tmp_path):
     def offline(url, path, hash_prefix):
         raise OSError("no route to host")
 
@@ -129,6 +129,9 @@ def test_absent_imagenet_weights_raise_and_are_never_replaced(monkeypatch, tmp_p
         vgg16_features("imagenet")
     with pytest.raises(WeightsError, match="is not a file"):
         vgg16_features(tmp_path / "absent.pth")
+    with pytest.warns(UserWarning, match="RANDOM PROJECTION instead of ImageNet weights.*no route to host"):
+        fallen_back = vgg16_features("auto", seed=7)
+    assert fallen_back.mode == "random_projection"
 
 
 def test_a_local_weights_file_is_read_only_if_its_hash_is_right(monkeypatch, tmp_path):
