@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import hashlib
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pandas as pd
 import streamlit as st
 
 from brainage_nb.apps.styles import APP_STYLE
+from brainage_nb.apps.turns import one_at_a_time
 from brainage_nb.apps.uploads import SCAN_TYPES, StoredScan, stored
 from brainage_nb.models.bundle import Bundle, BundleError, load_bundle
 from brainage_nb.models.prediction import NOT_A_DEVICE, OLDEST, Failure, Prediction
@@ -21,12 +21,6 @@ from brainage_nb.workspace import read_csv
 
 MAX_BUNDLE_BYTES = 2 * 2**30
 UPLOADED = "Upload a bundle (.zip)"
-
-
-@st.cache_resource
-def _turn() -> threading.Lock:
-    """One prediction at a time on this server: many uploads wait, and memory stays that of one."""
-    return threading.Lock()
 
 
 @st.cache_resource(max_entries=2, show_spinner=False)
@@ -156,7 +150,7 @@ def _act(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -
         st.session_state["turn"] += 1
         st.rerun()
     if "demo" in place and place["demo"].button("Try a demo head", width="stretch", key="demo"):
-        with st.spinner("Predicting a demo head"), _turn():
+        with st.spinner("Predicting a demo head"), one_at_a_time():
             _keep(list(bundle.predict_many([example[0]], [example[1]], n_jobs=1)))
         st.rerun()
     if "clear" in place and place["clear"].button("Clear", width="stretch", key="clear"):
@@ -221,7 +215,7 @@ def _true_ages(names: Sequence[str], turn: int) -> list[float | None]:
 def _predict(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -> list[Any]:
     known = dict(zip([upload.name for upload in uploads], ages, strict=True))
     results: list[Prediction | Failure] = []
-    with _turn(), stored(uploads) as scans:
+    with one_at_a_time(), stored(uploads) as scans:
         for scan in scans:
             results.append(_one(bundle, scan, known) if isinstance(scan, StoredScan) else scan)
     gc.collect()

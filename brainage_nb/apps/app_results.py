@@ -9,6 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from brainage_nb.apps import documents
+from brainage_nb.apps.turns import one_at_a_time
 from brainage_nb.models.explain import Explanation, explain
 from brainage_nb.models.prediction import Failure, Prediction
 
@@ -135,7 +136,7 @@ def _slices(bundle: Bundle, prediction: Prediction, place: int) -> Figure:
 def _explained(bundle: Bundle, prediction: Prediction, place: int) -> Explanation:
     known = st.session_state.setdefault("explanations", {})
     if place not in known:
-        with st.spinner("Computing the heat map"):
+        with st.spinner("Computing the heat map"), one_at_a_time():
             known[place] = explain(bundle, prediction)
     return known[place]
 

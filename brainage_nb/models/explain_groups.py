@@ -184,7 +184,7 @@ def coarse_regions(spacing_mm: float = TEMPLATE_MM) -> np.ndarray:
         default=1,
     )
     deep = ndimage.binary_dilation(fluid, iterations=max(1, round(4 / spacing_mm)))
-    labels[deep & (np.abs(x) < 42) & (z > -22)] = 6
+    labels[deep & (np.abs(x) < 40) & (y > -65) & (y < 40) & (z > -12) & (z < 36)] = 6
     labels[~brain] = 7
     return labels
 

@@ -7,6 +7,7 @@ MONAI's import costs many times the map itself; the tests compare both with MONA
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -56,8 +57,8 @@ def grad_cam(
 
     def one(batch: Tensor) -> Tensor:
         total = torch.zeros_like(batch)
-        for layer in layers:
-            coarse = sum(_cam(network, batch, layer, elementwise=elementwise) for network in networks)
+        members = [_cams(network, batch, layers, elementwise=elementwise) for network in networks]
+        for coarse in map(sum, zip(*members, strict=True)):
             fine = functional.interpolate(coarse, size=batch.shape[2:], mode="trilinear", align_corners=False)
             total += fine / fine.abs().mean().clamp_min(1e-12)
         return total
@@ -139,21 +140,29 @@ def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
 # --- one forward pass and its bookkeeping ---------------------------------------------------------------
 
 
-def _cam(network: nn.Module, batch: Tensor, layer: str, *, elementwise: bool) -> Tensor:
-    kept = {}
+def _cams(network: nn.Module, batch: Tensor, layers: Sequence[str], *, elementwise: bool) -> list[Tensor]:
+    """Coarse map (1, 1, d, h, w) of each layer, in one pass."""
+    kept, me = [], threading.get_ident()
 
     def keep(_module, _inputs, output):
-        kept["activation"] = output.detach().requires_grad_()  # what lies before the layer needs no gradient
-        return kept["activation"]
+        if threading.get_ident() != me:  # the app predicts with the same network in other threads
+            return None
+        # What lies before the first layer needs no gradient; the later ones must stay joined to it.
+        kept.append(output if kept else output.detach().requires_grad_())
+        return kept[-1]
 
-    handle = getattr(network, layer).register_forward_hook(keep)
+    handles = [getattr(network, layer).register_forward_hook(keep) for layer in sorted(layers)]
     try:
         with torch.inference_mode(False), torch.enable_grad():
-            (gradient,) = torch.autograd.grad(network(batch.clone()).sum(), kept["activation"])
+            gradients = torch.autograd.grad(network(batch.clone()).sum(), kept)
     finally:
-        handle.remove()
-    weights = gradient if elementwise else gradient.mean(dim=(2, 3, 4), keepdim=True)
-    return (weights * kept["activation"].detach()).sum(dim=1, keepdim=True)
+        for handle in handles:
+            handle.remove()
+    maps = []
+    for activation, gradient in zip(kept, gradients, strict=True):
+        weights = gradient if elementwise else gradient.mean(dim=(2, 3, 4), keepdim=True)
+        maps.append((weights * activation.detach()).sum(dim=1, keepdim=True))
+    return maps
 
 
 def _mirrored(one: Callable[[Tensor], Tensor], volume: np.ndarray, flip_averaging: bool) -> np.ndarray:

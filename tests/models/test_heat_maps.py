@@ -44,11 +44,13 @@ def test_elementwise_maps_of_the_last_layer_add_up_to_the_score(network, volume)
     part.
     """
     batch = torch.from_numpy(volume)[None, None]
-    from brainage_nb.models.heat_maps import _cam
+    from brainage_nb.models.heat_maps import _cams
 
     with torch.no_grad():
         expected = float(network(batch) - network.age_mean - network.age_sd * network.fc.bias)
-    assert float(_cam(network, batch, "layer4", elementwise=True).sum()) == pytest.approx(expected, rel=1e-4)
+    assert float(_cams(network, batch, ["layer4"], elementwise=True)[0].sum()) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_randomised_weights_change_the_map_and_leave_the_model_alone(network, volume):
@@ -82,6 +84,22 @@ def test_occlusion_of_plain_background_costs_nothing():
     assert sum(seen) < 80  # of 216 cubes
 
 
+def test_many_threads_may_share_a_network(network, volume):
+    from concurrent.futures import ThreadPoolExecutor
+
+    batch = torch.from_numpy(volume)[None, None]
+    expected, age = grad_cam([network], volume), float(network(batch).detach())
+
+    def both(_):
+        with torch.inference_mode():
+            assert float(network(batch)) == pytest.approx(age, abs=1e-4)
+        return grad_cam([network], volume)
+
+    with ThreadPoolExecutor(4) as pool:
+        for heat in pool.map(both, range(12)):
+            np.testing.assert_allclose(heat, expected, atol=1e-5)
+
+
 def test_an_unknown_layer_is_refused(network, volume):
     with pytest.raises(ValueError, match="layer9"):
         grad_cam([network], volume, ["layer9"])
@@ -110,9 +128,9 @@ def test_the_published_form_is_monais(network, volume):
     theirs = theirs[0, 0].detach().numpy()
     ours = grad_cam([network], volume, ["layer2"], elementwise=False, flip_averaging=False)
     # Theirs has a ReLU on the coarse map, ours has none; where their map is positive after it, both agree.
-    from brainage_nb.models.heat_maps import _cam
+    from brainage_nb.models.heat_maps import _cams
 
-    coarse = torch.relu(_cam(network, batch.detach(), "layer2", elementwise=False))
+    coarse = torch.relu(_cams(network, batch.detach(), ["layer2"], elementwise=False)[0])
     expected = torch.nn.functional.interpolate(coarse, size=volume.shape, mode="trilinear")[0, 0].numpy()
     scale = np.abs(expected).max() or 1.0
     np.testing.assert_allclose(theirs / scale, expected / scale, atol=0.05)
