@@ -23,6 +23,7 @@ from brainage_nb.models.checkpoints import Checkpoints, halved, write_weights
 from brainage_nb.models.optimisation import (
     Stepper,
     WeightAverage,
+    huber_loss,
     learning_rate_at,
     make_optimiser,
     piece_that_fits,
@@ -50,6 +51,10 @@ HISTORY = (
     "gradient_norm",
     "seconds",
 )
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer a number; the message says what to set."""
 
 
 def build_network(settings: TrainingSettings, age: np.ndarray) -> AgeRegressor:
@@ -199,18 +204,22 @@ class MemberFit:
         self.position += 1
 
     def _end_epoch(self) -> None:
+        """Evaluate the averaged weights, note the epoch, keep the weights where they are the best so far."""
         started = time.monotonic()
-        error = self._validation_error()
         loss, mae = (self.accelerator.reduce(self.sums[:2], "sum") / len(self.member.train)).tolist()
-        delta, val_mae = self.settings.huber_delta, float(np.abs(error).mean())
-        size = np.abs(error)
+        val_loss, val_mae = self._validation()
+        if not np.isfinite(loss + val_mae):
+            raise Diverged(
+                f"{self.member.name}: the loss is {loss} in epoch {self.epoch + 1}. Lower learning_rate "
+                f"({self.settings.learning_rate:g}) and run with fresh=True."
+            )
         row = {
             "fold": self.member.fold,
             "seed": self.member.seed,
             "epoch": self.epoch,
             "train_loss": loss,
             "train_mae": mae,
-            "val_loss": float(np.where(size < delta, error**2 / 2, delta * (size - delta / 2)).mean()),
+            "val_loss": val_loss,
             "val_mae": val_mae,
             "learning_rate": learning_rate_at(self.step - 1, self.steps_per_epoch, self.settings),
             "gradient_norm": self.sums[2].item() / self.steps_per_epoch,
@@ -224,11 +233,14 @@ class MemberFit:
 
     # --- evaluation --------------------------------------------------------------------------------------
 
-    def _validation_error(self) -> np.ndarray:
+    def _validation(self) -> tuple[float, float]:
+        """Loss and MAE in years of the averaged weights on the validation scans."""
         rows = self.member.validation
         precise_statistics(self.average.model, self._precise_batches(), self.accelerator.autocast)
-        ages = self._predict(rows, self.accelerator.autocast, flip_averaging=False)
-        return ages - self.scans["age"].to_numpy(float)[rows]
+        predicted = self._predict(rows, self.accelerator.autocast, flip_averaging=False)
+        predicted, age = torch.from_numpy(predicted), torch.tensor(self.scans["age"].to_numpy(float)[rows])
+        losses = huber_loss(predicted, age, self.settings.huber_delta)
+        return losses.mean().item(), (predicted - age).abs().mean().item()
 
     def _precise_batches(self):
         """Training volumes spread over the ages, as they are predicted: without augmentation."""

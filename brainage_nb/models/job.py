@@ -15,7 +15,7 @@ import torch
 from brainage_nb.models.batches import open_volumes
 from brainage_nb.models.fitting import HISTORY, MemberFit, build_network
 from brainage_nb.models.preflight import check_disk, choose_device, choose_precision
-from brainage_nb.models.settings import TrainingSettings, refuse_difference
+from brainage_nb.models.settings import SettingsDiffer, TrainingSettings, refuse_difference
 from brainage_nb.models.stopping import StopRequests
 from brainage_nb.models.sweeps import Member, members_of, with_means
 from brainage_nb.workspace import read_csv, read_json, version_of, write_csv, write_json
@@ -53,7 +53,12 @@ class Job:
         path = self.run_folder / "settings.json"
         if not path.exists():
             return False
-        refuse_difference(read_json(path)["identity"], self.identity, self.run_folder)
+        before = read_json(path)
+        if "identity" not in before:
+            raise SettingsDiffer(
+                f"{self.run_folder} holds a run of another kind. Choose another run name, or set fresh=True."
+            )
+        refuse_difference(before["identity"], self.identity, self.run_folder)
         return (self.run_folder / "predictions.csv").exists()
 
     def run(self, stop: StopRequests, progress, *, fresh: bool = False) -> None:

@@ -16,12 +16,14 @@ import torch
 
 from brainage_nb.models import optimisation, preflight
 from brainage_nb.models.batches import ResidentVolumes, StreamedVolumes, open_volumes
+from brainage_nb.models.fitting import Diverged
 from brainage_nb.models.optimisation import Stepper
 from brainage_nb.models.preflight import NotReady
 from brainage_nb.models.settings import SettingsDiffer, TrainingSettings
 from brainage_nb.models.stopping import StopRequests
 from brainage_nb.models.sweeps import members_of
 from brainage_nb.models.training import train
+from brainage_nb.workspace import write_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRAINING ON THE CPU")
 
@@ -286,6 +288,18 @@ def test_a_stopped_sweep_goes_on_with_the_members_that_are_missing(
     ]  # fmt: skip
     StopAfter.steps_left = 10**9
     same(whole, train(store, splits, tmp_path / "parts", settings))
+
+
+def test_a_diverging_run_says_what_to_set(tiny, tiny_settings, tmp_path):
+    settings = replace(tiny_settings, learning_rate=1e12, warmup_epochs=0, norm="group", gradient_clip=0.0)
+    with pytest.raises(Diverged, match=r"learning_rate \(1e\+12\)"):
+        train(*tiny, tmp_path / "run", settings)
+
+
+def test_a_run_folder_of_another_kind_is_refused(tiny, tiny_settings, tmp_path):
+    write_json({"variant": "late"}, tmp_path / "run" / "settings.json")
+    with pytest.raises(SettingsDiffer, match="another kind"):
+        train(*tiny, tmp_path / "run", tiny_settings)
 
 
 def test_early_stop_ends_after_the_patience(tiny, tiny_settings, tmp_path):
