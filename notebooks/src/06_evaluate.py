@@ -54,10 +54,18 @@ level = 0.9  # @param {type:"number"}
 n_bootstrap = 2000  # @param {type:"integer"}
 # diagnosis that others are compared with; empty: found by name
 controls = ""  # @param {type:"string"}
+# workspaces of other cohorts (01 and 02 done there) to apply a model to, with commas; empty: none
+external = ""  # @param {type:"string"}
+# run whose model is applied to them
+external_run = "resnet18"  # @param {type:"string"}
+# their controls that may calibrate: subject ids with commas, or a file with one id a line; empty: no calibration
+calibrate_on = ""  # @param {type:"string"}
 # seed of every random choice
 seed = 1  # @param {type:"integer"}
 
 # %%
+from pathlib import Path
+
 from IPython.display import Markdown
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
@@ -65,6 +73,8 @@ from brainage_nb.evaluation import tables
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
 from brainage_nb.evaluation.figures import draw_figures
 from brainage_nb.evaluation.report import write_report
+from brainage_nb.models.bundle import current_bundle, load_bundle
+from brainage_nb.models.elsewhere import apply_elsewhere, named_subjects
 from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
 
 set_matplotlib_formats("png")  # figures appear in their cells
@@ -142,6 +152,23 @@ for name, drawn in figures.items():
 for name, known in tables.known_tables(evaluation).items():
     print(name)
     display(known["errors"], known["recovered"])
+
+# %% [markdown]
+# ## Elsewhere
+# The model on cohorts it has never seen: raw figures, the offset of each site, and, where controls are named for it, a
+# calibration reported on everybody else. People who took part in training are refused.
+
+# %%
+for place in filter(None, external.split(",")):
+    model = load_bundle(current_bundle(ws.run(external_run)))
+    evaluation.external[Path(place.strip()).name] = apply_elsewhere(
+        model, place.strip(), calibrate_on=named_subjects(calibrate_on), n_bootstrap=n_bootstrap, seed=seed
+    )
+
+# %%
+for name, found in evaluation.external.items():
+    print(name, *found.warnings, sep="\n  ")
+    display(*tables.external_tables(found).values())
 
 # %% [markdown]
 # ## Report and model card
