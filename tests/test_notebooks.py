@@ -26,6 +26,8 @@ SHARED = {  # the same names mean the same thing, with the same type, in every n
     "max_minutes": float, "cluster": str, "require_gpu": bool, "init_from": str, "recipe": str,
 }  # fmt: skip
 
+COLAB_FORM = re.compile(r"^\w+ = .+  # @param (\{type:\"\w+\"\}|\[.+\]( \{.+\})?)$")
+
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
@@ -67,7 +69,7 @@ def test_parameters_are_flat_literals_each_under_a_comment_and_a_colab_form(path
         assert isinstance(item.default, str | int | float | bool), name
         assert item.comment and not item.comment.startswith("@"), f"{name} has no comment line above it"
     for line in source.splitlines():
-        assert line.startswith("#") or re.match(r"^\w+ = .+  # @param (\{type:\"\w+\"\}|\[.+\]( \{.+\})?)$", line), line
+        assert line.startswith("#") or COLAB_FORM.match(line), line
 
 
 @each_notebook

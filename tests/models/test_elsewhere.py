@@ -1,4 +1,4 @@
-"""A trained model on another workspace: refuses people it was trained on, calibrates on named controls only."""
+"""A trained model on another workspace: people it was trained on are refused, named controls calibrate."""
 
 import pandas as pd
 import pytest
