@@ -22,8 +22,9 @@ def main() -> int:
     parser.add_argument("--run", default="resnet18")
     parser.add_argument("--quick", action="store_true", help="fewer scans")
     options = parser.parse_args()
+    from brainage_nb.cohort.phantom import AGEING_MAP
     from brainage_nb.models.bundle import current_bundle, load_bundle
-    from brainage_nb.models.explain_checks import AGEING_MAP, planted_check, planted_places
+    from brainage_nb.models.explain_checks import planted_check, planted_places
     from brainage_nb.volumes.store import VolumeStore
     from brainage_nb.workspace import open_workspace
 

@@ -65,20 +65,23 @@ def cube_to_template(size: int, spacing_mm: float) -> np.ndarray:
     return affine
 
 
-def in_template(array: np.ndarray, to_template: np.ndarray, spacing_mm: float = TEMPLATE_MM) -> np.ndarray:
-    """Resample a volume or heat map onto the template grid, linearly; 0 outside.
+def in_template(array: np.ndarray, to_template: np.ndarray, *, outside: float = 0.0) -> np.ndarray:
+    """Resample a volume or heat map onto the template grid, linearly.
 
     Parameters
     ----------
     array : array (size, size, size)
     to_template : array (4, 4)
         Voxel of `array` to MNI152 mm: `cube_to_template`, or a registration's.
+    outside : float
+        Value where the cube does not reach.
     """
     from scipy import ndimage
 
-    shape, affine = template_grid(spacing_mm)
+    shape, affine = template_grid()
     matrix = np.linalg.inv(to_template) @ affine
-    return ndimage.affine_transform(np.asarray(array, np.float32), matrix, output_shape=shape, order=1)
+    array = np.asarray(array, np.float32)
+    return ndimage.affine_transform(array, matrix, output_shape=shape, order=1, cval=outside)
 
 
 def age_group_maps(
@@ -129,8 +132,10 @@ def age_group_maps(
         heat = np.mean(
             [in_template(make(v), place) for v, place in zip(volumes, places, strict=True)], axis=0
         )
-        mean = np.mean([in_template(v, place) for v, place in zip(volumes, places, strict=True)], axis=0)
-        groups.append(GroupMap(float(low), float(high), len(ids), heat, mean))
+        shown = [
+            in_template(v, place, outside=float(v.min())) for v, place in zip(volumes, places, strict=True)
+        ]
+        groups.append(GroupMap(float(low), float(high), len(ids), heat, np.mean(shown, axis=0)))
     return groups
 
 

@@ -190,7 +190,7 @@ ws.finish(
     written=[*saved, *([] if bundle else [place])],
     figures={f"{prediction.scan}: predicted age [years]": round(prediction.predicted_age, 2)}
     | {
-        f"AUC against planted ageing, {row['map']}": round(row.auc_of_mean, 3)
+        f"AUC against planted ageing in the {row['inside']}, {row['map']}": round(row.auc_of_mean, 3)
         for _, row in checked.iterrows()
     },
 )
