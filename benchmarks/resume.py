@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 import pandas as pd
+import torch._dynamo  # noqa: F401  optimisers import it at their first step: once, before forking
 from synthetic_store import synthetic_store
 
 from brainage_nb.models import checkpoints
