@@ -28,6 +28,10 @@ class WeightsError(RuntimeError):
     """VGG16 weights are absent, are not what they should be, or cannot be fetched."""
 
 
+class WeightsUnavailable(WeightsError):
+    """The ImageNet weights are neither here nor to be fetched."""
+
+
 class Vgg16Features(nn.Module):
     """Images to feature vectors: ImageNet normalisation, VGG16's convolutional part, optional mean pooling.
 
@@ -109,7 +113,7 @@ def vgg16_features(weights: str | Path = IMAGENET, *, pooling: str = "maps", see
     if str(weights) == AUTO:
         try:
             return vgg16_features(IMAGENET, pooling=pooling)
-        except WeightsError as error:
+        except WeightsUnavailable as error:
             warnings.warn(f"RANDOM PROJECTION instead of ImageNet weights: {error}", stacklevel=2)
             return vgg16_features(RANDOM_PROJECTION, pooling=pooling, seed=seed)
     layers = _empty_layers()
@@ -178,7 +182,7 @@ def _downloaded() -> Path:
     try:
         hub.download_url_to_file(IMAGENET_URL, str(path), hash_prefix=IMAGENET_SHA256_START)
     except (OSError, RuntimeError) as error:
-        raise WeightsError(
+        raise WeightsUnavailable(
             f"VGG16's ImageNet weights could not be downloaded from {IMAGENET_URL} ({error}). Switch the "
             f"internet on, or bring the file {path.name} along and give its path as the weights, or choose "
             f'"{RANDOM_PROJECTION}" by name: untrained filters, a weaker model, said in every result.'

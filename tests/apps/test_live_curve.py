@@ -34,5 +34,5 @@ def test_it_draws_once_and_then_updates_no_more_often_than_asked(monkeypatch):
 
 def test_the_figure_shows_loss_and_error_of_every_epoch():
     loss, error = history_figure(a_history(4)).axes
-    assert [list(line.get_ydata()) for line in loss.get_lines()][0] == [9, 8, 7, 6]
+    assert list(loss.get_lines()[0].get_ydata()) == [9, 8, 7, 6]
     assert "years" in error.get_ylabel()
