@@ -20,7 +20,7 @@ def test_a_chosen_scan_is_predicted_and_shown(bundle, tmp_path):
     result = widget.predict()
     assert result.predicted_age == pytest.approx(bundle.predict(scan).predicted_age, abs=1e-5)
     assert result.gap == pytest.approx(result.predicted_age - 44)
-    assert widget.picture.value.startswith(b"\x89PNG")
+    assert bytes(widget.picture.value).startswith(b"\x89PNG")
 
 
 def test_moving_a_slider_draws_another_slice(bundle, tmp_path):
