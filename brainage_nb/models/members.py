@@ -84,12 +84,8 @@ def network_from(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarr
         The architecture is unknown or beyond bounds, or a tensor is missing, left over, of another shape, or
         not finite.
     """
-    for name, largest in LARGEST.items():
-        values = architecture.get(name, ())
-        if not all(isinstance(value, int) and 0 < value <= largest for value in values):
-            raise ValueError(f"{name} = {values!r}: expected four whole numbers from 1 to {largest}")
-    with torch.device("meta"):
-        network = resnet18_regressor(**architecture)
+    _check_blocks(architecture, weights)
+    network = resnet18_regressor(**architecture)
     expected = network.state_dict()
     if unlike := sorted(set(expected) ^ set(weights)):
         raise ValueError(f"tensors missing or left over: {unlike[:4]}")
@@ -107,6 +103,26 @@ def network_from(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarr
     }
     network.load_state_dict(state, assign=True)
     return network.eval()
+
+
+def _check_blocks(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> None:
+    """Whether the file holds the last convolution of every block, before a network of that size is made.
+
+    (Making it on PyTorch's meta device would need no memory, but drawing its weights there imports the
+    compiler: four seconds.)
+    """
+    for name, largest in LARGEST.items():
+        values = architecture.get(name, ())
+        if not all(type(value) is int and 0 < value <= largest for value in values):
+            raise ValueError(f"{name} = {values!r}: expected four whole numbers from 1 to {largest}")
+    for stage, (width, depth) in enumerate(
+        zip(architecture["widths"], architecture["blocks"], strict=True), start=1
+    ):
+        for block in range(depth):
+            name, expected = f"layer{stage}.{block}.conv2.weight", (width, width, 3, 3, 3)
+            found = weights[name].shape if name in weights else "missing"
+            if found != expected:
+                raise ValueError(f"{name} is {found}, bundle.json says {expected}")
 
 
 def arrays_of(network: nn.Module, *, half: bool) -> dict[str, np.ndarray]:
