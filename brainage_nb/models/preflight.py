@@ -65,10 +65,13 @@ def choose_precision(settings: TrainingSettings, device: torch.device) -> str:
 
     By compute capability, not `is_bf16_supported()`: that is True on a T4, which only emulates bf16, slowly.
     """
+    if device.type != "cuda":
+        # bf16 gradients of 3-D convolutions overflowed on a CPU with native bf16 (PyTorch 2.15): never there.
+        if settings.precision not in ("auto", "fp32"):
+            raise NotReady(f"precision={settings.precision!r} needs a GPU; on a CPU set 'auto' or 'fp32'.")
+        return "fp32"
     if settings.precision != "auto":
         return settings.precision
-    if device.type != "cuda":
-        return "fp32"
     return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
 
 

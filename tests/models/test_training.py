@@ -330,6 +330,8 @@ def test_precision_is_what_the_card_does_natively(monkeypatch, capability, preci
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert preflight.choose_precision(TrainingSettings(), torch.device("cuda")) == precision
     assert preflight.choose_precision(TrainingSettings(), torch.device("cpu")) == "fp32"
+    with pytest.raises(NotReady, match="needs a GPU"):
+        preflight.choose_precision(TrainingSettings(precision="bf16"), torch.device("cpu"))
 
 
 def test_a_job_that_does_not_fit_the_disk_is_refused_with_figures(tmp_path, monkeypatch):
