@@ -7,7 +7,7 @@ SMOKE := build/smoke
 NOTEBOOKS := $(wildcard notebooks/src/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all notebooks lint bench badges clean
+.PHONY: help setup demo pictures test test-all notebooks lint bench badges clean
 
 help:  ## show what each target does
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ lint: $(READY)  ## ruff, import layers, and notebooks that agree with their sour
 
 notebooks: $(READY)  ## regenerate notebooks/*.ipynb from notebooks/src/*.py
 	$(BIN)/python notebooks/twins.py
+
+pictures: demo  ## remake the README's pictures from the demo
+	$(BIN)/python docs/make_pictures.py $(DEMO)
 
 bench: $(READY)  ## run every benchmark; tables on screen, JSON under benchmarks/out (QUICK=1 for short forms)
 	$(BIN)/python benchmarks/run_all.py $(if $(QUICK),--quick)

@@ -47,7 +47,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
 
 def run_predict(options: argparse.Namespace) -> int:
     """Predict every scan; returns 0 where all have a result, 1 where some have none, 2 for wrong usage."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     from brainage_nb.models.bundle import BundleError, load_bundle
     from brainage_nb.models.prediction import NOT_A_DEVICE

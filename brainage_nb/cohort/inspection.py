@@ -97,7 +97,7 @@ def each_in_parallel(
     time, which shows who did it.
     """
     from joblib import Parallel, delayed
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     waiting = dict(enumerate(tasks))
     with tqdm(total=len(tasks), desc=title, unit="scan") as bar:
@@ -228,6 +228,7 @@ def _head(image: Any) -> dict[str, Any]:
     level = np.percentile(coarse, 1)
     inside = coarse[mask]
     width, length, height = (mask.sum(axis=others) for others in ((1, 2), (0, 2), (0, 1)))
+    spread = np.percentile(inside, 99) - level
     faces = ((width, 0), (width, -1), (length, 0), (length, -1), (height, -1))
     return {
         "head_ml": round(1000 * head.volume_l, 1),
@@ -235,7 +236,7 @@ def _head(image: Any) -> dict[str, Any]:
         "edge_fractions": tuple(round(float(area[end] / area.max()), 3) for area, end in faces),
         "bottom_cut": "bottom" in head.cut_off,
         "skull_stripped": head.skull_stripped,
-        "brightness": round(float((np.median(inside) - level) / (np.percentile(inside, 99) - level)), 3),
+        "brightness": round(float((np.median(inside) - level) / spread), 3) if spread > 0 else float("nan"),
     }
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 from joblib import Parallel, delayed
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy import ndimage
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from brainage_nb.cohort.phantom_anatomy import Anatomy, template_anatomy
 from brainage_nb.cohort.phantom_scan import aged_head, displacement, sample_head, scan_head

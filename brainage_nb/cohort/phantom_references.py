@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 from scipy import ndimage
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from brainage_nb.cohort.phantom import TRUTH, image_path
 from brainage_nb.cohort.phantom_subject import ANATOMY_PARAMETERS

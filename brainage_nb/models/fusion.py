@@ -146,7 +146,7 @@ def fit_late(
     The weights come from inner out-of-fold predictions, so no SVR is judged on a scan it was fitted to.
     Parameters as in `fit_early`.
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     positions = positions_in_use(scans)
     predicted = np.empty((len(grid), len(age), len(positions)))

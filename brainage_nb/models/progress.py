@@ -30,7 +30,7 @@ class ProgressBars:
     def _open(self, fit) -> None:
         """Open the bar where training goes on, which is known only once the checkpoint is read."""
         if self.bar is None:
-            from tqdm.auto import tqdm
+            from tqdm import tqdm
 
             steps = fit.steps_per_epoch * fit.settings.epochs
             self.bar = tqdm(total=steps, initial=fit.step, desc=self.title, unit="step", mininterval=0.5)

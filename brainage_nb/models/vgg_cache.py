@@ -147,7 +147,7 @@ def extract_features(
     FeatureReport
         A scan that fails is listed in `failed` with its reason and has no features: never zeros.
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     settings = settings or FeatureSettings()
     cache = open_cache(store, folder, network, settings)

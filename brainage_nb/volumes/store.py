@@ -228,7 +228,7 @@ def _fill(
     workers: int,
 ) -> list[tuple[str, str, str]]:
     """Preprocess in parallel, write in the table's order; give (scan_id, code, reason) of what failed."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     failed = []
     try:

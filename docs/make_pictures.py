@@ -1,0 +1,37 @@
+"""Make the README's pictures from a finished demo workspace: python docs/make_pictures.py workspace/demo
+
+Every picture is of invented heads, drawn by the code that draws the notebooks' figures.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from brainage_nb.cohort.phantom_figures import heads_by_age, planted_figure
+from brainage_nb.volumes.pictures import steps_figure
+from brainage_nb.volumes.preprocessing import PreprocessingSettings, preprocessing_steps
+from brainage_nb.workspace import open_workspace, read_csv
+
+TARGET = Path(__file__).parent / "pictures"
+
+
+def main(workspace: str) -> None:
+    """Write `docs/pictures/*.png`."""
+    ws = open_workspace(workspace)
+    TARGET.mkdir(exist_ok=True)
+    truth = read_csv(ws.path("demo", "truth.csv"))
+    heads = Figure(figsize=(11, 10), layout="constrained")
+    planted_figure(heads_by_age(ws.path("demo"), truth), truth, heads).savefig(TARGET / "heads.png", dpi=70)
+    first = ws.resolve(ws.read("splits.csv")["image"].iloc[0])
+    steps_figure(preprocessing_steps(first, PreprocessingSettings())).savefig(TARGET / "steps.png", dpi=60)
+    for run in ("resnet18", "vgg16_svr"):
+        for name in (f"predicted_vs_true_{run}", f"gap_vs_age_{run}"):
+            shutil.copy(ws.path("evaluation", "figures", f"{name}.png"), TARGET / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
