@@ -58,11 +58,19 @@ class DistanceFromTraining:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> DistanceFromTraining:
-        """A fitted distance from `to_dict`."""
+        """A fitted distance from `to_dict` (values may be arrays); refuses what does not fit together."""
         self = cls()
         for name in ("mean", "scale", "axes", "whiten"):
             setattr(self, f"{name}_", np.asarray(content[name], dtype=float))
-        self.limit_ = content["limit"]
+        self.limit_ = float(content["limit"])
+        arrays = (self.mean_, self.scale_, self.axes_, self.whiten_)
+        shapes = [array.shape for array in arrays]
+        n, k = shapes[2] if len(shapes[2]) == 2 else (0, 0)
+        if not k or shapes != [(n,), (n,), (n, k), (k, k)]:
+            raise ValueError(f"a distance has arrays {shapes}; expected (n,), (n,), (n, k), (k, k)")
+        finite = all(np.isfinite(array).all() for array in arrays)
+        if not (finite and (self.scale_ > 0).all() and 0 < self.limit_ < np.inf):
+            raise ValueError("a distance holds values that are not finite or not positive")
         return self
 
     def _learn(self, features: np.ndarray) -> DistanceFromTraining:

@@ -24,6 +24,7 @@ from brainage_nb.models.prediction import (
     Prediction,
     age_cautions,
     checked_age,
+    distance_cautions,
     head_cautions,
     likeness_caution,
     member_cautions,
@@ -172,7 +173,7 @@ class Bundle:
         return Seen(volume, grid_affine(image, self.settings), cautions)
 
     def _judge(self, scan: Path, seen: Seen, age: float | None) -> Prediction:
-        members = self.model.predict(seen.volume)
+        members, features = self.model.predict_with_features(seen.volume)
         predicted = float(members.mean())
         if not np.isfinite(predicted):
             raise ScanError(
@@ -185,7 +186,7 @@ class Bundle:
         if self.correction:
             corrected = float(self.correction.transform(np.array([predicted]))[0])
             adjusted = None if age is None else float(self.correction.adjust_gap(predicted, age))
-        cautions = likeness_caution(self.reference.correlation(seen.volume), self.reference.lowest_usual)
+        cautions = self._unlike(seen.volume, features)
         cautions += age_cautions(predicted, age, self.manifest["training"]) + seen.cautions
         return Prediction(
             scan=scan.name,
@@ -202,6 +203,11 @@ class Bundle:
             volume=seen.volume,
             affine=seen.affine,
         )
+
+    def _unlike(self, volume: np.ndarray, features: np.ndarray | None) -> list[Caution]:
+        """Whether the scan is unlike the training scans; what is no such image at all is said so once."""
+        found = likeness_caution(self.reference.correlation(volume), self.reference.lowest_usual)
+        return found or distance_cautions(self.reference.far(volume, features))
 
     def _support(self) -> list[Caution]:
         """What few calibration subjects do not support."""
@@ -253,7 +259,10 @@ def _assembled(files: BundleFiles) -> Bundle:
     manifest = files.manifest
     settings = PreprocessingSettings.from_json(manifest["preprocessing"])
     _check_manifest(manifest, settings)
-    reference = Reference.from_parts(manifest["reference"], files.arrays(REFERENCE_FILE), settings.size)
+    n_features = manifest["architecture"]["widths"][-1] if manifest["kind"] == RESNET else 0
+    reference = Reference.from_parts(
+        manifest["reference"], files.arrays(REFERENCE_FILE), settings.size, n_features
+    )
     return Bundle(
         manifest=manifest,
         model=_model(files),

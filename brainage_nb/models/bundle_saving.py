@@ -34,8 +34,9 @@ from brainage_nb.workspace import open_workspace, read_json, version_of
 
 if TYPE_CHECKING:
     from brainage_nb.evaluation.runs import Run
+    from brainage_nb.volumes.store import VolumeStore
 
-REFERENCE_SCANS, CHECK_SCANS = 200, 8
+REFERENCE_SCANS, FEATURE_SCANS, CHECK_SCANS = 200, 64, 8
 PACKAGES = ("brainage-nb", "torch", "numpy", "nibabel", "scipy", "safetensors")
 
 
@@ -69,10 +70,10 @@ def save_bundle(
     run = read_run(ws, folder.name)
     store = VolumeStore.open(ws.path("volumes", run.settings["fingerprint"]))
     learning = evenly(training_rows(run)["scan_id"].tolist(), REFERENCE_SCANS)
-    reference = Reference.fit(store[scan_id] for scan_id in learning)
     checked = {scan_id: np.asarray(store[scan_id]) for scan_id in evenly(learning, CHECK_SCANS)}
     make = _svr_parts if (folder / "model").is_dir() else _resnet_parts
     model, parts, arrays = make(folder, run.settings, list(checked.values()))
+    reference = reference_of(store, learning, model)
     manifest = {
         "run": run.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -104,6 +105,17 @@ def evenly(items: Sequence[str], n: int) -> list[str]:
     """At most `n` of the items, evenly spaced."""
     chosen = np.unique(np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int))
     return [items[place] for place in chosen]
+
+
+def reference_of(
+    volumes: Mapping[str, np.ndarray] | VolumeStore,
+    learning: Sequence[str],
+    model: NetworkEnsemble | SvrModel,
+) -> Reference:
+    """What the training scans `learning` looked like, to the eye and, where it is one, to the network."""
+    chosen = evenly(learning, FEATURE_SCANS) if isinstance(model, NetworkEnsemble) else []
+    features = [model.features(volumes[scan_id]) for scan_id in chosen]
+    return Reference.fit((volumes[scan_id] for scan_id in learning), features)
 
 
 def _resnet_parts(

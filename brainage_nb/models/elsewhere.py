@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from brainage_nb.evaluation.external import ExternalEvaluation, evaluate_external, refuse_trained_on
-from brainage_nb.models.prediction import Prediction
+from brainage_nb.models.prediction import KINDS, Prediction
+from brainage_nb.volumes.scans import SCAN_FLAGS
 from brainage_nb.workspace import Workspace, open_workspace
 
 if TYPE_CHECKING:
@@ -86,5 +87,9 @@ def _predicted(bundle: Bundle, scans: pd.DataFrame, files: list[Path]) -> tuple[
     rows = scans.loc[found, [name for name in ABOUT if name in scans]]
     notes = [f"{lost.scan}: no prediction. {lost.sentence}" for lost in results if lost not in predictions]
     said = pd.Series([caution.code for one in predictions for caution in one.warnings], dtype=str)
-    notes += [f"{n} of {len(results)} scans: warning `{code}`." for code, n in said.value_counts().items()]
+    meaning = SCAN_FLAGS | KINDS
+    notes += [
+        f"{n} of {len(results)} scans: {meaning.get(code, 'warning')} (`{code}`)."
+        for code, n in said.value_counts().items()
+    ]
     return rows.assign(predicted_age=[one.predicted_age for one in predictions]), notes

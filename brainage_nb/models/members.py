@@ -45,11 +45,25 @@ class NetworkEnsemble:
 
     def predict(self, volume: np.ndarray) -> np.ndarray:
         """Ages in years (members,) of one volume (size, size, size), RAS, z-scored, float16 as stored."""
-        batch = torch.from_numpy(np.asarray(volume, dtype=np.float32))[None, None]
+        return self.predict_with_features(volume)[0]
+
+    def predict_with_features(self, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ages as `predict` gives them and, from the same pass, what `features` gives."""
+        batch = _batch_of(volume)
         if self.flip_averaging:
             batch = torch.cat([batch, batch.flip(2)])
         with torch.inference_mode():
-            return np.array([float(network(batch).mean()) for network in self.networks])
+            seen = [network.features(batch) for network in self.networks]
+            ages = [
+                float((network.age_mean + network.age_sd * network.fc(features).squeeze(1)).mean())
+                for network, features in zip(self.networks, seen, strict=True)
+            ]
+        return np.array(ages), seen[0][0].numpy()
+
+    def features(self, volume: np.ndarray) -> np.ndarray:
+        """What the last layer of the first member sees of a volume, not mirrored: (widths[-1],)."""
+        with torch.inference_mode():
+            return self.networks[0].features(_batch_of(volume))[0].numpy()
 
 
 class SvrModel:
@@ -70,6 +84,14 @@ class SvrModel:
     def predict(self, volume: np.ndarray) -> np.ndarray:
         """Age in years, shape (1,), of one volume (size, size, size), RAS, z-scored, float16 as stored."""
         return np.asarray(self.model.predict([volume], self.variant), dtype=float)
+
+    def predict_with_features(self, volume: np.ndarray) -> tuple[np.ndarray, None]:
+        """Age as `predict` gives it; features for a distance are kept of networks only."""
+        return self.predict(volume), None
+
+
+def _batch_of(volume: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(volume, dtype=np.float32))[None, None]
 
 
 def network_from(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> nn.Module:

@@ -22,6 +22,22 @@ NOT_A_DEVICE = (
     "for a decision about a person's care. A brain age above or below the true age is a statistical "
     "finding with many harmless causes, among them the scanner."
 )
+KINDS = {  # what a caution's code means where scans are counted
+    "unlike_training": "do not look like the training scans at all; do not use their ages",
+    "unlike_training_image": "image further from the training scans than 99 % of scans like those (contrast, "
+    "sharpness, noise, position, symmetry); expect larger errors",
+    "unlike_training_features": "answered by the network unlike 99 % of scans like those of training; expect "
+    "larger errors",
+    "predicted_age_outside_training": "predicted age outside the ages of training",
+    "true_age_outside_training": "true age outside the ages of training",
+    "few_training_subjects_near": "few training subjects near the predicted age",
+    "members_disagree": "the models of the ensemble disagree",
+    "extreme_voxel_size": "voxel sizes that cannot be right for a head",
+    "coarse_voxels": "voxels coarser or flatter than those of a structural T1 scan",
+    "cut_off": "head cut off at the edge of the image",
+    "skull_not_as_in_training": "skull-stripped where training scans were not, or the reverse",
+    "few_calibration_subjects": "interval or correction rest on few subjects",
+}
 OLDEST = 120.0
 COARSE_MM, THICK_TIMES = 2.5, 3.0
 DISAGREE_YEARS = 5.0
@@ -207,6 +223,21 @@ def likeness_caution(correlation: float, lowest_usual: float) -> list[Caution]:
             "may lie in an unexpected orientation, or may have been prepared otherwise (for example "
             "skull-stripped). Do not use the number.",
         )
+    ]
+
+
+def distance_cautions(times_too_far: Mapping[str, float]) -> list[Caution]:
+    """Whether an image of the right kind still lies apart from the training scans; see `Reference.far`."""
+    said = {
+        "image": "In contrast, sharpness, noise, position or symmetry this image is unlike the training "
+        "scans ({:.1f} times as far from them as 99 % of scans like those). Another scanner, motion or a "
+        "damaged file does that; expect larger errors than the model's figures say.",
+        "features": "The network answers this scan unlike its training scans ({:.1f} times as far from them "
+        "as 99 % of scans like those): it has seen little of this kind; expect larger errors than the "
+        "model's figures say.",
+    }
+    return [
+        Caution(f"unlike_training_{kind}", said[kind].format(times)) for kind, times in times_too_far.items()
     ]
 
 

@@ -35,6 +35,13 @@ def test_a_distance_survives_json(training):
     assert again.limit_ == measure.limit_
 
 
+@pytest.mark.parametrize(("name", "value"), [("whiten", [[1.0]]), ("limit", float("nan")), ("axes", [1.0])])
+def test_content_that_does_not_fit_together_is_refused(name, value, training):
+    content = DistanceFromTraining().fit(training(60, 1)).to_dict()
+    with pytest.raises(ValueError, match="a distance"):
+        DistanceFromTraining.from_dict(content | {name: value})
+
+
 def test_a_constant_feature_does_no_harm():
     features = np.random.default_rng(0).normal(0, 1, (40, 3))
     features[:, 1] = 7.0

@@ -5,6 +5,7 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from brainage_nb.models.bundle import BundleError, load_bundle, save_bundle
 from brainage_nb.models.bundle_files import zip_bundle
@@ -17,6 +18,7 @@ from tests.models.tiny_bundle import (
     SETTINGS,
     head_array,
     networks,
+    noisy_head,
     write_scan,
     write_tiny_bundle,
 )
@@ -181,6 +183,38 @@ def test_what_is_no_head_of_that_kind_is_noticed(tiny, tmp_path):
     noise = np.random.default_rng(0).integers(0, 1000, (48, 48, 48)).astype(np.int16)
     for name, array in {"inverted": inverted, "noise": noise}.items():
         assert "unlike_training" in codes(tiny, write_scan(tmp_path / f"{name}.nii", array=array)), name
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A bundle with distances, from thirty training scans."""
+    return write_tiny_bundle(tmp_path_factory.mktemp("measured") / "bundle", n_scans=30)
+
+
+def test_a_noisy_head_is_far_from_the_training_scans_and_another_head_is_not(measured, tmp_path):
+    noisy = write_scan(tmp_path / "noisy.nii", array=noisy_head(40))
+    assert {"unlike_training_image", "unlike_training_features"} <= set(codes(measured, noisy))
+    assert codes(measured, write_scan(tmp_path / "a.nii", 41)) == []
+
+
+def test_what_is_no_head_at_all_is_said_once(measured, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 1000, (48, 48, 48)).astype(np.int16)
+    found = codes(measured, write_scan(tmp_path / "noise.nii", array=noise))
+    assert [code for code in found if code.startswith("unlike")] == ["unlike_training"]
+
+
+def test_distances_for_another_network_are_refused(measured, tmp_path):
+    bundle = shutil.copytree(measured, tmp_path / "bundle")
+    place = bundle / "reference.safetensors"
+    arrays = load_file(place)
+    for name in ("mean", "scale", "axes"):
+        arrays[f"features.{name}"] = arrays[f"features.{name}"][:-1]
+    save_file(arrays, place)
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest["files"][place.name] = {"sha256": sha256_of(place), "bytes": place.stat().st_size}
+    write_json(manifest, bundle / "bundle.json")
+    with pytest.raises(BundleError, match="7 features numbers; expected 8"):
+        load_bundle(bundle)
 
 
 def test_odd_voxels_and_ages_out_of_range_are_noticed(tiny, tmp_path):

@@ -8,7 +8,7 @@ from brainage_nb.models.bundle import load_bundle
 from brainage_nb.models.bundle_facts import hashed
 from brainage_nb.models.elsewhere import apply_elsewhere, named_subjects
 from brainage_nb.workspace import open_workspace, sha256_of, write_csv
-from tests.models.tiny_bundle import write_scan, write_tiny_bundle
+from tests.models.tiny_bundle import noisy_head, write_scan, write_tiny_bundle
 
 SALT = "00" * 16
 
@@ -44,6 +44,15 @@ def test_every_kept_scan_is_predicted_and_the_broken_one_is_named(tmp_path, othe
     assert any("p8.nii" in line for line in found.warnings)
     expected = bundle.predict(other.path("p3.nii")).predicted_age
     assert found.predictions["predicted_age"][3] == pytest.approx(expected, abs=1e-4)
+
+
+def test_scans_unlike_those_of_training_are_counted_in_words(tmp_path, other):
+    for name in ("p1", "p4"):
+        write_scan(other.path(f"{name}.nii"), array=noisy_head(40))
+    bundle = load_bundle(write_tiny_bundle(tmp_path / "bundle", n_scans=30))
+    found = apply_elsewhere(bundle, other.root, n_bootstrap=50)
+    (said,) = [line for line in found.warnings if "unlike_training_image" in line]
+    assert said.startswith("2 of 9 scans: image further from the training scans")
 
 
 def test_a_subject_or_a_file_of_the_training_set_is_refused(tmp_path, other):

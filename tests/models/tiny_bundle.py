@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from brainage_nb.models.bundle_files import write_bundle
-from brainage_nb.models.bundle_saving import card_of
-from brainage_nb.models.members import arrays_of
+from brainage_nb.models.bundle_saving import card_of, reference_of
+from brainage_nb.models.members import NetworkEnsemble, arrays_of, network_from
 from brainage_nb.models.prediction import NOT_A_DEVICE
-from brainage_nb.models.reference import FILE, Reference
+from brainage_nb.models.reference import FILE
 from brainage_nb.models.resnet import resnet18_regressor
 from brainage_nb.volumes.preprocessing import PreprocessingSettings, as_stored, preprocess
 
@@ -37,6 +37,13 @@ def head_array(seed: int = 0, side: int = 48) -> np.ndarray:
     radius = np.sqrt(sum(axis**2 for axis in np.meshgrid(x / 0.7, x / 0.85, x / 0.8, indexing="ij")))
     head = 800.0 * (radius < 1) - 500 * ((radius > 0.8) & (radius < 0.92)) - 200 * (radius < 0.3)
     return np.clip(head + rng.normal(0, 20, head.shape), 0, None).astype(np.int16)
+
+
+def noisy_head(seed: int = 0) -> np.ndarray:
+    """The same head with much noise inside and none around it, where it would move the head's crown."""
+    head = head_array(seed)
+    noise = np.random.default_rng(seed).normal(0, 300, head.shape)
+    return np.clip(head + noise * (head > 100), 0, None).astype(np.int16)
 
 
 def write_scan(path: Path, seed: int = 0, *, array: np.ndarray | None = None, spacing: float = 4.0) -> Path:
@@ -110,12 +117,15 @@ def manifest(n: int = 1, **changes) -> dict:
     return said | changes
 
 
-def write_tiny_bundle(folder: Path, *, n: int = 1, **changes) -> Path:
-    """A bundle whose reference are three of our balls."""
+def write_tiny_bundle(folder: Path, *, n: int = 1, n_scans: int = 3, **changes) -> Path:
+    """A bundle whose reference are a few of our balls."""
     scratch = folder.with_name(f"{folder.name}-scans")
     scratch.mkdir(parents=True)
-    volumes = [as_stored(preprocess(write_scan(scratch / f"{k}.nii", k), SETTINGS)) for k in range(3)]
-    reference = Reference.fit(volumes)
-    said = manifest(n, reference=reference.to_dict(), **changes)
+    volumes = {
+        str(k): as_stored(preprocess(write_scan(scratch / f"{k}.nii", k), SETTINGS)) for k in range(n_scans)
+    }
     arrays = {f"member-{k:02d}.safetensors": arrays_of(net, half=True) for k, net in enumerate(networks(n))}
+    kept = [network_from(ARCHITECTURE, named) for named in arrays.values()]
+    reference = reference_of(volumes, list(volumes), NetworkEnsemble(kept, flip_averaging=True))
+    said = manifest(n, reference=reference.to_dict(), **changes)
     return write_bundle(folder, said, arrays | {FILE: reference.arrays()}, card_of(said))
