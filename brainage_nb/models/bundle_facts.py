@@ -5,7 +5,6 @@ Nothing here names a person: ages are counted or rounded, ids are kept as salted
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import os
 import warnings
@@ -79,8 +78,8 @@ def _voxel_range(rows: pd.DataFrame, cleaning: pd.DataFrame) -> list[float] | No
     if "voxel_mm" not in cleaning:
         return None
     cells = cleaning.loc[cleaning["scan_id"].isin(rows["scan_id"]), "voxel_mm"].dropna()
-    sizes = [edge for cell in cells for edge in (ast.literal_eval(cell) if isinstance(cell, str) else cell)]
-    return [float(min(sizes)), float(max(sizes))] if sizes else None
+    sizes = [float(edge) for cell in cells for edge in cell.split(" x ")]
+    return [min(sizes), max(sizes)] if sizes else None
 
 
 def _skull_stripped(rows: pd.DataFrame, workspace: Workspace) -> bool | None:
