@@ -52,7 +52,7 @@ def trained(tmp_path_factory):
     write_csv(scans.drop(columns=["split", "fold"]), ws.path("cohort.csv"))
     write_csv(scans.drop(columns=["source"]), ws.path("splits.csv"))
     write_csv(
-        scans.assign(sha256=hashes, voxel_mm=[(4.0, 4.0, 4.0)] * len(SPLIT), kept=True),
+        scans.assign(sha256=hashes, voxel_mm="4 x 4 x 4", kept=True),
         ws.path("cleaning.csv"),
     )
     store = build_store(scans, ws.path("volumes"), SETTINGS, n_jobs=1).store
