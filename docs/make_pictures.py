@@ -28,9 +28,8 @@ def main(workspace: str) -> None:
     planted_figure(heads_by_age(ws.path("demo"), truth), truth, heads).savefig(TARGET / "heads.png", dpi=70)
     first = ws.resolve(ws.read("splits.csv")["image"].iloc[0])
     steps_figure(preprocessing_steps(first, PreprocessingSettings())).savefig(TARGET / "steps.png", dpi=60)
-    for run in ("resnet18", "vgg16_svr"):
-        for name in (f"predicted_vs_true_{run}", f"gap_vs_age_{run}"):
-            shutil.copy(ws.path("evaluation", "figures", f"{name}.png"), TARGET / f"{name}.png")
+    for name in ("predicted_vs_true_resnet18", "gap_vs_age_resnet18", "planted_gap_resnet18"):
+        shutil.copy(ws.path("evaluation", "figures", f"{name}.png"), TARGET / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def plot_planted(truth: pd.DataFrame, parameter: str, ax: Axes) -> Axes:
     ax.scatter(truth["age"], truth[parameter], s=8, alpha=0.6, color=BLUE, linewidths=0)
     ax.plot(age, planted_anatomy(age)[parameter], color=BLACK, linewidth=1.5)
     ax.set_xlabel("age [years]")
-    ax.set_ylabel(AXIS_LABELS[parameter])
+    ax.set_ylabel(AXIS_LABELS[parameter].replace(" [", "\n["))
     return ax
 
 
