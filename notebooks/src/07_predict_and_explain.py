@@ -62,12 +62,14 @@ seed = 1  # @param {type:"integer"}
 # %%
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.apps.widget import PredictionWidget, result_figure, workspace_scans
 from brainage_nb.models.bundle import current_bundle, load_bundle
 from brainage_nb.models.explain import explain
 from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary, write_json
 
+set_matplotlib_formats("png")  # figures appear in their cells
 parameters = resolved_parameters(globals())
 ws = open_workspace(workspace).begin("07_predict_and_explain")
 session_summary(ws.root)
