@@ -93,7 +93,7 @@ class TrainingSettings:
     warmup_epochs: int = 5
     huber_delta: float = 1.0
     gradient_clip: float = 20.0
-    ema_epochs: float = 3.0
+    ema_epochs: float = 1.0
     patience: int = 0
     norm: str = "batch"
     shortcut: str = "B"
