@@ -66,9 +66,9 @@ class AugmentationSettings:
     rotation_deg: float = 10.0
     scale: float = 0.08
     shift_mm: float = 5.0
-    pose: float = 0.5
+    pose: float = 0.7
     deformation_mm: float = 3.0
-    deformation: float = 0.2
+    deformation: float = 0.3
     log_gamma: float = 0.25
     gamma: float = 0.3
     log_bias: float = 0.2
