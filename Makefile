@@ -49,8 +49,8 @@ pictures: demo  ## remake the README's pictures from the demo
 bench: $(READY)  ## run every benchmark; tables on screen, JSON under benchmarks/out (QUICK=1 for short forms)
 	$(BIN)/python benchmarks/run_all.py $(if $(QUICK),--quick)
 
-badges: $(READY)  ## rewrite badges, set-up cells and README for another repository: make badges REPO=owner/name
-	$(BIN)/python notebooks/twins.py --repository "$(REPO)"
+badges: $(READY)  ## write repository and version into badges, set-up cells and README: make badges [REPO=owner/name]
+	$(BIN)/python notebooks/twins.py --repository $(REPO)
 
 clean:  ## remove what was generated, keep .venv and workspaces
 	rm -rf build .pytest_cache .ruff_cache benchmarks/out

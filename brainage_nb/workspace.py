@@ -1,6 +1,6 @@
-"""The workspace: which platform this is, where files live, and what a notebook leaves behind.
+"""The workspace: the files that notebooks exchange, each whole or absent, and what a notebook leaves behind.
 
-The only module that knows a platform. It knows nothing of scans, ages or models.
+Where it lies and on what machine is `platforms`' affair. It knows nothing of scans, ages or models.
 """
 
 from __future__ import annotations
@@ -9,15 +9,24 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from brainage_nb.platforms import (
+    attached_inputs,
+    default_root,
+    local_disk_for,
+    platform,
+    require_drive,
+    version_of,
+)
+from brainage_nb.platforms import n_workers as n_workers  # the layers above and the notebooks
+from brainage_nb.platforms import session_summary as session_summary  # take these from here
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,97 +43,6 @@ NOTEBOOK_OF = {
 
 class MissingInput(FileNotFoundError):
     """A file that an earlier notebook makes is not in the workspace."""
-
-
-# --- platform -------------------------------------------------------------------------------------------
-
-
-def platform() -> str:
-    """'kaggle', 'colab' or 'local'. Kaggle is asked first: its image carries Colab's markers too."""
-    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE"):
-        return "kaggle"
-    if "google.colab" in sys.modules or os.environ.get("COLAB_RELEASE_TAG"):
-        return "colab"
-    return "local"
-
-
-def default_root() -> Path:
-    """$BRAINAGE_WORKSPACE, else the platform's usual place (Drive where it is mounted on Colab)."""
-    if named := os.environ.get("BRAINAGE_WORKSPACE"):
-        return Path(named)
-    here = platform()
-    if here == "kaggle":
-        return Path("/kaggle/working/brainage")
-    if here == "colab":
-        drive = Path("/content/drive/MyDrive")
-        return (drive if drive.is_dir() else Path("/content")) / "brainage"
-    return Path("workspace")
-
-
-def n_workers(requested: int = 0) -> int:
-    """Number of worker processes: `requested`, or, at 0, the processors this process may use."""
-    if requested > 0:
-        return requested
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return max(1, os.cpu_count() or 1)
-
-
-def resolved_parameters(names: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat values of a notebook's namespace: call it with `globals()` right after the parameters cell."""
-    return {
-        name: value
-        for name, value in names.items()
-        if not name.startswith("_") and isinstance(value, str | bool | int | float)
-    }
-
-
-def session_summary(root: Path | str = ".") -> pd.DataFrame:
-    """What this session runs on: platform, device, memory, disk, versions. One row a fact."""
-    import pandas as pd
-
-    facts = {
-        "platform": platform(),
-        "Python": sys.version.split()[0],
-        "device": device_name(),
-        "processors": str(n_workers()),
-        "memory": f"{memory_gib():.1f} GiB",
-        "free disk": f"{shutil.disk_usage(_existing(Path(root))).free / 2**30:.1f} GiB",
-    } | {name: version_of(name) for name in ("brainage-nb", "torch", "monai", "numpy", "scikit-learn")}
-    return pd.DataFrame({"value": facts})
-
-
-def device_name() -> str:
-    """The accelerator in words, or 'CPU'."""
-    import torch
-
-    if torch.cuda.is_available():
-        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        return f"{len(names)} x {names[0]}"
-    return "CPU (no GPU seen)"
-
-
-def memory_gib() -> float:
-    """Physical memory in GiB (0 where the system does not say)."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (ValueError, OSError, AttributeError):
-        return 0.0
-
-
-def version_of(package: str) -> str:
-    """Installed version of a package, or 'absent'."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 # --- files that are whole or absent ---------------------------------------------------------------------
@@ -187,6 +105,21 @@ def sha256_of(path: Path | str) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def copy_verified(source: Path | str, target: Path | str) -> Path:
+    """Copy a file whole or not at all, and read the copy back before it counts.
+
+    Raises
+    ------
+    OSError
+        Where the copy reads back with other content: the disk is full, or Drive was disconnected.
+    """
+    with writing(target) as temporary:
+        shutil.copyfile(source, temporary)
+        if sha256_of(temporary) != sha256_of(source):
+            raise OSError(f"A copy of {source} to {target} reads back with other content; is the disk full?")
+    return Path(target)
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -199,6 +132,15 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return str(value)
+
+
+def resolved_parameters(names: Mapping[str, Any]) -> dict[str, Any]:
+    """The flat values of a notebook's namespace: call it with `globals()` right after the parameters cell."""
+    return {
+        name: value
+        for name, value in names.items()
+        if not name.startswith("_") and isinstance(value, str | bool | int | float)
+    }
 
 
 # --- the workspace --------------------------------------------------------------------------------------
@@ -216,6 +158,11 @@ class Workspace:
 
     root: Path
     opened: float = field(default_factory=time.time)
+
+    @property
+    def scratch(self) -> Path | None:
+        """A fast local folder for heavy work where the workspace is on Drive, else None."""
+        return local_disk_for(self.root)
 
     def path(self, *parts: str) -> Path:
         """A path inside the workspace; nothing is made."""
@@ -306,11 +253,16 @@ class Workspace:
 
 
 def open_workspace(root: str | Path = "") -> Workspace:
-    """Open the workspace at `root` (empty: the default place); make it where it is missing."""
+    """Open the workspace at `root` (empty: the default place); make it where it is missing.
+
+    A new one on Kaggle starts from the workspace that an attached notebook left as its output, if any.
+    """
     folder = (Path(root).expanduser() if str(root) else default_root()).absolute()
+    require_drive(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MARKER).exists():
+            _take_over(folder)
             write_json({"format": 1}, folder / MARKER)
     except OSError as error:
         raise OSError(
@@ -318,6 +270,21 @@ def open_workspace(root: str | Path = "") -> Workspace:
             "or the environment variable BRAINAGE_WORKSPACE to a folder you may write to."
         ) from error
     return Workspace(folder)
+
+
+def _take_over(folder: Path) -> None:
+    """Copy the newest attached workspace, whose place is read-only, into a new one."""
+    attached = attached_inputs(MARKER)
+    if not attached:
+        return
+    newest = max(attached, key=_last_finished)
+    others = f" (the newest of {len(attached)})" if len(attached) > 1 else ""
+    print(f"Going on from the attached workspace {newest}{others}.")
+    shutil.copytree(newest, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MARKER, "executed"))
+
+
+def _last_finished(workspace: Path) -> str:
+    return max((read_json(path)["finished"] for path in workspace.glob("results/*.json")), default="")
 
 
 def _described(path: Path, root: Path) -> dict[str, Any]:

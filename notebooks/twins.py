@@ -1,9 +1,10 @@
-"""Keep notebooks/NN_name.ipynb and notebooks/src/NN_name.py twins, outputs stripped.
+"""Keep notebooks/NN_name.ipynb and notebooks/src/NN_name.py twins, outputs stripped, and every address right.
 
 python notebooks/twins.py                       source -> notebook (what `make notebooks` runs)
 python notebooks/twins.py --check               exit 1 where the two disagree, naming them
 python notebooks/twins.py --port NAME.ipynb     bring an edit made in Colab back into the source
-python notebooks/twins.py --repository O/N      rewrite the repository's address everywhere
+python notebooks/twins.py --repository [O/N]    write repository and version of pyproject.toml (with O/N: that
+                                                repository, there too) into badges, set-up cells and README
 """
 
 from __future__ import annotations
@@ -23,19 +24,53 @@ from jupytext.combine import combine_inputs_with_outputs
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
-ADDRESSED = [
-    ROOT / "pyproject.toml",
-    ROOT / "README.md",
-    ROOT / "colab_setup.sh",
-    *sorted((FOLDER / "src").glob("*.py")),
-]
+SOURCES = sorted((FOLDER / "src").glob("*.py"))
+ADDRESSED = [ROOT / "README.md", ROOT / "colab_setup.sh", *SOURCES]
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
+
+# The one set-up cell of every notebook. It runs where the package is not: from the attached wheel data set on
+# Kaggle, else from the release's own files, so notebook, script and package are always of one version.
+SETUP_CELL = """\
+import glob
+import importlib.util
+import os
+import subprocess
+import sys
+from urllib.parse import urljoin
+from urllib.request import urlopen
+
+if importlib.util.find_spec("brainage_nb") is None:
+    _marks = ["/kaggle/input/" + "*/" * depth + "brainage_wheels.json" for depth in (1, 2, 3)]
+    _places = ["file://" + path for mark in _marks for path in glob.glob(mark)]
+    _places += ["https://raw.githubusercontent.com/{repository}/v{version}/"]
+    _given = os.environ.get("BRAINAGE_SOURCE", "")
+    if os.path.isdir(_given):
+        _given = f"file://{os.path.abspath(_given)}/"
+    if _given.startswith(("http", "file:")):
+        _places.insert(0, _given)
+    try:
+        _script = urlopen(urljoin(_places[0], "colab_setup.sh")).read()
+    except OSError as error:
+        _hint = "No internet? Attach the wheel data set (README, Kaggle)."
+        raise RuntimeError(f"{_places[0]} cannot be read: {error}. {_hint}") from error
+    subprocess.run(["bash", "-s"], input=_script, env=os.environ | {"PYTHON": sys.executable}, check=True)
+    importlib.invalidate_caches()
+"""
+
+
+def project() -> dict:
+    """The project's table of pyproject.toml, the one place that holds repository and version."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def repository() -> str:
-    """The repository as owner/name, from pyproject.toml, the one place that holds it."""
-    urls = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]
-    return urls["Repository"].removeprefix("https://github.com/")
+    """The repository as owner/name."""
+    return project()["urls"]["Repository"].removeprefix("https://github.com/")
+
+
+def setup_cell() -> str:
+    """The set-up cell of this repository and version."""
+    return SETUP_CELL.replace("{repository}", repository()).replace("{version}", project()["version"])
 
 
 def generate(source: Path) -> nbformat.NotebookNode:
@@ -78,7 +113,7 @@ def main() -> int:
     )
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--port", type=Path, metavar="NAME.ipynb")
-    parser.add_argument("--repository", metavar="OWNER/NAME")
+    parser.add_argument("--repository", nargs="?", const="", metavar="OWNER/NAME")
     options = parser.parse_args()
     if options.port:
         return port(options.port)
@@ -89,7 +124,7 @@ def main() -> int:
 
 def write() -> int:
     """Regenerate every notebook."""
-    for source in sorted((FOLDER / "src").glob("*.py")):
+    for source in SOURCES:
         nbformat.write(generate(source), FOLDER / f"{source.stem}.ipynb")
     return 0
 
@@ -97,7 +132,7 @@ def write() -> int:
 def check() -> int:
     """Name every notebook that differs from its source or holds outputs."""
     wrong = []
-    for source in sorted((FOLDER / "src").glob("*.py")):
+    for source in SOURCES:
         target = FOLDER / f"{source.stem}.ipynb"
         if not target.exists():
             wrong.append(f"{target.name} is missing")
@@ -107,6 +142,8 @@ def check() -> int:
             wrong.append(f"{target.name} holds outputs")
         if text_of(notebook) != text_of(generate(source)):
             wrong.append(f"{target.name} differs from src/{source.name}")
+        if setup_cell() not in source.read_text():
+            wrong.append(f"src/{source.name} has another set-up cell (run `make badges`)")
     for line in wrong:
         print(f"{line}. Run `make notebooks` (or port an edit made in the notebook, see CONTRIBUTING).")
     return 1 if wrong else 0
@@ -123,13 +160,28 @@ def port(notebook: Path) -> int:
 
 
 def readdress(new: str) -> None:
-    """Replace the repository's address wherever it stands."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", new):
+    """Write repository and version into every file that names them; `new` other than "" is the repository."""
+    if new and not re.fullmatch(r"[\w.-]+/[\w.-]+", new):
         raise SystemExit(f"REPO={new!r}: expected owner/name, as in make badges REPO=someone/brainage_nb")
-    old = repository()
+    old, tag = repository(), f"v{project()['version']}"
+    pyproject = ROOT / "pyproject.toml"
+    if new:
+        pyproject.write_text(
+            pyproject.read_text().replace(f"https://github.com/{old}", f"https://github.com/{new}")
+        )
     for path in ADDRESSED:
-        if path.exists():
-            path.write_text(path.read_text().replace(old, new))
+        path.write_text(readdressed(path.read_text(), old, new or old, tag))
+
+
+def readdressed(text: str, old: str, new: str, tag: str) -> str:
+    """A file's text with repository `new` for `old`, badges at the release `tag`, and that set-up cell."""
+    text = text.replace(old, new)
+    text = re.sub(rf"({re.escape(new)}/blob/)[^/]+(/notebooks/)", rf"\g<1>{tag}\g<2>", text)
+    text = re.sub(r"^VERSION=.*$", f"VERSION={tag.removeprefix('v')}", text, flags=re.M)
+    start, end = text.find("# %%\nimport glob\n"), text.find("# %% [markdown]\n# ## Parameters")
+    if 0 < start < end:
+        text = text[:start] + "# %%\n" + setup_cell() + "\n" + text[end:]
+    return text
 
 
 if __name__ == "__main__":

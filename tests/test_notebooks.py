@@ -13,12 +13,17 @@ import nbformat
 import pytest
 import yaml
 
+import brainage_nb
 from brainage_nb.pipeline import Notebook, parse_parameters
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "notebooks"))
+import twins  # noqa: E402
+
 SOURCES = sorted((ROOT / "notebooks" / "src").glob("*.py"))
 NOTEBOOKS = [ROOT / "notebooks" / f"{source.stem}.ipynb" for source in SOURCES]
-REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+REPOSITORY, TAG = PROJECT["urls"]["Repository"], f"v{PROJECT['version']}"
 SHARED = {  # the same names mean the same thing, with the same type, in every notebook
     "workspace": str, "run": str, "source": str, "data_dir": str, "table": str,
     "spacing_mm": float, "size": int,
@@ -50,8 +55,16 @@ def test_every_notebook_agrees_with_its_source():
 def test_badges_open_this_notebook_of_this_repository(path):
     opening = cells(path, "markdown")[0].source
     colab = REPOSITORY.replace("https://github.com", "https://colab.research.google.com/github")
-    assert f"{colab}/blob/main/notebooks/{path.name})" in opening
-    assert f"https://kaggle.com/kernels/welcome?src={REPOSITORY}/blob/main/notebooks/{path.name})" in opening
+    assert f"{colab}/blob/{TAG}/notebooks/{path.name})" in opening
+    assert f"https://kaggle.com/kernels/welcome?src={REPOSITORY}/blob/{TAG}/notebooks/{path.name})" in opening
+
+
+@each_notebook
+def test_the_setup_cell_is_the_one_of_this_repository_and_version(path):
+    found = [cell.source for cell in cells(path) if "colab_setup.sh" in cell.source]
+    assert found == [twins.setup_cell().strip()]
+    raw = REPOSITORY.replace("https://github.com", "https://raw.githubusercontent.com")
+    assert f'"{raw}/{TAG}/"' in found[0]
 
 
 @each_notebook
@@ -120,6 +133,29 @@ def test_no_figure_is_typed_into_prose(path):
         assert not re.search(r"\b(MAE|RMSE|r|R2)\s*(=|of|is)\s*\d", cell.source)
 
 
+def test_every_address_names_the_repository_and_the_release_of_pyproject():
+    owner_name = REPOSITORY.removeprefix("https://github.com/")
+    readme, script = (ROOT / "README.md").read_text(), (ROOT / "colab_setup.sh").read_text()
+    for text in [readme, script, *(path.read_text() for path in [*SOURCES, *NOTEBOOKS])]:
+        hosts = r"(?:github\.com|research\.google\.com/github|raw\.githubusercontent\.com)"
+        assert set(re.findall(rf"{hosts}/([\w.-]+/[\w-]+)", text)) <= {owner_name}
+        assert set(re.findall(rf"{owner_name}/blob/([^/]+)/", text)) <= {TAG}
+    assert f"VERSION={PROJECT['version']}\nREPOSITORY={REPOSITORY}\n" in script
+    assert all(f"{REPOSITORY}/blob/{TAG}/notebooks/{path.name}" in readme for path in NOTEBOOKS)
+    assert brainage_nb.__version__ == PROJECT["version"]
+
+
+def test_another_repository_and_version_reach_every_place():
+    readme = (ROOT / "README.md").read_text()
+    for text in [readme, (ROOT / "colab_setup.sh").read_text(), SOURCES[0].read_text()]:
+        old = REPOSITORY.removeprefix("https://github.com/")
+        moved = twins.readdressed(text, old, "someone/a.fork", "v9.8.7")
+        assert old not in moved.replace(twins.setup_cell(), "")
+        assert set(re.findall(r"someone/a\.fork/blob/([^/]+)/", moved)) <= {"v9.8.7"}
+        assert text != moved
+    assert "VERSION=9.8.7\n" in twins.readdressed("VERSION=0.1.0\n", "a/b", "a/b", "v9.8.7")
+
+
 def test_parameters_that_mirror_the_package_keep_its_defaults():
     from brainage_nb.cohort.cleaning_rules import CleaningRules
     from brainage_nb.models.settings import TrainingSettings
@@ -142,11 +178,12 @@ def test_parameters_that_mirror_the_package_keep_its_defaults():
     )
 
 
-def test_only_the_workspace_layer_knows_a_platform():
-    words = re.compile(r"google\.colab|(?<!/)/kaggle/|/content/|KAGGLE_|COLAB_")
-    files = [*SOURCES, *(ROOT / "brainage_nb").rglob("*.py")]
-    guilty = [path.name for path in files if path.name != "workspace.py" and words.search(path.read_text())]
-    assert guilty == []
+def test_only_the_platform_module_and_the_setup_cell_know_a_platform():
+    words = re.compile(r"google\.colab|(?<!/)/kaggle/|/content|KAGGLE_|COLAB_")
+    modules = {path.name: path.read_text() for path in (ROOT / "brainage_nb").rglob("*.py")}
+    sources = {path.name: path.read_text().replace(twins.setup_cell(), "") for path in SOURCES}
+    guilty = [name for name, text in (modules | sources).items() if words.search(text)]
+    assert guilty == ["platforms.py"]
 
 
 def test_the_environment_file_installs_what_the_package_declares():

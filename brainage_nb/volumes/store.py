@@ -15,6 +15,7 @@ import numpy as np
 
 from ..workspace import n_workers, read_json, sha256_of, write_json, write_text
 from .preprocessing import PreprocessingSettings, ScanError, as_stored, preprocess
+from .staging import StoreMirror
 from .store_files import HEADER_BYTES, StoreWriter, read_index, sha256_of_volume, shard_path
 
 if TYPE_CHECKING:  # pandas is imported where it is used, so that worker processes start fast
@@ -155,12 +156,18 @@ class StoreReport:
     note: str
 
 
-def current_store(volumes_folder: str | Path) -> VolumeStore:
-    """Open the store that `volumes/current` names."""
+def current_store(volumes_folder: str | Path, scratch: Path | None = None) -> VolumeStore:
+    """Open the store that `volumes/current` names; with `scratch`, a copy of it on that fast local disk."""
     name = Path(volumes_folder) / "current"
     if not name.is_file():
         raise FileNotFoundError(f"{name} is missing. Run notebook 03 first; it makes the volume store.")
-    return VolumeStore.open(Path(volumes_folder) / name.read_text(encoding="utf-8").strip())
+    home = Path(volumes_folder) / name.read_text(encoding="utf-8").strip()
+    if scratch is None:
+        return VolumeStore.open(home)
+    mirror = StoreMirror(home, scratch)
+    if damaged := mirror.fetch():
+        raise OSError(f"{damaged} volumes of {home} are damaged. Run notebook 03 again: it makes them anew.")
+    return VolumeStore.open(mirror.local)
 
 
 def build_store(
@@ -169,6 +176,7 @@ def build_store(
     settings: PreprocessingSettings | None = None,
     resolve: Callable[[str], Path] = Path,
     n_jobs: int = 0,
+    scratch: Path | None = None,
 ) -> StoreReport:
     """Preprocess scans into the store of these settings, add what is missing, and make it the current one.
 
@@ -188,6 +196,9 @@ def build_store(
         From an `image` cell to a path (`Workspace.resolve`).
     n_jobs : int
         Processes; 0 takes all processors. The store is the same for any number.
+    scratch : path, optional
+        Fast local disk to work on where `folder` is slow (`Workspace.scratch`); the store is sent there
+        while it grows, and the report's store is the local copy.
 
     Returns
     -------
@@ -203,7 +214,11 @@ def build_store(
     if not (home / "preprocessing.json").exists():
         write_json(settings.to_json(), home / "preprocessing.json")
     paths = {scan: Path(resolve(image)) for scan, image in zip(scans["scan_id"], scans["image"], strict=True)}
-    writer = StoreWriter(home, settings.size)
+    mirror = StoreMirror(home, scratch) if scratch else None
+    if mirror is not None:
+        mirror.fetch()
+        home = mirror.local
+    writer = StoreWriter(home, settings.size, mirror)
     todo = [scan for scan in paths if not writer.has(scan, paths[scan])]
     failed = _fill(writer, todo, paths, settings, n_workers(n_jobs))
     note = _note(Path(folder), settings, len(todo) - len(failed), len(paths) - len(todo), len(failed))
@@ -240,7 +255,7 @@ def _fill(
             else:
                 writer.add(scan, *result)
     finally:
-        writer.commit()
+        writer.close()
     return failed
 
 

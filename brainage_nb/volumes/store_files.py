@@ -20,6 +20,8 @@ from ..workspace import read_csv, sha256_of, write_csv
 if TYPE_CHECKING:
     import pandas as pd
 
+    from .staging import StoreMirror
+
 SHARD_BYTES = 256 * 2**20
 HEADER_BYTES = 128  # of a .npy file of version 1.0 with this shape and type
 COMMIT_SECONDS = 1.0  # work lost at most when a build is killed
@@ -29,8 +31,8 @@ INDEX_COLUMNS = ["scan_id", "shard", "row", "sha256", "source_bytes", "source_mt
 class StoreWriter:
     """Appends rows; the only one that writes a store. Rows reach the disk before the index names them."""
 
-    def __init__(self, folder: Path, size: int) -> None:
-        self.folder, self.size = folder, size
+    def __init__(self, folder: Path, size: int, mirror: StoreMirror | None = None) -> None:
+        self.folder, self.size, self.mirror = folder, size, mirror
         self.row_bytes = 2 * size**3
         self.capacity = max(1, SHARD_BYTES // self.row_bytes)
         self.entries = {entry["scan_id"]: entry for entry in read_index(folder).to_dict("records")}
@@ -79,6 +81,14 @@ class StoreWriter:
 
         write_csv(pd.DataFrame(self.entries.values(), columns=INDEX_COLUMNS), self.folder / "index.csv")
         self.pending, self.committed = [], time.monotonic()
+        if self.mirror is not None:
+            self.mirror.send_now_and_then()
+
+    def close(self) -> None:
+        """Commit, and give the mirror's store all there is."""
+        self.commit()
+        if self.mirror is not None:
+            self.mirror.send()
 
 
 def read_index(folder: Path) -> pd.DataFrame:

@@ -13,8 +13,8 @@
 # %% [markdown]
 # # 02 · Data cleaning
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/brainage-nb/brainage_nb/blob/main/notebooks/02_data_cleaning.ipynb)
-# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/brainage-nb/brainage_nb/blob/main/notebooks/02_data_cleaning.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/brainage-nb/brainage_nb/blob/v0.1.0/notebooks/02_data_cleaning.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/brainage-nb/brainage_nb/blob/v0.1.0/notebooks/02_data_cleaning.ipynb)
 #
 # **In:** `cohort.csv` from notebook 01.
 #
@@ -27,15 +27,33 @@
 
 # %% [markdown]
 # ## Set-up
-# Installs the package where it is absent and leaves the platform's torch and numpy as they are.
+# Installs the package of this very release where it is absent, adds only what is missing, and leaves the platform's
+# torch and numpy as they are. The last line says what was done.
 
 # %%
+import glob
 import importlib.util
+import os
 import subprocess
+import sys
+from urllib.parse import urljoin
+from urllib.request import urlopen
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _script = "https://raw.githubusercontent.com/brainage-nb/brainage_nb/main/colab_setup.sh"
-    subprocess.run(["bash", "-c", f"set -o pipefail; curl -fsSL {_script} | bash"], check=True)
+    _marks = ["/kaggle/input/" + "*/" * depth + "brainage_wheels.json" for depth in (1, 2, 3)]
+    _places = ["file://" + path for mark in _marks for path in glob.glob(mark)]
+    _places += ["https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/"]
+    _given = os.environ.get("BRAINAGE_SOURCE", "")
+    if os.path.isdir(_given):
+        _given = f"file://{os.path.abspath(_given)}/"
+    if _given.startswith(("http", "file:")):
+        _places.insert(0, _given)
+    try:
+        _script = urlopen(urljoin(_places[0], "colab_setup.sh")).read()
+    except OSError as error:
+        _hint = "No internet? Attach the wheel data set (README, Kaggle)."
+        raise RuntimeError(f"{_places[0]} cannot be read: {error}. {_hint}") from error
+    subprocess.run(["bash", "-s"], input=_script, env=os.environ | {"PYTHON": sys.executable}, check=True)
     importlib.invalidate_caches()
 
 # %% [markdown]

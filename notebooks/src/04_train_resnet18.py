@@ -13,8 +13,8 @@
 # %% [markdown]
 # # 04 · Train the 3D ResNet-18
 #
-# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/brainage-nb/brainage_nb/blob/main/notebooks/04_train_resnet18.ipynb)
-# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/brainage-nb/brainage_nb/blob/main/notebooks/04_train_resnet18.ipynb)
+# [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/brainage-nb/brainage_nb/blob/v0.1.0/notebooks/04_train_resnet18.ipynb)
+# [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/brainage-nb/brainage_nb/blob/v0.1.0/notebooks/04_train_resnet18.ipynb)
 #
 # **In:** the volume store of notebook 03 and the splits of notebook 02.
 #
@@ -26,15 +26,33 @@
 
 # %% [markdown]
 # ## Set-up
-# Installs the package where it is absent and leaves the platform's torch and numpy as they are.
+# Installs the package of this very release where it is absent, adds only what is missing, and leaves the platform's
+# torch and numpy as they are. The last line says what was done.
 
 # %%
+import glob
 import importlib.util
+import os
 import subprocess
+import sys
+from urllib.parse import urljoin
+from urllib.request import urlopen
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _script = "https://raw.githubusercontent.com/brainage-nb/brainage_nb/main/colab_setup.sh"
-    subprocess.run(["bash", "-c", f"set -o pipefail; curl -fsSL {_script} | bash"], check=True)
+    _marks = ["/kaggle/input/" + "*/" * depth + "brainage_wheels.json" for depth in (1, 2, 3)]
+    _places = ["file://" + path for mark in _marks for path in glob.glob(mark)]
+    _places += ["https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/"]
+    _given = os.environ.get("BRAINAGE_SOURCE", "")
+    if os.path.isdir(_given):
+        _given = f"file://{os.path.abspath(_given)}/"
+    if _given.startswith(("http", "file:")):
+        _places.insert(0, _given)
+    try:
+        _script = urlopen(urljoin(_places[0], "colab_setup.sh")).read()
+    except OSError as error:
+        _hint = "No internet? Attach the wheel data set (README, Kaggle)."
+        raise RuntimeError(f"{_places[0]} cannot be read: {error}. {_hint}") from error
+    subprocess.run(["bash", "-s"], input=_script, env=os.environ | {"PYTHON": sys.executable}, check=True)
     importlib.invalidate_caches()
 
 # %% [markdown]
@@ -60,6 +78,8 @@ folds = 0  # @param {type:"integer"}
 patience = 0  # @param {type:"integer"}
 # minutes after which everything is saved and the run ends, to be continued; 0: no limit
 max_minutes = 0.0  # @param {type:"number"}
+# minutes between checkpoints: what a lost session costs at most; 0: after every step
+checkpoint_minutes = 5.0  # @param {type:"number"}
 # refuse to train without a GPU
 require_gpu = False  # @param {type:"boolean"}
 # file of weights to start from; empty: random ones
@@ -107,7 +127,7 @@ session_summary(ws.root)
 
 # %%
 ws.need("volumes/current")
-store = current_store(ws.path("volumes"))
+store = current_store(ws.path("volumes"), ws.scratch)
 splits = ws.read("splits.csv")
 print(f"{len(store.scan_ids)} volumes of {store.size}^3 voxels of {store.spacing_mm:g} mm")
 splits.groupby("split").agg(
@@ -142,6 +162,8 @@ settings = TrainingSettings(
     folds=folds,
     patience=patience,
     max_minutes=max_minutes,
+    checkpoint_minutes=checkpoint_minutes,
+    scratch=str(ws.scratch or ""),
     require_gpu=require_gpu,
     init_from=init_from,
     augmentation=augmentation,

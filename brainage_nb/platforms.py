@@ -1,0 +1,249 @@
+"""Which platform this is: where files live there, what the machine has, Drive, inputs, secrets.
+
+The only module that knows a platform's names. It knows no file of a workspace, no scan and no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DRIVE = Path("/content/drive")
+MY_DRIVE = DRIVE / "MyDrive"
+COLAB_DISK = Path("/content")
+KAGGLE_INPUT = Path("/kaggle/input")
+KAGGLE_OUTPUT = Path("/kaggle/working")
+INPUT_DEPTH = 4  # folders below KAGGLE_INPUT: datasets/<owner>/<slug>/brainage is the deepest we look into
+
+
+class DriveNotMounted(OSError):
+    """A path on Drive is wanted, Drive is not there, and nobody can be asked to mount it."""
+
+
+class SecretMissing(LookupError):
+    """A secret is neither in the environment nor in the platform's store."""
+
+
+def platform() -> str:
+    """'kaggle', 'colab' or 'local'. Kaggle is asked first: its image carries Colab's markers too."""
+    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE"):
+        return "kaggle"
+    if "google.colab" in sys.modules or os.environ.get("COLAB_RELEASE_TAG"):
+        return "colab"
+    return "local"
+
+
+# --- folders --------------------------------------------------------------------------------------------
+
+
+def default_root() -> Path:
+    """$BRAINAGE_WORKSPACE, else the platform's usual place (Drive where it is mounted on Colab)."""
+    if named := os.environ.get("BRAINAGE_WORKSPACE"):
+        return Path(named)
+    here = platform()
+    if here == "kaggle":
+        return KAGGLE_OUTPUT / "brainage"
+    if here == "colab":
+        return (MY_DRIVE if MY_DRIVE.is_dir() else COLAB_DISK) / "brainage"
+    return Path("workspace")
+
+
+def local_disk_for(root: Path | str) -> Path | None:
+    """A fast local folder for the heavy work of the workspace `root`; None where `root` itself is local.
+
+    Drive is slow and its renames are not known to be atomic, so a workspace there works on the machine's own
+    disk and receives verified copies. $BRAINAGE_SCRATCH names such a disk for other slow file systems.
+    """
+    root = Path(root).absolute()
+    if named := os.environ.get("BRAINAGE_SCRATCH"):
+        disk = Path(named).absolute()
+    elif root.is_relative_to(DRIVE):
+        disk = COLAB_DISK / "brainage_local"
+    else:
+        return None
+    return disk / hashlib.sha256(str(root).encode()).hexdigest()[:12]
+
+
+def how_long_kept(root: Path | str) -> str:
+    """What becomes of the files in `root` when the session ends, in words."""
+    here, root = platform(), Path(root).absolute()
+    if here == "colab":
+        return "on Drive: kept" if root.is_relative_to(DRIVE) else "LOST WITH THE SESSION (not on Drive)"
+    if here == "kaggle":
+        inside = root.is_relative_to(KAGGLE_OUTPUT)
+        return "output of this notebook: kept with its version" if inside else "LOST WITH THE SESSION"
+    return "kept"
+
+
+def require_drive(path: Path | str) -> None:
+    """Mount Drive where `path` lies on it and it is not there; does nothing anywhere else.
+
+    Raises
+    ------
+    DriveNotMounted
+        Where nobody can answer the question that mounting asks. (Writing on would fill a folder of that name
+        on the machine's own disk, which is lost with the session.)
+    """
+    if platform() != "colab" or not Path(path).absolute().is_relative_to(DRIVE) or MY_DRIVE.is_dir():
+        return
+    if not can_answer():
+        raise DriveNotMounted(
+            f"{path} is on Drive, which is not mounted, and mounting asks a question that nobody can answer "
+            "in a headless run. Mount Drive before (the folder symbol on the left of Colab), or set "
+            "`workspace` to a folder that is not on Drive."
+        )
+    from google.colab import drive
+
+    drive.mount(str(DRIVE))
+
+
+def can_answer() -> bool:
+    """Whether a person sits at this notebook: its front end lets code ask for input."""
+    kernel = getattr(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel", None)
+    return bool(getattr(kernel, "_allow_stdin", False))
+
+
+def attached_inputs(marker: str) -> list[Path]:
+    """Folders among Kaggle's attached inputs that hold a file called `marker`, sorted; [] elsewhere.
+
+    Inputs lie at /kaggle/input/<slug> or deeper, by a rule that has changed before, so what they hold tells
+    what they are.
+    """
+    if platform() != "kaggle":
+        return []
+    patterns = ["*/" * depth + marker for depth in range(1, INPUT_DEPTH + 1)]
+    return sorted({found.parent for pattern in patterns for found in KAGGLE_INPUT.glob(pattern)})
+
+
+def attached_dataset(handle: str) -> Path | None:
+    """Folder of the data set `owner/name` among Kaggle's attached inputs, or None where it is not attached."""
+    if platform() != "kaggle":
+        return None
+    owner, _, name = handle.partition("/")
+    name = name.split("/")[0]
+    places = (KAGGLE_INPUT / name, KAGGLE_INPUT / "datasets" / owner / name, KAGGLE_INPUT / owner / name)
+    return next((place for place in places if place.is_dir()), None)
+
+
+# --- secrets --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Secret:
+    """A secret that shows in no print, table, traceback or result file; `reveal()` gives its text."""
+
+    name: str
+    _text: str = field(repr=False)
+
+    def reveal(self) -> str:
+        """The text itself; hand it on, never show it."""
+        return self._text
+
+
+def secret(name: str) -> Secret:
+    """A secret from the environment, else from the platform's own store.
+
+    Raises
+    ------
+    SecretMissing
+        The message says where to put it, never what it is.
+    """
+    stores = {"colab": _colab_secret, "kaggle": _kaggle_secret}
+    text = os.environ.get(name, "") or stores.get(platform(), lambda _: "")(name)
+    if not text:
+        raise SecretMissing(
+            f"The secret {name} is not set. Put it into the platform's store (Colab: the key symbol; Kaggle: "
+            f"Add-ons > Secrets) and allow this notebook to read it, or set the environment variable {name}."
+        )
+    return Secret(name, text)
+
+
+def _colab_secret(name: str) -> str:
+    if not can_answer():  # the store is asked through the front end, which would be waited for for ever
+        return ""
+    from google.colab import userdata
+
+    try:
+        return userdata.get(name)
+    except (userdata.SecretNotFoundError, userdata.NotebookAccessError):
+        return ""
+
+
+def _kaggle_secret(name: str) -> str:
+    try:
+        from kaggle_secrets import UserSecretsClient
+
+        return UserSecretsClient().get_secret(name)
+    except Exception:  # its errors differ with the cause (absent, not attached, no internet) and may quote
+        return ""
+
+
+# --- the machine ----------------------------------------------------------------------------------------
+
+
+def n_workers(requested: int = 0) -> int:
+    """Number of worker processes: `requested`, or, at 0, the processors this process may use."""
+    if requested > 0:
+        return requested
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return max(1, os.cpu_count() or 1)
+
+
+def session_summary(root: Path | str = ".") -> pd.DataFrame:
+    """What this session runs on: platform, workspace, device, memory, disk, versions. One row a fact."""
+    import pandas as pd
+
+    facts = {
+        "platform": platform(),
+        "workspace": str(root),
+        "its files": how_long_kept(root),
+        "Python": sys.version.split()[0],
+        "device": device_name(),
+        "processors": str(n_workers()),
+        "memory": f"{memory_gib():.1f} GiB",
+        "free disk": f"{shutil.disk_usage(_existing(Path(root))).free / 2**30:.1f} GiB",
+    } | {name: version_of(name) for name in ("brainage-nb", "torch", "monai", "numpy", "scikit-learn")}
+    return pd.DataFrame({"value": facts})
+
+
+def device_name() -> str:
+    """The accelerator in words, or 'CPU'."""
+    import torch
+
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return f"{len(names)} x {names[0]}"
+    return "CPU (no GPU seen)"
+
+
+def memory_gib() -> float:
+    """Physical memory in GiB (0 where the system does not say)."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (ValueError, OSError, AttributeError):
+        return 0.0
+
+
+def version_of(package: str) -> str:
+    """Installed version of a package, or 'absent'."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def _existing(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
