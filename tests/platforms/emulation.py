@@ -91,6 +91,7 @@ class Emulated:
             kept
             | {"HOME": str(self.folder / "home"), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
             | {"JUPYTER_PATH": str(self.folder / "jupyter"), "PIP_NO_CACHE_DIR": "1"}
+            | {"PIP_CONFIG_FILE": os.devnull}
             | (online if self.online else {})
             | MARKS[self.kind]
         )

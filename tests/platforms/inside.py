@@ -75,9 +75,10 @@ def run_notebook(step: dict, settings: dict) -> dict:
     client = NotebookClient(
         notebook, kernel_name="python3", timeout=1500, resources={"metadata": {"path": settings["cwd"]}}
     )
-    killer = threading.Thread(target=kill_when, args=(client, *step["kill"]), daemon=True)
+    if step.get("setup_only"):
+        notebook.cells = notebook.cells[: setup_place(notebook) + 1]
     if "kill" in step:
-        killer.start()
+        threading.Thread(target=kill_when, args=(client, *step["kill"]), daemon=True).start()
     report = {"step": step["notebook"], "ended": "complete", "error": ""}
     try:
         client.execute()
@@ -87,6 +88,11 @@ def run_notebook(step: dict, settings: dict) -> dict:
         report |= {"ended": "failed", "error": str(error)[-3000:]}
     nbformat.write(notebook, Path(settings["executed"]) / f"{step['notebook']}.ipynb")
     return report | {"output": printed(notebook)}
+
+
+def setup_place(notebook: nbformat.NotebookNode) -> int:
+    """Position of the set-up cell."""
+    return next(place for place, cell in enumerate(notebook.cells) if "colab_setup.sh" in cell.source)
 
 
 def kill_when(client: NotebookClient, pattern: str, least: int) -> None:
