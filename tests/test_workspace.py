@@ -1,7 +1,5 @@
 """The workspace layer: files whole or absent, ids as text, platforms in the right order."""
 
-import sys
-
 import pandas as pd
 import pytest
 
@@ -39,14 +37,6 @@ def test_a_missing_input_names_the_notebook_that_makes_it(tmp_path):
         open_workspace(tmp_path).read("splits.csv")
 
 
-def test_kaggle_is_recognised_although_it_carries_colab_markers(monkeypatch):
-    monkeypatch.setitem(sys.modules, "google.colab", object())
-    monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
-    assert workspace.platform() == "colab"
-    monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    assert workspace.platform() == "kaggle"
-
-
 def test_the_environment_names_the_workspace(monkeypatch, tmp_path):
     monkeypatch.setenv("BRAINAGE_WORKSPACE", str(tmp_path / "here"))
     assert open_workspace().root == tmp_path / "here"
@@ -67,6 +57,16 @@ def test_finish_records_rows_and_parameters_and_begin_voids_them(tmp_path):
     assert ws.begin("01_data_access").result("01_data_access") is None
 
 
+def test_a_copy_that_reads_back_differently_does_not_count(tmp_path, monkeypatch):
+    source, target = tmp_path / "a", tmp_path / "b"
+    source.write_bytes(b"whole")
+    target.write_bytes(b"old")
+    monkeypatch.setattr(workspace.shutil, "copyfile", lambda _, there: there.write_bytes(b"hal"))
+    with pytest.raises(OSError, match="reads back with other content"):
+        workspace.copy_verified(source, target)
+    assert target.read_bytes() == b"old"
+
+
 def test_a_run_name_cannot_leave_its_folder(tmp_path):
     ws = open_workspace(tmp_path)
     for name in ("../x", "", "a/b", ".hidden"):
@@ -76,6 +76,7 @@ def test_a_run_name_cannot_leave_its_folder(tmp_path):
 
 def test_importing_the_package_is_light():
     import subprocess
+    import sys
 
     code = "import brainage_nb.cli, brainage_nb.workspace, sys; print({'torch', 'pandas'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout

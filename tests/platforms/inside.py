@@ -96,21 +96,19 @@ def setup_place(notebook: nbformat.NotebookNode) -> int:
 
 
 def kill_when(client: NotebookClient, pattern: str, least: int) -> None:
-    """Wait until files that match hold `least` lines (tables) or are that many (others), then SIGKILL."""
+    """Wait until a file that matches has come as far as `least`, then SIGKILL the kernel and its workers."""
     while True:
-        found = list(Path("/").glob(pattern.lstrip("/")))
-        tables = [path for path in found if path.suffix == ".csv"]
-        reached = max((count_lines(path) for path in tables), default=0) if tables else len(found)
+        reached = max(map(progress, Path("/").glob(pattern.lstrip("/"))), default=0)
         if reached >= least and client.km is not None and client.km.has_kernel:
             os.killpg(os.getpgid(client.km.provisioner.pid), signal.SIGKILL)
             return
         time.sleep(0.02)
 
 
-def count_lines(path: Path) -> int:
-    """Lines of a file that may be replaced while we look."""
+def progress(path: Path) -> int:
+    """Lines of a table, which may be replaced while we look; of a checkpoint the step in its name."""
     try:
-        return len(path.read_bytes().splitlines())
+        return int(path.name.split("-")[1]) if path.suffix == ".pt" else len(path.read_bytes().splitlines())
     except FileNotFoundError:
         return 0
 

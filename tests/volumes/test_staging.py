@@ -1,0 +1,119 @@
+"""A store on a slow disk worked on through a local copy: verified on the way in and on the way out."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from brainage_nb.volumes import staging
+from brainage_nb.volumes.preprocessing import PreprocessingSettings
+from brainage_nb.volumes.staging import StoreMirror
+from brainage_nb.volumes.store import current_store
+from brainage_nb.volumes.store_files import StoreWriter, read_index, shard_path
+from brainage_nb.workspace import write_json, write_text
+
+SETTINGS = PreprocessingSettings(spacing_mm=10.0, size=16)
+SOURCE = {"source_bytes": 1, "source_mtime_ns": 2, "source_sha256": "x"}
+
+
+def volume(number: int) -> np.ndarray:
+    return np.full((16, 16, 16), number, np.float16)
+
+
+@pytest.fixture
+def drive(tmp_path):
+    """`volumes` of a workspace on Drive with a store of three volumes."""
+    home = tmp_path / "drive" / "volumes" / SETTINGS.fingerprint
+    write_json(SETTINGS.to_json(), home / "preprocessing.json")
+    write_text(SETTINGS.fingerprint, home.parent / "current")
+    writer = StoreWriter(home, 16)
+    for number in range(3):
+        writer.add(f"s{number}", volume(number), SOURCE)
+    writer.close()
+    return home
+
+
+def test_the_copy_reads_as_the_store_does(drive, tmp_path):
+    copy = current_store(drive.parent, tmp_path / "local")
+    assert copy.folder.is_relative_to(tmp_path / "local")
+    assert (copy.read(["s2", "s0"]) == np.stack([volume(2), volume(0)])).all()
+
+
+def test_it_is_fetched_once(drive, tmp_path):
+    mirror = StoreMirror(drive, tmp_path / "local")
+    mirror.fetch()
+    written = shard_path(mirror.local, 0).stat().st_mtime_ns
+    StoreMirror(drive, tmp_path / "local").fetch()
+    assert shard_path(mirror.local, 0).stat().st_mtime_ns == written
+
+
+def test_what_is_added_locally_reaches_the_store_and_no_shard_is_sent_twice(drive, tmp_path, monkeypatch):
+    mirror = StoreMirror(drive, tmp_path / "local")
+    mirror.fetch()
+    writer = StoreWriter(mirror.local, 16, mirror)
+    writer.add("s3", volume(3), SOURCE)
+    writer.close()
+    assert (current_store(drive.parent)["s3"] == volume(3)).all()
+    sent = []
+    monkeypatch.setattr(staging, "copy_verified", lambda source, _: sent.append(source.name))
+    mirror.send()
+    again = StoreMirror(drive, tmp_path / "local")
+    again.fetch()
+    again.send()
+    assert [name for name in sent if name.startswith("shard")] == []
+
+
+def test_a_copy_that_is_ahead_is_kept(drive, tmp_path):
+    mirror = StoreMirror(drive, tmp_path / "local")
+    mirror.fetch()
+    writer = StoreWriter(mirror.local, 16)
+    writer.add("s3", volume(3), SOURCE)
+    writer.close()  # committed locally, never sent: the kernel was killed
+    again = StoreMirror(drive, tmp_path / "local")
+    again.fetch()
+    again.send()
+    assert read_index(drive)["scan_id"].tolist() == ["s0", "s1", "s2", "s3"]
+
+
+def test_a_damaged_row_is_refused_by_readers_and_made_anew_by_the_writer(drive, tmp_path):
+    with open(shard_path(drive, 0), "r+b") as stream:
+        stream.seek(-1, 2)
+        stream.write(b"\x7f")
+    with pytest.raises(OSError, match=r"1 volumes of .* are damaged. Run notebook 03 again"):
+        current_store(drive.parent, tmp_path / "local")
+    mirror = StoreMirror(drive, tmp_path / "local2")
+    assert mirror.fetch() == 1
+    writer = StoreWriter(mirror.local, 16, mirror)
+    assert "s2" not in writer.entries
+    writer.add("s2", volume(2), SOURCE)
+    writer.close()
+    assert current_store(drive.parent).verify().empty
+    assert (current_store(drive.parent, tmp_path / "local3")["s2"] == volume(2)).all()
+
+
+def test_a_cut_while_sending_leaves_a_store_that_is_whole(drive, tmp_path, monkeypatch):
+    mirror = StoreMirror(drive, tmp_path / "local")
+    mirror.fetch()
+    writer = StoreWriter(mirror.local, 16)
+    writer.add("s3", volume(3), SOURCE)
+    writer.close()
+    real = staging.copy_verified
+
+    def cut_at_the_index(source, target):
+        if source.name == "index.csv":
+            raise OSError("Drive is gone")
+        return real(source, target)
+
+    monkeypatch.setattr(staging, "copy_verified", cut_at_the_index)
+    with pytest.raises(OSError, match="Drive is gone"):
+        mirror.send()
+    store = current_store(drive.parent)
+    assert store.scan_ids == ["s0", "s1", "s2"]
+    assert store.verify().empty
+
+
+def test_a_lost_local_disk_costs_only_what_was_not_sent(drive, tmp_path):
+    mirror = StoreMirror(drive, tmp_path / "local")
+    mirror.fetch()
+    shutil.rmtree(tmp_path / "local")
+    assert current_store(drive.parent, tmp_path / "local").scan_ids == ["s0", "s1", "s2"]
