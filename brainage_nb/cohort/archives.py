@@ -9,17 +9,19 @@ import gzip
 import hashlib
 import lzma
 import os
+import re
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from brainage_nb.cohort.content import ARCHIVE_SUFFIXES, ContentError, check_whole
+from brainage_nb.cohort.downloads import Patience, fetch
 from brainage_nb.cohort.half_file import FULL_DISK, DownloadError, refuse_full_disk
 from brainage_nb.workspace import read_json, write_json
 
@@ -102,6 +104,47 @@ def unpack(archive: Path | str, folder: Path | str, *, progress: bool = True) ->
     return left_out
 
 
+def fetch_and_unpack(
+    urls: Sequence[str],
+    archive: Path | str,
+    folder: Path | str,
+    *,
+    checksum: str = "",
+    keep: bool = False,
+    patience: Patience | None = None,
+    progress: bool = True,
+) -> list[str]:
+    """Download an archive and unpack it; where that was done before, nothing is asked of the server.
+
+    Parameters
+    ----------
+    urls, checksum, patience, progress
+        As `downloads.fetch` takes them.
+    archive : path
+        Where the archive goes; deleted once it is unpacked, unless `keep`.
+    folder : path
+        Where its files go.
+
+    Returns
+    -------
+    list of str
+        What was left out of the archive, and why.
+
+    Raises
+    ------
+    DownloadError
+        As `fetch` and `unpack`.
+    """
+    archive = Path(archive)
+    if done := unpacked(folder, archive.name):
+        return done["left_out"]
+    fetch(urls, archive, checksum=checksum, patience=patience, progress=progress)
+    left_out = unpack(archive, folder, progress=progress)
+    if not keep:
+        archive.unlink()
+    return left_out
+
+
 def unpacked(folder: Path | str, archive: str) -> dict[str, Any] | None:
     """What an archive of this name left in `folder`, if it was unpacked to the end and nothing is missing."""
     try:
@@ -125,7 +168,7 @@ def _unpack_members(
     root = folder.resolve()
     files = tqdm(members.files(left_out), desc=f"unpack {archive.name}", unit="file", disable=not progress)
     for member in files:
-        target = _safe_target(root, member.name, archive.name)
+        target = safe_target(root, member.name, archive.name)
         total += member.size
         _refuse_bomb(archive, total, len(names))
         # a file gets its name only when it is whole, so one of this size from the same archive is done
@@ -136,10 +179,10 @@ def _unpack_members(
     return names
 
 
-def _safe_target(root: Path, name: str, archive: str) -> Path:
+def safe_target(root: Path, name: str, archive: str) -> Path:
     """Where a member goes; refused where that is not inside `root`, also by way of links that are there."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    outside = name.startswith(("/", "\\")) or ".." in parts or any(":" in part for part in parts[:1])
+    outside = name.startswith(("/", "\\")) or ".." in parts or re.match(r"[A-Za-z]:", name) is not None
     if outside or not parts or "\0" in name:
         raise ArchiveError(
             f"{archive} was not unpacked: '{name}' leads outside the folder. Such an archive is broken or "

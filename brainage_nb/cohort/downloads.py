@@ -76,6 +76,7 @@ def fetch(
     *,
     size: int | None = None,
     checksum: str = "",
+    identity: str = "",
     patience: Patience | None = None,
     session: requests.Session | None = None,
     progress: bool = True,
@@ -95,6 +96,8 @@ def fetch(
         Bytes it must have.
     checksum : str
         "md5:…" or "sha256:…" that it must have; "" where none is known.
+    identity : str
+        What names the file where its address differs from call to call; "" where the address does.
     patience : Patience, optional
     session : requests.Session, optional
         For cookies; made where absent.
@@ -126,7 +129,7 @@ def fetch(
     failures = []
     with only_one(path), session or requests.Session() as session:
         for url in mirrors:
-            job = _Job(url, path, size, checksum, patience or Patience(), session, progress)
+            job = _Job(url, path, size, checksum, identity, patience or Patience(), session, progress)
             try:
                 return job.run()
             except DownloadError as error:
@@ -143,11 +146,13 @@ class _Job:
         path: Path,
         size: int | None,
         checksum: str,
+        identity: str,
         patience: Patience,
         session: requests.Session,
         progress: bool,
     ) -> None:
         self.url, self.path, self.size, self.checksum = url, path, size, checksum
+        self.identity = identity or url
         self.patience, self.session, self.progress = patience, session, progress
         self.half = HalfFile(path)
         self.name = f"{path.name} from {shown(url)}"
@@ -324,7 +329,7 @@ class _Job:
 
     def _url_id(self) -> str:
         """Tells addresses apart without keeping what may be secret in them."""
-        return hashlib.sha256(self.url.encode()).hexdigest()
+        return hashlib.sha256(self.identity.encode()).hexdigest()
 
     def _bar(self, have: int, total: int | None) -> Any:
         from tqdm import tqdm

@@ -44,15 +44,16 @@ class Page:
     faults: list = field(default_factory=list)
     always: object = None
     type: str = "application/octet-stream"
+    headers: dict = field(default_factory=dict)
 
 
 class Loopback:
     """The server, its pages by path, and the requests it saw: (path, headers)."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
         self.pages: dict[str, Page | Callable] = {}
         self.seen: list[tuple[str, dict[str, str]]] = []
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), self._handler())
         self.server.daemon_threads = True
         self.base = f"http://127.0.0.1:{self.server.server_address[1]}"
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True)
@@ -96,6 +97,10 @@ class Loopback:
                     page.body, page.etag = fault[1:]
                 self.serve(page, fault if isinstance(fault, tuple) else ("", 0))
 
+            def do_POST(self):
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.do_GET()
+
             def answer(self, status, headers, body):
                 self.send_response(status)
                 for name, value in {"Content-Length": str(len(body)), **headers}.items():
@@ -104,7 +109,7 @@ class Loopback:
                 self.wfile.write(body)
 
             def serve(self, page, fault):
-                body, status, headers = page.body, 200, {"Content-Type": page.type}
+                body, status, headers = page.body, 200, {"Content-Type": page.type} | page.headers
                 headers |= {"ETag": page.etag} if page.etag else {}
                 headers |= {"Last-Modified": page.modified} if page.modified else {}
                 wanted = self.headers.get("Range")
