@@ -24,7 +24,8 @@ from jupytext.combine import combine_inputs_with_outputs
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
-SOURCES = sorted((FOLDER / "src").glob("*.py"))
+RUN_ALL = ROOT / "kaggle" / "run_all" / "run_all.py"
+SOURCES = [*sorted((FOLDER / "src").glob("*.py")), RUN_ALL]
 ADDRESSED = [ROOT / "README.md", ROOT / "colab_setup.sh", *SOURCES]
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
@@ -73,10 +74,15 @@ def setup_cell() -> str:
     return SETUP_CELL.replace("{repository}", repository()).replace("{version}", project()["version"])
 
 
+def notebook_of(source: Path) -> Path:
+    """Where the notebook of a source lies."""
+    return source.with_suffix(".ipynb") if source == RUN_ALL else FOLDER / f"{source.stem}.ipynb"
+
+
 def generate(source: Path) -> nbformat.NotebookNode:
     """The notebook of one source, with the cell ids of the notebook that is there."""
     fresh = jupytext.read(source)
-    target = FOLDER / f"{source.stem}.ipynb"
+    target = notebook_of(source)
     known = nbformat.read(target, as_version=4) if target.exists() else nbformat.v4.new_notebook()
     if target.exists():
         fresh = combine_inputs_with_outputs(fresh, known)
@@ -125,7 +131,7 @@ def main() -> int:
 def write() -> int:
     """Regenerate every notebook."""
     for source in SOURCES:
-        nbformat.write(generate(source), FOLDER / f"{source.stem}.ipynb")
+        nbformat.write(generate(source), notebook_of(source))
     return 0
 
 
@@ -133,7 +139,7 @@ def check() -> int:
     """Name every notebook that differs from its source or holds outputs."""
     wrong = []
     for source in SOURCES:
-        target = FOLDER / f"{source.stem}.ipynb"
+        target = notebook_of(source)
         if not target.exists():
             wrong.append(f"{target.name} is missing")
             continue
@@ -151,7 +157,7 @@ def check() -> int:
 
 def port(notebook: Path) -> int:
     """Write the source anew from an edited notebook, then the notebook from the source."""
-    source = FOLDER / "src" / f"{notebook.stem}.py"
+    source = next(source for source in SOURCES if source.stem == notebook.stem)
     edited = nbformat.read(notebook, as_version=4)
     edited.metadata = jupytext.read(source).metadata
     jupytext.write(edited, source, fmt="py:percent")

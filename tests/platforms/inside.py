@@ -86,7 +86,7 @@ def run_notebook(step: dict, settings: dict) -> dict:
         report["ended"] = "killed"
     except CellExecutionError as error:
         report |= {"ended": "failed", "error": str(error)[-3000:]}
-    nbformat.write(notebook, Path(settings["executed"]) / f"{step['notebook']}.ipynb")
+    nbformat.write(notebook, Path(settings["executed"]) / f"{Path(step['notebook']).name}.ipynb")
     return report | {"output": printed(notebook)}
 
 

@@ -72,7 +72,7 @@ def test_on_colab_a_badge_s_notebook_sets_itself_up_from_the_release_and_works_o
     (report,) = complete(platform.run([first]))
     assert is_ready(report), report["output"]
     left = result(platform, "/content/drive/MyDrive/brainage", FIRST)
-    assert (left["status"], left["platform"], left["figures"]["scans"]) == ("complete", "colab", 20)
+    assert (left["status"], left["platform"], left["figures"]["subjects"]) == ("complete", "colab", 20)
 
 
 def test_on_kaggle_without_internet_it_sets_itself_up_from_the_wheel_set(kaggle_offline):
@@ -103,6 +103,14 @@ def test_every_notebook_runs_to_its_end_on_kaggle_from_the_wheel_set(kaggle_offl
     assert is_ready(reports[0])
     for name in SMALL:
         assert result(kaggle_offline, "/kaggle/working/brainage", name)["status"] == "complete"
+
+
+@pytest.mark.slow
+def test_the_kernel_that_runs_them_all_leaves_a_report(kaggle_offline):
+    given = " ".join(f"{name}={value}" for values in SMALL.values() for name, value in values.items())
+    step = {"notebook": "../kaggle/run_all/run_all", "parameters": {"settings": given}}
+    complete(kaggle_offline.run([step]))
+    assert (kaggle_offline.path("/kaggle/working/brainage/evaluation/report.html")).is_file()
 
 
 @pytest.mark.slow

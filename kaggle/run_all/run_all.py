@@ -1,0 +1,80 @@
+# ---
+# jupyter:
+#   jupytext:
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # All notebooks in one run
+#
+# **In:** scans and ages as notebook 01 finds them, or nothing: the default is the known-answer cohort.
+#
+# **Out:** the whole workspace with `evaluation/report.html`, and every notebook as it ran in `executed/`.
+#
+# For a machine that runs one notebook from end to end, as Kaggle's *Save & Run All* does. What an attached earlier
+# output has finished is not done again.
+
+# %% [markdown]
+# ## Set-up
+# Installs the package of this very release where it is absent, adds only what is missing, and leaves the platform's
+# torch and numpy as they are. The last line says what was done.
+
+# %%
+import glob
+import importlib.util
+import os
+import subprocess
+import sys
+from urllib.parse import urljoin
+from urllib.request import urlopen
+
+if importlib.util.find_spec("brainage_nb") is None:
+    _marks = ["/kaggle/input/" + "*/" * depth + "brainage_wheels.json" for depth in (1, 2, 3)]
+    _places = ["file://" + path for mark in _marks for path in glob.glob(mark)]
+    _places += ["https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/"]
+    _given = os.environ.get("BRAINAGE_SOURCE", "")
+    if os.path.isdir(_given):
+        _given = f"file://{os.path.abspath(_given)}/"
+    if _given.startswith(("http", "file:")):
+        _places.insert(0, _given)
+    try:
+        _script = urlopen(urljoin(_places[0], "colab_setup.sh")).read()
+    except OSError as error:
+        _hint = "No internet? Attach the wheel data set (README, Kaggle)."
+        raise RuntimeError(f"{_places[0]} cannot be read: {error}. {_hint}") from error
+    subprocess.run(["bash", "-s"], input=_script, env=os.environ | {"PYTHON": sys.executable}, check=True)
+    importlib.invalidate_caches()
+
+# %% [markdown]
+# ## Parameters
+# The only cell to edit.
+
+# %% tags=["parameters"]
+# folder for everything written; empty: $BRAINAGE_WORKSPACE, else the platform's usual place
+workspace = ""  # @param {type:"string"}
+# parameters of the notebooks as `brainage-nb run -p` takes them, with spaces between: epochs=40 batch_size=8
+settings = ""  # @param {type:"string"}
+# first notebook, as 01
+first = ""  # @param {type:"string"}
+# last notebook, as 04; empty: all
+last = ""  # @param {type:"string"}
+
+# %%
+from brainage_nb.pipeline import NotebookPaused, find_notebooks, parse_overrides, run_notebooks
+from brainage_nb.workspace import open_workspace, session_summary
+
+ws = open_workspace(workspace)
+session_summary(ws.root)
+
+# %%
+notebooks = find_notebooks(first, last)
+try:
+    run_notebooks(notebooks, ws, parse_overrides(settings.split(), notebooks))
+except NotebookPaused as paused:  # its time was up; the next run goes on from this output
+    print(paused)
