@@ -24,7 +24,7 @@ $(READY): pyproject.toml
 
 demo: $(READY)  ## the whole way on the embedded known-answer cohort, in minutes, into workspace/demo
 	$(BIN)/brainage-nb run --workspace $(DEMO) -p source=demo -p n_subjects=210 -p demo_voxel_mm=2 \
-	  -p spacing_mm=4 -p size=48 -p epochs=10 -p vgg_weights=random_projection -p image_size=64
+	  -p spacing_mm=4 -p size=48 -p epochs=15 -p vgg_weights=random_projection -p image_size=64
 
 test: $(READY) lint  ## lint, layers, twins, unit tests, and every notebook executed with smoke values
 	$(BIN)/pytest -m "not slow"

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from brainage_nb.volumes.scans import SCAN_ERRORS, SCAN_FLAGS
+from brainage_nb.volumes.scans import MAX_VOXELS, SCAN_ERRORS, SCAN_FLAGS
 
 REASONS = {
     **SCAN_ERRORS,
-    "too_large": "the header claims more voxels than any head scan has",
     "too_small": "too few voxels along an axis",
     "voxel_size": "a voxel size no head scan has",
     "field_of_view": "the image spans less than a human brain, or more than a person",
@@ -91,7 +90,7 @@ class CleaningRules:
         Fewest scans from which outliers are judged.
     """
 
-    max_voxels: int = 400_000_000
+    max_voxels: int = MAX_VOXELS
     max_nonfinite_fraction: float = 0.5
     min_voxels_per_axis: int = 16
     min_voxel_mm: float = 0.2

@@ -6,9 +6,11 @@ The front of `bundle_files` (safe reading), `members` (networks), `prediction` (
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +19,15 @@ import numpy as np
 from brainage_nb.models.bundle_facts import among
 from brainage_nb.models.bundle_files import MAX_BYTES, BundleError, BundleFiles, open_bundle
 from brainage_nb.models.bundle_saving import current_bundle, save_bundle
-from brainage_nb.models.members import RESNET, VGG, NetworkEnsemble, SvrModel, network_from, svr_from
+from brainage_nb.models.members import (
+    RESNET,
+    VGG,
+    NetworkEnsemble,
+    SvrModel,
+    compute_threads,
+    network_from,
+    svr_from,
+)
 from brainage_nb.models.prediction import (
     Caution,
     Failure,
@@ -42,8 +52,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Bundle", "BundleError", "current_bundle", "load_bundle", "save_bundle"]
 
-MAX_SCAN_BYTES = 2**30  # a 0.5 mm head in 32-bit numbers is 0.5 GB
-MAX_VOXELS = 2 * 10**8
+MAX_VOXELS = 2 * 10**8  # a 0.5 mm head has 1.3 * 10**8
 
 
 class Seen(NamedTuple):
@@ -118,8 +127,8 @@ class Bundle:
     ) -> Iterator[Prediction | Failure]:
         """Results in the order of `scans`; a scan that fails gives a `Failure`, and the rest go on.
 
-        Scans are prepared by `n_jobs` threads (0: as many as this session may use) while the model works; at
-        most that many and one more are held in memory.
+        `n_jobs` threads (0: one a processor) each take a scan from file to age, which keeps all processors
+        busy; at most that many scans and one more are held in memory.
         """
         scans = [Path(scan) for scan in scans]
         ages = [None] * len(scans) if ages is None else list(ages)
@@ -128,15 +137,13 @@ class Bundle:
                 f"{len(ages)} ages for {len(scans)} scans; give one for each (None where unknown)."
             )
         workers = n_workers(n_jobs)
-        with ThreadPoolExecutor(workers) as pool:
-            waiting = [pool.submit(self._look, scan) for scan in scans[: workers + 1]]
-            for place, (scan, age) in enumerate(zip(scans, ages, strict=True)):
-                try:
-                    yield self._judge(scan, waiting.pop(0).result(), checked_age(age))
-                except Exception as error:
-                    yield _failure(scan, error)
-                if place + workers + 1 < len(scans):
-                    waiting.append(pool.submit(self._look, scans[place + workers + 1]))
+        share = max(1, n_workers() // workers)
+        tasks = iter(list(zip(scans, ages, strict=True)))
+        with ThreadPoolExecutor(workers, initializer=compute_threads, initargs=(share,)) as pool:
+            waiting = deque(pool.submit(self._result, *task) for task in islice(tasks, workers + 1))
+            while waiting:
+                yield waiting.popleft().result()
+                waiting.extend(pool.submit(self._result, *task) for task in islice(tasks, 1))
 
     def trained_on(self, subject_ids: Sequence[str]) -> list[bool]:
         """Which of these subjects the model was trained or chosen on (by salted hash of the id as the cohort
@@ -148,14 +155,19 @@ class Bundle:
         """Which of these files, byte for byte, were among the training scans."""
         return among([sha256_of(file) for file in files], self.manifest["seen"], "images")
 
+    def _result(self, scan: Path, age: float | None) -> Prediction | Failure:
+        try:
+            return self.predict(scan, age)
+        except Exception as error:
+            return _failure(scan, error)
+
     def _look(self, scan: Path) -> Seen:
         from brainage_nb.volumes.heads import find_head
         from brainage_nb.volumes.preprocessing import as_stored, grid_affine, preprocess
         from brainage_nb.volumes.scans import load_scan, voxel_sizes
 
-        _refuse_absurd_size(scan)
         try:
-            image = load_scan(scan, max_bytes=MAX_SCAN_BYTES)
+            image = load_scan(scan, max_voxels=MAX_VOXELS)
             volume = as_stored(preprocess(image, self.settings))
         except MemoryError:
             raise ScanError("too_large", f"{scan.name} does not fit into memory.") from None
@@ -307,21 +319,6 @@ def _check_manifest(manifest: Mapping[str, Any], settings: PreprocessingSettings
     if len({len(position[name]) for name in ("part", "age", "predicted_age")}) != 1:
         raise ValueError("the positions are garbled")
     bytes.fromhex(manifest["seen"]["salt"])
-
-
-def _refuse_absurd_size(scan: Path) -> None:
-    """Before any voxel is read: a header of 350 bytes can claim terabytes."""
-    import nibabel as nib
-
-    try:
-        shape = nib.load(scan).shape
-    except Exception:  # load_scan says what is wrong with the file, in better words
-        return
-    if np.prod(shape, dtype=float) > MAX_VOXELS:
-        claimed = " x ".join(map(str, shape))
-        raise ScanError(
-            "too_large", f"{scan.name} claims {claimed} voxels; at most {MAX_VOXELS:,} are opened."
-        )
 
 
 def _failure(scan: Path, error: Exception) -> Failure:

@@ -74,19 +74,27 @@ def head_facts(image: nib.spatialimages.SpatialImage) -> dict[str, object]:
 
 
 def find_head(image: nib.spatialimages.SpatialImage) -> Head:
-    """Find the head in a scan.
+    """Find the head in a scan, once: the grid, the cautions and the cleaning of one image all ask.
 
     Parameters
     ----------
     image : nibabel image
-        3-D, as `load_scan` gives it.
+        3-D, as `load_scan` gives it; its voxels must not change afterwards, since the answer is kept in
+        `image.extra`.
 
     Returns
     -------
     Head
         Of an image without a recognisable head, all that is not background.
     """
-    coarse, affine = coarse_picture(np.asanyarray(image.dataobj), image.affine)
+    if "head" not in image.extra:
+        coarse, affine = coarse_picture(np.asanyarray(image.dataobj), image.affine)
+        image.extra["head"] = _head_in(coarse, affine)
+    return image.extra["head"]
+
+
+def _head_in(coarse: np.ndarray, affine: np.ndarray) -> Head:
+    """The facts of a 4 mm picture."""
     mask = head_mask(coarse)
     points = np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3]
     voxel_l = abs(np.linalg.det(affine[:3, :3])) / 1e6

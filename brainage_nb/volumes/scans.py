@@ -5,6 +5,8 @@ Whether a readable scan is good enough for a cohort (size, voxel size, content) 
 
 from __future__ import annotations
 
+import gzip
+import io
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ SCAN_ERRORS = {
     "missing": "the file does not exist",
     "unreadable": "the file is not an image that can be read",
     "truncated": "the file ends before its image does, or its compressed data are damaged",
+    "too_large": "the header claims more voxels than any head scan has",
     "header_only": "only the header is there; the file with the voxels is missing",
     "not_volume": "the file holds no volume but surface or connectivity data",
     "not_3d": "the image is not three-dimensional",
@@ -36,8 +39,10 @@ SCAN_FLAGS = {
     "some_not_finite": "NaN or infinite voxels, taken as background",
 }
 GZIP_MAGIC = b"\x1f\x8b"
-# Larger than any head scan (0.4 mm: 1.5 GB in float32); guards against a file made to fill the memory.
-MAX_BYTES = 4 * 2**30
+HEADER_READ = 4096  # bytes; every header read here is shorter
+# More than any head scan has (0.3 mm: 600 x 800 x 800); guards against a file made to fill the memory.
+MAX_VOXELS = 400_000_000
+SLACK_BYTES = 2**24  # what may follow the voxels: a FreeSurfer footer, padding
 
 
 class ScanError(ValueError):
@@ -60,7 +65,7 @@ class ScanError(ValueError):
 
 
 def load_scan(
-    path: str | Path, *, max_nonfinite: float = 0.5, max_bytes: int = MAX_BYTES
+    path: str | Path, *, max_nonfinite: float = 0.5, max_voxels: int = MAX_VOXELS
 ) -> nib.spatialimages.SpatialImage:
     """Read a scan whole and check that it is one volume of real intensities.
 
@@ -73,8 +78,8 @@ def load_scan(
         The file.
     max_nonfinite : float
         Largest share of NaN or infinite voxels; fewer are set to 0.
-    max_bytes : int
-        Largest size of the decompressed file.
+    max_voxels : int
+        Most voxels a header may claim. It is read first, and no more is decompressed than it claims.
 
     Returns
     -------
@@ -91,8 +96,8 @@ def load_scan(
     path = Path(path)
     if not path.is_file():
         raise ScanError("missing", f"{path} does not exist or is not a file.")
-    image = _opened(path, max_bytes)
-    _check_header(image, path)
+    image = _opened(path, max_voxels)
+    _check_header(image, path, max_voxels)
     array = _voxels(image, path)
     flags = ["one_volume_4d"] if array.ndim > 3 else []
     array = array.reshape(array.shape[:3], order="A")
@@ -115,21 +120,22 @@ def voxel_sizes(affine: np.ndarray) -> np.ndarray:
     return np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(axis=0))
 
 
-def _opened(path: Path, max_bytes: int) -> Any:
+def _opened(path: Path, max_voxels: int) -> Any:
     """The image, not yet decoded; bytes of a compressed file are already decompressed."""
     import nibabel as nib
 
     with open(path, "rb") as stream:
-        start = stream.read(1024)
+        start = stream.read(HEADER_READ)
     if not start:
         raise ScanError("truncated", f"{path.name} is empty; copy the file again.")
     if b"/annex/objects/" in start or start.startswith(b"version https://git-lfs"):
         raise ScanError("unreadable", f"{path.name} is a git-annex or Git LFS link; fetch the scan itself.")
     try:
         if start.startswith(GZIP_MAGIC):
-            return _from_bytes(_decompressed(path, max_bytes), path)
+            return _from_bytes(_decompressed(path, max_voxels), path)
         if path.suffix in (".hdr", ".img"):
             return nib.load(path)
+        _claimed_bytes(start, path, max_voxels)
         return _from_bytes(path.read_bytes(), path)
     except ScanError:
         raise
@@ -149,38 +155,67 @@ def _said(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _decompressed(path: Path, max_bytes: int) -> bytes:
-    """Content of a gzip file, of one or several members, checksums verified."""
+def _decompressed(path: Path, max_voxels: int) -> bytes:
+    """Content of a gzip file (one or several members), checksums verified; at most what its header claims."""
     raw, parts, size = path.read_bytes(), [], 0
+    try:
+        start = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(HEADER_READ)
+    except (EOFError, OSError, zlib.error) as error:
+        raise ScanError("truncated", f"{path.name}: the compressed data end early or are damaged.") from error
+    limit = _claimed_bytes(start, path, max_voxels) + SLACK_BYTES
     while raw:
         inflate = zlib.decompressobj(wbits=31)
         try:
-            parts.append(inflate.decompress(raw, max_bytes - size + 1))
+            parts.append(inflate.decompress(raw, limit - size + 1))
         except zlib.error as error:
             raise ScanError("truncated", f"{path.name}: the compressed data are damaged.") from error
         size += len(parts[-1])
-        if size > max_bytes:
-            raise ScanError("unreadable", f"{path.name} unpacks to more than {max_bytes / 2**30:.1f} GiB.")
+        if size > limit:
+            raise ScanError("unreadable", f"{path.name} unpacks to far more than its header claims.")
         if not inflate.eof:
             raise ScanError("truncated", f"{path.name}: the compressed data end early; copy the file again.")
         raw = inflate.unused_data.lstrip(b"\0")
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def _claimed_bytes(start: bytes, path: Path, max_voxels: int) -> int:
+    """Size of the whole image by its header, from the first bytes of the file; refused where absurd."""
+    image_class = _kind(start, path)
+    header = image_class.header_class.from_fileobj(io.BytesIO(start), check=False)
+    shape = header.get_data_shape()
+    _refuse_absurd(shape, path, max_voxels)
+    offset = int(header.get_data_offset())
+    return offset + int(np.prod(shape, dtype=float)) * header.get_data_dtype().itemsize
+
+
+def _refuse_absurd(shape: tuple[int, ...], path: Path, max_voxels: int) -> None:
+    if np.prod(shape, dtype=float) > max_voxels:
+        claimed = " x ".join(str(int(n)) for n in shape)
+        raise ScanError(
+            "too_large", f"{path.name} claims {claimed} voxels; at most {max_voxels:,} in all are opened."
+        )
+
+
 def _from_bytes(content: bytes, path: Path) -> Any:
-    """Decode decompressed bytes as NIfTI-1, NIfTI-2 or MGH, told apart by how the file begins."""
+    """Decode decompressed bytes."""
+    return _kind(content, path).from_bytes(content)
+
+
+def _kind(content: bytes, path: Path) -> Any:
+    """NIfTI-1, NIfTI-2 or MGH, told apart by how the file begins."""
     import nibabel as nib
 
     size = {int.from_bytes(content[:4], order) for order in ("little", "big")}
     if size & {348, 540}:
-        return (nib.Nifti1Image if 348 in size else nib.Nifti2Image).from_bytes(content)
+        return nib.Nifti1Image if 348 in size else nib.Nifti2Image
     if content[:4] == b"\x00\x00\x00\x01":
-        return nib.MGHImage.from_bytes(content)
+        return nib.MGHImage
     raise ScanError("unreadable", f"{path.name} is neither a NIfTI nor a FreeSurfer (MGH) image.")
 
 
-def _check_header(image: Any, path: Path) -> None:
+def _check_header(image: Any, path: Path, max_voxels: int) -> None:
     shape = tuple(int(n) for n in image.shape)
+    _refuse_absurd(shape, path, max_voxels)
     keys = getattr(image.header, "keys", tuple)()
     if "intent_code" in keys and 3000 <= int(image.header["intent_code"]) < 3100:  # CIFTI-2
         raise ScanError(

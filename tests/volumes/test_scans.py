@@ -2,6 +2,7 @@
 
 import gzip
 import pickle
+import tracemalloc
 
 import nibabel as nib
 import numpy as np
@@ -123,8 +124,23 @@ def test_an_affine_without_volume_is_refused(array, tmp_path):
     assert code_of(tmp_path / "flat.nii") == "bad_affine"
 
 
-def test_a_file_that_unpacks_to_more_than_allowed_is_refused(scan):
-    assert code_of(scan, max_bytes=1000) == "unreadable"
+def test_more_voxels_than_allowed_are_refused_by_the_header_alone(scan):
+    assert code_of(scan, max_voxels=100) == "too_large"
+
+
+@pytest.mark.parametrize("n_members", [1, 3])
+def test_a_file_that_unpacks_to_more_than_its_header_claims_stops_there(array, tmp_path, n_members):
+    bomb = tmp_path / "bomb.nii.gz"
+    content = nib.Nifti1Image(array, AFFINE).to_bytes() + bytes(2**28)
+    step = -(-len(content) // n_members)
+    pieces = [content[start : start + step] for start in range(0, len(content), step)]
+    bomb.write_bytes(b"".join(gzip.compress(piece, 1) for piece in pieces))
+    del content, pieces
+    tracemalloc.start()
+    assert code_of(bomb) == "unreadable"
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**27  # the file, and what its header claims with some slack; not the 256 MiB it holds
 
 
 def test_assumptions_are_flagged(array, tmp_path):
