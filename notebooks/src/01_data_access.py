@@ -16,10 +16,11 @@
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/brainage-nb/brainage_nb/blob/v0.1.0/notebooks/01_data_access.ipynb)
 # [![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/brainage-nb/brainage_nb/blob/v0.1.0/notebooks/01_data_access.ipynb)
 #
-# **In:** a folder of T1-weighted scans and a table of ages, or nothing at all: the default makes a cohort of
-# test heads whose ages and brain ages are known.
+# **In:** a folder of T1-weighted scans and a table of ages, or the name of a public data set, or nothing at all: the
+# default makes a cohort of test heads whose ages and brain ages are known.
 #
-# **Out:** `cohort.csv`, one row a scan: who was scanned, how old they were, where the file lies.
+# **Out:** `cohort.csv`, one row a scan: who was scanned, how old they were, where the file lies; `cohort_dropped.csv`,
+# whom the cohort rules left out.
 #
 # Getting the right age to the right scan is where most brain-age projects first go wrong: ids lose their zeros,
 # a person stands in the table twice with two ages, "89+" is read as 89. This notebook resolves each of these by a
@@ -63,9 +64,9 @@ if importlib.util.find_spec("brainage_nb") is None:
 # %% tags=["parameters"] nbmake={"mock": {"workspace": "../build/smoke", "n_subjects": 26, "demo_voxel_mm": 2}}
 # folder for everything written; empty: $BRAINAGE_WORKSPACE, else the platform's usual place
 workspace = ""  # @param {type:"string"}
-# where the scans come from: demo (known-answer heads, made here) or folder (your own)
-source = "demo"  # @param ["demo", "folder"]
-# folder of scans, any nesting, BIDS recognised (source "folder")
+# where the scans come from; demo: known-answer heads, made here; the README lists what each other source needs
+source = "demo"  # @param ["demo", "folder", "gdown", "kaggle_dataset", "ixi", "oasis1", "oasis2", "openneuro", "openbhb", "adni"]
+# folder of scans, any nesting, BIDS recognised (sources folder, oasis1, oasis2, openbhb, adni)
 data_dir = ""  # @param {type:"string"}
 # table of ages: CSV, TSV, XLS or XLSX; empty: participants.tsv or the only table in data_dir
 table = ""  # @param {type:"string"}
@@ -83,6 +84,36 @@ site_column = ""  # @param {type:"string"}
 session_column = ""  # @param {type:"string"}
 # column with the diagnosis or group; empty: found by name
 diagnosis_column = ""  # @param {type:"string"}
+# people with a Clinical Dementia Rating above this at any scan are left out; -1: nobody is for that
+max_cdr = 0.0  # @param {type:"number"}
+# leave out whose diagnosis is not a control's, where the table has diagnoses
+controls_only = True  # @param {type:"boolean"}
+# further words for controls in the table, parted by commas
+control_words = ""  # @param {type:"string"}
+# scans of one person: all (kept together in one split), per_session (one a session) or first (one a person)
+retests = "all"  # @param ["all", "per_session", "first"]
+# share links or ids of files, archives or folders (folder:ID), parted by blanks (source gdown)
+drive_links = ""  # @param {type:"string"}
+# owner/name of a data set that is attached, or else downloaded (source kaggle_dataset)
+kaggle_dataset = ""  # @param {type:"string"}
+# accession number such as ds000001 (source openneuro)
+openneuro_id = ""  # @param {type:"string"}
+# subjects to download, in the order of their ids; 0: all (source openneuro)
+max_subjects = 0  # @param {type:"integer"}
+# addresses of IXI-T1.tar, mirrors parted by blanks; empty: the publisher's (source ixi)
+ixi_images_url = ""  # @param {type:"string"}
+# addresses of IXI.xls, mirrors parted by blanks; empty: the publisher's (source ixi)
+ixi_table_url = ""  # @param {type:"string"}
+# md5 of IXI-T1.tar, or none; empty: the one on record for the publisher's (source ixi)
+ixi_md5 = ""  # @param {type:"string"}
+# address of a server that answers like Google Drive; empty: Google's (source gdown)
+drive_url = ""  # @param {type:"string"}
+# address of the OpenNeuro bucket or a mirror of it; empty: the public one (source openneuro)
+openneuro_url = ""  # @param {type:"string"}
+# folder for downloads; empty: downloads in the workspace
+download_dir = ""  # @param {type:"string"}
+# keep archives once they are unpacked
+keep_archives = False  # @param {type:"boolean"}
 # people in the demo cohort (source "demo")
 n_subjects = 220  # @param {type:"integer"}
 # voxel size of the demo heads in mm: 2 (fast) or 1 (as scanned, six seconds of a core each)
@@ -96,9 +127,9 @@ import pandas as pd
 from IPython.display import Markdown
 
 from brainage_nb.cohort.cleaning_plots import age_histogram
+from brainage_nb.cohort.opening import open_source
 from brainage_nb.cohort.phantom_figures import heads_by_age, planted_figure
 from brainage_nb.cohort.phantom_references import attainable_mae, mean_predictor_mae, oracle_mae
-from brainage_nb.cohort.sources import demo_cohort, folder_cohort
 from brainage_nb.workspace import open_workspace, read_csv, resolved_parameters, session_summary, write_csv
 
 parameters = resolved_parameters(globals())
@@ -109,22 +140,30 @@ session_summary(ws.root)
 # ## Scans and ages, matched
 # Ids are compared without padding, `sub-` and case, with session and site read from the file name where it holds
 # them. A match that is not unique is not made.
+#
+# What has to be downloaded goes on where an earlier run ended, and is checked before it is used.
 
 # %%
-columns = {
-    "subject_id": subject_column,
-    "age": age_column,
-    "sex": sex_column,
-    "site": site_column,
-    "session_id": session_column,
-    "diagnosis": diagnosis_column,
-    "age_unit": age_unit,
-}
-if source == "demo":
-    found = demo_cohort(ws.path("demo"), n_subjects, seed, voxel_mm=demo_voxel_mm, root=ws.root)
-else:
-    found = folder_cohort(data_dir, table, columns=columns, root=ws.root)
+found = open_source(source, parameters, ws.root)
 found.cohort.head(8)
+
+# %% [markdown]
+# ## Under which terms
+# Data of people come with conditions, also where they are free.
+
+# %%
+Markdown(found.terms.markdown())
+
+# %% [markdown]
+# ## Whom the cohort rules left out
+# A brain-age model learns from healthy people. The rules are parameters: `max_cdr`, `controls_only`, `retests`.
+
+# %%
+found.rules.style.hide(axis="index").set_properties(**{"text-align": "left"})
+
+# %%
+print(f"{len(found.dropped)} scans left out; the first 40, all are in cohort_dropped.csv")
+found.dropped.head(40)
 
 # %% [markdown]
 # ## What was decided on the way
@@ -179,14 +218,18 @@ if source == "demo":
 # `cohort.csv` is written; **02 · Data cleaning** opens every scan and says which can be used.
 
 # %%
-written = write_csv(found.cohort, ws.path("cohort.csv"))
+written = [
+    write_csv(found.cohort, ws.path("cohort.csv")),
+    write_csv(found.dropped, ws.path("cohort_dropped.csv")),
+]
 ws.finish(
     "01_data_access",
     parameters,
-    written=[written],
+    written=written,
     figures={
         "scans": len(found.cohort),
         "subjects": found.cohort["subject_id"].nunique(),
+        "scans left out by the cohort rules": len(found.dropped),
         "scans without a row": len(found.unmatched_images),
         "rows without a scan": len(found.unmatched_rows),
     },

@@ -1,9 +1,12 @@
 """Each source from the notebook's parameters to a cohort, against a real server on the loopback interface."""
 
 import csv
+import dataclasses
 import gzip
 import hashlib
+import inspect
 import io
+import json
 import re
 import shutil
 import socket
@@ -17,11 +20,14 @@ import pytest
 import requests
 
 from brainage_nb import platforms
+from brainage_nb.cohort import opening
 from brainage_nb.cohort.downloads import DownloadError
 from brainage_nb.cohort.opening import _OPENERS, open_source
+from brainage_nb.cohort.rules import CohortRules
 from brainage_nb.cohort.sources import SourceError
 from brainage_nb.cohort.tables import TableError
 from brainage_nb.cohort.terms import TERMS
+from brainage_nb.pipeline import Notebook, notebooks_folder
 from tests.cohort.loopback import Loopback, Page
 
 IXI_NAMES = ["IXI002-Guys-0828-T1.nii.gz", "IXI012-HH-1211-T1.nii.gz", "IXI013-HH-1212-T1.nii.gz"]
@@ -633,3 +639,15 @@ def test_the_cohort_table_has_the_columns_that_notebooks_read(tmp_path):
     wanted = ["scan_id", "subject_id", "session_id", "image", "age", "sex", "site", "source"]
     assert list(opened.cohort.columns)[:8] == wanted
     assert isinstance(opened.rules, pd.DataFrame) and len(opened.rules) == 3
+
+
+def test_the_notebook_offers_every_source_and_the_rules_with_their_defaults():
+    parameters = Notebook(notebooks_folder() / "01_data_access.ipynb").parameters()
+    for item in dataclasses.fields(CohortRules):
+        assert parameters[item.name].default == item.default, item.name
+    assert parameters["source"].default in TERMS
+    form = (notebooks_folder() / "src" / "01_data_access.py").read_text()
+    offered = re.search(r"^source = .*@param (\[.*\])$", form, flags=re.M)[1]
+    assert json.loads(offered) == list(_OPENERS)
+    used = set(re.findall(r'parameters(?:\.get\(|\[)"(\w+)"', inspect.getsource(opening)))
+    assert used | set(opening.COLUMN_PARAMETERS.values()) <= set(parameters)
