@@ -84,6 +84,11 @@ def how_long_kept(root: Path | str) -> str:
     return "kept"
 
 
+def session_hours() -> float:
+    """Longest session of this platform, hours; infinite on one's own machine."""
+    return 12.0 if platform() in ("colab", "kaggle") else float("inf")
+
+
 def require_drive(path: Path | str) -> None:
     """Mount Drive where `path` lies on it and it is not there; does nothing anywhere else.
 

@@ -110,6 +110,7 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 from brainage_nb.apps.live_curve import LiveCurve, history_figure
 from brainage_nb.evaluation.metrics import metrics_by_split
 from brainage_nb.models.bundle_saving import current_bundle
+from brainage_nb.models.forecast import forecast
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.training import train
 from brainage_nb.volumes.augment import AugmentationSettings, augmentation_examples
@@ -151,7 +152,8 @@ montage([volume for _, volume in examples], [title for title, _ in examples], na
 # %% [markdown]
 # ## Train
 # Huber loss in years, AdamW with a warm-up and a cosine, mixed precision where the card has it. The network starts at
-# the mean age of the training subjects, so its first guess is the mean predictor's.
+# the mean age of the training subjects, so its first guess is the mean predictor's. First a few steps are timed: what
+# the run will take is known before it starts.
 
 # %%
 settings = TrainingSettings(
@@ -168,6 +170,9 @@ settings = TrainingSettings(
     init_from=init_from,
     augmentation=augmentation,
 )
+forecast(store, splits, ws.run(run), settings, fresh=fresh)
+
+# %%
 result = train(store, splits, ws.run(run), settings, fresh=fresh, on_epoch=LiveCurve())
 Markdown("\n".join(f"- {note}" for note in result.notes))
 
