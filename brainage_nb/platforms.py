@@ -130,7 +130,7 @@ def attached_inputs(marker: str) -> list[Path]:
 
 
 def attached_dataset(handle: str) -> Path | None:
-    """Folder of the data set `owner/name` among Kaggle's attached inputs, or None where it is not attached."""
+    """Folder of the data set `owner/name` among Kaggle's inputs, or None where it is not attached."""
     if platform() != "kaggle":
         return None
     owner, _, name = handle.partition("/")
