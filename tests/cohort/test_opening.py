@@ -651,3 +651,15 @@ def test_the_notebook_offers_every_source_and_the_rules_with_their_defaults():
     assert json.loads(offered) == list(_OPENERS)
     used = set(re.findall(r'parameters(?:\.get\(|\[)"(\w+)"', inspect.getsource(opening)))
     assert used | set(opening.COLUMN_PARAMETERS.values()) <= set(parameters)
+
+
+def test_the_readme_names_every_source_its_terms_and_its_citation():
+    rows = (notebooks_folder().parent / "README.md").read_text().splitlines()
+    for source, terms in TERMS.items():
+        if source == "demo":
+            continue
+        (row,) = [row for row in rows if row.startswith(f"| `{source}` |")]
+        for fact in re.findall(r"CC [A-Z0-9-]+(?: [\d.]+)?|Data Use Agreement", terms.licence):
+            assert fact in row, (source, fact)
+        for doi in re.findall(r"doi:([\w./]+\w)", terms.cite):
+            assert doi in row, (source, doi)
