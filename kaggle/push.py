@@ -6,7 +6,8 @@
     python kaggle/push.py --status --owner NAME                       how the pushed ones are doing
 
 Needs the `kaggle` command and its token. `--dry-run` leaves the prepared folder and prints its path;
-`--offline` asks for no internet and attaches the wheel data set (make_wheels.py).
+`--offline` asks for no internet and attaches the wheel data set (make_wheels.py); `--dataset OWNER/NAME`
+attaches another one, such as your scans, which every notebook that opens them needs.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,9 @@ def kernels() -> list[str]:
     return sorted(path.parent.name for path in FOLDER.glob("*/kernel-metadata.json"))
 
 
-def metadata_of(name: str, owner: str, *, part: int = 1, offline: bool = False) -> dict[str, Any]:
+def metadata_of(
+    name: str, owner: str, *, part: int = 1, offline: bool = False, datasets: Sequence[str] = ()
+) -> dict[str, Any]:
     """A kernel's metadata for this owner.
 
     Parameters
@@ -51,14 +55,16 @@ def metadata_of(name: str, owner: str, *, part: int = 1, offline: bool = False) 
         From 2 on: another kernel that has the part before as its input and goes on from it.
     offline : bool
         Without internet, with the wheel data set.
+    datasets : sequence of str
+        Ids (owner/name) of further data sets to attach.
     """
     content = json.loads((FOLDER / name / "kernel-metadata.json").read_text().replace("OWNER/", f"{owner}/"))
     if part > 1:
         before = content["id"] + (f"-part-{part - 1}" if part > 2 else "")
         content["kernel_sources"] = [before]
         content["id"], content["title"] = f"{content['id']}-part-{part}", f"{content['title']} part {part}"
-    if offline:
-        content |= {"enable_internet": False, "dataset_sources": [f"{owner}/{WHEELS}"]}
+    content["dataset_sources"] = [*datasets, *([f"{owner}/{WHEELS}"] if offline else [])]
+    content["enable_internet"] = not offline
     check_slugs(content)
     return content
 
@@ -112,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--owner", required=True, help="your Kaggle user name")
     parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="name=value")
     parser.add_argument("--part", type=int, default=1, help="2: go on from the output of part 1, and so on")
+    parser.add_argument("--dataset", dest="datasets", action="append", default=[], metavar="OWNER/NAME")
     parser.add_argument("--offline", action="store_true", help="no internet, with the wheel data set")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--status", action="store_true")
@@ -122,7 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
         return show_status(options.owner)
     target = Path(tempfile.mkdtemp(prefix="brainage_kaggle_"))
     try:
-        content = metadata_of(options.notebook, options.owner, part=options.part, offline=options.offline)
+        chosen = {name: getattr(options, name) for name in ("part", "offline", "datasets")}
+        content = metadata_of(options.notebook, options.owner, **chosen)
         prepare(options.notebook, content, options.parameters, target)
     except (ParameterError, SlugError) as error:
         print(error, file=sys.stderr)

@@ -183,6 +183,7 @@ def readdressed(text: str, old: str, new: str, tag: str) -> str:
     """A file's text with repository `new` for `old`, badges at the release `tag`, and that set-up cell."""
     text = text.replace(old, new)
     text = re.sub(rf"({re.escape(new)}/blob/)[^/]+(/notebooks/)", rf"\g<1>{tag}\g<2>", text)
+    text = re.sub(rf"({re.escape(new)} && cd )[\w.-]+", rf"\g<1>{new.split('/')[1]}", text)
     text = re.sub(r"^VERSION=.*$", f"VERSION={tag.removeprefix('v')}", text, flags=re.M)
     start, end = text.find("# %%\nimport glob\n"), text.find("# %% [markdown]\n# ## Parameters")
     if 0 < start < end:

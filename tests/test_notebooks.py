@@ -138,7 +138,7 @@ def test_every_address_names_the_repository_and_the_release_of_pyproject():
     readme, script = (ROOT / "README.md").read_text(), (ROOT / "colab_setup.sh").read_text()
     for text in [readme, script, *(path.read_text() for path in [*SOURCES, *NOTEBOOKS])]:
         hosts = r"(?:github\.com|research\.google\.com/github|raw\.githubusercontent\.com)"
-        assert set(re.findall(rf"{hosts}/([\w.-]+/[\w-]+)", text)) <= {owner_name}
+        assert set(re.findall(rf"{hosts}/([\w.-]+/[\w-]+(?:\.[\w-]+)*)", text)) <= {owner_name}
         assert set(re.findall(rf"{owner_name}/blob/([^/]+)/", text)) <= {TAG}
     assert f"VERSION={PROJECT['version']}\nREPOSITORY={REPOSITORY}\n" in script
     assert all(f"{REPOSITORY}/blob/{TAG}/notebooks/{path.name}" in readme for path in NOTEBOOKS)
@@ -153,6 +153,7 @@ def test_another_repository_and_version_reach_every_place():
         assert old not in moved.replace(twins.setup_cell(), "")
         assert set(re.findall(r"someone/a\.fork/blob/([^/]+)/", moved)) <= {"v9.8.7"}
         assert text != moved
+        assert "git clone" not in moved or "git clone https://github.com/someone/a.fork && cd a.fork" in moved
     assert "VERSION=9.8.7\n" in twins.readdressed("VERSION=0.1.0\n", "a/b", "a/b", "v9.8.7")
 
 

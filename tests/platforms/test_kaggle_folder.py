@@ -66,6 +66,11 @@ def test_each_notebook_s_output_is_the_input_of_the_next():
         assert after["kernel_sources"] == [before["id"]]
 
 
+def test_other_data_sets_are_attached_beside_the_wheels():
+    content = push.metadata_of("01_data_access", "someone", offline=True, datasets=["other/my-scans"])
+    assert content["dataset_sources"] == ["other/my-scans", "someone/brainage-nb-wheels"]
+
+
 def test_a_later_part_goes_on_from_the_one_before():
     two, three = (push.metadata_of("04_train_resnet18", "someone", part=part) for part in (2, 3))
     assert two["kernel_sources"] == ["someone/brainage-nb-04-train-resnet18"]
@@ -119,7 +124,7 @@ def test_the_real_client_refuses_what_is_wrong(client, tmp_path):
 
 def test_push_and_status_go_through_the_client(client):
     script = [sys.executable, KAGGLE / "push.py", "--owner", "someone"]
-    status, said, calls = client(*script, "02_data_cleaning", "-p", "seed=5")
+    status, said, calls = client(*script, "02_data_cleaning", "-p", "seed=5", "--dataset", "other/my-scans")
     assert (status, [method for method, _ in calls]) == (0, ["SaveKernel"]), said
     status, said, calls = client(*script, "--status")
     asked = [request["kernelSlug"] for method, request in calls if method == "GetKernelSessionStatus"]
