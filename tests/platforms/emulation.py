@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from tests.platforms.resolution import FACTS, normal
-from tests.platforms.served import REPOSITORY, TAG, serve_index, serve_repository, wheel_of
+from tests.platforms.served import serve_index, serve_repository
 
 HERE = Path(__file__).parent
 ADDED = sorted(json.loads(FACTS.read_text())["kaggle-base"]["added"])
@@ -124,10 +124,9 @@ def platform_python(folder: Path) -> Path:
     packages = folder / "preinstalled"
     packages.mkdir()
     absent = {normal(name) for name in [*ADDED, "brainage-nb"]}
-    top_level = {"calamine": "python-calamine"}
     for entry in Path(site.getsitepackages()[0]).iterdir():
         name = normal(entry.name.split("-")[0].removesuffix(".py").split(".")[0])
-        if entry.suffix in (".pth", ".egg-link") or name in absent or top_level.get(name) in absent:
+        if entry.suffix in (".pth", ".egg-link") or name in absent:
             continue
         if entry.name.startswith("__editable__") or entry.name in ("__pycache__", "google"):
             continue
@@ -164,6 +163,3 @@ def make_certificate(folder: Path, names: tuple[str, ...]) -> None:
     ]
     command += ["-addext", "subjectAltName=" + ",".join(f"DNS:{name}" for name in names)]
     subprocess.run(command, check=True, capture_output=True)
-
-
-__all__ = ["ADDED", "REPOSITORY", "TAG", "Emulated", "normal", "platform_python", "wheel_of"]
