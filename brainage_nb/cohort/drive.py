@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
-from brainage_nb.cohort.answers import addresses, remedy
+from brainage_nb.cohort.answers import addresses, remedy, shown
 from brainage_nb.cohort.archives import is_archive, safe_target, unpack, unpacked
 from brainage_nb.cohort.content import ContentError, refuse_page
 from brainage_nb.cohort.downloads import DownloadError, Patience, fetch
@@ -61,8 +61,9 @@ def parse_link(text: str) -> Shared:
     kind, _, name = text.rpartition(":")
     if kind in ("", "file", "folder") and _ID.fullmatch(name):
         return Shared(kind or "file", name)
+    told = shown(text) if "://" in text else repr(text)
     raise DownloadError(
-        f"drive_links: {text!r} is no share link of Google Drive. Take it from Share > Copy link, or give "
+        f"drive_links: {told} is no share link of Google Drive. Take it from Share > Copy link, or give "
         "the id (folder:ID for a folder)."
     )
 
@@ -74,7 +75,7 @@ def drive_folder(
     keep_archives: bool = False,
     drive: str = DRIVE,
     patience: Patience | None = None,
-) -> Path:
+) -> list[str]:
     """Download what links name into one folder; archives are unpacked there.
 
     Parameters
@@ -91,8 +92,8 @@ def drive_folder(
 
     Returns
     -------
-    Path
-        The folder.
+    list of str
+        What was left out of archives, and why.
 
     Raises
     ------
@@ -105,16 +106,15 @@ def drive_folder(
     folder.mkdir(parents=True, exist_ok=True)
     if not addresses(links):
         raise DownloadError("drive_links is empty: set it to share links of a folder, an archive or images.")
+    left_out: list[str] = []
     with requests.Session() as session:
         for text in addresses(links):
             shared = parse_link(text)
             for item, place in _files_of(shared, folder):
                 path = _fetched(item, place, folder, drive, session, patience)
-                if is_archive(path.name) and path.is_file():
-                    unpack(path, _unpack_place(path))
-                    if not keep_archives:
-                        path.unlink()
-    return folder
+                if is_archive(path.name):
+                    left_out += _unpacked_here(path, keep_archives)
+    return left_out
 
 
 def _files_of(shared: Shared, folder: Path) -> list[tuple[Shared, str]]:
@@ -226,6 +226,16 @@ def _name_in(disposition: str) -> str:
     message["Content-Disposition"] = disposition
     name: Any = message.get_filename() if disposition else None
     return os.path.basename(str(name).replace("\\", "/")).lstrip(".") if name else ""
+
+
+def _unpacked_here(path: Path, keep: bool) -> list[str]:
+    """Unpack an archive beside itself, unless that is done and the archive is gone; what was left out."""
+    if not path.is_file():
+        return (unpacked(_unpack_place(path), path.name) or {}).get("left_out", [])
+    left_out = unpack(path, _unpack_place(path))
+    if not keep:
+        path.unlink()
+    return left_out
 
 
 def _unpack_place(path: Path) -> Path:

@@ -31,7 +31,8 @@ class LocalSet:
     Attributes
     ----------
     columns : tuple of str
-        Columns that its table has, in plain form; where one is missing it is another table.
+        Columns that its table has, in plain form, `|` between alternatives; where one is missing it is
+        another table.
     table_name : str
         Pattern of the table's file name, to find it among several.
     preferred : tuple of str
@@ -68,7 +69,7 @@ SETS = {
         r"^participants\.tsv$",
         (r"rawdata/.*_T1w\.nii(\.gz)?$", r"_T1w\.nii"),
     ),
-    "adni": LocalSet(("subject", "age"), r"adni|idasearch|\d+_\d+_\d{4}"),
+    "adni": LocalSet(("subject|ptid", "age"), r"adni|idasearch|\d+_\d+_\d{4}"),
 }
 
 
@@ -134,11 +135,12 @@ def _refuse_other_table(source: str, known: LocalSet, path: Path, columns: Mappi
         return  # whoever names columns knows the table
     sheets, _ = read_cells(path)
     names = {plain_name(name) for cells in sheets.values() for name in cells}
-    missing = [name for name in known.columns if name not in names]
+    missing = [name for name in known.columns if not names & set(name.split("|"))]
     if missing:
+        told = ", ".join(missing).replace("|", " or ")
         raise TableError(
-            f"{path} is not the table of {source}: it has no column {', '.join(missing)}. Set table to the "
-            "publisher's, or use source = folder for a table of your own."
+            f"{path} is not the table of {source}: it has no column {told}. Set table to the publisher's, or "
+            "use source = folder for a table of your own."
         )
 
 

@@ -130,13 +130,15 @@ def _folder(parameters: Mapping[str, Any], downloads: Path, columns: dict[str, s
 def _gdown(parameters: Mapping[str, Any], downloads: Path, columns: dict[str, str], root: Path) -> _Opened:
     from brainage_nb.cohort.drive import DRIVE, drive_folder
 
-    folder = drive_folder(
-        downloads / "drive",
+    folder = downloads / "drive"
+    left_out = drive_folder(
+        folder,
         parameters.get("drive_links", ""),
         keep_archives=parameters.get("keep_archives", False),
         drive=parameters.get("drive_url", "") or DRIVE,
     )
     found = folder_cohort(folder, parameters.get("table", ""), columns=columns, root=root, source="gdown")
+    found.notes.extend(left_out)
     return found, TERMS["gdown"]
 
 

@@ -335,6 +335,21 @@ def test_drive_archive_behind_the_confirmation_page_and_a_table(drive, tmp_path)
     assert len(drive.seen) == asked
 
 
+def test_what_is_left_out_of_a_drive_archive_is_noted_each_time(drive, tmp_path):
+    stream = io.BytesIO(tarred({name: nifti(i) for i, name in enumerate(IXI_NAMES)}))
+    with tarfile.open(fileobj=stream, mode="a") as archive:
+        link = tarfile.TarInfo("elsewhere")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc"
+        archive.addfile(link)
+    page = drive.drive_pages[ARCHIVE_ID]
+    page.body, page.headers = stream.getvalue(), {"Content-Disposition": 'attachment; filename="scans.tar"'}
+    parameters = {"drive_links": f"{ARCHIVE_ID} {TABLE_ID}", "drive_url": drive.base}
+    for _ in range(2):
+        opened = open_source("gdown", parameters, tmp_path)
+        assert len(opened.cohort) == 3
+        assert "elsewhere: a link, not unpacked" in opened.notes
+
+
 def test_drive_download_that_is_cut_is_continued_though_its_address_changes(drive, tmp_path):
     page = drive.drive_pages[ARCHIVE_ID]
     page.faults = [None, ("cut", 9000), ("status", 404, {}, b"")]  # the first request asks for the name
@@ -380,8 +395,9 @@ def test_a_drive_folder_that_is_not_shared_is_said(drive, tmp_path):
 
 
 def test_what_is_no_share_link_is_said(tmp_path):
-    with pytest.raises(DownloadError, match="no share link"):
-        open_source("gdown", {"drive_links": "https://example.org/x"}, tmp_path)
+    with pytest.raises(DownloadError, match="no share link") as refused:
+        open_source("gdown", {"drive_links": "https://example.org/x?resourcekey=s3cr3t"}, tmp_path)
+    assert "s3cr3t" not in str(refused.value)
     with pytest.raises(DownloadError, match="drive_links is empty"):
         open_source("gdown", {"drive_links": " "}, tmp_path)
 
@@ -594,6 +610,9 @@ def test_adni_matches_by_image_number_keeps_controls_and_groups_visits(tmp_path)
         "diagnosis 'MCI', not a control",
     }
     assert "Data Use Agreement" in opened.terms.licence
+    merged = ADNI_TABLE.replace('"Subject"', '"PTID"').replace('"Group"', '"DX_bl"')
+    (data / "study_11_22_2026.csv").write_text(merged)
+    assert sorted(open_source("adni", {"data_dir": str(data)}, tmp_path).cohort["age"]) == [85, 86]
 
 
 @pytest.mark.parametrize("source", ["oasis1", "oasis2", "openbhb", "adni"])
