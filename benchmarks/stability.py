@@ -30,7 +30,8 @@ from brainage_nb.models.optimisation import precise_statistics, predict_ages
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.stopping import StopRequests
 from brainage_nb.volumes.preprocessing import PreprocessingSettings
-from brainage_nb.volumes.store import VolumeStore, build_store
+from brainage_nb.volumes.store import VolumeStore
+from brainage_nb.volumes.store_building import build_store
 
 BAR = 1.5
 SHARED = Path(__file__).parents[2] / "shared" / "data"

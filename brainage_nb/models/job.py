@@ -61,8 +61,8 @@ class Job:
         refuse_difference(before["identity"], self.identity, self.run_folder)
         return (self.run_folder / "predictions.csv").exists()
 
-    def run(self, stop: StopRequests, progress, *, fresh: bool = False) -> None:
-        """Fit the members that are not finished; write the run's tables once all are."""
+    def run(self, stop: StopRequests, progress, *, fresh: bool = False, only: str = "") -> None:
+        """Fit the members that are not finished, or the one named `only`; write the tables once all are."""
         accelerator, note = _accelerator(self.settings)
         if fresh and accelerator.is_main_process:
             self.clear()
@@ -70,19 +70,19 @@ class Job:
         volumes = self._prepare(accelerator)
         self.notes = [note, *self.notes]
         for number, member in enumerate(self.members):
-            if self._has(member):
+            if self._has(member) or only not in ("", member.name):
                 continue
             folder = self._folder(member)
             fit = MemberFit(volumes, self.scans, member, self.settings, accelerator, folder, self.identity)
-            progress.begin(member.name, number, len(self.members), self._history())
+            progress.begin(member.name, number, len(self.members), self.history())
             complete = fit.run(stop, progress.step, progress.epoch)
             progress.end()
             accelerator.free_memory()
             if not complete:
                 self._stopped(fit, stop.reason)
                 return
-        if accelerator.is_main_process:
-            self._write_tables()
+        if accelerator.is_main_process and not only:
+            self.write_tables()
         accelerator.wait_for_everyone()
 
     def _prepare(self, accelerator):
@@ -101,7 +101,7 @@ class Job:
 
     def _stopped(self, fit: MemberFit, reason: str) -> None:
         if fit.accelerator.is_main_process:
-            write_csv(self._history(fit), self.run_folder / "history.csv")
+            write_csv(self.history(fit), self.run_folder / "history.csv")
         why = {
             "time": "max_minutes is used up",
             "interrupt": "interrupted",
@@ -117,10 +117,15 @@ class Job:
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
+    def unfinished(self) -> list[Member]:
+        """The members that have no predictions yet."""
+        return [member for member in self.members if not self._has(member)]
+
     def _has(self, member: Member) -> bool:
         return (self._folder(member) / "predictions.csv").exists()
 
-    def _history(self, unfinished: MemberFit | None = None) -> pd.DataFrame:
+    def history(self, unfinished: MemberFit | None = None) -> pd.DataFrame:
+        """History of the finished members, and of one that is not."""
         done = [read_csv(self._folder(m) / "history.csv") for m in self.members if self._has(m)]
         if unfinished is not None and unfinished.history:
             done.append(pd.DataFrame(unfinished.history))
@@ -143,9 +148,9 @@ class Job:
         }
         write_json(content, self.run_folder / "settings.json")
 
-    def _write_tables(self) -> None:
+    def write_tables(self) -> None:
         """settings.json, then history, then predictions, whose presence says that the run is complete."""
-        history = self._history()
+        history = self.history()
         write_csv(history, self.run_folder / "history.csv")
         content = read_json(self.run_folder / "settings.json")
         content["seconds_per_epoch"] = round(float(history["seconds"].median()), 3)

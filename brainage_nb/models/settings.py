@@ -21,6 +21,7 @@ RUNTIME = (
     "checkpoint_minutes",
     "require_gpu",
     "scratch",
+    "cluster",
 )
 
 
@@ -84,6 +85,9 @@ class TrainingSettings:
     scratch : str
         A fast local folder where checkpoints are written first, for a run folder on a slow or unsafe file
         system such as Drive: the run folder then receives verified copies. Empty to write there directly.
+    cluster : str
+        Dask workers that train the models of a run side by side, see `open_cluster`; empty for one after
+        the other here.
     """
 
     epochs: int = 60
@@ -115,6 +119,7 @@ class TrainingSettings:
     checkpoint_minutes: float = 5.0
     require_gpu: bool = False
     scratch: str = ""
+    cluster: str = ""
 
     def __post_init__(self):
         for name in ("seeds", "widths", "blocks"):  # JSON and notebooks bring lists

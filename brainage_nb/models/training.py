@@ -20,6 +20,7 @@ from brainage_nb.models.job import Job
 from brainage_nb.models.launching import in_worker, launch, processes_wanted
 from brainage_nb.models.progress import EpochLines, ProgressBars
 from brainage_nb.models.settings import TrainingSettings
+from brainage_nb.models.spreading import train_on_cluster
 from brainage_nb.models.stopping import StopRequests
 from brainage_nb.workspace import read_csv, read_json
 
@@ -42,7 +43,7 @@ class RunResult:
     predictions : DataFrame
         A row a scan, model and variant; empty until the run is complete.
     settings : dict
-        As in `settings.json`.
+        As in `settings.json`; empty where no model was begun.
     notes : list of str
         What should be told: device, precision, where the volumes are, disk, time.
     """
@@ -90,12 +91,17 @@ def train(
         No usable GPU where one is required, or too little disk.
     SettingsDiffer
         The folder holds a run with other settings, and `fresh` is False.
+    ClusterError, ModelsFailed
+        A cluster was asked for and cannot be used, or some models failed on it.
     """
     settings = settings or TrainingSettings()
     run_folder = Path(run_folder)
     job = Job(store, splits, run_folder, settings)
     if not fresh and job.is_done():
         return _result(run_folder, ["This run is complete with these settings: nothing was trained again."])
+    if settings.cluster and len(job.members) > 1:
+        notes = train_on_cluster(job, store, splits, settings, fresh=fresh, on_epoch=on_epoch)
+        return _result(run_folder, notes)
     if not in_worker() and processes_wanted(settings) > 1:
         launch(store, splits, run_folder, settings, fresh=fresh)
         return _result(run_folder, [])
@@ -108,12 +114,12 @@ def train(
 
 def _result(run_folder: Path, notes: list[str]) -> RunResult:
     predictions = run_folder / "predictions.csv"
-    history = run_folder / "history.csv"
+    history, settings = run_folder / "history.csv", run_folder / "settings.json"
     return RunResult(
         complete=predictions.exists(),
         history=read_csv(history) if history.exists() else pd.DataFrame(columns=list(HISTORY)),
         predictions=read_csv(predictions) if predictions.exists() else pd.DataFrame(),
-        settings=read_json(run_folder / "settings.json"),
+        settings=read_json(settings) if settings.exists() else {},
         notes=notes,
     )
 

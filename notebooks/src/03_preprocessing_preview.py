@@ -68,6 +68,8 @@ spacing_mm = 2.0  # @param {type:"number"}
 size = 96  # @param {type:"integer"}
 # smooth finer scans to the grid's resolution first; without it 1 mm and 3 mm scans of one person differ
 smooth = True  # @param {type:"boolean"}
+# Dask workers to preprocess on: local, tcp://host:port or a scheduler file; empty: the processors here
+cluster = ""  # @param {type:"string"}
 # scan to show step by step; empty: the first
 preview_scan = ""  # @param {type:"string"}
 
@@ -77,7 +79,7 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.volumes.pictures import montage, steps_figure
 from brainage_nb.volumes.preprocessing import PreprocessingSettings, preprocessing_steps
-from brainage_nb.volumes.store import build_store
+from brainage_nb.volumes.store_building import build_store
 from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
 
 set_matplotlib_formats("png")  # figures appear in their cells
@@ -113,7 +115,7 @@ steps_figure(preprocessing_steps(ws.resolve(chosen["image"]), settings))
 # on with the scans that are missing.
 
 # %%
-report = build_store(scans, ws.path("volumes"), settings, ws.resolve, scratch=ws.scratch)
+report = build_store(scans, ws.path("volumes"), settings, ws.resolve, scratch=ws.scratch, cluster=cluster)
 print(report.note)
 
 # %%

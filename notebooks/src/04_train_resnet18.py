@@ -82,6 +82,8 @@ max_minutes = 0.0  # @param {type:"number"}
 checkpoint_minutes = 5.0  # @param {type:"number"}
 # refuse to train without a GPU
 require_gpu = False  # @param {type:"boolean"}
+# Dask workers that train folds and seeds side by side: local, tcp://host:port or a scheduler file; empty: none
+cluster = ""  # @param {type:"string"}
 # file of weights to start from; empty: random ones
 init_from = ""  # @param {type:"string"}
 # delete what an earlier run of this name left and start anew
@@ -166,6 +168,7 @@ settings = TrainingSettings(
     max_minutes=max_minutes,
     checkpoint_minutes=checkpoint_minutes,
     scratch=str(ws.scratch or ""),
+    cluster=cluster,
     require_gpu=require_gpu,
     init_from=init_from,
     augmentation=augmentation,

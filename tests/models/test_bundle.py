@@ -35,7 +35,7 @@ def tiny(tmp_path_factory):
 def trained(tmp_path_factory):
     """A workspace with a run of two seeds, one epoch each, on eighteen small heads."""
     from brainage_nb.models.training import TrainingSettings, train
-    from brainage_nb.volumes.store import build_store
+    from brainage_nb.volumes.store_building import build_store
 
     ws = open_workspace(tmp_path_factory.mktemp("trained"))
     rng = np.random.default_rng(0)

@@ -2,8 +2,11 @@
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import nibabel as nib
 import numpy as np
@@ -12,17 +15,18 @@ import pytest
 
 from brainage_nb.volumes import store_files
 from brainage_nb.volumes.preprocessing import PreprocessingSettings, as_stored, preprocess
-from brainage_nb.volumes.store import VolumeStore, build_store, current_store
+from brainage_nb.volumes.store import VolumeStore, current_store
+from brainage_nb.volumes.store_building import build_store
 
 SMALL = PreprocessingSettings(spacing_mm=8, size=12)
 KILLED = """
 import os, sys
 import pandas as pd
-from brainage_nb.volumes import store, store_files
+from brainage_nb.volumes import store_building, store_files
 from brainage_nb.volumes.preprocessing import PreprocessingSettings
 store_files.COMMIT_SECONDS = 0.0
 where, times = sys.argv[3], int(sys.argv[4])
-module = store_files if where == "write_csv" else store
+module = store_files if where == "write_csv" else store_building
 plain, calls = getattr(module, where), []
 def deadly(*arguments, **named):
     calls.append(1)
@@ -31,7 +35,7 @@ def deadly(*arguments, **named):
     return plain(*arguments, **named)
 setattr(module, where, deadly)
 scans = pd.read_csv(sys.argv[1], dtype=str)
-store.build_store(scans, sys.argv[2], PreprocessingSettings(spacing_mm=8, size=12), n_jobs=1)
+store_building.build_store(scans, sys.argv[2], PreprocessingSettings(spacing_mm=8, size=12), n_jobs=1)
 """
 
 
@@ -182,3 +186,25 @@ def test_shards_cannot_be_written_through_the_store(scans, tmp_path):
     store = build_store(scans, tmp_path, SMALL, n_jobs=1).store
     with pytest.raises(ValueError, match="read-only"):
         store.shards[0][0] = 0
+
+
+def test_a_cluster_makes_the_same_store_though_a_worker_is_killed(scans, tmp_path):
+    distributed = pytest.importorskip("distributed", reason="Dask (the extra `cluster`) is not installed")
+    plain = build_store(scans, tmp_path / "plain", SMALL, n_jobs=1).store
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
+    ) as cluster:
+        begun = iter(range(10**6))
+        pids = [worker.pid for worker in cluster.workers.values()]
+
+        def resolve(image):
+            if next(begun) == len(scans) - 1:
+                threading.Timer(0.05, os.kill, (pids[0], signal.SIGKILL)).start()
+            return image
+
+        report = build_store(scans, tmp_path / "spread", SMALL, resolve, cluster=cluster.scheduler_address)
+        time.sleep(0.1)
+        with pytest.raises(ProcessLookupError):
+            os.kill(pids[0], 0)
+    assert len(report.failed) == 0
+    assert np.array_equal(report.store.read(scans["scan_id"]), plain.read(scans["scan_id"]))

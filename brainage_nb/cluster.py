@@ -1,0 +1,176 @@
+"""Work spread over a Dask cluster: workers on this machine, a lab's servers, or jobs under SLURM.
+
+Knows tasks, workers and their files only; what a task does is its caller's business. Dask (the extra
+`cluster`) is imported where a cluster is asked for, never before.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from brainage_nb.workspace import n_workers, version_of
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+CONNECT_SECONDS = 30
+LOOPBACK = "127.0.0.1:0"  # Dask serves its state over HTTP even without a dashboard: not to the network
+WAITING_PER_THREAD = 3  # results kept ahead of the one that is asked for
+
+
+class ClusterError(RuntimeError):
+    """A cluster that cannot be used as asked; the message says why and what to do."""
+
+
+@contextmanager
+def open_cluster(cluster: str, folder: Path | str, *, gpus: int = 0) -> Iterator[Client]:
+    """Join a cluster, or start one on this machine, and see that its workers can do our work.
+
+    Parameters
+    ----------
+    cluster : str
+        "local": workers here, one a processor, or one a GPU; "tcp://host:port" (tls, ucx, ...): a running
+        scheduler; a path ending in .json: the scheduler file that Dask's command-line tools write.
+    folder : path
+        Where the work's files lie; every worker must see it under the same path.
+    gpus : int
+        For "local": start this many workers with one GPU each, instead of one a processor.
+
+    Raises
+    ------
+    ClusterError
+        Dask is not installed, nobody answers, or a worker lacks the folder or has another version of this
+        package.
+    """
+    try:
+        from distributed import Client
+    except ImportError as error:
+        raise ClusterError(
+            f"cluster = {cluster!r} needs Dask: pip install 'brainage-nb[cluster]', or leave cluster empty."
+        ) from error
+    if cluster == "local":
+        with _local(gpus) as here, Client(here) as client:
+            yield client
+        return
+    where = {"scheduler_file": cluster} if cluster.endswith(".json") else {"address": cluster}
+    try:
+        client = Client(**where, timeout=CONNECT_SECONDS)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise ClusterError(
+            f'cluster = {cluster!r}: no Dask scheduler answers there ({error}). Expected "local", '
+            '"tcp://host:port" of a running scheduler, or the path of its scheduler file (.json).'
+        ) from error
+    with client:
+        _check_workers(client, Path(folder).absolute())
+        yield client
+
+
+def in_order(
+    client: Client, function: Callable[..., Any], tasks: Iterable[tuple], *, again: int = 1
+) -> Iterator[Any]:
+    """Results of `function(*task)` in the order of `tasks`; a task whose worker dies is done by another.
+
+    Only as many tasks are handed out as keep all workers busy, so results do not pile up. A task that keeps
+    killing its workers (too little memory, as a rule) gives a `ClusterError` in its place and the rest go
+    on; an exception of the function itself is given in its place likewise.
+
+    Parameters
+    ----------
+    client : Client
+    function : callable
+        Importable by the workers.
+    tasks : iterable of tuple
+    again : int
+        How often a task is handed out anew after the scheduler gave it up (by default after four lost
+        workers). Once, since Dask blames every task that a dying worker had waiting; more for tasks that go
+        on where they stopped.
+    """
+    waiting: deque = deque()
+
+    def hand_out(task: tuple) -> None:
+        waiting.append((task, client.submit(function, *task, pure=False)))
+
+    try:
+        for task in tasks:
+            while len(waiting) >= WAITING_PER_THREAD * max(1, sum(client.nthreads().values())):
+                yield _result(client, function, *waiting.popleft(), again)
+            hand_out(task)
+        while waiting:
+            yield _result(client, function, *waiting.popleft(), again)
+    finally:
+        client.cancel([future for _, future in waiting])
+
+
+def _result(client: Client, function: Callable[..., Any], task: tuple, future: Any, again: int) -> Any:
+    from distributed.scheduler import KilledWorker
+
+    for left in range(again, -1, -1):
+        try:
+            return future.result()
+        except KilledWorker as error:
+            if not left:
+                return ClusterError(
+                    "the workers that had this task died, one after the other "
+                    f"(the last: {error.last_worker.address}): too little memory?"
+                )
+            future = client.submit(function, *task, pure=False)
+        except Exception as error:
+            return error
+
+
+def _local(gpus: int):
+    """Workers on this machine that only it can reach, one thread each."""
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    options = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0, "dashboard_address": LOOPBACK}
+    each = [{"CUDA_VISIBLE_DEVICES": str(number)} for number in range(gpus)] or [{}] * n_workers()
+    workers = {
+        number: {"cls": Nanny, "options": options | {"env": environment}}
+        for number, environment in enumerate(each)
+    }
+    scheduler = {
+        "cls": Scheduler,
+        "options": {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": LOOPBACK},
+    }
+    return SpecCluster(workers=workers, scheduler=scheduler, silence_logs=40)
+
+
+def _check_workers(client: Client, folder: Path) -> None:
+    """Wait for a worker, then compare folder and version on all that are there."""
+    try:
+        client.wait_for_workers(1, timeout=10 * CONNECT_SECONDS)
+    except TimeoutError as error:
+        raise ClusterError(
+            f"The scheduler {client.scheduler.address} has had no worker for {10 * CONNECT_SECONDS} s. "
+            "Start workers (`dask worker ADDRESS --nthreads 1`), then run this again."
+        ) from error
+    try:
+        seen = client.run(_seen_by_worker, str(folder))
+    except Exception as error:
+        raise ClusterError(
+            f"The workers cannot run this package ({type(error).__name__}: {error}). Install brainage-nb "
+            f"{version_of('brainage-nb')} on all of them."
+        ) from error
+    blind = [worker for worker, (sees, _) in seen.items() if not sees]
+    if blind:
+        raise ClusterError(
+            f"{len(blind)} workers do not see {folder} (the first: {blind[0]}). Put workspace and scans on a "
+            "file system that all machines mount under the same path."
+        )
+    mine = version_of("brainage-nb")
+    other = {worker: found for worker, (_, found) in seen.items() if found != mine}
+    if other:
+        worker, found = next(iter(other.items()))
+        raise ClusterError(
+            f"{len(other)} workers have another brainage-nb ({worker}: {found}) than this session ({mine}). "
+            "Install the same version on all."
+        )
+
+
+def _seen_by_worker(folder: str) -> tuple[bool, str]:
+    """Whether a folder is there, and the version of this package."""
+    return Path(folder).is_dir(), version_of("brainage-nb")
