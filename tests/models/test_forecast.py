@@ -25,6 +25,7 @@ def test_it_is_within_a_factor_of_three_of_what_training_takes(tiny, tiny_settin
 
 def test_it_leaves_no_file_and_changes_no_result(tiny, tiny_settings, tmp_path):
     plain = train(*tiny, tmp_path / "plain", tiny_settings).predictions
+    torch.manual_seed(123)
     random = torch.get_rng_state()
     forecast(*tiny, tmp_path / "run", tiny_settings)
     assert not (tmp_path / "run").exists()
@@ -42,5 +43,6 @@ def test_finished_models_are_not_counted_and_sessions_follow_from_the_limit(tiny
     told = forecast(*tiny, tmp_path / "other", long)["value"]
     sessions, hours = re.match(r"(\d+) of ([\d.]+) h", told["sessions"]).groups()
     total = seconds_of(told["all"]) / 3600
+    assert abs(total / (2 * 10**6 * seconds_of(told["one epoch"]) / 3600) - 1) < 0.1
     assert told["models to train"] == "2 of 2"
     assert (float(hours), abs(int(sessions) * 0.5 - total) < 0.1 * total + 0.5) == (0.5, True)

@@ -90,6 +90,8 @@ def test_an_id_that_kaggle_would_change_or_refuse_is_refused_before(wrong):
     content = push.metadata_of("01_data_access", "someone") | wrong
     with pytest.raises(push.SlugError):
         push.check_slugs(content)
+    with pytest.raises(push.SlugError):
+        push.metadata_of("01_data_access", "not a user")
 
 
 @each_kernel

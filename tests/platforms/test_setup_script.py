@@ -47,22 +47,22 @@ def clean(script, tmp_path_factory):
     subprocess.run([python, "-m", "pip", "uninstall", "-qy", "brainage-nb"], capture_output=True)
 
 
-def wheel(folder, version=VERSION, requires="", **more):
-    """A wheel named as ours with one module, and whatever `more` puts beside it."""
+def wheel(folder, version=VERSION, requires="", name="brainage_nb", **more):
+    """A wheel named as ours (or `name`) with one module, and whatever `more` puts beside it."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"brainage_nb-{version}-py3-none-any.whl"
-    info = f"brainage_nb-{version}.dist-info"
-    meta = f"Metadata-Version: 2.1\nName: brainage-nb\nVersion: {version}\n"
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    info = f"{name}-{version}.dist-info"
+    meta = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     files = {
-        "brainage_nb/__init__.py": f"__version__ = {version!r}\n",
+        f"{name}/__init__.py": f"__version__ = {version!r}\n",
         f"{info}/METADATA": meta + (f"Requires-Dist: {requires}\n" if requires else ""),
         f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
         **more,
     }
     with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-        archive.writestr(f"{info}/RECORD", "".join(f"{name},,\n" for name in [*files, f"{info}/RECORD"]))
+        for file, content in files.items():
+            archive.writestr(file, content)
+        archive.writestr(f"{info}/RECORD", "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"]))
     return path
 
 
@@ -85,7 +85,10 @@ def test_a_folder_served_over_http_will_do(script, tmp_path):
 
 
 def test_what_cannot_be_added_without_changing_numpy_is_not_added(script, tmp_path):
-    status, last = script(wheel(tmp_path, requires="numpy<1.0"))
+    wheel(tmp_path, "0.1", name="numpy")
+    wheel(tmp_path, requires="numpy<1.0")
+    (tmp_path / "brainage_wheels.json").write_text("{}")
+    status, last = script(tmp_path)
     assert status == 1
     assert last.startswith("brainage_nb is NOT ready: pip could not add what is missing")
 

@@ -52,8 +52,10 @@ def test_what_is_added_locally_reaches_the_store_and_no_shard_is_sent_twice(driv
     mirror.fetch()
     writer = StoreWriter(mirror.local, 16, mirror)
     writer.add("s3", volume(3), SOURCE)
+    writer.commit()  # the first is sent at once, the next within the same minute only at the end
+    writer.add("s4", volume(4), SOURCE)
     writer.close()
-    assert (current_store(drive.parent)["s3"] == volume(3)).all()
+    assert (current_store(drive.parent).read(["s3", "s4"]) == np.stack([volume(3), volume(4)])).all()
     sent = []
     monkeypatch.setattr(staging, "copy_verified", lambda source, _: sent.append(source.name))
     mirror.send()
