@@ -19,8 +19,8 @@
 # **In:** a folder of T1-weighted scans and a table of ages, or the name of a public data set, or nothing at all: the
 # default makes a cohort of test heads whose ages and brain ages are known.
 #
-# **Out:** `cohort.csv`, one row a scan: who was scanned, how old they were, where the file lies; `cohort_dropped.csv`,
-# whom the cohort rules left out.
+# **Out:** `cohort.csv`, one row a scan: who was scanned, how old they were, where the file lies. Whom the cohort rules
+# left out is in `cohort_dropped.csv`, what found no partner in `cohort_unmatched.csv`.
 #
 # Getting the right age to the right scan is where most brain-age projects first go wrong: ids lose their zeros,
 # a person stands in the table twice with two ages, "89+" is read as 89. This notebook resolves each of these by a
@@ -174,10 +174,11 @@ Markdown("\n".join(f"- {note}" for note in found.notes or ["Nothing needed decid
 
 # %% [markdown]
 # ## What did not match
-# Scans without a row, and rows without a scan. Nothing is dropped in silence: check here before you go on.
+# Images that were not taken (no row, no T1-weighted scan, a better one of the session), and rows without a scan.
+# Nothing is dropped in silence: check here before you go on; all are in `cohort_unmatched.csv`.
 
 # %%
-print(f"{len(found.unmatched_images)} scans without a row in the table")
+print(f"{len(found.unmatched_images)} images not taken; the first 20 with their reason")
 found.unmatched_images.head(20)
 
 # %%
@@ -221,6 +222,9 @@ if source == "demo":
 written = [
     write_csv(found.cohort, ws.path("cohort.csv")),
     write_csv(found.dropped, ws.path("cohort_dropped.csv")),
+    write_csv(
+        pd.concat([found.unmatched_images, found.unmatched_rows]).fillna(""), ws.path("cohort_unmatched.csv")
+    ),
 ]
 ws.finish(
     "01_data_access",
@@ -230,7 +234,7 @@ ws.finish(
         "scans": len(found.cohort),
         "subjects": found.cohort["subject_id"].nunique(),
         "scans left out by the cohort rules": len(found.dropped),
-        "scans without a row": len(found.unmatched_images),
+        "images not taken": len(found.unmatched_images),
         "rows without a scan": len(found.unmatched_rows),
     },
 )

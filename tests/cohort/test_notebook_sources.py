@@ -28,7 +28,7 @@ def kill_with_kernel(process):
 def test_ixi_killed_while_it_downloads_then_run_again(loopback, tmp_path):
     tar = tarred({name: nifti(seed) for seed, name in enumerate(IXI_NAMES)})
     half = len(tar) // 2
-    table = "IXI_ID,AGE,CDR\n2,35.80,0\n12,38.78,0\n13,46.71,1\n"
+    table = "IXI_ID,AGE,CDR\n2,35.80,0\n12,38.78,0\n13,46.71,1\n99,50,0\n"
     parameters = {
         "source": "ixi",
         "ixi_images_url": loopback.put("/IXI-T1.tar", tar, faults=[("stall", half, 120)]) + "?token=s3cr3t",
@@ -53,6 +53,7 @@ def test_ixi_killed_while_it_downloads_then_run_again(loopback, tmp_path):
     ws = open_workspace(workspace)
     assert list(ws.read("cohort.csv")["scan_id"]) == ["IXI002", "IXI012"]
     assert list(ws.read("cohort_dropped.csv")["scan_id"]) == ["IXI013"]
+    assert list(ws.read("cohort_unmatched.csv")["subject_id"]) == ["99"]
     assert all(ws.resolve(image).is_file() for image in ws.read("cohort.csv")["image"])
 
     (executed,) = workspace.rglob("01_data_access.ipynb")
