@@ -75,6 +75,7 @@ def test_on_colab_a_badge_s_notebook_sets_itself_up_from_the_release_and_works_o
     assert (left["status"], left["platform"], left["figures"]["subjects"]) == ("complete", "colab", 20)
 
 
+@pytest.mark.slow
 def test_on_kaggle_without_internet_it_sets_itself_up_from_the_wheel_set(kaggle_offline):
     reports = complete(kaggle_offline.run([{"notebook": FIRST, "setup_only": True}] * 2))
     assert [is_ready(report) for report in reports] == [True, False], reports  # the second finds it installed
