@@ -87,6 +87,8 @@ def refuse_page(start: bytes, name: str) -> None:
         page = page or head[:1] == b"<" or (head[:1] in b"{[" and head[1:2] in b'"{ \r\n}]')
     if page:
         raise ContentError(f"Instead of {name} came {_page_in_words(head)}. {_advice(start)}.")
+    if kind_of(name) in ("archive", "image") and _is_text(start):
+        raise ContentError(f"Instead of {name} came plain text. {_advice(start)}.")
     magic = next((_MAGIC[end] for end in _MAGIC if name.lower().endswith(end)), b"")
     if magic and start and not start.startswith(magic[: len(start)]):
         raise ContentError(
@@ -137,6 +139,11 @@ def check_whole(path: Path | str, name: str = "") -> None:
             f"{name} is cut or damaged ({type(error).__name__}: {error}; {path.stat().st_size} bytes). It "
             "was not taken: fetch it again."
         ) from None
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether bytes are ASCII without a control character: no archive and no image begins like that."""
+    return bool(start) and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start[:512])
 
 
 def _page_in_words(head: bytes) -> str:

@@ -57,7 +57,7 @@ class OpenedSource:
 
 
 def open_source(source: str, parameters: Mapping[str, Any], root: Path | str) -> OpenedSource:
-    """Open a source and apply the cohort rules.
+    """Open a source and apply the cohort rules; prints the terms first.
 
     Parameters
     ----------
@@ -79,6 +79,7 @@ def open_source(source: str, parameters: Mapping[str, Any], root: Path | str) ->
     """
     if source not in _OPENERS:
         raise SourceError(f"source = {source!r}: it is one of {', '.join(_OPENERS)}.")
+    print(TERMS[source].line())  # before anything is fetched
     named = str(parameters.get("download_dir", ""))
     downloads = Path(named).expanduser().absolute() if named else Path(root) / "downloads"
     columns = {role: str(parameters.get(name, "")) for role, name in COLUMN_PARAMETERS.items()}

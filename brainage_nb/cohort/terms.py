@@ -40,6 +40,10 @@ class Terms:
         """The same terms with what the data set itself says, where it says something."""
         return replace(self, **{name: text for name, text in facts.items() if text})
 
+    def line(self) -> str:
+        """The terms as one line, for a log."""
+        return f"{self.name}. Terms of use: {self.licence}. Cite: {self.cite}."
+
     def markdown(self) -> str:
         """The terms as a short list, for a notebook or a terminal."""
         lines = [f"**{self.name}**", "", f"- **Terms of use:** {self.licence}", f"- **Cite:** {self.cite}"]

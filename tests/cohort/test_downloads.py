@@ -165,8 +165,16 @@ def test_a_page_is_refused_from_its_first_bytes_without_waiting_for_the_rest(loo
     assert len(loopback.asked("/a.zip")) == 1
 
 
+@pytest.mark.parametrize("name", ["a.nii", "a.tar", "a.mgh"])
+def test_words_instead_of_an_image_or_archive_are_refused(loopback, tmp_path, name):
+    url = loopback.put(f"/{name}", b"Error: you do not have permission to this file\n")
+    with pytest.raises(DownloadError, match=r"came plain text\. Probably you have no permission"):
+        get(url, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_kind_of_file_under_the_name_is_refused(loopback, tmp_path):
-    url = loopback.put("/a.nii.gz", b"plain text, not compressed")
+    url = loopback.put("/a.nii.gz", b"\0\1\2 of another kind")
     with pytest.raises(DownloadError, match="does not begin like such a file"):
         get(url, tmp_path / "a.nii.gz")
 

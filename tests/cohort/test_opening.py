@@ -77,6 +77,12 @@ def test_every_source_has_terms_that_name_licence_and_citation():
         assert terms.licence in shown and terms.cite in shown and terms.needs
 
 
+def test_terms_are_printed_before_anything_is_fetched(tmp_path, capsys):
+    with pytest.raises(DownloadError):
+        open_source("ixi", {"ixi_table_url": "no-address"}, tmp_path)
+    assert "CC BY-SA 3.0" in capsys.readouterr().out
+
+
 def test_an_unknown_source_lists_all(tmp_path):
     with pytest.raises(SourceError, match="demo, folder, gdown, kaggle_dataset, ixi"):
         open_source("IXI", {}, tmp_path)
