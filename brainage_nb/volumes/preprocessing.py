@@ -7,15 +7,14 @@ importing MONAI takes longer than ten scans, and most of what the chain smooths 
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .heads import find_head
+from .mni import mni_grid
+from .recipes import PreprocessingSettings
 from .resampling import gaussian_kernel, resample, smoothing_sd
 from .scans import ScanError, load_scan, voxel_sizes
 
@@ -26,101 +25,15 @@ __all__ = [
     "PreprocessingSettings",
     "ScanError",
     "as_stored",
+    "brain_inside",
     "grid_affine",
     "load_scan",
     "preprocess",
     "preprocessing_steps",
 ]
 
-# Raised whenever the same settings give other numbers than before; part of every fingerprint.
-VERSION = 1
 # World axes and voxel lattice count as parallel when the farthest voxel is off by less than this.
 PARALLEL_MM = 1e-3
-
-
-@dataclass(frozen=True)
-class PreprocessingSettings:
-    """Every number that decides what a preprocessed volume looks like.
-
-    Parameters
-    ----------
-    spacing_mm : float
-        Edge of a voxel of the result, mm.
-    size : int
-        Edge of the result in voxels; 96 at 2 mm and 48 at 4 mm both show 192 mm.
-    smooth : bool
-        Whether finer scans are smoothed to the target resolution first. Without, scans of one person at
-        1 mm and 3 mm differ in texture.
-    """
-
-    spacing_mm: float = 2.0
-    size: int = 96
-    smooth: bool = True
-
-    def __post_init__(self) -> None:
-        if not 0.5 <= self.spacing_mm <= 10:
-            raise ValueError(f"spacing_mm = {self.spacing_mm}: expected 0.5 to 10 mm, usually 2 or 4.")
-        if not 8 <= self.size <= 512:
-            raise ValueError(f"size = {self.size}: expected 8 to 512 voxels, usually 96 or 48.")
-        object.__setattr__(self, "spacing_mm", float(self.spacing_mm))
-        object.__setattr__(self, "size", int(self.size))
-
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        """Every step with its numbers, in order, as `preprocessing.json` lists them."""
-        from . import heads
-
-        smoothing = {
-            "step": "smooth",
-            "fwhm_mm": self.spacing_mm,
-            "kernel": "gaussian",
-            "where": "finer than it",
-        }
-        return [
-            {"step": "orientation", "axes": "RAS"},
-            *([smoothing] if self.smooth else []),
-            {
-                "step": "resample",
-                "spacing_mm": self.spacing_mm,
-                "size": self.size,
-                "interpolation": "linear",
-                "axes": "world",
-                "crown_ml": heads.CROWN_ML,
-                "crown_to_centre_mm": heads.CROWN_TO_CENTRE_MM,
-                "top_mm": heads.TOP_MM,
-            },
-            {"step": "z-score", "over": "all voxels"},
-        ]
-
-    @property
-    def fingerprint(self) -> str:
-        """Name of everything these settings give, as `2mm-96-1f0c…`; equal only where every number is."""
-        content = json.dumps({"version": VERSION, "steps": self.steps}, sort_keys=True)
-        return f"{self.spacing_mm:g}mm-{self.size}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Content of `preprocessing.json`."""
-        return {
-            "version": VERSION,
-            "fingerprint": self.fingerprint,
-            "settings": asdict(self),
-            "steps": self.steps,
-        }
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> PreprocessingSettings:
-        """Read `to_json` back; ValueError where this version of the package would give other numbers."""
-        known = {field.name for field in fields(cls)}
-        if extra := set(content["settings"]) - known:
-            raise ValueError(f"Unknown preprocessing settings {sorted(extra)}; known are {sorted(known)}.")
-        settings = cls(**content["settings"])
-        if settings.fingerprint != content["fingerprint"]:
-            raise ValueError(
-                f"These volumes were made by other steps ({content['fingerprint']}) than this version of the "
-                f"package takes with the same settings ({settings.fingerprint}). Use the version that made "
-                "them, or preprocess again."
-            )
-        return settings
 
 
 def preprocess(
@@ -128,10 +41,12 @@ def preprocess(
 ) -> np.ndarray:
     """Turn one scan into a network's input.
 
-    The cube's axes are the world's (x to the right, y to the front, z upwards), so the result does not
-    depend on how the scanner stored the head; its centre lies `heads.CROWN_TO_CENTRE_MM` below the crown. The
-    z-score runs over all voxels of the cube, as MONAI's NormalizeIntensity does: air is part of it, which
-    the fixed field of view makes a steady part.
+    Without a step that looks for the brain, the cube's axes are the world's (x to the right, y to the front,
+    z upwards), so the result does not depend on how the scanner stored the head; its centre lies
+    `heads.CROWN_TO_CENTRE_MM` below the crown. The z-score runs over all voxels of the cube, as MONAI's
+    NormalizeIntensity does: air is part of it, which the fixed field of view makes a steady part. With
+    `to_mni` the cube lies in the template's space, with `brain_only` it is 0 outside of the brain and scaled
+    inside.
 
     Parameters
     ----------
@@ -149,13 +64,12 @@ def preprocess(
     Raises
     ------
     ScanError
-        The scan cannot be used.
+        The scan cannot be used, or its brain was not found (`brain_not_found`).
     """
     settings = settings or PreprocessingSettings()
     image = _loaded(scan)
     grid = _grid(image, settings)
-    sd = _smoothing(image, settings)
-    return _z_scored(resample(_voxels(image), image.affine, grid, settings.size, sd))
+    return _scaled(_cube(image, grid, settings), image, grid, settings)
 
 
 def as_stored(volume: np.ndarray) -> np.ndarray:
@@ -196,15 +110,56 @@ def preprocessing_steps(
             smoothed = correlate1d(smoothed, gaussian_kernel(sd[axis]), axis=axis, mode="constant")
     final = np.full(3, settings.spacing_mm)
     grid = _grid(image, settings)
-    cube = resample(_voxels(image), image.affine, grid, settings.size, _smoothing(image, settings))
+    cube = _cube(image, grid, settings)
+    place = "in MNI152 space" if settings.to_mni else "below the crown"
     steps = [
         (f"as stored ({stored})", _voxels(image), voxel_sizes(image.affine)),
         ("turned to RAS", _voxels(turned), voxel_sizes(turned.affine)),
         (f"smoothed to {settings.spacing_mm:g} mm", smoothed, voxel_sizes(turned.affine)),
-        (f"{settings.spacing_mm:g} mm, {settings.size} voxels, below the crown", cube, final),
-        ("z-scored", _z_scored(cube), final),
+        (f"{settings.spacing_mm:g} mm, {settings.size} voxels, {place}", cube, final),
+        (
+            "brain only, z-scored" if settings.brain_only else "z-scored",
+            _scaled(cube, image, grid, settings),
+            final,
+        ),
     ]
     return [step for step in steps if sd.any() or not step[0].startswith("smoothed")]
+
+
+def brain_inside(
+    scan: str | Path | nib.spatialimages.SpatialImage, settings: PreprocessingSettings
+) -> np.ndarray:
+    """The brain mask (size, size, size) bool on the grid of `preprocess`'s result."""
+    image = _loaded(scan)
+    return _brain(image, settings).mask_on(_grid(image, settings), (settings.size,) * 3)
+
+
+def _brain(image: Any, settings: PreprocessingSettings) -> Any:
+    from .brain import brain_or_error, mask_beside
+
+    path = image.extra.get("path")
+    return brain_or_error(image, mask_beside(path) if path and settings.found_masks else None)
+
+
+def _cube(image: Any, grid: np.ndarray, settings: PreprocessingSettings) -> np.ndarray:
+    """The scan on the grid, before any scaling."""
+    voxels = _voxels(image)
+    if settings.n4:
+        from .brain import without_bias
+
+        voxels = without_bias(image, _brain(image, settings))
+    return resample(voxels, image.affine, grid, settings.size, _smoothing(image, settings))
+
+
+def _scaled(cube: np.ndarray, image: Any, grid: np.ndarray, settings: PreprocessingSettings) -> np.ndarray:
+    if not settings.brain_only:
+        return _z_scored(cube)
+    inside = _brain(image, settings).mask_on(grid, cube.shape)
+    if not inside.any():
+        raise ScanError("brain_not_found", "The brain lies outside of the field of view; look at the scan.")
+    scaled = np.zeros(cube.shape, np.float32)
+    scaled[inside] = _z_scored(cube[inside])
+    return scaled
 
 
 def _loaded(scan: Any) -> Any:
@@ -220,10 +175,13 @@ def _smoothing(image: Any, settings: PreprocessingSettings) -> np.ndarray:
 
 
 def _grid(image: Any, settings: PreprocessingSettings) -> np.ndarray:
-    """The cube under the crown, moved by under half a voxel of the scan onto its lattice.
+    """The cube in MNI152 space, or under the crown, moved by under half a voxel of the scan onto its lattice.
 
     A scan that already has the target's spacing is so copied voxel by voxel: no interpolation blurs it.
     """
+    if settings.to_mni:
+        to_scan = _brain(image, settings).alignment.to_scan
+        return to_scan @ mni_grid(settings.spacing_mm, settings.size)
     first = np.array(find_head(image).centre_mm) - settings.spacing_mm * (settings.size - 1) / 2
     first = _on_lattice(first, image.affine, max(image.shape))
     grid = np.diag([settings.spacing_mm] * 3 + [1.0])

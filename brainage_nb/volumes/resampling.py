@@ -105,7 +105,7 @@ def along_axes(array: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
     slow, middle, fast = (
         matrices[axis][:, columns].astype(np.float32) for axis, columns in zip(order, used, strict=True)
     )
-    with _one_thread():
+    with one_thread():
         work = np.matmul(work, fast.T)
         work = np.matmul(middle, work)
         work = np.matmul(slow, work.reshape(len(work), -1)).reshape(len(slow), len(middle), len(fast))
@@ -184,7 +184,7 @@ def _smoothed(array: np.ndarray, sd: np.ndarray, low: np.ndarray, high: np.ndarr
         band = _smoothing(stop[axis] - start[axis], sd[axis])[
             low[axis] - start[axis] : high[axis] - start[axis]
         ]
-        with _one_thread():
+        with one_thread():
             work = _banded(band.astype(np.float32), work, place)
     return work.transpose(np.argsort(order))
 
@@ -209,7 +209,7 @@ def _banded(band: np.ndarray, array: np.ndarray, place: int) -> np.ndarray:
     return result
 
 
-def _one_thread() -> AbstractContextManager:
+def one_thread() -> AbstractContextManager:
     """Keep BLAS to one thread: on a busy CPU, threads that wait for each other cost ten times the work."""
     return _blas().limit(limits=1, user_api="blas")
 

@@ -86,7 +86,7 @@ def load_scan(
     nibabel image
         3-D, in memory, with the file's affine and header; `image.dataobj` is a float32 array, scaled by slope
         and intercept. `image.extra["flags"]` lists codes of `SCAN_FLAGS`, `image.extra["nonfinite_fraction"]`
-        the share of voxels that were NaN or infinite.
+        the share of voxels that were NaN or infinite, `image.extra["path"]` the file.
 
     Raises
     ------
@@ -112,7 +112,8 @@ def load_scan(
         flags.append("some_not_finite")
     if array.min() == array.max():
         raise ScanError("blank", f"{path.name}: every voxel is {array.flat[0]:g}; expected a head.")
-    return _in_memory(array, affine, image, {"flags": tuple(flags), "nonfinite_fraction": float(bad)})
+    facts = {"flags": tuple(flags), "nonfinite_fraction": float(bad), "path": path}
+    return _in_memory(array, affine, image, facts)
 
 
 def voxel_sizes(affine: np.ndarray) -> np.ndarray:

@@ -70,6 +70,16 @@ size = 96  # @param {type:"integer"}
 smooth = True  # @param {type:"boolean"}
 # Dask workers to preprocess on: local, tcp://host:port or a scheduler file; empty: the processors here
 cluster = ""  # @param {type:"string"}
+# reference; best (brain extraction, affine registration; about three seconds a scan more); custom: as below
+recipe = "reference"  # @param ["reference", "best", "custom"]
+# custom only: set everything outside of the brain to 0, z-score inside
+brain_only = False  # @param {type:"boolean"}
+# custom only: lay every brain onto the MNI152 template (affine)
+to_mni = False  # @param {type:"boolean"}
+# custom only: take out slow differences in brightness (N4)
+n4 = False  # @param {type:"boolean"}
+# take brain masks that other tools left beside the scans or in BIDS derivatives
+found_masks = True  # @param {type:"boolean"}
 # scan to show step by step; empty: the first
 preview_scan = ""  # @param {type:"string"}
 
@@ -77,6 +87,7 @@ preview_scan = ""  # @param {type:"string"}
 import pandas as pd
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
+from brainage_nb.volumes.brain_pictures import brain_preview
 from brainage_nb.volumes.pictures import montage, steps_figure
 from brainage_nb.volumes.preprocessing import PreprocessingSettings, preprocessing_steps
 from brainage_nb.volumes.store_building import build_store
@@ -92,8 +103,12 @@ session_summary(ws.root)
 # These numbers make the fingerprint of the volume store: other numbers, another store beside it.
 
 # %%
-settings = PreprocessingSettings(spacing_mm=spacing_mm, size=size, smooth=smooth)
-print(f"fingerprint {settings.fingerprint}")
+settings = PreprocessingSettings.of_recipe(
+    recipe,
+    **{"spacing_mm": spacing_mm, "size": size, "smooth": smooth, "found_masks": found_masks},
+    **{"brain_only": brain_only, "to_mni": to_mni, "n4": n4},
+)
+print(f"recipe {settings.recipe}, fingerprint {settings.fingerprint}")
 numbers = [
     (step["step"], name, value) for step in settings.steps for name, value in step.items() if name != "step"
 ]
@@ -108,6 +123,20 @@ pd.DataFrame(numbers, columns=["step", "number", "value"])
 scans = ws.read("splits.csv")
 chosen = scans.set_index("scan_id").loc[preview_scan or scans["scan_id"].iloc[0]]
 steps_figure(preprocessing_steps(ws.resolve(chosen["image"]), settings))
+
+# %% [markdown]
+# ## Where the brain is
+# For recipes that look for the brain: its outline on scans spread over the ages, before anything is cut away. A brain
+# that cannot be trusted is not drawn; the table says why, and such a scan gives no volume below.
+
+# %%
+outlined = scans.sort_values("age").iloc[:: max(1, len(scans) // 6)].head(6 if settings.needs_brain else 0)
+paths = {row.scan_id: ws.resolve(row.image) for row in outlined.itertuples()}
+found, outlines = brain_preview(paths, settings)
+outlines if settings.needs_brain else print(f"the recipe {settings.recipe} looks for no brain")
+
+# %%
+found
 
 # %% [markdown]
 # ## All scans

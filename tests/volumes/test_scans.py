@@ -38,7 +38,7 @@ def test_a_good_scan_comes_back_as_it_was_written(scan, array):
     assert np.array_equal(image.dataobj, array)
     assert np.asarray(image.dataobj).dtype == np.float32
     assert np.array_equal(image.affine, AFFINE)
-    assert image.extra == {"flags": (), "nonfinite_fraction": 0.0}
+    assert image.extra == {"flags": (), "nonfinite_fraction": 0.0, "path": scan}
 
 
 def test_slope_and_intercept_are_applied(array, tmp_path):

@@ -1,0 +1,189 @@
+"""Which steps turn a scan into a network's input, with every number: settings, recipes, fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+# Raised whenever the same settings give other numbers than before; part of every fingerprint.
+VERSION = 1
+# What a recipe switches on. `best` is provisional: it stands for brain extraction and affine registration,
+# which helped others; it gives way to what the ablation on real scans chooses.
+RECIPES: dict[str, dict[str, bool]] = {
+    "reference": {},
+    "best": {"brain_only": True, "to_mni": True},
+}
+SWITCHES = ("brain_only", "to_mni", "n4")
+
+
+@dataclass(frozen=True)
+class PreprocessingSettings:
+    """Every number that decides what a preprocessed volume looks like.
+
+    Parameters
+    ----------
+    spacing_mm : float
+        Edge of a voxel of the result, mm.
+    size : int
+        Edge of the result in voxels; 96 at 2 mm and 48 at 4 mm both show 192 mm.
+    smooth : bool
+        Whether finer scans are smoothed to the target resolution first. Without, scans of one person at
+        1 mm and 3 mm differ in texture.
+    brain_only : bool
+        Whether everything outside of the brain is set to 0 and the z-score runs over the brain.
+    to_mni : bool
+        Whether the cube lies in MNI152 space (affine), instead of below the crown.
+    n4 : bool
+        Whether slow differences in brightness are taken out (N4, fitted inside the brain).
+    found_masks : bool
+        Whether a brain mask that another tool left beside the scan is taken (`brain.mask_beside`); matters
+        only with the steps that look for the brain.
+    """
+
+    spacing_mm: float = 2.0
+    size: int = 96
+    smooth: bool = True
+    brain_only: bool = False
+    to_mni: bool = False
+    n4: bool = False
+    found_masks: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.5 <= self.spacing_mm <= 10:
+            raise ValueError(f"spacing_mm = {self.spacing_mm}: expected 0.5 to 10 mm, usually 2 or 4.")
+        if not 8 <= self.size <= 512:
+            raise ValueError(f"size = {self.size}: expected 8 to 512 voxels, usually 96 or 48.")
+        object.__setattr__(self, "spacing_mm", float(self.spacing_mm))
+        object.__setattr__(self, "size", int(self.size))
+
+    @classmethod
+    def of_recipe(cls, recipe: str, **numbers: Any) -> PreprocessingSettings:
+        """Settings of a named recipe; with `custom`, the switches are taken from `numbers`.
+
+        Parameters
+        ----------
+        recipe : str
+            reference, best or custom.
+        **numbers
+            Any other settings. `brain_only`, `to_mni` and `n4` count with `custom` only.
+        """
+        if recipe == "custom":
+            return cls(**numbers)
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe = {recipe!r}: expected one of {', '.join([*RECIPES, 'custom'])}.")
+        others = {name: value for name, value in numbers.items() if name not in SWITCHES}
+        return cls(**others, **RECIPES[recipe])
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe these switches are, or `custom`."""
+        mine = {name: True for name in SWITCHES if getattr(self, name)}
+        return next((name for name, switches in RECIPES.items() if switches == mine), "custom")
+
+    @property
+    def needs_brain(self) -> bool:
+        """Whether any step looks for the brain."""
+        return any(getattr(self, name) for name in SWITCHES)
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Every step with its numbers, in order, as `preprocessing.json` lists them."""
+        from . import heads
+
+        if self.needs_brain:
+            return self._steps_with_brain()
+        smoothing = {
+            "step": "smooth",
+            "fwhm_mm": self.spacing_mm,
+            "kernel": "gaussian",
+            "where": "finer than it",
+        }
+        return [
+            {"step": "orientation", "axes": "RAS"},
+            *([smoothing] if self.smooth else []),
+            {
+                "step": "resample",
+                "spacing_mm": self.spacing_mm,
+                "size": self.size,
+                "interpolation": "linear",
+                "axes": "world",
+                "crown_ml": heads.CROWN_ML,
+                "crown_to_centre_mm": heads.CROWN_TO_CENTRE_MM,
+                "top_mm": heads.TOP_MM,
+            },
+            {"step": "z-score", "over": "all voxels"},
+        ]
+
+    def _steps_with_brain(self) -> list[dict[str, Any]]:
+        from . import brain, heads, mni, warping
+
+        finding = {
+            "step": "find the brain",
+            "version": brain.VERSION,
+            "template": "MNI152, nilearn",
+            "bending_degrees": list(warping.DEGREES),
+            "margin_mm": brain.MARGIN_MM,
+            "lowest_correlation": brain.LOWEST_CORRELATION,
+            "masks_of_other_tools": self.found_masks,
+        }
+        smoothing = {
+            "step": "smooth",
+            "fwhm_mm": self.spacing_mm,
+            "kernel": "gaussian",
+            "where": "finer than it",
+        }
+        place = {
+            "crown_ml": heads.CROWN_ML,
+            "crown_to_centre_mm": heads.CROWN_TO_CENTRE_MM,
+            "top_mm": heads.TOP_MM,
+        }
+        if self.to_mni:
+            place = {"space": "MNI152, affine", "centre_mm": mni.CENTRE_MM.tolist()}
+        resampling = {
+            "step": "resample",
+            "spacing_mm": self.spacing_mm,
+            "size": self.size,
+            "interpolation": "linear",
+        }
+        n4 = {"step": "N4", "rounds": list(brain.N4_ROUNDS), "shrunk_to_mm": brain.N4_SHRINK_MM}
+        return [
+            finding,
+            *([n4] if self.n4 else []),
+            *([smoothing] if self.smooth else []),
+            resampling | place,
+            *([{"step": "outside of the brain", "value": 0.0}] if self.brain_only else []),
+            {"step": "z-score", "over": "the brain" if self.brain_only else "all voxels"},
+        ]
+
+    @property
+    def fingerprint(self) -> str:
+        """Name of everything these settings give, as `2mm-96-1f0c…`; equal only where every number is."""
+        content = json.dumps({"version": VERSION, "steps": self.steps}, sort_keys=True)
+        return f"{self.spacing_mm:g}mm-{self.size}-{hashlib.sha256(content.encode()).hexdigest()[:10]}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Content of `preprocessing.json`."""
+        return {
+            "version": VERSION,
+            "fingerprint": self.fingerprint,
+            "recipe": self.recipe,
+            "settings": asdict(self),
+            "steps": self.steps,
+        }
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> PreprocessingSettings:
+        """Read `to_json` back; ValueError where this version of the package would give other numbers."""
+        known = {field.name for field in fields(cls)}
+        if extra := set(content["settings"]) - known:
+            raise ValueError(f"Unknown preprocessing settings {sorted(extra)}; known are {sorted(known)}.")
+        settings = cls(**content["settings"])
+        if settings.fingerprint != content["fingerprint"]:
+            raise ValueError(
+                f"These volumes were made by other steps ({content['fingerprint']}) than this version of the "
+                f"package takes with the same settings ({settings.fingerprint}). Use the version that made "
+                "them, or preprocess again."
+            )
+        return settings

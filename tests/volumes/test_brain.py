@@ -1,0 +1,219 @@
+"""Brains in template heads of known pose, in what is no head, and in real scans."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter, map_coordinates
+from scipy.spatial.transform import Rotation
+
+from brainage_nb.volumes.brain import brain_or_error, find_brain, mask_beside, without_bias
+from brainage_nb.volumes.mni import template
+from brainage_nb.volumes.preprocessing import PreprocessingSettings, brain_inside, preprocess
+from brainage_nb.volumes.scans import ScanError, load_scan
+from brainage_nb.volumes.store_building import build_store
+
+VOXEL_MM = 3.0
+SIZE = 88
+BEST = PreprocessingSettings.of_recipe("best", spacing_mm=4, size=48)
+
+
+def pose(degrees=(0, 0, 0), move_mm=(0, 0, 0), scale=(0.94, 0.9, 0.92)):
+    """Map (4, 4) from MNI152 to the scanner."""
+    made = np.eye(4)
+    made[:3, :3] = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix() @ np.diag(scale)
+    made[:3, 3] = move_mm
+    return made
+
+
+def head(to_scan, *, brain_only=False):
+    """The template as a scan, with a bright scalp; the image and its inside of the skull."""
+    onto = template(2.0)
+    skin = (onto.depth_mm > 8) & (onto.depth_mm < 14)
+    drawn = onto.brain if brain_only else np.where(skin, 0.8, np.where(onto.depth_mm < 14, onto.painted, 0))
+    affine = np.diag([VOXEL_MM] * 3 + [1.0])
+    affine[:3, 3] = to_scan[:3, 3] - VOXEL_MM * (SIZE - 1) / 2
+    to_template = np.linalg.inv(to_scan @ onto.affine) @ affine
+    voxels = np.indices((SIZE,) * 3).reshape(3, -1)
+    places = to_template[:3, :3] @ voxels + to_template[:3, 3:]
+    picture = map_coordinates(drawn, places, order=1).reshape((SIZE,) * 3)
+    noise = 0.01 * np.random.default_rng(0).standard_normal(picture.shape)
+    inside = map_coordinates(onto.depth_mm, places, order=1, cval=50.0).reshape((SIZE,) * 3) < 3
+    return nib.Nifti1Image((500 * (picture + noise)).astype(np.float32), affine), inside
+
+
+def dice(a, b):
+    return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
+
+
+def farthest_mm(brain, truth):
+    """Largest distance of the map found from the true one over the corners of the brain."""
+    corners = np.array(np.meshgrid([-65, 65], [-100, 65], [-60, 75])).reshape(3, -1)
+    corners = np.vstack([corners, np.ones(8)])
+    return np.linalg.norm(((brain.alignment.to_scan - truth) @ corners)[:3], axis=0).max()
+
+
+TILTED = pose((18, -14, 20), (12, -25, 14))
+
+
+@pytest.fixture(scope="module")
+def tilted():
+    image, inside = head(TILTED)
+    return image, inside, find_brain(image)
+
+
+def test_a_tilted_head_of_known_pose_is_laid_onto_the_template(tilted):
+    image, inside, brain = tilted
+    assert brain.problems == ()
+    assert farthest_mm(brain, TILTED) < 4.0
+    assert dice(brain.mask_on(image.affine, image.shape), inside) > 0.96
+    assert brain.volume_l == pytest.approx(inside.sum() * VOXEL_MM**3 / 1e6, rel=0.05)
+
+
+def test_the_same_scan_gives_the_same_brain_bit_by_bit(tilted):
+    image, _, brain = tilted
+    again = find_brain(nib.Nifti1Image(np.asarray(image.dataobj), image.affine))
+    assert again is not brain
+    assert np.array_equal(again.depth_mm, brain.depth_mm)
+    assert np.array_equal(again.alignment.to_scan, brain.alignment.to_scan)
+
+
+def test_storage_order_changes_nothing_in_the_world(tilted):
+    image, _, brain = tilted
+    change = nib.orientations.axcodes2ornt(("P", "S", "L"))
+    start = nib.io_orientation(image.affine)
+    stored = image.as_reoriented(nib.orientations.ornt_transform(start, change))
+    assert nib.aff2axcodes(stored.affine) == ("P", "S", "L")
+    assert farthest_mm(find_brain(stored), brain.alignment.to_scan) < 0.5
+
+
+def test_a_stripped_brain_is_found_as_well():
+    truth = pose((8, 5, -6))
+    image, inside = head(truth, brain_only=True)
+    brain = find_brain(image)
+    assert brain.problems == ()
+    assert dice(brain.mask_on(image.affine, image.shape), inside) > 0.93
+
+
+def shuffled(image):
+    voxels = np.random.default_rng(1).permutation(np.asarray(image.dataobj).ravel())
+    return nib.Nifti1Image(voxels.reshape(image.shape), image.affine)
+
+
+def upside_down(image):
+    return nib.Nifti1Image(np.asarray(image.dataobj)[:, ::-1, ::-1], image.affine)
+
+
+def ball(image):
+    away = np.linalg.norm(np.indices(image.shape) - (SIZE - 1) / 2, axis=0) * VOXEL_MM
+    return nib.Nifti1Image(np.where(away < 75, 400.0, 0).astype(np.float32), image.affine)
+
+
+@pytest.mark.parametrize("spoilt", [shuffled, upside_down, ball])
+def test_what_is_no_upright_brain_is_refused_and_says_why(spoilt):
+    image = spoilt(head(pose())[0])
+    with pytest.raises(ScanError, match="unlike a brain") as error:
+        brain_or_error(image)
+    assert error.value.code == "brain_not_found"
+
+
+def test_a_child_of_half_the_size_is_refused_for_its_size():
+    image = head(pose(scale=(0.5, 0.5, 0.5)))[0]
+    brain = find_brain(image)
+    assert any("litres" in problem or "size" in problem for problem in brain.problems)
+    assert brain.quality == 0.0
+
+
+def test_n4_takes_out_a_slow_field(tilted):
+    image, _, brain = tilted
+    x, y, _ = np.meshgrid(*[np.linspace(-1, 1, SIZE)] * 3, indexing="ij")
+    field = np.exp(0.35 * x - 0.25 * y).astype(np.float32)
+    array = np.asarray(image.dataobj)
+    made = without_bias(nib.Nifti1Image(array * field, image.affine), brain)
+    core = brain.depth_on(image.affine, image.shape) < -6
+    core &= array > 50
+    left = np.log(made[core] / array[core])  # what is left of the field, where the true image is known
+    assert left.std() < 0.5 * np.log(field[core]).std()
+
+
+def test_masks_of_other_tools_are_found_by_their_names(tmp_path):
+    anat = tmp_path / "sub-01" / "anat"
+    derived = tmp_path / "derivatives" / "fmriprep" / "sub-01" / "anat"
+    for folder in (anat, derived):
+        folder.mkdir(parents=True)
+    scan = anat / "sub-01_T1w.nii.gz"
+    assert mask_beside(scan) is None
+    (derived / "sub-01_space-MNI152NLin2009cAsym_desc-brain_mask.nii.gz").touch()
+    assert mask_beside(scan) is None  # another space than the scan's
+    (derived / "sub-01_desc-brain_mask.nii.gz").touch()
+    assert mask_beside(scan) == derived / "sub-01_desc-brain_mask.nii.gz"
+    (anat / "sub-01_T1w_bet_mask.nii.gz").touch()
+    assert mask_beside(scan) == anat / "sub-01_T1w_bet_mask.nii.gz"
+    (tmp_path / "brainmask.mgz").touch()
+    assert mask_beside(tmp_path / "T1.mgz") == tmp_path / "brainmask.mgz"
+
+
+def test_a_mask_beside_the_scan_replaces_ours_and_a_wrong_one_is_refused(tmp_path, tilted):
+    image, inside, _ = tilted
+    smaller = gaussian_filter(inside.astype(np.float32), 1.5) > 0.7
+    nib.save(image, tmp_path / "a.nii.gz")
+    nib.save(nib.Nifti1Image(smaller.astype(np.uint8), image.affine), tmp_path / "a_mask.nii.gz")
+    scan = load_scan(tmp_path / "a.nii.gz")
+    grid_mask = brain_inside(scan, BEST)
+    taken = brain_or_error(scan, tmp_path / "a_mask.nii.gz")
+    assert taken.source.endswith("a_mask.nii.gz")
+    assert dice(taken.mask_on(image.affine, image.shape), smaller) > 0.97
+    assert grid_mask.sum() < 0.97 * brain_inside(image, BEST).sum()
+    moved = nib.Nifti1Image(np.roll(inside, 20, axis=1).astype(np.uint8), image.affine)
+    nib.save(moved, tmp_path / "a_mask.nii.gz")
+    with pytest.raises(ScanError, match=r"overlap by 0\.\d+ only"):
+        preprocess(tmp_path / "a.nii.gz", BEST)
+
+
+def test_with_the_template_a_tilted_head_gives_the_same_volume(tilted):
+    image, _, _ = tilted
+    straight = head(pose((0, 0, 0)))[0]
+    one, other = preprocess(straight, BEST), preprocess(image, BEST)
+    inside = brain_inside(straight, BEST)
+    assert np.corrcoef(one[inside], other[inside])[0, 1] > 0.9
+    assert (one[~inside] == 0).all()
+    assert one[inside].mean() == pytest.approx(0, abs=1e-4)
+    assert one[inside].std() == pytest.approx(1, abs=1e-4)
+
+
+def test_a_scan_without_a_brain_stands_among_the_failed_ones_of_a_store(tmp_path):
+    import pandas as pd
+
+    nib.save(shuffled(head(pose())[0]), tmp_path / "x.nii.gz")
+    scans = pd.DataFrame({"scan_id": ["x"], "image": [str(tmp_path / "x.nii.gz")]})
+    report = build_store(scans, tmp_path / "volumes", BEST, n_jobs=1)
+    assert report.failed["code"].tolist() == ["brain_not_found"]
+    assert report.store.scan_ids == []
+
+
+def test_recipes_name_their_switches_and_the_reference_keeps_its_fingerprint():
+    reference = PreprocessingSettings.of_recipe("reference", spacing_mm=2, size=96)
+    assert reference == PreprocessingSettings()
+    assert reference.fingerprint == "2mm-96-6d7d21ed87"
+    assert (BEST.recipe, BEST.to_json()["recipe"]) == ("best", "best")
+    assert PreprocessingSettings.from_json(BEST.to_json()) == BEST
+    custom = PreprocessingSettings.of_recipe("custom", n4=True)
+    assert custom.recipe == "custom"
+    assert len({custom.fingerprint, BEST.fingerprint, reference.fingerprint}) == 3
+    with pytest.raises(ValueError, match="expected one of reference, best, custom"):
+        PreprocessingSettings.of_recipe("bset")
+    old = {"settings": {"spacing_mm": 2.0, "size": 96, "smooth": True}, "fingerprint": reference.fingerprint}
+    assert PreprocessingSettings.from_json(old) == reference
+
+
+@pytest.mark.parametrize("name", ["IXI013-HH-1212-T1", "IXI258-HH-1717-T1"])
+def test_real_scans_agree_with_their_reference_masks(shared_data, name):
+    folder = shared_data / "ixi_hh"
+    paths = sorted((folder / "images").glob(f"{name[:6]}*.nii.gz"))
+    if not paths:
+        pytest.skip(f"no scan {name[:6]} in {folder}")
+    image = load_scan(paths[0])
+    stem = paths[0].name.removesuffix(".nii.gz")
+    reference = np.asarray(nib.load(folder / "dlmuse" / f"{stem}_DLMUSE.nii.gz").dataobj) > 0
+    brain = find_brain(image)
+    assert brain.problems == ()
+    assert dice(brain.mask_on(image.affine, image.shape), reference) > 0.955
