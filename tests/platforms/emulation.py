@@ -115,37 +115,37 @@ class Emulated:
 
 
 def platform_python(folder: Path) -> Path:
-    """A Python with this environment's packages, less this package and what the platforms lack.
-
-    Packages are links to those of the environment that runs the tests, so none is copied or downloaded.
-    """
+    """A Python in `folder` that has what the platforms preinstall, and a Jupyter kernel of it."""
     target = folder / "python"
     venv.create(target, symlinks=True, with_pip=False)
-    packages = folder / "preinstalled"
-    packages.mkdir()
-    absent = {normal(name) for name in [*ADDED, "brainage-nb"]}
-    for entry in Path(site.getsitepackages()[0]).iterdir():
-        name = normal(entry.name.split("-")[0].removesuffix(".py").split(".")[0])
-        if entry.suffix in (".pth", ".egg-link") or name in absent:
-            continue
-        if entry.name.startswith("__editable__") or entry.name in ("__pycache__", "google"):
-            continue
-        (packages / entry.name).symlink_to(entry)
-    google = packages / "google"
-    google.mkdir()
-    for part in (Path(site.getsitepackages()[0]) / "google").glob("*"):
-        (google / part.name).symlink_to(part)
-    (google / "colab").symlink_to(HERE / "stand_in" / "google" / "colab")
+    packages = link_packages(folder / "preinstalled")
     home = next((target / "lib").glob("python3*/site-packages"))
     (home / "preinstalled.pth").write_text(f"{packages}\n")
     python = target / "bin" / "python"
-    kernel = folder / "jupyter" / "kernels" / "python3"
-    kernel.mkdir(parents=True)
+    kernel = folder / "jupyter" / "kernels" / "python3" / "kernel.json"
+    kernel.parent.mkdir(parents=True)
     argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    (kernel / "kernel.json").write_text(
-        json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"})
-    )
+    kernel.write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
     return python
+
+
+def link_packages(folder: Path) -> Path:
+    """Fill `folder` with links to this environment's packages, less this package and what the platforms lack;
+    nothing is copied or downloaded. `google.colab` is the stand-in.
+    """
+    ours = Path(site.getsitepackages()[0])
+    absent = {normal(name) for name in [*ADDED, "brainage-nb"]}
+    google = folder / "google"
+    google.mkdir(parents=True)
+    for entry in ours.iterdir():
+        name = normal(entry.name.split("-")[0].removesuffix(".py").split(".")[0])
+        hook = entry.suffix in (".pth", ".egg-link") or entry.name.startswith("__editable__")
+        if not hook and name not in absent and entry.name not in ("__pycache__", "google"):
+            (folder / entry.name).symlink_to(entry)
+    for part in (ours / "google").glob("*"):
+        (google / part.name).symlink_to(part)
+    (google / "colab").symlink_to(HERE / "stand_in" / "google" / "colab")
+    return folder
 
 
 def make_certificate(folder: Path, names: tuple[str, ...]) -> None:
