@@ -1,7 +1,8 @@
 """A Kaggle data set: attached to the session, or downloaded by kagglehub, which resumes, checks and caches.
 
 kagglehub reads the key itself (its own file, its variables, the platform's store); it is never seen here, and
-what its errors say is not passed on, since they may quote a request.
+what its errors say is not passed on, since they may quote a request. Tried with the real client against a
+local server (its own test environment), not against kaggle.com.
 """
 
 from __future__ import annotations
@@ -79,9 +80,7 @@ def _in_words(error: Exception, handle: str, *, last: bool) -> str:
     if "Unauthenticated" in type(error).__name__ or "Credential" in type(error).__name__:
         status = 401
     if isinstance(error, OSError) and error.errno in FULL_DISK:
-        return (
-            "The disk is full. Free some space or set download_dir to a larger disk, then run again."
-        )
+        return "The disk is full. Free some space or set download_dir to a larger disk, then run again."
     # connections and damaged archives (which kagglehub has deleted by now) may go better next time
     passing = status in PASSING or (status is None and isinstance(error, OSError))
     if (passing or "Corruption" in type(error).__name__) and not last:
