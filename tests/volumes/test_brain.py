@@ -17,7 +17,7 @@ SIZE = 88
 BEST = PreprocessingSettings.of_recipe("best", spacing_mm=4, size=48)
 
 
-def pose(degrees=(0, 0, 0), move_mm=(0, 0, 0), scale=(0.94, 0.9, 0.92)):
+def pose(degrees=(0, 0, 0), move_mm=(0, 0, 0), scale=(0.98, 0.87, 0.92)):
     """Map (4, 4) from MNI152 to the scanner."""
     made = np.eye(4)
     made[:3, :3] = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix() @ np.diag(scale)
@@ -64,7 +64,7 @@ def tilted():
 def test_a_tilted_head_of_known_pose_is_laid_onto_the_template(tilted):
     image, inside, brain = tilted
     assert brain.problems == ()
-    assert farthest_mm(brain, TILTED) < 4.0
+    assert farthest_mm(brain, TILTED) < 3.0
     assert dice(brain.mask_on(image.affine, image.shape), inside) > 0.96
     assert brain.volume_l == pytest.approx(inside.sum() * VOXEL_MM**3 / 1e6, rel=0.05)
 
