@@ -147,6 +147,7 @@ def _act(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -
     ):
         with st.spinner(f"Predicting {len(uploads)} scan{'s' if len(uploads) > 1 else ''}"):
             _keep(_predict(bundle, uploads, ages))
+        _forget(uploads)
         st.session_state["turn"] += 1
         st.rerun()
     if "demo" in place and place["demo"].button("Try a demo head", width="stretch", key="demo"):
@@ -156,6 +157,15 @@ def _act(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -
     if "clear" in place and place["clear"].button("Clear", width="stretch", key="clear"):
         _keep([])
         st.rerun()
+
+
+def _forget(uploads: Sequence[Any]) -> None:
+    """Free uploads now: Streamlit keeps those of a field that is gone until the person closes the page."""
+    from streamlit.runtime.scriptrunner import get_script_run_ctx
+
+    here = get_script_run_ctx()
+    for upload in uploads if here is not None else ():
+        here.uploaded_file_mgr.remove_file(here.session_id, upload.file_id)
 
 
 def _keep(results: list[Prediction | Failure]) -> None:

@@ -118,12 +118,17 @@ def newest_bundle() -> Path:
 
 
 def bundles_in_reach() -> list[Path]:
-    """Bundles of the default workspace and of `./workspace/demo`, newest first."""
-    from brainage_nb.workspace import default_root
+    """Bundles of the default workspace and `./workspace/demo`: newest workspace first, networks first."""
+    from brainage_nb.workspace import default_root, read_json
 
     places = {root.absolute() for root in (default_root(), Path("workspace"), Path("workspace", "demo"))}
-    found = {path.parent for root in places for path in root.glob("runs/*/bundle/bundle.json")}
-    return sorted(found, key=lambda path: (path / "bundle.json").stat().st_mtime, reverse=True)
+    known: list[tuple[float, bool, float, Path]] = []
+    for root in places:
+        made = {file: file.stat().st_mtime for file in root.glob("runs/*/bundle/bundle.json")}
+        newest = max(made.values(), default=0.0)
+        kinds = {file: read_json(file).get("kind") for file in made}
+        known += [(newest, kinds[file] == "resnet18", made[file], file.parent) for file in made]
+    return [place for *_, place in sorted(known, reverse=True)]
 
 
 def _explanations_folder(out: str) -> Path:

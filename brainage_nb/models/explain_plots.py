@@ -66,8 +66,9 @@ def overlay_planes(
 
 
 def strongest(volume: np.ndarray, heat: np.ndarray | None) -> tuple[int, int, int]:
-    """Voxel of the strongest heat inside the head, away from the border; without heat the middle of the
-    head.
+    """Where the three planes meet that hold the most heat inside the head; without heat its middle.
+
+    Whole planes are compared, not voxels: a map of slabs has its strongest voxel anywhere, often at the skin.
     """
     head = np.asarray(volume, dtype=np.float32) > np.mean(volume, dtype=float)
     if heat is None or not np.abs(heat).max() > 0:
@@ -77,7 +78,8 @@ def strongest(volume: np.ndarray, heat: np.ndarray | None) -> tuple[int, int, in
             if len(places)
             else (len(volume) // 2,) * 3
         )
-    return tuple(int(value) for value in np.unravel_index(np.argmax(np.abs(heat) * head), heat.shape))
+    inside = np.abs(heat) * head
+    return tuple(int(inside.sum(axis=others).argmax()) for others in ((1, 2), (0, 2), (0, 1)))
 
 
 def signed_colours(values: np.ndarray, opacity: float = 0.6) -> np.ndarray:

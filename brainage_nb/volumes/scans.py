@@ -158,25 +158,18 @@ def _said(error: Exception) -> str:
 
 def _decompressed(path: Path, max_voxels: int) -> bytes:
     """Content of a gzip file (one or several members), checksums verified; at most what its header claims."""
-    raw, parts, size = path.read_bytes(), [], 0
     try:
-        start = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(HEADER_READ)
-    except (EOFError, OSError, zlib.error) as error:
-        raise ScanError("truncated", f"{path.name}: the compressed data end early or are damaged.") from error
-    limit = _claimed_bytes(start, path, max_voxels) + SLACK_BYTES
-    while raw:
-        inflate = zlib.decompressobj(wbits=31)
-        try:
-            parts.append(inflate.decompress(raw, limit - size + 1))
-        except zlib.error as error:
-            raise ScanError("truncated", f"{path.name}: the compressed data are damaged.") from error
-        size += len(parts[-1])
-        if size > limit:
-            raise ScanError("unreadable", f"{path.name} unpacks to far more than its header claims.")
-        if not inflate.eof:
-            raise ScanError("truncated", f"{path.name}: the compressed data end early; copy the file again.")
-        raw = inflate.unused_data.lstrip(b"\0")
-    return parts[0] if len(parts) == 1 else b"".join(parts)
+        with gzip.open(path) as stream:
+            start = stream.read(HEADER_READ)
+            limit = _claimed_bytes(start, path, max_voxels) + SLACK_BYTES
+            stream.seek(0)
+            content = stream.read(limit + 1)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        said = f"{path.name}: the compressed data end early or are damaged; copy the file again."
+        raise ScanError("truncated", said) from error
+    if len(content) > limit:
+        raise ScanError("unreadable", f"{path.name} unpacks to far more than its header claims.")
+    return content
 
 
 def _claimed_bytes(start: bytes, path: Path, max_voxels: int) -> int:

@@ -6,8 +6,10 @@ import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,11 @@ import pytest
 from brainage_nb.apps.predict_cli import app_command
 from brainage_nb.models.bundle import load_bundle
 from brainage_nb.models.bundle_files import zip_bundle
-from tests.models.tiny_bundle import write_scan, write_tiny_bundle
+from tests.models.tiny_bundle import bomb, write_scan, write_tiny_bundle
 
 pytestmark = pytest.mark.slow
 PATIENCE = 120
+ALERT = "[data-testid=stAlert]"
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage",
@@ -168,6 +171,59 @@ def test_from_upload_to_download(tiny, served, browser, tmp_path, request):
     assert "jane_doe" not in log.read_text(errors="replace")
 
 
+def said_of(browser, name):
+    """Whether the page says of this file that it unpacks to too much."""
+    return any(f"{name} unpacks to far more" in text for text in texts(browser, ALERT))
+
+
+def resident_mb(process):
+    """Memory of a process and its children, MB."""
+    family = [process, *process.children(recursive=True)]
+    return sum(one.memory_info().rss for one in family) / 1e6
+
+
+def test_a_file_of_ten_gigabytes_when_open_costs_little_and_the_memory_comes_back(
+    tiny, served, browser, tmp_path
+):
+    psutil = pytest.importorskip("psutil")
+    server, address, scratch, _ = served
+    file, good = tmp_path / "big.nii.gz", write_scan(tmp_path / "good.nii")
+    file.write_bytes(bomb((256, 256, 256)))
+    browser.get(address)
+    give(browser, 0, zip_bundle(tiny, tmp_path / "model.zip"))
+    give(browser, 1, good)  # what a prediction needs anyway is loaded now
+    click(browser, "Predict")
+    wait_for(
+        lambda: all_of(browser, "[data-testid=stImage] img, [data-testid=stImageContainer] img"), "slices"
+    )
+    process, peak, done = psutil.Process(server.pid), [0.0], threading.Event()
+    before = resident_mb(process)
+
+    def watch():
+        while not done.wait(0.02):
+            peak[0] = max(peak[0], resident_mb(process))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    after = []
+    try:
+        for again in range(3):
+            name = f"big{again}.nii.gz"
+            os.link(file, tmp_path / name)
+            give(browser, 1, tmp_path / name)
+            click(browser, "Predict")
+            wait_for(partial(said_of, browser, name), "the refusal")
+            time.sleep(2)
+            after.append(resident_mb(process))
+    finally:
+        done.set()
+        watcher.join()
+    print(f"memory before {before:.0f} MB, at most {peak[0]:.0f} MB, after each {after}")
+    assert peak[0] - before < 300, "the file was unpacked"
+    assert after[-1] - before < 150, "such files take memory for good"  # three of them, 30 GB when open
+    assert server.poll() is None and not list(scratch.glob("brainage-*"))
+
+
 def test_a_bad_upload_is_answered_and_the_next_one_works(tiny, served, browser, tmp_path):
     server, address, scratch, _ = served
     bad, good = tmp_path / "bad.nii", write_scan(tmp_path / "good.nii")
@@ -176,7 +232,7 @@ def test_a_bad_upload_is_answered_and_the_next_one_works(tiny, served, browser, 
     give(browser, 0, zip_bundle(tiny, tmp_path / "model.zip"))
     give(browser, 1, bad)
     click(browser, "Predict")
-    said = wait_for(lambda: texts(browser, "[data-testid=stAlert]"), "the message")
+    said = wait_for(lambda: texts(browser, ALERT), "the message")
     assert any("neither a NIfTI" in text for text in said)
     give(browser, 1, good)
     click(browser, "Predict")

@@ -1,6 +1,7 @@
 import gzip
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from streamlit.testing.v1 import AppTest
 from brainage_nb.apps import predict_cli
 from brainage_nb.models.bundle import load_bundle
 from brainage_nb.models.bundle_files import zip_bundle
-from tests.models.tiny_bundle import head_array, write_scan, write_tiny_bundle
+from tests.models.tiny_bundle import bomb, head_array, write_scan, write_tiny_bundle
 
 SCRIPT = predict_cli.__file__.replace("predict_cli", "streamlit_app")
 
@@ -85,13 +86,14 @@ def hostile():
         "empty": ("a.nii.gz", b"", "empty"),
         "pickle": ("a.nii", pickle.dumps({"a": 1}), "neither a NIfTI"),
         "series": ("a.nii", series, "expected one 3-D volume"),
+        "10 GB when open": ("a.nii.gz", bomb((256, 256, 256)), "far more than its header claims"),
+        "10 GB, and says so": ("a.nii.gz", bomb((2000, 2000, 1250)), "2000 x 2000 x 1250"),
         "truncated": ("a.nii.gz", whole[: len(whole) // 2], "end early"),
     }
 
 
 def test_hostile_scans_get_clear_messages_and_the_app_goes_on(app, tmp_path):
     import tempfile
-    import zipfile
 
     with zipfile.ZipFile(tmp_path / "out.zip", "w") as archive:
         archive.writestr("../../out.dcm", "content")
@@ -109,8 +111,11 @@ def test_hostile_scans_get_clear_messages_and_the_app_goes_on(app, tmp_path):
 def test_hostile_bundles_get_clear_messages(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BRAINAGE_WORKSPACE", str(tmp_path / "none"))
-    damaged = bytearray(zip_bundle(tiny, tmp_path / "model.zip").read_bytes())
-    damaged[len(damaged) // 2] ^= 255
+    packed = zip_bundle(tiny, tmp_path / "model.zip")
+    damaged = bytearray(packed.read_bytes())
+    with zipfile.ZipFile(packed) as archive:
+        weights = archive.getinfo("member-00.safetensors")
+    damaged[weights.header_offset + weights.compress_size // 2] ^= 255
     page = AppTest.from_file(SCRIPT, default_timeout=120).run()
     for content in (pickle.dumps({"weights": 1}), b"", b"PK\x03\x04" + b"x" * 99, bytes(damaged)):
         page = page.file_uploader(key="bundle").set_value(("model.zip", content, "application/zip")).run()

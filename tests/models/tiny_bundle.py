@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import nibabel as nib
@@ -129,3 +130,12 @@ def write_tiny_bundle(folder: Path, *, n: int = 1, n_scans: int = 3, **changes) 
     reference = reference_of(volumes, list(volumes), NetworkEnsemble(kept, flip_averaging=True))
     said = manifest(n, reference=reference.to_dict(), **changes)
     return write_bundle(folder, said, arrays | {FILE: reference.arrays()}, card_of(said))
+
+
+def bomb(claimed: tuple[int, int, int], gigabytes: float = 10.0) -> bytes:
+    """A `.nii.gz` of some megabytes that holds zeros of this size, whatever its header claims."""
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    header.set_data_shape(claimed)
+    piece = gzip.compress(bytes(2**26), 9)  # gzip files may be strung together
+    return gzip.compress(header.binaryblock + bytes(4)) + piece * round(gigabytes * 1e9 / 2**26)
