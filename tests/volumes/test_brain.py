@@ -3,42 +3,15 @@
 import nibabel as nib
 import numpy as np
 import pytest
-from scipy.ndimage import gaussian_filter, map_coordinates
-from scipy.spatial.transform import Rotation
+from scipy.ndimage import gaussian_filter
 
 from brainage_nb.volumes.brain import brain_or_error, find_brain, mask_beside, without_bias
-from brainage_nb.volumes.mni import template
 from brainage_nb.volumes.preprocessing import PreprocessingSettings, brain_inside, preprocess
 from brainage_nb.volumes.scans import ScanError, load_scan
 from brainage_nb.volumes.store_building import build_store
+from tests.volumes.template_head import SIZE, VOXEL_MM, head, pose, shuffled
 
-VOXEL_MM = 3.0
-SIZE = 88
 BEST = PreprocessingSettings.of_recipe("best", spacing_mm=4, size=48)
-
-
-def pose(degrees=(0, 0, 0), move_mm=(0, 0, 0), scale=(0.98, 0.87, 0.92)):
-    """Map (4, 4) from MNI152 to the scanner."""
-    made = np.eye(4)
-    made[:3, :3] = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix() @ np.diag(scale)
-    made[:3, 3] = move_mm
-    return made
-
-
-def head(to_scan, *, brain_only=False):
-    """The template as a scan, with a bright scalp; the image and its inside of the skull."""
-    onto = template(2.0)
-    skin = (onto.depth_mm > 8) & (onto.depth_mm < 14)
-    drawn = onto.brain if brain_only else np.where(skin, 0.8, np.where(onto.depth_mm < 14, onto.painted, 0))
-    affine = np.diag([VOXEL_MM] * 3 + [1.0])
-    affine[:3, 3] = to_scan[:3, 3] - VOXEL_MM * (SIZE - 1) / 2
-    to_template = np.linalg.inv(to_scan @ onto.affine) @ affine
-    voxels = np.indices((SIZE,) * 3).reshape(3, -1)
-    places = to_template[:3, :3] @ voxels + to_template[:3, 3:]
-    picture = map_coordinates(drawn, places, order=1).reshape((SIZE,) * 3)
-    noise = 0.01 * np.random.default_rng(0).standard_normal(picture.shape)
-    inside = map_coordinates(onto.depth_mm, places, order=1, cval=50.0).reshape((SIZE,) * 3) < 3
-    return nib.Nifti1Image((500 * (picture + noise)).astype(np.float32), affine), inside
 
 
 def dice(a, b):
@@ -92,11 +65,6 @@ def test_a_stripped_brain_is_found_as_well():
     brain = find_brain(image)
     assert brain.problems == ()
     assert dice(brain.mask_on(image.affine, image.shape), inside) > 0.93
-
-
-def shuffled(image):
-    voxels = np.random.default_rng(1).permutation(np.asarray(image.dataobj).ravel())
-    return nib.Nifti1Image(voxels.reshape(image.shape), image.affine)
 
 
 def upside_down(image):
