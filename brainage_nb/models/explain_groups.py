@@ -13,9 +13,11 @@ import numpy as np
 import pandas as pd
 
 from brainage_nb.models.heat_maps import grad_cam
+from brainage_nb.volumes.mni import mni_grid
 
 if TYPE_CHECKING:
     from brainage_nb.models.bundle import Bundle
+    from brainage_nb.volumes.preprocessing import PreprocessingSettings
     from brainage_nb.volumes.store import VolumeStore
 
 BANDS = ((0, 40), (40, 60), (60, 120))
@@ -55,14 +57,14 @@ def template_grid(spacing_mm: float = TEMPLATE_MM) -> tuple[tuple[int, int, int]
     return tuple(int(side) for side in shape), affine
 
 
-def cube_to_template(size: int, spacing_mm: float) -> np.ndarray:
-    """Affine (4, 4) from a voxel of a preprocessed cube to MNI152 mm by its anchor alone.
+def cube_to_template(settings: PreprocessingSettings) -> np.ndarray:
+    """Affine (4, 4) from a voxel of a preprocessed cube to MNI152 mm.
 
-    No registration: crown and middle agree, head size and tilt do not, so it is good to about a centimetre.
+    Exact where preprocessing registered the scan. Else by the cube's anchor alone: crown and middle agree,
+    head size and tilt do not, so it is good to about a centimetre.
     """
-    affine = np.diag([spacing_mm, spacing_mm, spacing_mm, 1.0])
-    affine[:3, 3] = np.array(CUBE_CENTRE_MNI) - spacing_mm * (size - 1) / 2
-    return affine
+    centre = {} if settings.to_mni else {"centre_mm": np.array(CUBE_CENTRE_MNI)}
+    return mni_grid(settings.spacing_mm, settings.size, **centre)
 
 
 def in_template(array: np.ndarray, to_template: np.ndarray, *, outside: float = 0.0) -> np.ndarray:
@@ -119,7 +121,7 @@ def age_group_maps(
             f"{bundle.settings.fingerprint}."
         )
     make = make or (lambda volume: grad_cam(bundle.model.networks, volume))
-    usual = cube_to_template(store.size, store.spacing_mm)
+    usual = cube_to_template(store.settings)
     groups = []
     for low, high in bands:
         rows = scans[(scans["age"] >= low) & (scans["age"] < high)].sort_values("age")

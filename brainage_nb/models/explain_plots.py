@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from brainage_nb.models.explain_groups import template_grid
+from brainage_nb.models.explain_groups import brain_mask, template_grid
 from brainage_nb.volumes.pictures import PLANES, plane
 
 if TYPE_CHECKING:
@@ -142,14 +142,18 @@ def _near_head(volume: np.ndarray) -> np.ndarray:
 def group_panels(
     axes: Sequence[Axes], group: GroupMap, at_mm: Sequence[float] = (0, -20, 5)
 ) -> Sequence[Axes]:
-    """Mean heat map of one age band over its mean volume, in template space.
+    """Mean heat map of one age band over its mean brain, in template space; the head around it is not shown.
 
     `axes` are three; `at_mm` is the MNI152 position shown, mm.
     """
+    from scipy import ndimage
+
     shape, affine = template_grid()
     at = np.round(np.linalg.solve(affine, [*at_mm, 1.0])[:3]).astype(int)
     at = [int(np.clip(index, 0, side - 1)) for index, side in zip(at, shape, strict=True)]
-    overlay_planes(axes, group.volume, group.heat, at, spacing_mm=affine[0, 0])
+    brain = ndimage.binary_dilation(brain_mask())
+    stripped = np.where(brain, group.volume, group.volume[brain].min())
+    overlay_planes(axes, stripped, group.heat, at, spacing_mm=affine[0, 0])
     for ax, name, place in zip(axes, PLANES, at_mm, strict=True):
         ax.set_title(f"{name}, {'xyz'[PLANES.index(name)]} = {place:g} mm", fontsize=9)
     axes[0].text(

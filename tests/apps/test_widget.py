@@ -1,5 +1,6 @@
 import datetime
 
+import ipywidgets
 import pytest
 
 from brainage_nb.apps.widget import PredictionWidget, result_figure, uploaded, workspace_scans
@@ -40,7 +41,11 @@ def test_an_upload_counts_before_the_list_and_a_bad_one_is_said(bundle, tmp_path
     }
     for name, item in files.items():
         now = datetime.datetime.now(datetime.UTC)
-        widget.upload.value = ({"name": name, "type": "", "size": 1, "last_modified": now, **item},)
+        about = {"name": name, "type": "", "size": 1, "last_modified": now}
+        if ipywidgets.__version__ < "8":
+            widget.upload.set_trait("value", {name: {"metadata": about, **item}})
+        else:
+            widget.upload.value = (about | item,)
         result = widget.predict()
     assert isinstance(result, Failure) and "neither a NIfTI" in widget.said.value
     assert widget.prediction.scan == "b.nii"

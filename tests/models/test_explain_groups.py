@@ -14,10 +14,12 @@ from brainage_nb.models.explain_groups import (
     region_table,
     template_grid,
 )
+from brainage_nb.volumes.mni import mni_grid
+from brainage_nb.volumes.preprocessing import PreprocessingSettings
 
 
 class Store(dict):
-    fingerprint, size, spacing_mm = "same", 48, 4.0
+    fingerprint, settings = "same", PreprocessingSettings(spacing_mm=4.0, size=48)
 
 
 def store_and_bundle(n=6):
@@ -26,7 +28,7 @@ def store_and_bundle(n=6):
 
 
 def test_the_middle_of_the_cube_lies_where_it_should_in_template_space():
-    middle = cube_to_template(48, 4.0) @ [23.5, 23.5, 23.5, 1]
+    middle = cube_to_template(PreprocessingSettings(spacing_mm=4.0, size=48)) @ [23.5, 23.5, 23.5, 1]
     np.testing.assert_allclose(middle[:3], [0, -20, 0])
 
 
@@ -85,3 +87,8 @@ def test_heat_on_the_planted_places_scores_one_and_noise_a_half():
     assert localisation(rng.random(planted.shape), planted, inside) == pytest.approx(0.5, abs=0.03)
     with pytest.raises(ValueError, match="needs both kinds"):
         localisation(planted, np.ones(planted.shape), inside)
+
+
+def test_registered_volumes_lie_where_their_registration_put_them():
+    registered = PreprocessingSettings(spacing_mm=4.0, size=48, to_mni=True)
+    np.testing.assert_allclose(cube_to_template(registered), mni_grid(4.0, 48))
