@@ -79,6 +79,47 @@ def test_a_saved_model_predicts_what_the_run_predicted(trained, saved):
     assert bundle.manifest["reproduced_within_years"] < 1e-4
 
 
+@pytest.fixture(scope="module")
+def svr_saved(trained):
+    """A bundle of VGG16 features and SVR, trained on the same heads."""
+    from brainage_nb.models.vgg_cache import extract_features
+    from brainage_nb.models.vgg_features import FeatureSettings
+    from brainage_nb.models.vgg_network import vgg16_features
+    from brainage_nb.models.vgg_run import train_vgg_svr
+    from brainage_nb.volumes.store import current_store
+
+    network = vgg16_features("random_projection", pooling="mean", seed=1).place()
+    splits = trained.read("splits.csv")
+    extracted = extract_features(
+        current_store(trained.path("volumes")),
+        trained.path("features"),
+        network,
+        settings=FeatureSettings(image_size=32),
+        scan_ids=splits["scan_id"],
+    )
+    run = train_vgg_svr(extracted.cache, splits, trained.run("vgg16_svr"), network, failed=extracted.failed)
+    return save_bundle(run.folder)
+
+
+def test_a_saved_svr_predicts_what_its_run_predicted(trained, svr_saved):
+    bundle, expected = load_bundle(svr_saved), trained.read("runs/vgg16_svr/predictions.csv")
+    assert bundle.manifest["kind"] == "vgg16_svr"
+    expected = expected[expected["variant"] == bundle.model.variant].set_index("scan_id")["predicted_age"]
+    for row in trained.read("splits.csv").itertuples():
+        assert bundle.predict(row.image).predicted_age == pytest.approx(expected[row.scan_id], abs=1e-4)
+    assert expected.std() > 0.1
+
+
+def test_a_damaged_svr_is_refused(svr_saved, tmp_path):
+    shutil.copytree(svr_saved, tmp_path / "damaged")
+    file = tmp_path / "damaged" / "vgg_svr.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(BundleError, match="vgg_svr"):
+        load_bundle(tmp_path / "damaged")
+
+
 def test_a_zipped_bundle_predicts_the_same(trained, saved, tmp_path):
     packed = zip_bundle(saved, tmp_path / "model.zip")
     scan = trained.path("17.nii")
