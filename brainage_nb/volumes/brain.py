@@ -30,7 +30,7 @@ MARGIN_MM = 3.0  # the template's mask ends at the cortex; the skull begins abou
 # a plain ball 0.29.
 LOWEST_CORRELATION = 0.32
 SCALES = (0.72, 1.20)  # stretch of the template along its main axes
-VOLUME_L = (0.85, 2.6)  # 2.2 in MNI152 itself, which is larger than most
+VOLUME_L = (0.85, 3.0)  # MNI152 itself, larger than most, has 2.2
 LOWEST_AGREEMENT = 0.80  # Dice of the affine and the bent mask, or of a mask from elsewhere
 N4_SHRINK_MM, N4_ROUNDS = 4.0, (40, 30, 20)
 
