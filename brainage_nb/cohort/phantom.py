@@ -19,7 +19,6 @@ from tqdm import tqdm
 from brainage_nb.cohort.phantom_anatomy import Anatomy, template_anatomy
 from brainage_nb.cohort.phantom_scan import aged_head, displacement, sample_head, scan_head
 from brainage_nb.cohort.phantom_subject import (
-    ANATOMY_PARAMETERS,
     OLDEST,
     SITES,
     YOUNGEST,
@@ -27,6 +26,7 @@ from brainage_nb.cohort.phantom_subject import (
     draw_subject,
     planted_anatomy,
 )
+from brainage_nb.planted import ANATOMY
 from brainage_nb.workspace import n_workers, read_json, write_csv, write_json, write_text, writing
 
 RECIPE = 1  # raised whenever the same seed would give other files
@@ -142,9 +142,7 @@ def ageing_map(anatomy: Anatomy) -> np.ndarray:
     """
     young, old = planted_anatomy(YOUNGEST), planted_anatomy(OLDEST)
     before = _without_nuisance(anatomy, young)
-    change = sum(
-        np.abs(_without_nuisance(anatomy, young | {name: old[name]}) - before) for name in ANATOMY_PARAMETERS
-    )
+    change = sum(np.abs(_without_nuisance(anatomy, young | {name: old[name]}) - before) for name in ANATOMY)
     smooth = ndimage.gaussian_filter(change, 2.0 / anatomy.voxel_mm)
     return np.clip(smooth / np.percentile(smooth[smooth > 0], 99.9), 0, 1).astype(np.float32)
 

@@ -16,7 +16,8 @@ import pandas as pd
 
 from brainage_nb.cohort.phantom import image_path
 from brainage_nb.cohort.phantom_scan import place_scan
-from brainage_nb.cohort.phantom_subject import ANATOMY_PARAMETERS, OLDEST, YOUNGEST, planted_anatomy
+from brainage_nb.cohort.phantom_subject import OLDEST, YOUNGEST, planted_anatomy
+from brainage_nb.planted import ANATOMY
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,6 +108,6 @@ def planted_figure(heads: Sequence[ShownHead], truth: pd.DataFrame, figure: Figu
     for head, column in zip(heads, above.subplots(3, len(heads), squeeze=False).T, strict=True):
         plot_head(head, column)
     below.suptitle(f"What is planted (points: n = {len(truth)} scans; line: mean at brain age = age)")
-    for parameter, ax in zip(ANATOMY_PARAMETERS, below.subplots(1, len(ANATOMY_PARAMETERS)), strict=True):
+    for parameter, ax in zip(ANATOMY, below.subplots(1, len(ANATOMY)), strict=True):
         plot_planted(truth, parameter, ax)
     return figure

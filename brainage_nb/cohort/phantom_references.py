@@ -15,7 +15,7 @@ from scipy import ndimage
 from tqdm import tqdm
 
 from brainage_nb.cohort.phantom import TRUTH, image_path
-from brainage_nb.cohort.phantom_subject import ANATOMY_PARAMETERS
+from brainage_nb.planted import ANATOMY, anatomy_regressions
 from brainage_nb.workspace import n_workers, read_csv
 
 BASELINE_FWHM_MM, BASELINE_SPACING_MM = 8.0, 6.0
@@ -48,25 +48,17 @@ def attainable_mae(truth: pd.DataFrame, *, folds: int = 10, seed: int = 0) -> fl
     seed : int
         Deals the subjects to folds.
     """
-    from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import GroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import PolynomialFeatures, SplineTransformer, StandardScaler
 
     if truth["subject_id"].nunique() < 2 * folds:
         raise ValueError(
             f"{truth['subject_id'].nunique()} subjects are too few for {folds} folds: at least {2 * folds}."
         )
-    planted, age = truth[list(ANATOMY_PARAMETERS)].to_numpy(), truth["age"].to_numpy()
-    ridge = RidgeCV(np.logspace(-4, 3, 15))
-    splines = SplineTransformer(n_knots=4, knots="quantile", extrapolation="linear")
-    models = (
-        make_pipeline(StandardScaler(), ridge),
-        make_pipeline(splines, StandardScaler(), ridge),
-        make_pipeline(StandardScaler(), PolynomialFeatures(2), StandardScaler(), ridge),
-    )
+    planted, age = truth[list(ANATOMY)].to_numpy(), truth["age"].to_numpy()
     cut = GroupKFold(folds, shuffle=True, random_state=seed)
-    guesses = (cross_val_predict(m, planted, age, groups=truth["subject_id"], cv=cut) for m in models)
+    guesses = (
+        cross_val_predict(m, planted, age, groups=truth["subject_id"], cv=cut) for m in anatomy_regressions()
+    )
     return float(min(np.abs(guess - age).mean() for guess in guesses))
 
 

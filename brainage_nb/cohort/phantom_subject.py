@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from brainage_nb.planted import ANATOMY
+
 YOUNGEST, OLDEST = 20.0, 86.0  # years
 GAP_SD = 3.75  # years; the mean absolute gap, which is the oracle's MAE, is 0.8 of it
 # How far a person of a given brain age departs from the planted curve, in the parameter's own unit.
@@ -18,7 +20,6 @@ INDIVIDUAL_SD = {
     "grey_white_contrast": 0.0120,
     "lesions": 0.045,
 }
-ANATOMY_PARAMETERS = tuple(INDIVIDUAL_SD)
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _at_session(
     lowest = {"grey_white_contrast": 0.05}
     return {
         name: round(max(float(mean[name] + departure[name] + jitter[name]), lowest.get(name, 0.0)), 5)
-        for name in ANATOMY_PARAMETERS
+        for name in ANATOMY
     }
 
 

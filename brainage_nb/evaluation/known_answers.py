@@ -13,11 +13,10 @@ import numpy as np
 import pandas as pd
 
 from brainage_nb.evaluation.metrics import correlation_with_interval, mean_with_interval
+from brainage_nb.planted import ANATOMY, anatomy_regressions
 from brainage_nb.workspace import Workspace, read_csv
 
 FEWEST_TWICE = 10  # subjects with two sessions, below which a reliability means little
-# Columns of truth.csv that hold a person's planted anatomy; the others are pose, scanner and file form.
-ANATOMY = ("ventricle_mm", "sulcal_opening", "grey_white_contrast", "lesions")
 
 
 def read_truth(workspace: Workspace, path: str | Path = "") -> pd.DataFrame | None:
@@ -162,18 +161,9 @@ def icc(pairs: np.ndarray) -> float:
 
 def _attainable(train: pd.DataFrame, age: pd.Series, test: pd.DataFrame) -> np.ndarray:
     """Ages of the test rows by the regression that does best in cross-validation on the training rows."""
-    from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import cross_val_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import PolynomialFeatures, SplineTransformer, StandardScaler
 
-    ridge = RidgeCV(np.logspace(-4, 3, 15))
-    splines = SplineTransformer(n_knots=4, knots="quantile", extrapolation="linear")
-    models = (
-        make_pipeline(StandardScaler(), ridge),
-        make_pipeline(splines, StandardScaler(), ridge),
-        make_pipeline(StandardScaler(), PolynomialFeatures(2), StandardScaler(), ridge),
-    )
+    models = anatomy_regressions()
     x, y = train.to_numpy(), age.to_numpy()
     scores = [cross_val_score(model, x, y, scoring="neg_mean_absolute_error").mean() for model in models]
     return models[int(np.argmax(scores))].fit(x, y).predict(test.to_numpy())

@@ -58,9 +58,9 @@ def test_the_oracle_knows_the_gap_and_the_attainable_lies_between_it_and_the_mea
 
 
 def test_the_anatomy_is_that_of_the_known_answer_cohort():
-    from brainage_nb.cohort.phantom_subject import ANATOMY_PARAMETERS
+    from brainage_nb.cohort.phantom_subject import INDIVIDUAL_SD
 
-    assert set(ANATOMY) == set(ANATOMY_PARAMETERS)
+    assert tuple(INDIVIDUAL_SD) == ANATOMY
 
 
 def test_icc_equals_the_published_example():
