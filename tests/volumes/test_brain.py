@@ -185,3 +185,18 @@ def test_real_scans_agree_with_their_reference_masks(shared_data, name):
     brain = find_brain(image)
     assert brain.problems == ()
     assert dice(brain.mask_on(image.affine, image.shape), reference) > 0.955
+
+
+def test_the_preview_draws_brains_and_says_why_one_is_not_drawn(tmp_path, tilted):
+    from brainage_nb.volumes.brain_pictures import OUTLINE, brain_preview
+
+    nib.save(tilted[0], tmp_path / "good.nii.gz")
+    nib.save(shuffled(tilted[0]), tmp_path / "bad.nii.gz")
+    table, figure = brain_preview({name: tmp_path / f"{name}.nii.gz" for name in ("good", "bad")}, BEST)
+    assert table["problems"].str.len().gt(0).tolist() == [False, True]
+    assert [ax.get_title() for ax in figure.axes] == ["good", "", ""]  # three planes of the good one
+    for ax in figure.axes:
+        (contour,) = ax.collections
+        assert np.allclose(
+            contour.get_edgecolor()[0, :3], [int(OUTLINE[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+        )
