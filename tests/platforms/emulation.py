@@ -91,7 +91,7 @@ class Emulated:
             kept
             | {"HOME": str(self.folder / "home"), "OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
             | {"JUPYTER_PATH": str(self.folder / "jupyter"), "PIP_NO_CACHE_DIR": "1"}
-            | {"PIP_CONFIG_FILE": os.devnull}
+            | {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_COMPILE": "1"}
             | (online if self.online else {})
             | MARKS[self.kind]
         )

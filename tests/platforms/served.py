@@ -61,7 +61,7 @@ def wheel_of(name: str, folder: Path) -> Path:
     if python == "py2" or any(tag.startswith("py2-") for tag in tags):
         path = folder / f"{inner}-py2.py3-{abi}-{system}.whl"
     lines = []
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as wheel:
+    with zipfile.ZipFile(path, "w") as wheel:
         for entry in found.files:
             if entry.parts[0] == ".." or "__pycache__" in entry.parts:
                 continue
