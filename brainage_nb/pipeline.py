@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import re
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brainage_nb.workspace import Workspace, read_json
+from brainage_nb.workspace import Workspace, read_json, write_text
 
 
 class ParameterError(ValueError):
@@ -233,6 +234,7 @@ def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
             kernel_name="python3",
             progress_bar=sys.stderr.isatty(),
             request_save_on_cell_execute=True,
+            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else it warns of its own TCP on every start
         )
     except PapermillExecutionError as error:
         raise NotebookFailed(_told(notebook, error, output)) from error
@@ -241,6 +243,8 @@ def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
             f"{notebook.name}: the kernel died ({error}), most often for want of memory. "
             f"Run again: finished work is kept. What ran so far: {output}"
         ) from error
+    finally:
+        _leave_last_lines(output)
     result = workspace.result(notebook.name)
     if result is None:
         raise NotebookFailed(
@@ -252,6 +256,29 @@ def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
             f"{notebook.name} stopped before its end with everything saved. Run the same command to go on."
         )
     return result
+
+
+def _leave_last_lines(executed: Path) -> None:
+    """Keep of each progress bar what a terminal would show at the end, not a line for every update."""
+    import nbformat
+
+    if not executed.is_file():
+        return
+    book = nbformat.read(executed, as_version=4)
+    for cell in book.cells:
+        kept: list[Any] = []
+        for output in cell.get("outputs", []):
+            before = kept[-1] if kept else {}
+            if output.output_type == "stream" and before.get("name") == output.name:
+                before.text += output.text
+            else:
+                kept.append(output)
+        for output in kept:
+            if output.output_type == "stream":
+                output.text = re.sub(r"[^\n]*\r(?=[^\n])", "", output.text)
+        if "outputs" in cell:
+            cell.outputs = kept
+    write_text(nbformat.writes(book), executed)
 
 
 def _told(notebook: Notebook, error: Any, output: Path) -> str:

@@ -123,3 +123,20 @@ def test_the_command_line_stops_at_the_first_failure_and_says_so(tmp_path, monke
     assert main(["run", "--workspace", str(tmp_path / "ws"), "-p", "nonsense=1"]) == 2
     assert main(["list"]) == 0
     assert "passes over the training set" in capsys.readouterr().out
+
+
+def test_an_executed_notebook_keeps_the_last_state_of_a_progress_bar_only(tmp_path):
+    body = """
+import sys, time
+for step in range(4):
+    print(f"\\rstep {step} of 3", end="", file=sys.stderr, flush=True)
+    time.sleep(0.05)
+print("\\ndone", file=sys.stderr, flush=True)
+print("one\\ntwo")
+"""
+    ws = open_workspace(tmp_path / "w")
+    run_notebooks([make_notebook(tmp_path, "01_a", body)], ws, {})
+    executed = nbformat.read(ws.path("executed", "01_a.ipynb"), as_version=4)
+    texts = {output.name: output.text for cell in executed.cells for output in cell.get("outputs", [])
+             if output.output_type == "stream"}  # fmt: skip
+    assert texts == {"stderr": "step 3 of 3\ndone\n", "stdout": "one\ntwo\n"}
