@@ -30,9 +30,10 @@ from brainage_nb.models.optimisation import (
     precise_statistics,
     predict_ages,
 )
-from brainage_nb.models.resnet import AgeRegressor, load_pretrained, resnet18_regressor
+from brainage_nb.models.resnet import AgeRegressor, resnet18_regressor
 from brainage_nb.models.settings import TrainingSettings, refuse_difference
 from brainage_nb.models.shared_batchnorm import share_batchnorm
+from brainage_nb.models.starting import load_pretrained
 from brainage_nb.models.stopping import StopRequests
 from brainage_nb.models.sweeps import Member, member_rows
 from brainage_nb.volumes.augment import augment

@@ -8,7 +8,6 @@ names and arithmetic are those of MONAI and MedicalNet, so their weights load (t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -145,41 +144,3 @@ def _norm(norm: str, channels: int) -> nn.Module:
     if norm == "instance":
         return nn.GroupNorm(channels, channels)
     return nn.GroupNorm(max(1, channels // 16), channels)
-
-
-def load_pretrained(model: AgeRegressor, path: str | Path) -> list[str]:
-    """Load weights of the same architecture, save for the regression head; returns the names left alone.
-
-    Parameters
-    ----------
-    model : AgeRegressor
-        Changed in place. MedicalNet's weights need `norm="batch", shortcut="A"`.
-    path : path
-        `.safetensors`, or a PyTorch file, bare or under the key `state_dict`, with or without the prefix
-        `module.`.
-
-    Raises
-    ------
-    ValueError
-        Where a tensor of the file does not fit the network, or the file lacks one the network needs.
-    """
-    if Path(path).suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        weights = load_file(path)
-    else:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-        weights = weights.get("state_dict", weights)
-    weights = {name.removeprefix("module."): tensor for name, tensor in weights.items()}
-    own = model.state_dict()
-    wanted = [name for name in own if name not in HEAD and not name.endswith("num_batches_tracked")]
-    missing = [name for name in wanted if name not in weights]
-    unlike = [name for name in wanted if name in weights and weights[name].shape != own[name].shape]
-    if missing or unlike:
-        raise ValueError(
-            f"{path} does not fit this network: {len(missing)} tensors missing ({missing[:3]}), "
-            f"{len(unlike)} of another shape ({unlike[:3]}). MedicalNet's weights need norm='batch' and "
-            "shortcut='A'."
-        )
-    model.load_state_dict({name: weights[name] for name in wanted}, strict=False)
-    return [name for name in own if name not in wanted]

@@ -60,7 +60,7 @@ class TrainingSettings:
     flip_averaging : bool
         Predict each scan and its mirror image and average.
     init_from : str
-        File of weights to start from (`load_pretrained`); empty for random ones.
+        Bundle or file of weights to start from (`starting.load_pretrained`); empty for random ones.
     seeds : tuple of int
         One model a seed; several are an ensemble.
     folds : int

@@ -84,7 +84,7 @@ checkpoint_minutes = 5.0  # @param {type:"number"}
 require_gpu = False  # @param {type:"boolean"}
 # Dask workers that train folds and seeds side by side: local, tcp://host:port or a scheduler file; empty: none
 cluster = ""  # @param {type:"string"}
-# file of weights to start from; empty: random ones
+# weights to start from: a bundle (folder or .zip), .safetensors or MedicalNet's .pth; empty: random ones
 init_from = ""  # @param {type:"string"}
 # delete what an earlier run of this name left and start anew
 fresh = False  # @param {type:"boolean"}

@@ -79,6 +79,29 @@ def test_a_saved_model_predicts_what_the_run_predicted(trained, saved):
     assert bundle.manifest["reproduced_within_years"] < 1e-4
 
 
+def test_training_starts_from_a_bundle_but_not_from_one_that_saw_its_test_scans(trained, saved, tmp_path):
+    from brainage_nb.models.starting import StartRefused
+    from brainage_nb.models.training import TrainingSettings, train
+    from brainage_nb.volumes.store import current_store
+
+    store, splits = current_store(trained.path("volumes")), trained.read("splits.csv")
+    settings = TrainingSettings(
+        epochs=1, widths=ARCHITECTURE["widths"], blocks=ARCHITECTURE["blocks"], device="cpu", processes=1,
+        augmentation=None, learning_rate=1e-12, ema_epochs=0.0,
+        init_from=str(zip_bundle(saved, tmp_path / "m.zip")),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(StartRefused, match="has learned from 5 of the 8 scans"):
+            train(store, splits, tmp_path / "leak", settings)
+        others = splits.assign(split=["train" if s != "test" else "val" for s in splits["split"]])
+        result = train(store, others, tmp_path / "run", settings)
+    assert result.complete
+    start = load_bundle(saved).model.networks[0].state_dict()["layer4.0.conv2.weight"].numpy()
+    weights = load_file(next(tmp_path.glob("run/checkpoints/*/weights.safetensors")))
+    np.testing.assert_allclose(weights["layer4.0.conv2.weight"].astype(float), start, atol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def svr_saved(trained):
     """A bundle of VGG16 features and SVR, trained on the same heads."""
