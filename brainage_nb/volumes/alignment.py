@@ -2,7 +2,7 @@
 
 The sum of squared differences after the best linear intensity scaling, with outliers (scalp, vessels,
 lesions) weighted down, and with a prior that keeps size and shape anatomical. No random sampling: the same
-scan gives the same map. SimpleITK's optimisers were tried first on the same pyramid and let scales run away.
+scan gives the same map. SimpleITK's regular-step descent was tried first and let scales run away.
 """
 
 from __future__ import annotations

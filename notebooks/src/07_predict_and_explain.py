@@ -151,7 +151,8 @@ PredictionWidget(model, scans or {prediction.scan: (path, None)})
 
 # %% [markdown]
 # ## By age: what the model uses on average
-# Mean maps over test scans, in template space by the crown and middle of the head alone: good to about a centimetre.
+# Mean maps over test scans, in template space: by the scan's registration where the recipe has one, else by the
+# crown and middle of the head alone, good to about a centimetre. The head around the brain is left out.
 
 # %%
 from brainage_nb.models.explain_groups import age_group_maps, coarse_regions, region_table
@@ -167,7 +168,8 @@ if model.model.kind == "resnet18" and ws.path("volumes", model.settings.fingerpr
 
 # %%
 if groups:
-    figure, axes = plt.subplots(len(groups), 3, figsize=(9, 3.2 * len(groups)), squeeze=False)
+    size = {"figsize": (9, 3.2 * len(groups)), "layout": "constrained"}
+    figure, axes = plt.subplots(len(groups), 3, squeeze=False, **size)
     for row, group in zip(axes, groups, strict=True):
         group_panels(row, group)
     figure.suptitle(
