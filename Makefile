@@ -7,7 +7,7 @@ SMOKE := build/smoke
 NOTEBOOKS := $(wildcard notebooks/src/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pictures test test-all notebooks lint bench badges clean
+.PHONY: help setup demo pretrain pictures test test-all notebooks lint bench badges clean
 
 help:  ## show what each target does
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,6 +25,10 @@ $(READY): pyproject.toml
 demo: $(READY)  ## the whole way on the embedded known-answer cohort, in minutes, into workspace/demo
 	$(BIN)/brainage-nb run --workspace $(DEMO) -p source=demo -p n_subjects=210 -p demo_voxel_mm=2 \
 	  -p spacing_mm=4 -p size=48 -p epochs=15 -p vgg_weights=random_projection -p image_size=64
+
+pretrain: $(READY)  ## a bundle to start from (init_from), trained on 600 artificial heads, into workspace/pretrain
+	$(BIN)/brainage-nb run --workspace workspace/pretrain --to 04 -p source=demo -p n_subjects=600 -p demo_voxel_mm=2 \
+	  -p recipe=best -p spacing_mm=4 -p size=48 -p epochs=30
 
 test: $(READY) lint  ## lint, layers, twins, unit tests, and every notebook executed with smoke values
 	$(BIN)/pytest -m "not slow"

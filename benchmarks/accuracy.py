@@ -1,12 +1,13 @@
-"""Cross-validated error of age prediction on real scans: baselines in the same folds, paired intervals.
+"""Cross-validated error of age prediction on real scans: networks and baselines in the same folds.
 
-So far the baselines only: the mean predictor, ridge on registered smoothed voxels of the `best` recipe, and
-a linear SVR on regional volumes; networks are to be added as rows. Folds are dealt by subject over sorted
-ages, several times; every choice (penalty, scaling) is made inside the training folds. Each fold's
-predictions are kept under `--cache` and not computed again, so that a long run can be cut and continued.
+Baselines: the mean predictor, ridge on registered smoothed voxels of the `best` recipe, and a linear SVR on
+regional volumes. Networks: ResNet-18 at 4 mm by recipe (`--networks reference,best`), and from the weights of
+a bundle (`--start`). Folds are dealt by subject over sorted ages, several times; every choice (penalty,
+scaling, best epoch) is made inside the training folds. What is done is kept under `--cache`, so that a long
+run can be cut and continued; networks take a quarter of an hour a repeat and recipe on two cores.
 
-Run: `python benchmarks/accuracy.py --data FOLDER [--quick]`; FOLDER holds `images/NAME.nii.gz`,
-`dlmuse/NAME_DLMUSE.nii.gz` and `IXI.xls`.
+Run: `python benchmarks/accuracy.py --data FOLDER [--networks best] [--quick]`; FOLDER holds
+`images/NAME.nii.gz`, `dlmuse/NAME_DLMUSE.nii.gz` and `IXI.xls`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
 from brainage_nb.cohort.sources import folder_cohort
+from brainage_nb.models.settings import TrainingSettings
+from brainage_nb.models.training import train
 from brainage_nb.volumes.preprocessing import PreprocessingSettings
 from brainage_nb.volumes.store_building import build_store
 from brainage_nb.workspace import read_json, write_json
@@ -108,6 +111,25 @@ def cross_validated(
     return made
 
 
+def network(
+    recipe: str, start: str, epochs: int, cohort: pd.DataFrame, repeats: int, cache: Path
+) -> np.ndarray:
+    """Out-of-fold predictions (repeats, n) of ResNet-18 at 4 mm, trained as notebook 04 does with folds."""
+    settings = PreprocessingSettings.of_recipe(recipe, spacing_mm=4, size=48)
+    store = build_store(cohort[["scan_id", "image"]], cache / "volumes", settings).store
+    made = []
+    for repeat in range(repeats):
+        splits = cohort.assign(split="train", fold=dealt_folds(cohort, repeat))
+        chosen = TrainingSettings(
+            epochs=epochs, folds=FOLDS, seeds=(repeat,), init_from=start, checkpoint_minutes=1.0
+        )
+        folder = cache / f"resnet-{recipe}{'-started' if start else ''}-{epochs}-{repeat}"
+        rows = train(store, splits, folder, chosen).predictions
+        rows = rows[rows["variant"] == "single"].set_index("scan_id")["predicted_age"]
+        made.append(rows.loc[cohort["scan_id"]].to_numpy())
+    return np.array(made)
+
+
 def interval(errors: np.ndarray) -> tuple[float, float, float]:
     """Mean over subjects of (n,) values, and its 95 % bootstrap interval."""
     random = np.random.default_rng(0)
@@ -131,10 +153,12 @@ def table_of(predictions: dict[str, np.ndarray], cohort: pd.DataFrame) -> pd.Dat
     errors = {name: by_subject(np.abs(made - age), cohort) for name, made in predictions.items()}
     rows = {}
     for name, made in predictions.items():
-        change = interval(errors[name] - errors[BASELINE])
+        same_folds = np.abs(predictions[BASELINE][: len(made)] - age)
+        change = interval(errors[name] - by_subject(same_folds, cohort))
         rows[name] = {
             "MAE": "{:.2f} [{:.2f}, {:.2f}]".format(*interval(errors[name])),
             "r": "" if name == "mean predictor" else f"{mean_correlation(made, age):.3f}",
+            "repeats": len(made),
             "change of MAE": "{:+.2f} [{:+.2f}, {:+.2f}]".format(*change) if name != BASELINE else "",
         }
     return pd.DataFrame(rows).T
@@ -146,6 +170,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data/ixi_hh"))
     parser.add_argument("--cache", type=Path, default=Path(__file__).parent / "out" / "accuracy")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--networks", default="", help="recipes to train ResNet-18 with: reference,best")
+    parser.add_argument("--network-repeats", type=int, default=1)
+    parser.add_argument("--start", default="", help="bundle the networks start from, in rows of their own")
+    parser.add_argument("--epochs", type=int, default=20, help="of the networks")
     parser.add_argument("--quick", action="store_true", help="one repeat")
     options = parser.parse_args()
     if not (options.data / "IXI.xls").is_file():
@@ -162,6 +190,11 @@ def main() -> None:
         name: cross_validated(name, fit, features, cohort, repeats, options.cache)
         for name, (fit, features) in variants.items()
     }
+    for recipe in filter(None, options.networks.split(",")):
+        title = f"ResNet-18, {recipe}, {options.epochs} epochs{', from a bundle' if options.start else ''}"
+        predictions[title] = network(
+            recipe, options.start, options.epochs, cohort, options.network_repeats, options.cache
+        )
     table = table_of(predictions, cohort)
     n = cohort["subject_id"].nunique()
     print(
