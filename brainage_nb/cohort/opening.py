@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from brainage_nb.cohort.archives import is_archive, unpack
 from brainage_nb.cohort.rules import CohortRules, apply_rules
 from brainage_nb.cohort.sources import FolderCohort, SourceError, demo_cohort, folder_cohort
 from brainage_nb.cohort.terms import TERMS, Terms
+from brainage_nb.platforms import local_disk_for
 
 __all__ = ["OpenedSource", "open_source"]
 
@@ -123,9 +125,17 @@ def _demo(parameters: Mapping[str, Any], downloads: Path, columns: dict[str, str
 
 def _folder(parameters: Mapping[str, Any], downloads: Path, columns: dict[str, str], root: Path) -> _Opened:
     if not str(parameters.get("data_dir", "")):
-        raise SourceError("data_dir is empty: set it to the folder that holds the scans.")
-    found = folder_cohort(parameters["data_dir"], parameters.get("table", ""), columns=columns, root=root)
-    return found, TERMS["folder"]
+        raise SourceError("data_dir is empty: set it to the folder or archive that holds the scans.")
+    place, table = Path(parameters["data_dir"]).expanduser(), str(parameters.get("table", ""))
+    left_out: list[str] = []
+    if place.is_file() and is_archive(place.name):
+        # One large file is read from Drive at full speed, a thousand small ones are not.
+        folder = (local_disk_for(root) or root) / "unpacked" / place.name
+        left_out = unpack(place, folder)
+        table = str(place.parent / table) if table and (place.parent / table).is_file() else table
+        place = folder
+    found = folder_cohort(place, table, columns=columns, root=root)
+    return replace(found, notes=[*left_out, *found.notes]), TERMS["folder"]
 
 
 def _gdown(parameters: Mapping[str, Any], downloads: Path, columns: dict[str, str], root: Path) -> _Opened:

@@ -66,7 +66,7 @@ if importlib.util.find_spec("brainage_nb") is None:
 workspace = ""  # @param {type:"string"}
 # where the scans come from; demo: known-answer heads, made here; the README lists what each other source needs
 source = "demo"  # @param ["demo", "folder", "gdown", "kaggle_dataset", "ixi", "oasis1", "oasis2", "openneuro", "openbhb", "adni"]
-# folder of scans, any nesting, BIDS recognised (sources folder, oasis1, oasis2, openbhb, adni)
+# folder of scans, any nesting, BIDS recognised (sources folder, oasis1, oasis2, openbhb, adni); folder: or an archive
 data_dir = ""  # @param {type:"string"}
 # table of ages: CSV, TSV, XLS or XLSX; empty: participants.tsv or the only table in data_dir
 table = ""  # @param {type:"string"}

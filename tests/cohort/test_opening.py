@@ -12,6 +12,7 @@ import shutil
 import socket
 import tarfile
 import zipfile
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -688,3 +689,23 @@ def test_the_readme_names_every_source_its_terms_and_its_citation():
             assert fact in row, (source, fact)
         for doi in re.findall(r"doi:([\w./]+\w)", terms.cite):
             assert doi in row, (source, doi)
+
+
+def test_an_archive_on_a_slow_disk_is_unpacked_once_to_the_fast_one(tmp_path, monkeypatch):
+    slow, fast = tmp_path / "slow", tmp_path / "fast"
+    slow.mkdir()
+    scans = {f"scans/sub-0{number}_T1w.nii.gz": nifti(number) for number in (1, 2, 3)}
+    (slow / "scans.zip").write_bytes(zipped(scans))
+    (slow / "ages.csv").write_text("participant_id,age\n01,30\n02,40\n03,50\n")
+    monkeypatch.setenv("BRAINAGE_SCRATCH", str(fast))
+    given = {"data_dir": str(slow / "scans.zip"), "table": "ages.csv"}
+    opened = open_source("folder", given, slow / "workspace")
+    assert sorted(opened.cohort["age"]) == [30, 40, 50]
+    images = [Path(image) for image in opened.cohort["image"]]
+    assert all(image.is_relative_to(fast) and image.is_file() for image in images)
+    before = [image.stat().st_mtime_ns for image in images]
+    open_source("folder", given, slow / "workspace")
+    assert [image.stat().st_mtime_ns for image in images] == before
+    shutil.rmtree(fast)  # a new session, on a new machine
+    again = open_source("folder", given, slow / "workspace").cohort["image"]
+    assert list(again) == list(opened.cohort["image"]) and all(image.is_file() for image in images)

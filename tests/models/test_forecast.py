@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import numpy as np
+import pytest
 import torch
 
 from brainage_nb.models.forecast import forecast
@@ -15,6 +16,7 @@ def seconds_of(text: str) -> float:
     return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
 
 
+@pytest.mark.slow  # a busy machine may stall either of the two
 def test_it_is_within_a_factor_of_three_of_what_training_takes(tiny, tiny_settings, tmp_path):
     # a network with work to do, so that steps and not the loop around them take the time
     settings = dataclasses.replace(tiny_settings, widths=(32, 32, 64, 64))
