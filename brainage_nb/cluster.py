@@ -6,6 +6,7 @@ Knows tasks, workers and their files only; what a task does is its caller's busi
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -127,6 +128,7 @@ def _local(gpus: int):
     from distributed import Nanny, Scheduler, SpecCluster
 
     options = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0, "dashboard_address": LOOPBACK}
+    options |= {"silence_logs": logging.ERROR}
     each = [{"CUDA_VISIBLE_DEVICES": str(number)} for number in range(gpus)] or [{}] * n_workers()
     workers = {
         number: {"cls": Nanny, "options": options | {"env": environment}}
@@ -136,7 +138,7 @@ def _local(gpus: int):
         "cls": Scheduler,
         "options": {"host": "127.0.0.1", "port": 0, "dashboard": False, "dashboard_address": LOOPBACK},
     }
-    return SpecCluster(workers=workers, scheduler=scheduler, silence_logs=40)
+    return SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.ERROR)
 
 
 def _check_workers(client: Client, folder: Path) -> None:
