@@ -7,6 +7,7 @@ Knows tasks, workers and their files only; what a task does is its caller's busi
 from __future__ import annotations
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -129,7 +130,9 @@ def _local(gpus: int):
 
     options = {"nthreads": 1, "host": "127.0.0.1", "memory_limit": 0, "dashboard_address": LOOPBACK}
     options |= {"silence_logs": logging.ERROR}
-    each = [{"CUDA_VISIBLE_DEVICES": str(number)} for number in range(gpus)] or [{}] * n_workers()
+    given = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    names = (given or [str(number) for number in range(gpus)])[:gpus]
+    each = [{"CUDA_VISIBLE_DEVICES": name} for name in names] or [{}] * n_workers()
     workers = {
         number: {"cls": Nanny, "options": options | {"env": environment}}
         for number, environment in enumerate(each)

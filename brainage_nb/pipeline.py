@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from brainage_nb.workspace import Workspace, read_json, write_text
+from brainage_nb.workspace import MissingInput, Workspace, read_json, write_text
 
 
 class ParameterError(ValueError):
@@ -213,9 +213,23 @@ def _finished(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any
         return None
     if {name: result["parameters"].get(name) for name in wanted} != wanted:
         return None
+    if notebook.name.startswith("01") and _unpacked_scans_are_gone(workspace):
+        return None
     earlier = [path for path in workspace.path("results").glob("*.json") if path.stem < notebook.name]
     newest = max((read_json(path)["finished"] for path in earlier), default="")
     return result if newest <= result["finished"] else None
+
+
+def _unpacked_scans_are_gone(workspace: Workspace) -> bool:
+    """Whether the session whose disk held scans unpacked from an archive is over."""
+    if workspace.scratch is None or not workspace.path("cohort.csv").exists():
+        return False
+    try:
+        for image in workspace.read("cohort.csv")["image"]:
+            workspace.resolve(image)
+    except MissingInput:
+        return True
+    return False
 
 
 def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]) -> dict[str, Any]:

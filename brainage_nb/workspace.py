@@ -192,8 +192,17 @@ class Workspace:
         return folder
 
     def resolve(self, image: str | Path) -> Path:
-        """The absolute path of an `image` cell, which is absolute or relative to the workspace."""
-        return (self.root / image).absolute()
+        """The absolute path of an `image` cell, which is absolute or relative to the workspace.
+
+        `MissingInput` where it was unpacked to the disk of a session that is over.
+        """
+        path = (self.root / image).absolute()
+        if self.scratch is not None and path.is_relative_to(self.scratch) and not path.exists():
+            raise MissingInput(
+                f"{path} was unpacked to the disk of an earlier session, which is gone. Run notebook "
+                "01_data_access again: it unpacks the archive to the same place; nothing else changes."
+            )
+        return path
 
     def begin(self, notebook: str) -> Workspace:
         """Mark a notebook as started: its last result is void until it finishes again. Returns itself."""

@@ -130,7 +130,9 @@ def _folder(parameters: Mapping[str, Any], downloads: Path, columns: dict[str, s
     left_out: list[str] = []
     if place.is_file() and is_archive(place.name):
         # One large file is read from Drive at full speed, a thousand small ones are not.
-        folder = (local_disk_for(root) or root) / "unpacked" / place.name
+        found = place.stat()  # another archive of the same name is another folder
+        name = f"{place.name}-{found.st_size}-{found.st_mtime_ns}"
+        folder = (local_disk_for(root) or root) / "unpacked" / name
         left_out = unpack(place, folder)
         table = str(place.parent / table) if table and (place.parent / table).is_file() else table
         place = folder

@@ -16,7 +16,7 @@ from brainage_nb.models.batches import open_volumes
 from brainage_nb.models.fitting import HISTORY, MemberFit, build_network
 from brainage_nb.models.preflight import check_disk, choose_device, choose_precision
 from brainage_nb.models.settings import SettingsDiffer, TrainingSettings, refuse_difference
-from brainage_nb.models.starting import refuse_seen
+from brainage_nb.models.starting import StartRefused, refuse_seen
 from brainage_nb.models.stopping import StopRequests
 from brainage_nb.models.sweeps import Member, members_of, with_means
 from brainage_nb.workspace import read_csv, read_json, version_of, write_csv, write_json
@@ -39,6 +39,18 @@ class Job:
             "scans_ages_splits": _digest(self.scans),
         }
         self.notes: list[str] = []
+
+    def check_start(self, *, fresh: bool) -> None:
+        """Refuse weights to start from that are absent, would be deleted first, or know the answers."""
+        if not self.settings.init_from:
+            return
+        hashes = dict(zip(self.store.index["scan_id"], self.store.index["source_sha256"], strict=True))
+        refuse_seen(self.settings.init_from, self.scans, hashes, folds=bool(self.settings.folds))
+        if fresh and Path(self.settings.init_from).absolute().is_relative_to(self.run_folder.absolute()):
+            raise StartRefused(
+                f"init_from = {self.settings.init_from} lies in this run's own folder, which fresh = True "
+                "deletes. Choose another name for this run."
+            )
 
     def clear(self) -> None:
         """Delete what an earlier run left; the bundle too, since it would be another model's."""
@@ -87,10 +99,7 @@ class Job:
         accelerator.wait_for_everyone()
 
     def _prepare(self, accelerator):
-        """Check start and disk, open the volumes, write settings.json; returns the volumes."""
-        if self.settings.init_from:
-            hashes = dict(zip(self.store.index["scan_id"], self.store.index["source_sha256"], strict=True))
-            refuse_seen(self.settings.init_from, self.scans, hashes, folds=bool(self.settings.folds))
+        """Check the disk, open the volumes, write settings.json; returns the volumes."""
         with torch.device("meta"):
             network = build_network(self.settings, self.scans["age"].to_numpy())
         n_parameters = sum(weight.numel() for weight in network.parameters())

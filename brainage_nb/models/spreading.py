@@ -7,7 +7,9 @@ worker dies goes on from its newest checkpoint on another.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -21,12 +23,40 @@ from brainage_nb.models.job import Job
 from brainage_nb.models.progress import EpochLines
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.stopping import StopRequests
+from brainage_nb.workspace import write_text
 
 if TYPE_CHECKING:
     from brainage_nb.volumes.store import VolumeStore
 
+MARK = ".started"  # in the run folder: which start of the sweep is the current one
 LOST_AGAIN = 10  # a preemptible machine may be taken away often; each time training goes on where it was
+STEPS_UNWATCHED = 20
 ONE_MODEL = Lock()  # a worker with several threads still trains one model at a time
+
+
+class Superseded(RuntimeError):
+    """The run was started anew, or given up, since this task was handed out."""
+
+
+class Watched(EpochLines):
+    """Progress that ends a task whose run is no longer the current one: Dask cannot stop a running task."""
+
+    def __init__(self, mark: Path, token: str):
+        self.mark, self.token = mark, token
+
+    def step(self, fit) -> None:
+        if fit.step % STEPS_UNWATCHED == 0:
+            self.check()
+        super().step(fit)
+
+    def epoch(self, fit) -> None:
+        self.check()
+        super().epoch(fit)
+
+    def check(self) -> None:
+        """Raise `Superseded` where the run's mark is not this start's."""
+        if not self.mark.is_file() or self.mark.read_text(encoding="utf-8") != self.token:
+            raise Superseded(f"{self.mark.parent.name} was started anew or given up; this task ends unsaved.")
 
 
 class ModelsFailed(RuntimeError):
@@ -74,11 +104,17 @@ def train_on_cluster(
     todo = job.unfinished()
     until = time.time() + 60 * settings.max_minutes if settings.max_minutes else float("inf")
     alone = replace(settings, cluster="", processes=1)
-    tasks = [(store.folder, splits, job.run_folder, alone.to_json(), member.name, until) for member in todo]
+    token, run_folder = uuid.uuid4().hex, job.run_folder.absolute()
+    fixed = (store.folder.absolute(), splits, run_folder, alone.to_json(), token, until)
+    tasks = [(*fixed, member.name) for member in todo]
     gpus = 0 if settings.device == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
     job.run_folder.mkdir(parents=True, exist_ok=True)
+    write_text(token, job.run_folder / MARK)
     notes, failed = [], []
-    with open_cluster(settings.cluster, job.run_folder, gpus=gpus) as client:
+    with (
+        _given_up_afterwards(job.run_folder / MARK),
+        open_cluster(settings.cluster, store.folder, gpus=gpus) as client,
+    ):
         workers = len(client.nthreads())
         results = in_order(client, train_member, tasks, again=LOST_AGAIN)
         for member, result in zip(todo, tqdm(results, "models", len(todo), unit="model"), strict=True):
@@ -98,8 +134,23 @@ def train_on_cluster(
     return [f"{len(todo)} models on {workers} workers of {settings.cluster}", *notes]
 
 
+@contextmanager
+def _given_up_afterwards(mark: Path) -> Iterator[None]:
+    """Remove the mark of this start at the end, so that tasks still running somewhere end too."""
+    try:
+        yield
+    finally:
+        mark.unlink(missing_ok=True)
+
+
 def train_member(
-    store_folder: Path, splits: pd.DataFrame, run_folder: Path, settings: dict, name: str, until: float
+    store_folder: Path,
+    splits: pd.DataFrame,
+    run_folder: Path,
+    settings: dict,
+    token: str,
+    until: float,
+    name: str,
 ) -> list[str]:
     """On a worker: train the model `name` of a run, going on from its checkpoint; gives notes to show.
 
@@ -111,10 +162,12 @@ def train_member(
         As `train` has them.
     settings : dict
         `TrainingSettings.to_json`.
-    name : str
-        Of the member.
+    token : str
+        Of the start that handed this out; the run folder's mark must hold it, or the task ends.
     until : float
         When to save and end, seconds since the epoch; infinite for no limit.
+    name : str
+        Of the member.
     """
     from brainage_nb.volumes.store import VolumeStore
 
@@ -125,5 +178,7 @@ def train_member(
         timed = TrainingSettings.from_json(settings | {"max_minutes": left if left < float("inf") else 0.0})
         job = Job(VolumeStore.open(store_folder), splits, run_folder, timed)
         with StopRequests(timed.max_minutes) as stop:
-            job.run(stop, EpochLines(), only=name)
+            watched = Watched(Path(run_folder) / MARK, token)
+            watched.check()
+            job.run(stop, watched, only=name)
     return job.notes

@@ -71,11 +71,14 @@ def refuse_seen(path: str | Path, scans: pd.DataFrame, hashes: Mapping[str, str]
     ------
     StartRefused
     """
-    if not _is_bundle(Path(path)):
+    if not Path(path).exists():
+        raise StartRefused(f"init_from = {path} does not exist; give a bundle or a file of weights.")
+    place = _bundle_around(Path(path))
+    if place is None:
         return
     judged = scans if folds else scans[scans["split"] != "train"]
     known = [scan_id for scan_id in judged["scan_id"] if hashes.get(scan_id)]
-    seen = open_bundle(path).manifest["seen"]
+    seen = open_bundle(place).manifest["seen"]
     learned = [
         scan_id
         for scan_id, found in zip(known, among([hashes[s] for s in known], seen, "images"), strict=True)
@@ -87,6 +90,13 @@ def refuse_seen(path: str | Path, scans: pd.DataFrame, hashes: Mapping[str, str]
             f"that this run would be judged by (the first: {learned[0]}), so its errors would be too small. "
             "Start from a bundle of other people, such as one trained on the known-answer cohort."
         )
+
+
+def _bundle_around(path: Path) -> Path | None:
+    """The bundle that a path is, or that a file of weights lies in."""
+    if _is_bundle(path):
+        return path
+    return path.parent if (path.parent / "bundle.json").is_file() else None
 
 
 def _is_bundle(path: Path) -> bool:

@@ -91,6 +91,8 @@ def train(
         No usable GPU where one is required, or too little disk.
     SettingsDiffer
         The folder holds a run with other settings, and `fresh` is False.
+    StartRefused
+        `init_from` is absent, or has learned from scans this run is judged by.
     ClusterError, ModelsFailed
         A cluster was asked for and cannot be used, or some models failed on it.
     """
@@ -99,6 +101,7 @@ def train(
     job = Job(store, splits, run_folder, settings)
     if not fresh and job.is_done():
         return _result(run_folder, ["This run is complete with these settings: nothing was trained again."])
+    job.check_start(fresh=fresh)
     if settings.cluster and len(job.members) > 1:
         notes = train_on_cluster(job, store, splits, settings, fresh=fresh, on_epoch=on_epoch)
         return _result(run_folder, notes)

@@ -220,9 +220,9 @@ def _in_derivatives(scan: Path, stem: str) -> Path | None:
             continue
         inner = scan.parent.relative_to(root)
         name = stem.removesuffix("_T1w")
-        for found in sorted((root / "derivatives").glob(f"*/{inner}/{name}*desc-brain*mask.nii*")):
-            if "_space-" not in found.name or "_space-T1w" in found.name:
-                return found
+        for space in ("", "_space-T1w"):  # the scan's own name: run-1 is not run-10, nor another acquisition
+            if found := sorted((root / "derivatives").glob(f"*/{inner}/{name}{space}_desc-brain*_mask.nii*")):
+                return found[0]
     return None
 
 

@@ -39,7 +39,7 @@ class VolumeStore:
         self.settings = PreprocessingSettings.from_json(read_json(self.folder / "preprocessing.json"))
         self.index = read_index(self.folder)
         self._place = dict(zip(self.index["scan_id"], range(len(self.index)), strict=True))
-        self._maps: list[np.ndarray] | None = None
+        self._maps: dict[int, np.ndarray] | None = None
 
     @classmethod
     def open(cls, folder: str | Path) -> VolumeStore:
@@ -67,21 +67,20 @@ class VolumeStore:
         return self.index["scan_id"].tolist()
 
     @property
-    def shards(self) -> list[np.ndarray]:
-        """Memory maps (n, size, size, size) float16, read-only, one a shard file."""
+    def shards(self) -> dict[int, np.ndarray]:
+        """Memory maps (n, size, size, size) float16, read-only, by shard number; only of shards in use."""
         if self._maps is None:
             rows = self.index.groupby("shard")["row"].max() + 1
-            last = int(rows.index.max()) if len(rows) else -1
-            self._maps = [
-                np.memmap(
+            self._maps = {
+                int(shard): np.memmap(
                     shard_path(self.folder, shard),
                     np.float16,
                     "r",
                     HEADER_BYTES,
-                    (int(rows.get(shard, 1)), self.size, self.size, self.size),
+                    (int(count), self.size, self.size, self.size),
                 )
-                for shard in range(last + 1)
-            ]
+                for shard, count in rows.items()
+            }
         return self._maps
 
     def locate(self, scan_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -89,7 +89,7 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.volumes.brain_pictures import brain_preview
 from brainage_nb.volumes.pictures import montage, steps_figure
-from brainage_nb.volumes.preprocessing import PreprocessingSettings, preprocessing_steps
+from brainage_nb.volumes.preprocessing import PreprocessingSettings, ScanError, preprocessing_steps
 from brainage_nb.volumes.store_building import build_store
 from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
 
@@ -122,7 +122,10 @@ pd.DataFrame(numbers, columns=["step", "number", "value"])
 # %%
 scans = ws.read("splits.csv")
 chosen = scans.set_index("scan_id").loc[preview_scan or scans["scan_id"].iloc[0]]
-steps_figure(preprocessing_steps(ws.resolve(chosen["image"]), settings))
+try:
+    display(steps_figure(preprocessing_steps(ws.resolve(chosen["image"]), settings)))
+except ScanError as error:
+    print(f"{error} Name another scan in preview_scan to see the steps.")
 
 # %% [markdown]
 # ## Where the brain is

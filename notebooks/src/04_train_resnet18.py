@@ -130,7 +130,8 @@ session_summary(ws.root)
 
 # %%
 ws.need("volumes/current")
-store = current_store(ws.path("volumes"), ws.scratch)
+scratch = ws.scratch if cluster in ("", "local") else None  # other machines do not see this disk
+store = current_store(ws.path("volumes"), scratch)
 splits = ws.read("splits.csv")
 print(f"{len(store.scan_ids)} volumes of {store.size}^3 voxels of {store.spacing_mm:g} mm")
 splits.groupby("split").agg(
@@ -167,13 +168,14 @@ settings = TrainingSettings(
     patience=patience,
     max_minutes=max_minutes,
     checkpoint_minutes=checkpoint_minutes,
-    scratch=str(ws.scratch or ""),
+    scratch=str(scratch or ""),
     cluster=cluster,
     require_gpu=require_gpu,
     init_from=init_from,
     augmentation=augmentation,
 )
-forecast(store, splits, ws.run(run), settings, fresh=fresh)
+if cluster in ("", "local"):
+    display(forecast(store, splits, ws.run(run), settings, fresh=fresh))
 
 # %%
 result = train(store, splits, ws.run(run), settings, fresh=fresh, on_epoch=LiveCurve())

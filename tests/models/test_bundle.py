@@ -1,6 +1,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -94,6 +95,14 @@ def test_training_starts_from_a_bundle_but_not_from_one_that_saw_its_test_scans(
         warnings.simplefilter("ignore")
         with pytest.raises(StartRefused, match="has learned from 5 of the 8 scans"):
             train(store, splits, tmp_path / "leak", settings)
+        inside = replace(settings, init_from=str(saved / "member-00.safetensors"))
+        with pytest.raises(StartRefused, match="has learned from"):
+            train(store, splits, tmp_path / "leak", inside)
+        kept = sorted(trained.run("resnet18").rglob("*"))
+        for start in (str(saved), str(saved / "nowhere.pth")):  # refused before anything is deleted
+            with pytest.raises(StartRefused):
+                train(store, splits, trained.run("resnet18"), replace(settings, init_from=start), fresh=True)
+        assert sorted(trained.run("resnet18").rglob("*")) == kept
         others = splits.assign(split=["train" if s != "test" else "val" for s in splits["split"]])
         result = train(store, others, tmp_path / "run", settings)
     assert result.complete

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from brainage_nb.models.spreading import ModelsFailed
+from brainage_nb.models.spreading import MARK, ModelsFailed, Superseded, Watched, train_member
 from brainage_nb.models.training import train
 
 distributed = pytest.importorskip("distributed", reason="Dask (the extra `cluster`) is not installed")
@@ -84,3 +84,20 @@ def test_time_that_is_used_up_ends_a_sweep_with_all_saved(tiny, tiny_settings, t
     assert not stopped.complete
     assert any("max_minutes" in note for note in stopped.notes)
     assert train(store, splits, tmp_path / "run", replace(settings, max_minutes=0.0)).complete
+
+
+def test_a_task_of_an_earlier_start_saves_nothing(tiny, tiny_settings, tmp_path, monkeypatch):
+    store, splits = tiny
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / MARK).write_text("a newer start")
+    with pytest.raises(Superseded):
+        train_member(
+            store.folder, splits, run, tiny_settings.to_json(), "an older one", float("inf"), "seed0"
+        )
+    assert not list(run.glob("checkpoints/*/*"))
+    (run / MARK).write_text("this start")
+    monkeypatch.setattr(Watched, "epoch", lambda self, fit: (run / MARK).write_text("newer") and self.check())
+    with pytest.raises(Superseded):
+        train_member(store.folder, splits, run, tiny_settings.to_json(), "this start", float("inf"), "seed0")
+    assert not (run / "checkpoints" / "seed0" / "predictions.csv").exists()

@@ -382,6 +382,7 @@ def test_two_processes_give_the_loss_of_one(tiny, tiny_settings, tmp_path, norm)
 def test_a_failing_launch_shows_its_last_lines(tiny, tiny_settings, tmp_path):
     from brainage_nb.models.launching import LaunchFailed
 
-    settings = replace(tiny_settings, processes=2, init_from=str(tmp_path / "nowhere.pth"))
-    with pytest.raises(LaunchFailed, match=r"nowhere\.pth"):
+    (tmp_path / "broken.pth").write_bytes(b"no weights")
+    settings = replace(tiny_settings, processes=2, init_from=str(tmp_path / "broken.pth"))
+    with pytest.raises(LaunchFailed, match="rank0"):
         train(*tiny, tmp_path / "run", settings)

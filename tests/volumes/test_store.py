@@ -76,10 +76,14 @@ def test_the_number_of_processes_changes_nothing(scans, tmp_path):
 def test_shards_are_plain_npy_files_of_limited_size(scans, tmp_path, monkeypatch):
     monkeypatch.setattr(store_files, "SHARD_BYTES", 3 * 2 * 12**3)
     store = build_store(scans, tmp_path, SMALL, n_jobs=1).store
-    assert [shard.shape for shard in store.shards] == [(3, 12, 12, 12), (3, 12, 12, 12), (1, 12, 12, 12)]
+    assert [shard.shape for shard in store.shards.values()] == [
+        (3, 12, 12, 12),
+        (3, 12, 12, 12),
+        (1, 12, 12, 12),
+    ]
     shard, row = store.locate(["004", "000"])
     assert (shard.tolist(), row.tolist()) == ([1, 0], [1, 0])
-    for number, mapped in enumerate(store.shards):
+    for number, mapped in store.shards.items():
         loaded = np.load(store.folder / f"shard-{number:04d}.npy")
         assert loaded.dtype == np.float16
         assert np.array_equal(loaded, mapped)
@@ -208,3 +212,15 @@ def test_a_cluster_makes_the_same_store_though_a_worker_is_killed(scans, tmp_pat
             os.kill(pids[0], 0)
     assert len(report.failed) == 0
     assert np.array_equal(report.store.read(scans["scan_id"]), plain.read(scans["scan_id"]))
+
+
+def test_a_shard_without_a_current_scan_is_not_needed(scans, tmp_path, monkeypatch):
+    monkeypatch.setattr(store_files, "SHARD_BYTES", 3 * 2 * 12**3)
+    build_store(scans.head(3), tmp_path / "volumes", SMALL, n_jobs=1)
+    for image in scans["image"].head(3):  # all scans of the first shard come anew
+        changed = nib.load(image).get_fdata() + np.arange(25)
+        nib.save(nib.Nifti1Image(changed.astype(np.float32), np.diag([8.0, 8, 8, 1])), image)
+    store = build_store(scans.head(3), tmp_path / "volumes", SMALL, n_jobs=1).store
+    expected = store.read(store.scan_ids)
+    (store.folder / "shard-0000.npy").unlink()
+    assert np.array_equal(VolumeStore.open(store.folder).read(store.scan_ids), expected)
