@@ -81,3 +81,17 @@ def test_importing_the_package_is_light():
     code = "import brainage_nb.cli, brainage_nb.workspace, sys; print({'torch', 'pandas'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "set()"
+
+
+def test_scans_unpacked_to_the_disk_of_a_lost_session_are_asked_for_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("BRAINAGE_SCRATCH", str(tmp_path / "fast"))
+    ws = open_workspace(tmp_path / "slow")
+    scan = ws.scratch / "unpacked" / "a.zip-1-2" / "a.nii"
+    with pytest.raises(MissingInput, match="01_data_access again"):
+        ws.resolve(scan)
+    scan.parent.mkdir(parents=True)
+    scan.touch()
+    assert ws.resolve(scan) == scan
+    assert (
+        ws.resolve("demo/none.nii") == tmp_path / "slow" / "demo" / "none.nii"
+    )  # others are judged by cleaning
