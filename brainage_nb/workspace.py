@@ -101,8 +101,13 @@ def read_csv(path: Path | str) -> pd.DataFrame:
 
 def sha256_of(path: Path | str) -> str:
     """SHA-256 of a file's bytes, in hex."""
+    return hash_of(path, "sha256")
+
+
+def hash_of(path: Path | str, kind: str) -> str:
+    """A file's hash in hex, `kind` being one of hashlib's names."""
     with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(stream, kind).hexdigest()
 
 
 def copy_verified(source: Path | str, target: Path | str) -> Path:
@@ -115,6 +120,8 @@ def copy_verified(source: Path | str, target: Path | str) -> Path:
     """
     with writing(target) as temporary:
         shutil.copyfile(source, temporary)
+        with open(temporary, "rb+") as stream:
+            os.fsync(stream.fileno())  # what is read back shall be what the disk took
         if sha256_of(temporary) != sha256_of(source):
             raise OSError(f"A copy of {source} to {target} reads back with other content; is the disk full?")
     return Path(target)

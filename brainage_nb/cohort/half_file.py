@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from brainage_nb.cohort.content import ContentError, check_whole
-from brainage_nb.workspace import read_json, write_json
+from brainage_nb.workspace import hash_of, read_json, write_json
 
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _SPARE = 64 << 20
@@ -83,12 +82,6 @@ class HalfFile:
         os.replace(self.part, self.path)
         self.notes.unlink(missing_ok=True)
         return self.path
-
-
-def hash_of(path: Path | str, kind: str) -> str:
-    """A file's hash in hex, `kind` being one of hashlib's names."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, kind).hexdigest()
 
 
 def refuse_full_disk(folder: Path, needed: int, what: str) -> None:

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import os
 import re
-import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from brainage_nb.workspace import sha256_of, writing
+from brainage_nb.workspace import copy_verified, sha256_of, writing
 
 KEEP = 2
 NAME = re.compile(r"step-(\d+)-([0-9a-f]{32})\.pt")
@@ -136,21 +135,13 @@ class Checkpoints:
 
     def _mirror(self, path: Path, keep: list[str]) -> None:
         """Copy, read back, rename; a mirror that fails is reported and training goes on."""
-        temporary = self.mirror / f".{path.name}.{os.getpid()}.tmp"
         try:
-            self.mirror.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, temporary)
-            with open(temporary, "rb+") as stream:
-                os.fsync(stream.fileno())
-            if sha256_of(temporary)[:32] != NAME.fullmatch(path.name)[2]:
-                raise OSError("the copy reads back with another content")
-            os.replace(temporary, self.mirror / path.name)
+            if not _is_whole(path):
+                raise OSError("it is not what was written")
+            copy_verified(path, self.mirror / path.name)
             self._prune(self.mirror, [self.mirror / name for name in keep])
         except OSError as error:
             warnings.warn(f"{path.name} could not be copied to {self.mirror}: {error}", stacklevel=2)
-        finally:
-            with contextlib.suppress(OSError):  # the folder itself may be gone; said above
-                temporary.unlink(missing_ok=True)
 
     @staticmethod
     def _prune(folder: Path, keep: list[Path]) -> None:

@@ -20,7 +20,7 @@ import torch
 from brainage_nb.models.batches import open_volumes
 from brainage_nb.models.checkpoints import space_needed
 from brainage_nb.models.fitting import PRECISE_SCANS, MemberFit
-from brainage_nb.models.job import Job, _accelerator
+from brainage_nb.models.job import Job, accelerator_for
 from brainage_nb.models.launching import processes_wanted
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.platforms import session_hours
@@ -56,7 +56,7 @@ def forecast(
         set, else from the platform's longest session.
     """
     job = Job(store, splits, Path(run_folder), settings)
-    left = [member for member in job.members if fresh or not _is_finished(job, member)]
+    left = job.members if fresh else job.unfinished()
     facts = {"models to train": f"{len(left)} of {len(job.members)}"}
     if not left:
         return pd.DataFrame({"value": facts | {"time": "nothing is left to train"}})
@@ -76,16 +76,12 @@ def forecast(
     return pd.DataFrame({"value": facts})
 
 
-def _is_finished(job: Job, member) -> bool:
-    return (job.run_folder / "checkpoints" / member.name / "predictions.csv").exists()
-
-
 def _measured(job: Job, member) -> tuple[float, int]:
     """Seconds a step and number of parameters, from steps of one process that nobody keeps."""
     random = torch.get_rng_state()
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")  # training says the same in a moment
-        accelerator, _ = _accelerator(job.settings)
+        accelerator, _ = accelerator_for(job.settings)
         volumes = open_volumes(job.store, list(job.scans["scan_id"]), accelerator.device, share=0)
         fit = MemberFit(volumes, job.scans, member, job.settings, accelerator, Path(folder), {})
         fit.network.train()

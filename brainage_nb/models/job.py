@@ -76,7 +76,7 @@ class Job:
 
     def run(self, stop: StopRequests, progress, *, fresh: bool = False, only: str = "") -> None:
         """Fit the members that are not finished, or the one named `only`; write the tables once all are."""
-        accelerator, note = _accelerator(self.settings)
+        accelerator, note = accelerator_for(self.settings)
         if fresh and accelerator.is_main_process:
             self.clear()
         accelerator.wait_for_everyone()
@@ -86,6 +86,7 @@ class Job:
             if self._has(member) or only not in ("", member.name):
                 continue
             folder = self._folder(member)
+            folder.mkdir(parents=True, exist_ok=True)
             fit = MemberFit(volumes, self.scans, member, self.settings, accelerator, folder, self.identity)
             progress.begin(member.name, number, len(self.members), self.history())
             complete = fit.run(stop, progress.step, progress.epoch)
@@ -126,9 +127,7 @@ class Job:
         )
 
     def _folder(self, member: Member) -> Path:
-        folder = self.run_folder / "checkpoints" / member.name
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
+        return self.run_folder / "checkpoints" / member.name
 
     def unfinished(self) -> list[Member]:
         """The members that have no predictions yet."""
@@ -200,7 +199,8 @@ def _digest(scans: pd.DataFrame) -> str:
     return hashlib.sha256(scans[columns].to_csv(index=False).encode()).hexdigest()[:16]
 
 
-def _accelerator(settings: TrainingSettings):
+def accelerator_for(settings: TrainingSettings):
+    """What computes a run, and a note that says it: device, number of processes, precision."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 

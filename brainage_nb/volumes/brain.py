@@ -206,15 +206,15 @@ def _depth_of(mask: str | Path, alignment: Alignment, onto: Template) -> np.ndar
     from scipy import ndimage
 
     image = load_scan(mask)
-    brain = (np.asanyarray(image.dataobj) > 0).astype(np.float32)
-    brain = ndimage.binary_closing(np.pad(brain > 0, 3), iterations=2)[3:-3, 3:-3, 3:-3]
+    brain = np.asanyarray(image.dataobj) > 0
+    brain = ndimage.binary_closing(np.pad(brain, 3), iterations=2)[3:-3, 3:-3, 3:-3]
     inside = _on_template(brain.astype(np.float32), image.affine, alignment, onto) > 0.5
     outer, inner = ndimage.distance_transform_edt(~inside), ndimage.distance_transform_edt(inside)
     return (np.where(inside, 0.5 - inner, outer - 0.5) * onto.spacing_mm).astype(np.float32)
 
 
 def _in_derivatives(scan: Path, stem: str) -> Path | None:
-    """`derivatives/*/<the same folders>/<stem>*desc-brain_mask` of the data set that holds the scan."""
+    """`derivatives/*/<the same folders>/<stem less _T1w>_desc-brain_mask` of the scan's data set."""
     for root in scan.parents[:5]:
         if not (root / "derivatives").is_dir():
             continue
