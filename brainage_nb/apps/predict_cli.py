@@ -33,6 +33,12 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
         "--explain", action="store_true", help="write a heat map (NIfTI, PNG) of each scan beside the results"
     )
     predict.add_argument("--jobs", type=int, default=0, help="scans prepared at once (default: processors)")
+    predict.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where the model computes (default auto: a GPU where one works and there are many scans)",
+    )
     predict.set_defaults(command=run_predict)
 
     app = commands.add_parser("app", help="open the prediction app in a browser")
@@ -50,15 +56,18 @@ def run_predict(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from brainage_nb.models.bundle import BundleError, load_bundle
+    from brainage_nb.models.devices import chosen_device, name_of
     from brainage_nb.models.prediction import NOT_A_DEVICE
 
     try:
         scans = scan_files(options.scans)
         ages = ages_of(scans, options.table) if options.table else None
-        bundle = load_bundle(options.bundle or newest_bundle())
+        device, why = chosen_device(options.device, len(scans))
+        bundle = load_bundle(options.bundle or newest_bundle(), device)
     except (BundleError, ValueError, OSError) as error:
         print(f"brainage-nb predict: {error}", file=sys.stderr)
         return 2
+    print(f"{len(scans)} scan(s), computed on {name_of(bundle.model.device)}{why and f' ({why})'}.")
     results = []
     for result in tqdm(
         bundle.predict_many(scans, ages, n_jobs=options.jobs),

@@ -7,7 +7,7 @@ The front of `bundle_files` (safe reading), `members` (networks), `prediction` (
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -16,18 +16,11 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from brainage_nb.models.bundle_facts import among
+from brainage_nb.models.bundle_facts import among, check_manifest
 from brainage_nb.models.bundle_files import MAX_BYTES, BundleError, BundleFiles, open_bundle
 from brainage_nb.models.bundle_saving import current_bundle, save_bundle
-from brainage_nb.models.members import (
-    RESNET,
-    VGG,
-    NetworkEnsemble,
-    SvrModel,
-    compute_threads,
-    network_from,
-    svr_from,
-)
+from brainage_nb.models.devices import working_device
+from brainage_nb.models.members import RESNET, VGG, NetworkEnsemble, SvrModel, compute_threads, model_of
 from brainage_nb.models.prediction import (
     Caution,
     Failure,
@@ -46,6 +39,8 @@ from brainage_nb.volumes.scans import SCAN_FLAGS, ScanError
 from brainage_nb.workspace import n_workers, sha256_of
 
 if TYPE_CHECKING:
+    import torch
+
     from brainage_nb.evaluation.bias import AgeBiasCorrector
     from brainage_nb.evaluation.intervals import ConformalInterval
     from brainage_nb.volumes.preprocessing import PreprocessingSettings
@@ -128,7 +123,8 @@ class Bundle:
         """Results in the order of `scans`; a scan that fails gives a `Failure`, and the rest go on.
 
         `n_jobs` threads (0: one a processor) each take a scan from file to age, which keeps all processors
-        busy; at most that many scans and one more are held in memory.
+        busy; at most that many scans and one more are held in memory. A network on a GPU takes one scan at a
+        time while the other threads prepare the next.
         """
         scans = [Path(scan) for scan in scans]
         ages = [None] * len(scans) if ages is None else list(ages)
@@ -227,13 +223,17 @@ class Bundle:
         return [Caution("few_calibration_subjects", sentence) for sentence in said if sentence]
 
 
-def load_bundle(source: Path | str | IO[bytes], *, max_bytes: int = MAX_BYTES) -> Bundle:
+def load_bundle(source: Path | str | IO[bytes], device: str = "cpu", *, max_bytes: int = MAX_BYTES) -> Bundle:
     """Open a bundle; nothing in it is executed.
 
     Parameters
     ----------
     source : path or binary file
         What `save_bundle` wrote: a folder, a `.zip`, or an open zip.
+    device : {"cpu", "cuda"}
+        Where its network computes. On a GPU it hides behind the preparation of further scans
+        (`predict_many`), which stays on the processors; heat maps are made on the CPU. Both give the same
+        ages but for rounding, below a thousandth of a year.
     max_bytes : int
         Largest size of all files together, opened.
 
@@ -241,10 +241,13 @@ def load_bundle(source: Path | str | IO[bytes], *, max_bytes: int = MAX_BYTES) -
     ------
     BundleError
         With what is wrong and what to do.
+    ValueError
+        There is no such device, or it does not work.
     """
+    place = working_device(device)
     files = open_bundle(source, max_bytes=max_bytes)
     try:
-        return _assembled(files)
+        return _assembled(files, place)
     except BundleError:
         raise
     except (
@@ -263,62 +266,26 @@ def load_bundle(source: Path | str | IO[bytes], *, max_bytes: int = MAX_BYTES) -
         ) from error
 
 
-def _assembled(files: BundleFiles) -> Bundle:
+def _assembled(files: BundleFiles, device: torch.device) -> Bundle:
     from brainage_nb.evaluation.bias import AgeBiasCorrector
     from brainage_nb.evaluation.intervals import ConformalInterval
     from brainage_nb.volumes.preprocessing import PreprocessingSettings
 
     manifest = files.manifest
     settings = PreprocessingSettings.from_json(manifest["preprocessing"])
-    _check_manifest(manifest, settings)
+    check_manifest(manifest, settings)
     n_features = manifest["architecture"]["widths"][-1] if manifest["kind"] == RESNET else 0
     reference = Reference.from_parts(
         manifest["reference"], files.arrays(REFERENCE_FILE), settings.size, n_features
     )
     return Bundle(
         manifest=manifest,
-        model=_model(files),
+        model=model_of(files, device),
         settings=settings,
         correction=AgeBiasCorrector.from_dict(manifest["correction"]) if manifest["correction"] else None,
         interval=ConformalInterval.from_dict(manifest["interval"]) if manifest["interval"] else None,
         reference=reference,
     )
-
-
-def _model(files: BundleFiles) -> NetworkEnsemble | SvrModel:
-    manifest = files.manifest
-    if manifest["kind"] == RESNET:
-        networks = [
-            network_from(manifest["architecture"], files.arrays(member["file"]))
-            for member in manifest["members"]
-        ]
-        if not networks:
-            raise BundleError(f"{files.name} lists no members.")
-        return NetworkEnsemble(networks, flip_averaging=bool(manifest["flip_averaging"]))
-    if manifest["kind"] == VGG:
-
-        def write(folder: Path) -> None:
-            for file in ("vgg_svr.safetensors", "vgg16_features.safetensors"):
-                (folder / file).write_bytes(files.content(file))
-
-        return svr_from(manifest["vgg_svr"], write)
-    raise BundleError(f"{files.name} holds a model of kind {manifest['kind']!r}; known: {RESNET}, {VGG}.")
-
-
-def _check_manifest(manifest: Mapping[str, Any], settings: PreprocessingSettings) -> None:
-    """Numbers that later steps rely on, checked once and early."""
-    if not (8 <= settings.size <= 256 and 0.5 <= settings.spacing_mm <= 10):
-        raise ValueError(
-            f"volumes of {settings.size} voxels of {settings.spacing_mm} mm; expected 8 to 256 and 0.5 to 10"
-        )
-    training = manifest["training"]
-    edges, counts = (np.asarray(training[name], dtype=float) for name in ("age_edges", "age_counts"))
-    if len(edges) != len(counts) + 1 or not 0 <= training["age_low"] <= training["age_high"] <= 130:
-        raise ValueError("the training ages are garbled")
-    position = manifest["position"]
-    if len({len(position[name]) for name in ("part", "age", "predicted_age")}) != 1:
-        raise ValueError("the positions are garbled")
-    bytes.fromhex(manifest["seen"]["salt"])
 
 
 def _failure(scan: Path, error: Exception) -> Failure:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -20,10 +20,29 @@ from brainage_nb.evaluation.metrics import regression_metrics
 from brainage_nb.evaluation.runs import OUT_OF_FOLD, Run
 from brainage_nb.workspace import Workspace
 
+if TYPE_CHECKING:
+    from brainage_nb.volumes.preprocessing import PreprocessingSettings
+
 LOOKED_AT = 7  # training scans opened again
 HASH_ROUNDS = (
     2000  # slows down guessing ids; it cannot stop it where ids are few and known (IXI001, IXI002, ...)
 )
+
+
+def check_manifest(manifest: Mapping[str, Any], settings: PreprocessingSettings) -> None:
+    """Numbers that later steps rely on, checked once and early."""
+    if not (8 <= settings.size <= 256 and 0.5 <= settings.spacing_mm <= 10):
+        raise ValueError(
+            f"volumes of {settings.size} voxels of {settings.spacing_mm} mm; expected 8 to 256 and 0.5 to 10"
+        )
+    training = manifest["training"]
+    edges, counts = (np.asarray(training[name], dtype=float) for name in ("age_edges", "age_counts"))
+    if len(edges) != len(counts) + 1 or not 0 <= training["age_low"] <= training["age_high"] <= 130:
+        raise ValueError("the training ages are garbled")
+    position = manifest["position"]
+    if len({len(position[name]) for name in ("part", "age", "predicted_age")}) != 1:
+        raise ValueError("the positions are garbled")
+    bytes.fromhex(manifest["seen"]["salt"])
 
 
 def facts_of_run(run: Run, workspace: Workspace) -> dict[str, Any]:

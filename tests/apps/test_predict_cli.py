@@ -2,6 +2,7 @@ import argparse
 
 import pandas as pd
 import pytest
+import torch
 
 from brainage_nb.apps import predict_cli
 from brainage_nb.models.bundle import load_bundle
@@ -60,6 +61,18 @@ def test_explain_writes_a_map_that_lies_on_the_scan(tiny, tmp_path):
     heat, head = nib.load(folder / "a_heat.nii.gz"), nib.load(scan)
     middle = np.linalg.inv(heat.affine) @ head.affine @ [23.5, 23.5, 23.5, 1]
     assert heat.shape == (24, 24, 24) and ((middle[:3] > 4) & (middle[:3] < 20)).all()
+
+
+def test_the_device_is_said_and_a_gpu_that_is_not_there_is_refused(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    scan = write_scan(tmp_path / "a.nii")
+    assert run("predict", "--bundle", tiny, scan) == 0
+    assert "1 scan(s), computed on the CPU.\n" in capsys.readouterr().out
+    assert run("predict", "--bundle", tiny, *[scan] * 8) == 0
+    assert "8 scan(s), computed on the CPU (PyTorch sees no GPU)." in capsys.readouterr().out
+    assert run("predict", "--bundle", tiny, scan, "--device", "cuda") == 2
+    said = capsys.readouterr()
+    assert "No usable GPU: PyTorch sees no GPU. Choose the CPU (`--device cpu`" in said.err and not said.out
 
 
 @pytest.mark.parametrize(

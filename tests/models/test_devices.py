@@ -1,0 +1,173 @@
+import numpy as np
+import pytest
+import torch
+
+from brainage_nb.models import preflight
+from brainage_nb.models.bundle import load_bundle
+from brainage_nb.models.devices import (
+    GPU_FROM_SCANS,
+    Placed,
+    chosen_device,
+    full_float32,
+    name_of,
+    working_device,
+)
+from brainage_nb.models.explain import explain
+from brainage_nb.models.heat_maps import grad_cam
+from brainage_nb.models.members import NetworkEnsemble
+from brainage_nb.models.prediction import Prediction
+from tests.models.tiny_bundle import networks, write_scan, write_tiny_bundle
+
+# PyTorch's "meta" device stands where a GPU would: tensors really move there, but hold no numbers, so what is
+# brought back from it fails and the CPU must do the work.
+ELSEWHERE = "meta"
+
+
+@pytest.fixture(scope="module")
+def volume():
+    return np.random.default_rng(0).normal(size=(24, 24, 24)).astype(np.float16)
+
+
+def out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+
+# --- which device ---------------------------------------------------------------------------------------
+
+
+def test_auto_takes_a_working_gpu_for_many_scans_only(monkeypatch):
+    monkeypatch.setattr(preflight, "why_no_gpu", lambda: "")
+    assert chosen_device("auto", GPU_FROM_SCANS) == ("cuda", "")
+    assert chosen_device("cpu", 1000) == ("cpu", "") and chosen_device("cuda", 1) == ("cuda", "")
+    monkeypatch.setattr(preflight, "why_no_gpu", lambda: "this PyTorch lacks kernels for it")
+    assert chosen_device("auto", GPU_FROM_SCANS) == ("cpu", "this PyTorch lacks kernels for it")
+    monkeypatch.setattr(preflight, "why_no_gpu", lambda: pytest.fail("starting a GPU to look at it"))
+    assert chosen_device("auto", GPU_FROM_SCANS - 1) == ("cpu", "")
+
+
+def test_a_gpu_that_is_not_there_is_refused_with_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"No usable GPU: PyTorch sees no GPU\. Choose the CPU"):
+        load_bundle(tmp_path, "cuda")
+    with pytest.raises(ValueError, match="device = 'tpu': expected 'cpu' or 'cuda'"):
+        load_bundle(tmp_path, "tpu")
+    assert name_of(working_device("cpu")) == "the CPU"
+
+
+def test_full_float32_switches_tf32_off_and_nothing_else():
+    backend = torch.backends.cudnn
+
+    def settings():
+        return backend.enabled, backend.benchmark, backend.deterministic
+
+    before, tf32 = settings(), backend.allow_tf32
+    with full_float32():
+        assert settings() == before and not backend.allow_tf32
+    assert settings() == before and backend.allow_tf32 == tf32
+    assert before[0] and tf32  # PyTorch's defaults; else this shows nothing
+
+
+# --- the CPU is the reference ---------------------------------------------------------------------------
+
+
+def test_the_cpu_computes_ages_exactly_as_written_here(volume):
+    members = networks(2)
+    ages, features = NetworkEnsemble(networks(2), flip_averaging=True).predict_with_features(volume)
+    batch = torch.from_numpy(volume.astype(np.float32))[None, None]
+    batch = torch.cat([batch, batch.flip(2)]).to(memory_format=torch.channels_last_3d)
+    with torch.inference_mode():
+        members = [member.to(memory_format=torch.channels_last_3d) for member in members]
+        assert ages.tolist() == [float(member(batch).mean()) for member in members]
+        assert np.array_equal(features, members[0].features(batch)[0].numpy())
+
+
+def test_a_batch_follows_its_networks_to_another_device_and_the_cpu_networks_stay(volume):
+    ensemble, seen = NetworkEnsemble(networks(2), flip_averaging=True, device=ELSEWHERE), []
+    for network in ensemble._placed._there:
+        network.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].device.type))
+    with pytest.warns(UserWarning, match="the CPU does it"):  # the numbers cannot come back from there
+        ensemble.predict(volume)
+    assert seen == [ELSEWHERE] * 2 or seen == [
+        ELSEWHERE
+    ]  # the first member's features already fail to return
+    assert ensemble.device.type == ELSEWHERE
+    assert {weight.device.type for network in ensemble.networks for weight in network.parameters()} == {"cpu"}
+
+
+# --- what a GPU cannot do, the CPU does -----------------------------------------------------------------
+
+
+def test_a_scan_for_which_memory_runs_out_is_done_on_the_cpu(volume):
+    expected = NetworkEnsemble(networks(2), flip_averaging=True).predict_with_features(volume)
+    ensemble = NetworkEnsemble(networks(2), flip_averaging=True, device=ELSEWHERE)
+    ensemble._placed._there[1].layer2.register_forward_pre_hook(out_of_memory)
+    ensemble._placed._there[0].layer4.register_forward_pre_hook(out_of_memory)
+    with pytest.warns(UserWarning, match="its memory is full"):
+        ages, features = ensemble.predict_with_features(volume)
+    assert ages.tolist() == expected[0].tolist() and np.array_equal(features, expected[1])
+
+
+def test_memory_that_ran_out_once_is_tried_again():
+    answers = iter([torch.OutOfMemoryError("full"), "there"])
+
+    def compute(place):
+        if place == "cpu":
+            return "here"
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    placed = Placed("cpu", ELSEWHERE, lambda model, device: str(device))
+    with pytest.warns(UserWarning, match="its memory is full"):
+        assert placed.run(compute) == "here"
+    assert placed.run(compute) == "there"
+
+
+def test_a_model_too_large_for_the_gpu_stays_on_the_cpu():
+    members = networks()
+    with pytest.warns(UserWarning, match="its memory is full"):
+        placed = Placed(members, ELSEWHERE, out_of_memory)
+    assert placed.device.type == "cpu" and placed.run(lambda models: models) is members
+
+
+def test_a_fault_of_the_model_itself_is_raised():
+    placed = Placed(networks(), ELSEWHERE)
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="to have 1 channels"):
+        placed.run(lambda models: models[0](torch.zeros(1, 2, 8, 8, 8)))
+
+
+def test_one_thread_at_a_time_is_on_the_gpu():
+    import threading
+    import time
+    from concurrent.futures import ThreadPoolExecutor
+
+    inside, most, lock = [0], [0], threading.Lock()
+
+    def compute(_):
+        with lock:
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+        time.sleep(0.01)
+        with lock:
+            inside[0] -= 1
+        return not torch.backends.cudnn.allow_tf32
+
+    models = [Placed(0, ELSEWHERE, lambda model, device: model) for _ in range(2)]
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(lambda k: models[k % 2].run(compute), range(12)))
+    assert most[0] == 1
+
+
+def test_many_scans_all_have_their_results_when_the_gpu_fails(tmp_path):
+    bundle = load_bundle(write_tiny_bundle(tmp_path / "bundle", n=2))
+    scans = [write_scan(tmp_path / f"{k}.nii", k) for k in range(4)]
+    expected = list(bundle.predict_many(scans))
+    bundle.model = NetworkEnsemble(bundle.model.networks, flip_averaging=True, device=ELSEWHERE)
+    for network in bundle.model._placed._there:
+        network.layer1.register_forward_pre_hook(out_of_memory)
+    with pytest.warns(UserWarning, match="its memory is full"):
+        results = list(bundle.predict_many(scans, n_jobs=2))
+    assert results == expected and all(isinstance(result, Prediction) for result in results)
+    heat = explain(bundle, results[0]).heat
+    assert np.array_equal(heat, grad_cam(bundle.model.networks, results[0].volume))
