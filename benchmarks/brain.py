@@ -18,9 +18,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from disturbances import padded, stored_as, turned_and_moved
 from joblib import Parallel, delayed
-from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
-from scipy.ndimage import affine_transform
 from scipy.spatial.transform import Rotation
 
 from brainage_nb.volumes.brain import find_brain
@@ -31,6 +30,7 @@ BARS = {"untouched": (0.95, 0.90), "disturbed": (0.94, 0.90)}  # mean and worst 
 MOST_SECONDS = 10.0
 RIGHT_FRONTAL, LEFT_FRONTAL, CEREBELLUM = 81, 82, (38, 39)  # white matter of the lobes; labels of DLMUSE
 CHOSEN_ON = 6  # every sixth scan
+PAD = 25  # voxels of room around the head before it is turned
 
 
 def disturbed(image: nib.Nifti1Image, labels: np.ndarray, seed: int) -> tuple[nib.Nifti1Image, np.ndarray]:
@@ -39,21 +39,15 @@ def disturbed(image: nib.Nifti1Image, labels: np.ndarray, seed: int) -> tuple[ni
     turn = Rotation.from_euler("xyz", random.uniform(-25, 25, 3), degrees=True).as_matrix()
     move = random.standard_normal(3)
     move *= 30 / np.linalg.norm(move) / nib.affines.voxel_sizes(image.affine)
-    pad = 25
-    arrays = [np.pad(part, pad) for part in (np.asarray(image.dataobj, dtype=np.float32), labels)]
-    middle = (np.array(arrays[0].shape) - 1) / 2
-    shift = middle - turn @ (middle + move)
-    arrays = [
-        affine_transform(part, turn, shift, order=order) for part, order in zip(arrays, (1, 0), strict=True)
-    ]
-    affine = image.affine.copy()
-    affine[:3, 3] -= affine[:3, :3] @ np.full(3, pad)
+    picture, labels = (
+        turned_and_moved(part, turn, move, PAD, order=order)
+        for part, order in ((np.asarray(image.dataobj, dtype=np.float32), 1), (labels, 0))
+    )
     pairs = [["LR", "PA", "IS"][k] for k in random.permutation(3)]
     codes = tuple(pair[random.integers(2)] for pair in pairs)
-    change = ornt_transform(nib.io_orientation(affine), axcodes2ornt(codes))
-    affine = affine @ inv_ornt_aff(change, arrays[0].shape)
-    picture, labels = (nib.apply_orientation(part, change) for part in arrays)
-    return nib.Nifti1Image(np.ascontiguousarray(picture), affine), labels
+    affine = padded(image.affine, PAD)
+    labels, _ = stored_as(labels, affine, codes)
+    return nib.Nifti1Image(*stored_as(picture, affine, codes)), labels
 
 
 def is_upright(labels: np.ndarray, affine: np.ndarray, to_scan: np.ndarray) -> bool:
