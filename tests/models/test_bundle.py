@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from brainage_nb.models.bundle import BundleError, load_bundle, save_bundle
 from brainage_nb.models.bundle_files import zip_bundle
-from brainage_nb.models.members import arrays_of, network_from, precision_check
+from brainage_nb.models.members import SvrModel, arrays_of, network_from, precision_check
 from brainage_nb.models.prediction import Failure
 from brainage_nb.volumes.scans import ScanError
 from brainage_nb.workspace import open_workspace, sha256_of, write_csv, write_json
@@ -140,6 +140,17 @@ def test_a_saved_svr_predicts_what_its_run_predicted(trained, svr_saved):
     for row in trained.read("splits.csv").itertuples():
         assert bundle.predict(row.image).predicted_age == pytest.approx(expected[row.scan_id], abs=1e-4)
     assert expected.std() > 0.1
+
+
+def test_an_svr_whose_network_fails_elsewhere_is_computed_on_the_cpu(trained, svr_saved):
+    bundle, scan = load_bundle(svr_saved), trained.path("17.nii")
+    expected = bundle.predict(scan)
+    # PyTorch's device without numbers, in a GPU's place: the copy really lies there and cannot answer.
+    bundle.model = SvrModel(bundle.model.model, bundle.model.variant, device="meta")
+    places = [model.network.device.type for model in (bundle.model._placed._there, bundle.model.model)]
+    assert places == ["meta", "cpu"]
+    with pytest.warns(UserWarning, match="the CPU does it"):
+        assert bundle.predict(scan) == expected
 
 
 def test_a_damaged_svr_is_refused(svr_saved, tmp_path):
