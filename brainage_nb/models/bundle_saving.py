@@ -30,6 +30,8 @@ from brainage_nb.models.members import (
 from brainage_nb.models.prediction import NOT_A_DEVICE
 from brainage_nb.models.reference import FILE as REFERENCE_FILE
 from brainage_nb.models.reference import Reference
+from brainage_nb.models.resnet import outputs_of
+from brainage_nb.models.views import averaging_of
 from brainage_nb.workspace import open_workspace, read_json, version_of
 
 if TYPE_CHECKING:
@@ -124,14 +126,15 @@ def _resnet_parts(
     """The ensemble, its manifest entries and its array files."""
     training = settings["settings"]
     architecture = {name: training[name] for name in ("widths", "blocks", "norm", "shortcut")}
-    flip = bool(training["flip_averaging"])
+    architecture["outputs"] = outputs_of(training["loss"])
+    averaging = averaging_of(training)
     places = sorted(folder.glob("checkpoints/*/weights.safetensors"))
     if not places:
         raise FileNotFoundError(
             f"{folder} has no finished model (checkpoints/*/weights.safetensors). Train it to the end first."
         )
     stored = [network_from(architecture, load_file(path)) for path in places]
-    moved = max(precision_check(network, architecture, volumes, flip_averaging=flip) for network in stored)
+    moved = max(precision_check(network, architecture, volumes, **averaging) for network in stored)
     half = moved < HALF_PRECISION_YEARS
     arrays = {
         f"member-{n:02d}.safetensors": arrays_of(network, half=half) for n, network in enumerate(stored)
@@ -140,14 +143,14 @@ def _resnet_parts(
     entries = {
         "kind": RESNET,
         "architecture": architecture,
-        "flip_averaging": flip,
+        **averaging,
         "members": [
             {"file": file, "name": path.parent.name} for file, path in zip(arrays, places, strict=True)
         ],
         "weights": "float16" if half else "float32",
         "half_precision_moves_years": moved,
     }
-    return NetworkEnsemble(kept, flip_averaging=flip), entries, arrays
+    return NetworkEnsemble(kept, **averaging), entries, arrays
 
 
 def _svr_parts(

@@ -20,6 +20,7 @@ import torch
 
 from brainage_nb.models.batches import ResidentVolumes, StreamedVolumes
 from brainage_nb.models.checkpoints import Checkpoints, halved, write_weights
+from brainage_nb.models.devices import full_float32
 from brainage_nb.models.optimisation import (
     Stepper,
     WeightAverage,
@@ -30,12 +31,13 @@ from brainage_nb.models.optimisation import (
     precise_statistics,
     predict_ages,
 )
-from brainage_nb.models.resnet import AgeRegressor, resnet18_regressor
+from brainage_nb.models.resnet import AgeRegressor, outputs_of, resnet18_regressor
 from brainage_nb.models.settings import TrainingSettings, refuse_difference
 from brainage_nb.models.shared_batchnorm import share_batchnorm
 from brainage_nb.models.starting import load_pretrained
 from brainage_nb.models.stopping import StopRequests
 from brainage_nb.models.sweeps import Member, member_rows
+from brainage_nb.models.views import averaging_of
 from brainage_nb.volumes.augment import augment
 from brainage_nb.workspace import write_csv
 
@@ -66,6 +68,7 @@ def build_network(settings: TrainingSettings, age: np.ndarray) -> AgeRegressor:
         norm=settings.norm,
         shortcut=settings.shortcut,
         dropout=settings.dropout,
+        outputs=outputs_of(settings.loss),
         age_mean=float(np.mean(age)),
         age_sd=max(1.0, float(np.std(age))),
     )
@@ -227,7 +230,7 @@ class MemberFit:
             "seconds": round(self.seconds + time.monotonic() - started, 3),
         }
         self.history.append(row)
-        if val_mae < self.best["val_mae"]:
+        if val_mae < self.best["val_mae"] or self.settings.keep == "last":
             self.best = {"val_mae": val_mae, "epoch": self.epoch, "weights": halved(self.average.model)}
         self.epoch, self.position, self.seconds = self.epoch + 1, 0, 0.0
         self.sums.zero_()
@@ -250,12 +253,12 @@ class MemberFit:
         rows = np.random.default_rng(0).permutation(rows)  # so that each batch spans the ages
         return self.volumes.batches(np.array_split(rows, -(-len(rows) // self.settings.batch_size)))
 
-    def _predict(self, rows: np.ndarray, autocast: Callable, *, flip_averaging: bool) -> np.ndarray:
+    def _predict(self, rows: np.ndarray, autocast: Callable, **averaging: int) -> np.ndarray:
         """Ages in years of the scans at `rows`, every process doing its share and receiving all."""
         size = self.stepper.micro_batch or self.settings.batch_size
         share = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         batches = self.volumes.batches([share[start : start + size] for start in range(0, len(share), size)])
-        ages = predict_ages(self.average.model, batches, autocast, flip_averaging=flip_averaging)
+        ages = predict_ages(self.average.model, batches, autocast, **averaging)
         if self.accelerator.num_processes == 1:
             return ages
         from accelerate.utils import gather_object
@@ -267,9 +270,9 @@ class MemberFit:
         """Predict with the best epoch's weights as stored, write everything, drop the checkpoints."""
         weights = self.best["weights"]
         self.average.model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-        flips = self.settings.flip_averaging
-        with torch.backends.cudnn.flags(allow_tf32=False):  # full precision, as a saved model predicts
-            predicted = self._predict(self.member.predicted, contextlib.nullcontext, flip_averaging=flips)
+        averaging = averaging_of(self.settings.to_json())
+        with full_float32():  # as a saved model predicts
+            predicted = self._predict(self.member.predicted, contextlib.nullcontext, **averaging)
         if self.accelerator.is_main_process:
             write_weights(weights, self.folder / "weights.safetensors")
             write_csv(pd.DataFrame(self.history, columns=list(HISTORY)), self.folder / "history.csv")

@@ -20,13 +20,16 @@ from torch import nn
 from brainage_nb.models.bundle_files import BundleError, BundleFiles
 from brainage_nb.models.devices import Placed
 from brainage_nb.models.resnet import resnet18_regressor
+from brainage_nb.models.views import averaging_of, views
 from brainage_nb.workspace import write_json
 
 if TYPE_CHECKING:
     from brainage_nb.models.vgg_svr import VggSvr
 
 RESNET, VGG = "resnet18", "vgg16_svr"
-LARGEST = {"widths": 2048, "blocks": 64}  # a manifest must not ask for more than any real network has
+# A manifest must not ask for more than any real network has.
+LARGEST = {"widths": 2048, "blocks": 64}
+MOST_OUTPUTS = 1000
 HALF_PRECISION_YEARS = 0.01  # half-precision weights are kept where no prediction moves by more
 
 
@@ -39,6 +42,8 @@ class NetworkEnsemble:
         On the CPU, float32. They stay there, for heat maps too; another device receives copies.
     flip_averaging : bool
         Each age is the mean over the volume and its left-right mirror image, as in training's predictions.
+    shift_averaging : int
+        And over copies moved by so many voxels, see `views`; 0 for not.
     device : torch.device or str
         Where the convolutions of a prediction are computed; see `Placed`.
     """
@@ -50,6 +55,7 @@ class NetworkEnsemble:
         networks: Sequence[nn.Module],
         *,
         flip_averaging: bool,
+        shift_averaging: int = 0,
         device: torch.device | str = "cpu",
     ):
         self.networks = [network.eval().requires_grad_(False) for network in networks]
@@ -58,6 +64,7 @@ class NetworkEnsemble:
         for network in self.networks:
             network.to(memory_format=torch.channels_last_3d)
         self.flip_averaging = flip_averaging
+        self.averaging = {"flip_averaging": flip_averaging, "shift_averaging": shift_averaging}
 
     @property
     def device(self) -> torch.device:
@@ -70,18 +77,17 @@ class NetworkEnsemble:
 
     def predict_with_features(self, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ages as `predict` gives them and, from the same pass, what `features` gives."""
-        batch = _batch_of(volume)
-        if self.flip_averaging:
-            batch = torch.cat([batch, batch.flip(2)])
+        seen = list(views(_batch_of(volume), **self.averaging))
+        parts = [torch.cat(seen[k : k + 2]) for k in range(0, len(seen), 2)]  # few at once: memory
 
         def convolved(networks: list[nn.Module]) -> list[torch.Tensor]:
-            images = _beside(networks[0], batch)
-            return [network.features(images).cpu() for network in networks]
+            images = [_beside(networks[0], part) for part in parts]
+            return [torch.cat([network.features(part).cpu() for part in images]) for network in networks]
 
         with torch.inference_mode():
             seen = self._placed.run(convolved)
             ages = [
-                float((network.age_mean + network.age_sd * network.fc(features).squeeze(1)).mean())
+                float(network.ages(network.fc(features)).mean())
                 for network, features in zip(self.networks, seen, strict=True)
             ]
         return np.array(ages), seen[0][0].numpy()
@@ -192,6 +198,9 @@ def _check_blocks(architecture: Mapping[str, Any], weights: Mapping[str, np.ndar
         values = architecture.get(name, ())
         if not all(type(value) is int and 0 < value <= largest for value in values):
             raise ValueError(f"{name} = {values!r}: expected four whole numbers from 1 to {largest}")
+    outputs = architecture.get("outputs", 1)
+    if type(outputs) is not int or not 0 < outputs <= MOST_OUTPUTS:
+        raise ValueError(f"outputs = {outputs!r}: expected a whole number from 1 to {MOST_OUTPUTS}")
     for stage, (width, depth) in enumerate(
         zip(architecture["widths"], architecture["blocks"], strict=True), start=1
     ):
@@ -215,19 +224,18 @@ def precision_check(
     network: nn.Module,
     architecture: Mapping[str, Any],
     volumes: Sequence[np.ndarray],
-    *,
-    flip_averaging: bool,
+    **averaging: int,
 ) -> float:
     """Largest change in years of the ages of these volumes when the weights are rounded to half precision.
 
-    Infinite where a weight is too large for half precision.
+    `averaging` as for `NetworkEnsemble`. Infinite where a weight is too large for half precision.
     """
     with np.errstate(over="ignore"):
         rounded = arrays_of(network, half=True)
     if not all(np.isfinite(array).all() for array in rounded.values()):
         return np.inf
-    exact = NetworkEnsemble([network], flip_averaging=flip_averaging)
-    half = NetworkEnsemble([network_from(architecture, rounded)], flip_averaging=flip_averaging)
+    exact = NetworkEnsemble([network], **averaging)
+    half = NetworkEnsemble([network_from(architecture, rounded)], **averaging)
     return max(float(np.abs(exact.predict(volume) - half.predict(volume)).max()) for volume in volumes)
 
 
@@ -249,7 +257,7 @@ def model_of(files: BundleFiles, device: torch.device | str = "cpu") -> NetworkE
         ]
         if not networks:
             raise BundleError(f"{files.name} lists no members.")
-        return NetworkEnsemble(networks, flip_averaging=bool(manifest["flip_averaging"]), device=device)
+        return NetworkEnsemble(networks, **averaging_of(manifest), device=device)
     if manifest["kind"] == VGG:
 
         def write(folder: Path) -> None:

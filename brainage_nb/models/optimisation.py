@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from brainage_nb.models.resnet import AgeRegressor
 from brainage_nb.models.settings import TrainingSettings
+from brainage_nb.models.views import views
 
 
 def huber_loss(predicted: Tensor, age: Tensor, delta: float) -> Tensor:
@@ -32,6 +34,28 @@ def huber_loss(predicted: Tensor, age: Tensor, delta: float) -> Tensor:
             f"predicted ages {tuple(predicted.shape)}, true ages {tuple(age.shape)}: expected both (batch,)."
         )
     return nn.functional.huber_loss(predicted, age, reduction="none", delta=delta)
+
+
+def distribution_loss(network: AgeRegressor, scores: Tensor, age: Tensor, label_sd: float) -> Tensor:
+    """Kullback-Leibler divergence of each sample (batch,) from a normal curve around its age to the network's
+    distribution.
+
+    Parameters
+    ----------
+    network : AgeRegressor
+        Of several outputs; says which ages they stand for.
+    scores : Tensor (batch, outputs)
+        Of its last layer.
+    age : Tensor (batch,)
+        Years; ages beyond the outputs count as the nearest.
+    label_sd : float
+        Standard deviation of the curve, years.
+    """
+    points = network.age_mean + network.age_sd * network.points()
+    age = age.clamp(points[0], points[-1])
+    wanted = (-((points - age[:, None]) / label_sd).square() / 2).log_softmax(dim=1)
+    given = scores.float().log_softmax(dim=1)
+    return nn.functional.kl_div(given, wanted, reduction="none", log_target=True).sum(dim=1)
 
 
 def learning_rate_at(step: int, steps_per_epoch: int, settings: TrainingSettings) -> float:
@@ -112,19 +136,18 @@ def precise_statistics(model: nn.Module, batches: Iterable[Tensor], autocast) ->
 
 @torch.no_grad()
 def predict_ages(
-    model: nn.Module, batches: Iterable[Tensor], autocast, *, flip_averaging: bool
+    model: nn.Module, batches: Iterable[Tensor], autocast, *, flip_averaging: bool, shift_averaging: int = 0
 ) -> np.ndarray:
     """Ages in years (n,), float64, of batches (batch, 1, D, H, W) with axes RAS; evaluation mode.
 
-    With `flip_averaging` each age is the mean over the volume and its left-right mirror image.
+    Each age is the mean over the volume's `views`.
     """
     model.eval()
     ages = []
     for batch in batches:
         with autocast():
-            predicted = model(batch).float()
-            if flip_averaging:
-                predicted = (predicted + model(batch.flip(2)).float()) / 2
+            seen = views(batch, flip_averaging=flip_averaging, shift_averaging=shift_averaging)
+            predicted = torch.stack([model(view).float() for view in seen]).mean(dim=0)
         ages.append(predicted.cpu().numpy().astype(np.float64))
     return np.concatenate(ages) if ages else np.empty(0)
 
@@ -144,6 +167,7 @@ class Stepper:
 
     def __init__(self, accelerator, model, optimiser, settings: TrainingSettings, micro_batch: int):
         self.accelerator, self.model, self.optimiser = accelerator, model, optimiser
+        self.network = accelerator.unwrap_model(model)
         self.settings, self.micro_batch = settings, micro_batch
 
     def step(self, volumes: Tensor, age: Tensor, batch_total: int, learning_rate: float) -> Tensor:
@@ -203,12 +227,19 @@ class Stepper:
             part = slice(start, start + piece)
             last = start + piece >= len(volumes)
             with _exchanging(self.accelerator, self.model, last):
-                predicted = self.model(volumes[part])
-                losses = huber_loss(predicted, age[part], self.settings.huber_delta)
+                predicted, losses = self._losses(volumes[part], age[part])
                 self.accelerator.backward(losses.sum() * weight)
             error = (predicted.detach() - age[part]).abs()
             sums += torch.stack([losses.detach().double().sum(), error.double().sum()])
         return sums
+
+    def _losses(self, volumes: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted ages (years) and what is minimised, both (batch,)."""
+        scores = self.model(volumes, scores=True)
+        predicted = self.network.ages(scores)
+        if self.settings.loss == "distribution":
+            return predicted, distribution_loss(self.network, scores, age, self.settings.label_sd)
+        return predicted, huber_loss(predicted, age, self.settings.huber_delta)
 
 
 def _exchanging(accelerator, model, last: bool):

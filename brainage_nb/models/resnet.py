@@ -13,7 +13,13 @@ import torch
 from torch import Tensor, nn
 
 NORMS = ("batch", "group", "instance")
+DISTRIBUTION_POINTS, DISTRIBUTION_REACH = 65, 4.0  # of an age distribution: spread over +-4 age_sd
 HEAD = ("fc.weight", "fc.bias", "age_mean", "age_sd")
+
+
+def outputs_of(loss: str) -> int:
+    """How many outputs a network learns with a loss: `distribution` needs many, all others one."""
+    return DISTRIBUTION_POINTS if loss == "distribution" else 1
 
 
 def resnet18_regressor(
@@ -23,10 +29,11 @@ def resnet18_regressor(
     norm: str = "batch",
     shortcut: str = "B",
     dropout: float = 0.0,
+    outputs: int = 1,
     age_mean: float = 0.0,
     age_sd: float = 1.0,
 ) -> AgeRegressor:
-    """3-D ResNet-18 with a 7x7x7 stem of stride 2, global average pooling and one linear output.
+    """3-D ResNet-18 with a 7x7x7 stem of stride 2, global average pooling and a linear last layer.
 
     Parameters
     ----------
@@ -42,6 +49,10 @@ def resnet18_regressor(
         channels (MedicalNet; here gradients pass, in MONAI they do not).
     dropout : float
         Share of the pooled features dropped in training.
+    outputs : int
+        1 for the age itself; more for its distribution over so many ages, evenly from 4 `age_sd` below to
+        4 `age_sd` above `age_mean`, whose mean is the age (soft labels, Peng et al. 2021,
+        doi:10.1016/j.media.2020.101871).
     age_mean, age_sd : float
         Mean and spread of the training ages, years. The output starts at `age_mean`, so the optimiser's first
         steps are not spent on finding it.
@@ -57,13 +68,13 @@ def resnet18_regressor(
         raise ValueError(f"shortcut={shortcut!r} is unknown. Available: ['A', 'B']")
     if len(widths) != 4 or len(blocks) != 4:
         raise ValueError(f"A ResNet has four stages; widths={tuple(widths)}, blocks={tuple(blocks)}.")
-    return AgeRegressor(widths, blocks, norm, shortcut, dropout, age_mean, age_sd)
+    return AgeRegressor(widths, blocks, norm, shortcut, dropout, outputs, age_mean, age_sd)
 
 
 class AgeRegressor(nn.Module):
-    """See `resnet18_regressor`; `features` gives what the last layer sees."""
+    """See `resnet18_regressor`; `features` gives what the last layer sees, `ages` what it makes of that."""
 
-    def __init__(self, widths, blocks, norm, shortcut, dropout, age_mean, age_sd):
+    def __init__(self, widths, blocks, norm, shortcut, dropout, outputs, age_mean, age_sd):
         super().__init__()
         self.conv1 = nn.Conv3d(1, widths[0], kernel_size=7, stride=2, padding=3, bias=False)
         self.bn1 = _norm(norm, widths[0])
@@ -77,7 +88,7 @@ class AgeRegressor(nn.Module):
             setattr(self, f"layer{stage}", nn.Sequential(first, *rest))
             before = width
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(before, 1)
+        self.fc = nn.Linear(before, outputs)
         self.register_buffer("age_mean", torch.tensor(float(age_mean)))
         self.register_buffer("age_sd", torch.tensor(float(age_sd)))
         self._start()
@@ -88,6 +99,8 @@ class AgeRegressor(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
+        if self.fc.out_features > 1:  # the first guess is the training ages' spread
+            self.fc.bias.data = -self.points().square() / 2
 
     def features(self, volumes: Tensor) -> Tensor:
         """Pooled features (batch, widths[-1]) of volumes (batch, 1, D, H, W), axes RAS."""
@@ -95,10 +108,23 @@ class AgeRegressor(nn.Module):
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.mean(dim=(2, 3, 4))
 
-    def forward(self, volumes: Tensor) -> Tensor:
-        """Ages in years, shape (batch,)."""
-        scores = self.fc(self.dropout(self.features(volumes))).squeeze(1)
-        return self.age_mean + self.age_sd * scores.float()
+    def points(self) -> Tensor:
+        """Where the distribution's outputs stand, (outputs,), in `age_sd` from `age_mean`."""
+        return torch.linspace(
+            -DISTRIBUTION_REACH, DISTRIBUTION_REACH, self.fc.out_features, device=self.age_mean.device
+        )
+
+    def ages(self, scores: Tensor) -> Tensor:
+        """Ages in years (batch,) of the last layer's outputs (batch, outputs)."""
+        scores = scores.float()
+        if scores.shape[1] > 1:
+            return self.age_mean + self.age_sd * (scores.softmax(dim=1) @ self.points())
+        return self.age_mean + self.age_sd * scores[:, 0]
+
+    def forward(self, volumes: Tensor, *, scores: bool = False) -> Tensor:
+        """Ages in years, shape (batch,); with `scores` the last layer's outputs (batch, outputs) instead."""
+        given = self.fc(self.dropout(self.features(volumes)))
+        return given if scores else self.ages(given)
 
 
 class ResidualBlock(nn.Module):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from brainage_nb.models.resnet import NORMS
+from brainage_nb.models.views import averaging_of
 from brainage_nb.volumes.augment import AugmentationSettings
 
 # How and where a run is computed. These may differ when a run is continued; all others decide its result.
@@ -45,12 +46,20 @@ class TrainingSettings:
         Of AdamW; norms and biases are spared.
     warmup_epochs : int
         Epochs of linear rise before the cosine; at most a fifth of all epochs is used.
+    loss : {"huber", "distribution"}
+        What is learned: the age (Huber), or a distribution of ages around it (Kullback-Leibler divergence
+        from a normal curve of `label_sd`), whose mean is the predicted age.
     huber_delta : float
         Where the Huber loss turns from square to linear, years.
+    label_sd : float
+        With "distribution": standard deviation of the curve around each true age, years.
     gradient_clip : float
         Largest norm of the gradient; 0 for none.
     ema_epochs : float
         Time constant of the weight average, epochs; the average is what is evaluated. 0 for none.
+    keep : {"best", "last"}
+        Which epoch's weights are kept: the one with the least validation MAE, or the last one. A handful of
+        validation subjects chooses by luck; with the cosine at its end the last epoch is a fair choice.
     patience : int
         Stop after so many epochs without a better validation MAE; 0 for never.
     norm, shortcut, widths, blocks, dropout
@@ -59,6 +68,9 @@ class TrainingSettings:
         Random variation of training volumes; None for none.
     flip_averaging : bool
         Predict each scan and its mirror image and average.
+    shift_averaging : int
+        Predict each scan also moved by so many voxels to and fro along each axis and average; 0 for not.
+        Takes seven times as long.
     init_from : str
         Bundle or file of weights to start from (`starting.load_pretrained`); empty for random ones.
     seeds : tuple of int
@@ -66,7 +78,8 @@ class TrainingSettings:
     folds : int
         Cross-validation folds over train and validation; 0 for none.
     inner_fraction : float
-        With folds, the share of each fold's training subjects that chooses the best epoch.
+        With folds, the share of each fold's training subjects that chooses the best epoch. 0 with
+        `keep="last"`: all are trained on, and the held-out fold is only watched.
     precision : {"auto", "fp32", "fp16", "bf16"}
         "auto" is what the device does natively: bf16 from compute capability 8.0, else fp16; fp32 on a CPU.
     device : {"auto", "cpu", "cuda"}
@@ -95,9 +108,12 @@ class TrainingSettings:
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
     warmup_epochs: int = 5
+    loss: str = "huber"
     huber_delta: float = 1.0
+    label_sd: float = 3.0
     gradient_clip: float = 20.0
     ema_epochs: float = 1.0
+    keep: str = "best"
     patience: int = 0
     norm: str = "batch"
     shortcut: str = "B"
@@ -106,6 +122,7 @@ class TrainingSettings:
     dropout: float = 0.0
     augmentation: AugmentationSettings | None = field(default_factory=AugmentationSettings)
     flip_averaging: bool = True
+    shift_averaging: int = 0
     init_from: str = ""
     seeds: tuple[int, ...] = (0,)
     folds: int = 0
@@ -124,11 +141,19 @@ class TrainingSettings:
     def __post_init__(self):
         for name in ("seeds", "widths", "blocks"):  # JSON and notebooks bring lists
             object.__setattr__(self, name, tuple(int(value) for value in getattr(self, name)))
-        for name in ("epochs", "batch_size", "learning_rate", "huber_delta"):
+        for name in ("epochs", "batch_size", "learning_rate", "huber_delta", "label_sd"):
             _require(self, name, getattr(self, name) > 0, "a number above 0")
         _require(self, "folds", self.folds == 0 or self.folds >= 2, "0 (none) or at least 2")
         _require(self, "seeds", 0 < len(set(self.seeds)) == len(self.seeds), "one or more different numbers")
         _require(self, "norm", self.norm in NORMS, f"one of {list(NORMS)}")
+        _require(self, "loss", self.loss in ("huber", "distribution"), "'huber' or 'distribution'")
+        _require(self, "keep", self.keep in ("best", "last"), "'best' or 'last'")
+        watched = self.inner_fraction > 0 or self.keep == "last"
+        _require(
+            self, "inner_fraction", watched and self.inner_fraction < 1, "a share, 0 with keep='last' only"
+        )
+        _require(self, "patience", not (self.patience and self.keep == "last"), "0 with keep='last'")
+        averaging_of(asdict(self))
         _require(self, "device", self.device in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'")
         known = ("auto", "fp32", "fp16", "bf16")
         _require(self, "precision", self.precision in known, f"one of {list(known)}")

@@ -12,7 +12,10 @@ from brainage_nb.models.bundle import BundleError, load_bundle, save_bundle
 from brainage_nb.models.bundle_files import zip_bundle
 from brainage_nb.models.members import SvrModel, arrays_of, network_from, precision_check
 from brainage_nb.models.prediction import Failure
+from brainage_nb.models.training import TrainingSettings, train
 from brainage_nb.volumes.scans import ScanError
+from brainage_nb.volumes.store import VolumeStore
+from brainage_nb.volumes.store_building import build_store
 from brainage_nb.workspace import open_workspace, sha256_of, write_csv, write_json
 from tests.models.tiny_bundle import (
     ARCHITECTURE,
@@ -35,9 +38,6 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A workspace with a run of two seeds, one epoch each, on eighteen small heads."""
-    from brainage_nb.models.training import TrainingSettings, train
-    from brainage_nb.volumes.store_building import build_store
-
     ws = open_workspace(tmp_path_factory.mktemp("trained"))
     rng = np.random.default_rng(0)
     scans = pd.DataFrame(
@@ -80,9 +80,27 @@ def test_a_saved_model_predicts_what_the_run_predicted(trained, saved):
     assert bundle.manifest["reproduced_within_years"] < 1e-4
 
 
+def test_a_learned_distribution_and_moved_views_are_saved_too(trained, tmp_path):
+    ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
+    store = VolumeStore.open(next(path for path in ws.path("volumes").iterdir() if path.is_dir()))
+    chosen = TrainingSettings(
+        epochs=2, widths=ARCHITECTURE["widths"], blocks=ARCHITECTURE["blocks"], device="cpu", processes=1,
+        augmentation=None, learning_rate=1e-3, loss="distribution", keep="last", shift_averaging=1,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it trains without a GPU
+        result = train(store, ws.read("splits.csv"), ws.run("soft"), chosen)
+    assert result.history["train_loss"].iloc[1] < result.history["train_loss"].iloc[0]
+    bundle, rows = load_bundle(save_bundle(ws.run("soft"))), result.predictions.set_index("scan_id")
+    assert bundle.manifest["architecture"]["outputs"] == 65 and bundle.manifest["shift_averaging"] == 1
+    image = ws.path("0.nii")
+    assert bundle.predict(image).predicted_age == pytest.approx(rows["predicted_age"]["000"], abs=1e-4)
+    bundle.model.averaging["shift_averaging"] = 0
+    assert abs(bundle.predict(image).predicted_age - rows["predicted_age"]["000"]) > 1e-4
+
+
 def test_training_starts_from_a_bundle_but_not_from_one_that_saw_its_test_scans(trained, saved, tmp_path):
     from brainage_nb.models.starting import StartRefused
-    from brainage_nb.models.training import TrainingSettings, train
     from brainage_nb.volumes.store import current_store
 
     store, splits = current_store(trained.path("volumes")), trained.read("splits.csv")
@@ -353,6 +371,8 @@ def changed(bundle, target, **changes):
         ({"architecture": ARCHITECTURE | {"blocks": [64, 64, 64, 64]}}, "missing"),
         ({"architecture": ARCHITECTURE | {"shortcut": "B"}}, "missing or left over"),
         ({"architecture": ARCHITECTURE | {"surprise": 1}}, "surprise"),
+        ({"architecture": ARCHITECTURE | {"outputs": 10**12}}, "outputs"),
+        ({"shift_averaging": 10**6}, "0 .none. to 4 voxels"),
         ({"architecture": "resnet"}, "bundle.json"),
         ({"members": []}, "no members"),
         ({"members": [{"file": "../../etc/passwd"}]}, "not among its files"),

@@ -9,6 +9,7 @@ import torch
 
 from brainage_nb.models.optimisation import (
     WeightAverage,
+    distribution_loss,
     huber_loss,
     learning_rate_at,
     make_optimiser,
@@ -18,6 +19,7 @@ from brainage_nb.models.optimisation import (
 from brainage_nb.models.resnet import resnet18_regressor
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.shared_batchnorm import SharedBatchNorm3d, share_batchnorm
+from brainage_nb.models.views import views
 
 SMALL = {"widths": (4, 4, 8, 8), "blocks": (1, 1, 1, 1)}
 
@@ -93,6 +95,46 @@ def test_flip_averaging_makes_left_and_right_alike():
     np.testing.assert_allclose(ages, predict_ages(model, [volumes.flip(2)], **kwargs), atol=1e-5)
     assert ages.shape == (3,) and ages.dtype == np.float64
     assert len(predict_ages(model, [], **kwargs)) == 0
+
+
+def test_shift_averaging_is_the_mean_over_seven_places():
+    model = resnet18_regressor(**SMALL, norm="group").eval()
+    volumes = torch.zeros(1, 1, 16, 16, 16)
+    volumes[0, 0, 4:9, 5:11, 6:10] = torch.randn(5, 6, 4)
+    places = [
+        (0, 0, 0),
+        *(tuple(step * (axis == k) for k in range(3)) for axis in range(3) for step in (1, -1)),
+    ]
+    with torch.no_grad():  # the edge is empty, so rolling is moving
+        wanted = np.mean([float(model(volumes.roll(place, (2, 3, 4)))) for place in places])
+    ages = predict_ages(model, [volumes], contextlib.nullcontext, flip_averaging=False, shift_averaging=1)
+    np.testing.assert_allclose(ages, wanted, atol=1e-5)
+
+
+def test_a_moved_view_repeats_the_edge():
+    volumes = torch.arange(4.0).reshape(1, 1, 4, 1, 1).expand(1, 1, 4, 4, 4)
+    seen = [view[0, 0, :, 0, 0].tolist() for view in views(volumes, flip_averaging=False, shift_averaging=1)]
+    assert seen[:3] == [[0, 1, 2, 3], [0, 0, 1, 2], [1, 2, 3, 3]]
+    assert len(seen) == 7 and seen[3:] == [[0, 1, 2, 3]] * 4
+
+
+def test_a_distribution_starts_at_the_training_ages_and_learns_an_age():
+    torch.manual_seed(0)
+    model = resnet18_regressor(**SMALL, outputs=65, age_mean=50.0, age_sd=15.0)
+    scores = model(torch.zeros(2, 1, 16, 16, 16), scores=True)
+    shares = scores.softmax(dim=1)
+    points = 50 + 15 * model.points()
+    mean = shares @ points
+    spread = (shares @ points.square() - mean.square()).sqrt()
+    assert torch.allclose(mean, torch.full((2,), 50.0), atol=0.5)
+    assert torch.allclose(spread, torch.full((2,), 15.0), atol=0.5)
+    assert torch.allclose(model.ages(scores), mean)
+    age = torch.tensor([30.0, 71.3])
+    curve = -((points - age[:, None]) / 3).square() / 2
+    assert torch.allclose(distribution_loss(model, curve, age, 3.0), torch.zeros(2), atol=1e-5)
+    assert torch.allclose(model.ages(curve), age, atol=0.01)
+    moved = distribution_loss(model, curve, age + 3, 3.0)  # two normal curves one sd apart: 1/2
+    assert torch.allclose(moved, torch.full((2,), 0.5), atol=0.01)
 
 
 def test_shared_batchnorm_alone_is_plain_batchnorm():

@@ -358,6 +358,33 @@ def test_the_best_epoch_comes_from_neither_the_held_out_fold_nor_the_test_split(
         assert not set(member.predicted) & set(member.validation)
 
 
+def test_where_no_epoch_is_chosen_all_others_are_trained_on_and_the_last_epoch_is_kept(
+    tiny, tiny_settings, tmp_path
+):
+    settings = replace(tiny_settings, folds=3, keep="last", inner_fraction=0.0, learning_rate=1e-7)
+    scans = tiny[1].reset_index(drop=True)
+    rest = set(np.flatnonzero(scans["split"] != "test"))
+    for member in members_of(scans, settings):
+        assert set(member.train) | set(member.validation) == rest
+        assert set(member.validation) <= set(member.predicted) and not set(member.train) & set(
+            member.predicted
+        )
+    with pytest.raises(ValueError, match="inner_fraction"):
+        replace(settings, keep="best")
+    with pytest.raises(ValueError, match="patience"):
+        replace(settings, patience=3)
+    scans.loc[scans["split"] == "val", "age"] = scans.loc[scans["split"] == "train", "age"].mean()
+    best, last = (  # who learns gets worse at people who all have the mean age
+        train(
+            tiny[0], scans, tmp_path / keep, replace(tiny_settings, epochs=3, learning_rate=0.03, keep=keep)
+        )
+        for keep in ("best", "last")
+    )
+    assert best.history["val_mae"].equals(last.history["val_mae"])
+    assert best.history["val_mae"].idxmin() < 2
+    assert not best.predictions["predicted_age"].equals(last.predictions["predicted_age"])
+
+
 def test_a_run_killed_at_a_random_moment_or_in_a_write_ends_bit_for_bit_the_same():
     script = Path(__file__).parents[2] / "benchmarks" / "resume.py"
     command = [sys.executable, script, "--runs", "2", "--kills", "1"]
