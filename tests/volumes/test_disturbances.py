@@ -2,6 +2,7 @@
 
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -12,6 +13,7 @@ from benchmarks import disturbances
 from benchmarks.disturbances import CASES, GEOMETRIC, disturb, mirrored, neck_cut, resampled
 from brainage_nb.volumes.heads import find_head
 from brainage_nb.volumes.scans import load_scan
+from tests.models.tiny_bundle import write_scan, write_tiny_bundle
 
 PSR = np.array([[0, 0, 2.0, -75], [-1.5, 0, 0, 117], [0, 1, 0, -136], [0, 0, 0, 1]])  # edges 1.5, 1 and 2 mm
 
@@ -121,6 +123,33 @@ def steadiness(monkeypatch):
     """The script as a module."""
     monkeypatch.syspath_prepend(str(Path(disturbances.__file__).parent))
     return importlib.import_module("steadiness")
+
+
+def test_every_form_is_predicted_from_its_file_once_and_a_refused_one_keeps_its_reason(
+    steadiness, tmp_path, monkeypatch
+):
+    from brainage_nb.models.bundle import load_bundle
+
+    blank = lambda image, random: nib.Nifti1Image(np.zeros(image.shape, np.float32), image.affine)  # noqa: E731
+    monkeypatch.setitem(steadiness.CASES, "nothing left", blank)
+    bundle = load_bundle(write_tiny_bundle(tmp_path / "bundle"))
+    path = write_scan(tmp_path / "scan.nii", 7)
+    scan = SimpleNamespace(scan_id="S1", subject_id="S1", age=40.0)
+    rows = steadiness.predicted(scan, path, {"tiny": (bundle, tmp_path / "cache")})
+    forms = pd.DataFrame(rows).set_index("case")
+    expected = bundle.predict(path).predicted_age
+    assert list(forms.index) == [steadiness.UNCHANGED, steadiness.AGAIN, *steadiness.CASES]
+    assert forms.loc[steadiness.UNCHANGED, "predicted_age"] == pytest.approx(expected, abs=1e-4)
+    assert forms.loc[steadiness.AGAIN, "predicted_age"] == forms.loc[steadiness.UNCHANGED, "predicted_age"]
+    nib.save(disturb(load_scan(path), "noise", "S1"), tmp_path / "noisy.nii")
+    noisy = bundle.predict(tmp_path / "noisy.nii").predicted_age
+    assert forms.loc["noise", "predicted_age"] == pytest.approx(noisy, abs=1e-4) != pytest.approx(expected)
+    assert forms.loc["nothing left", "refused"] == "blank" and forms["refused"].ne("").sum() == 1
+    kept = {"tiny": (None, tmp_path / "cache")}  # no bundle: nothing is predicted again
+    assert steadiness.predicted(scan, path, kept) == rows
+    write_scan(path, 8)
+    with pytest.raises(AttributeError):
+        steadiness.predicted(scan, path, kept)
 
 
 def rows_of(steadiness, change: float) -> pd.DataFrame:
