@@ -121,7 +121,8 @@ def main() -> None:
     paths = list(enumerate(sorted((options.data / "images").glob("*.nii.gz"))))
     paths = paths[:: 10 if options.quick else 1]
     if not paths:
-        parser.exit(0, json.dumps({"name": "brain", "skipped": f"no scans under {options.data}"}) + "\n")
+        print(json.dumps({"name": "brain", "skipped": f"no scans under {options.data}"}))
+        return
     found = Parallel(n_jobs=2)(delayed(one_scan)(path, options.data / "dlmuse", k) for k, path in paths)
     rows = pd.DataFrame([row for scan in found for row in scan])
     everything = pd.concat([rows.assign(scans="all"), rows])

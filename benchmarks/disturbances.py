@@ -24,8 +24,8 @@ from brainage_nb.volumes.scans import voxel_sizes
 VERSION = 1  # raised whenever the same scan gives another disturbed one than before
 DEGREES, SHIFT_MM = 15.0, 20.0
 PAD_MM = 50.0  # room around the array, so that no turn or move cuts anything off
-# What stays below the crown where the neck is cut: the lowest brain of the IXI-HH scans (reference masks)
-# ends 162 mm below it, their images 197 to 225 mm.
+# What stays below the crown where the neck is cut: the lowest brain of 121 IXI-HH scans (reference masks)
+# ends 162 mm below it, their images 187 to 229 mm.
 NECK_CUT_MM = 165.0
 GAIN, OFFSET = 2.7, 0.1  # of the intensity; offset as a share of the brightest voxel
 BIAS_LOG_SD, BIAS_KNOTS_MM = 0.1, 70.0  # a field of about 20 % up and down

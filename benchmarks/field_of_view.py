@@ -115,9 +115,8 @@ def main() -> None:
     options = parser.parse_args()
     paths = sorted((options.data / "images").glob("*.nii.gz"))[:: 10 if options.quick else 1]
     if not paths:
-        parser.exit(
-            0, json.dumps({"name": "field_of_view", "skipped": f"no scans under {options.data}"}) + "\n"
-        )
+        print(json.dumps({"name": "field_of_view", "skipped": f"no scans under {options.data}"}))
+        return
     began, settings = time.monotonic(), PreprocessingSettings()
     found = Parallel(n_jobs=2)(delayed(one_scan)(path, options.data / "dlmuse", settings) for path in paths)
     rows = pd.DataFrame([row for scan in found for row in scan])
