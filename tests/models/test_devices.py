@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from brainage_nb.models import preflight
+from brainage_nb.models import fitting, preflight
 from brainage_nb.models.bundle import load_bundle
 from brainage_nb.models.devices import (
     GPU_FROM_SCANS,
@@ -16,6 +18,7 @@ from brainage_nb.models.explain import explain
 from brainage_nb.models.heat_maps import grad_cam
 from brainage_nb.models.members import NetworkEnsemble
 from brainage_nb.models.prediction import Prediction
+from brainage_nb.models.training import train
 from tests.models.tiny_bundle import networks, write_scan, write_tiny_bundle
 
 # PyTorch's "meta" device stands where a GPU would: tensors really move there, but hold no numbers, so what is
@@ -65,6 +68,21 @@ def test_full_float32_switches_tf32_off_and_nothing_else():
         assert settings() == before and not backend.allow_tf32
     assert settings() == before and backend.allow_tf32 == tf32
     assert before[0] and tf32  # PyTorch's defaults; else this shows nothing
+
+
+def test_training_s_last_predictions_are_in_full_float32_and_with_cudnn(
+    tiny, tiny_settings, tmp_path, monkeypatch
+):
+    computed, seen, backend = fitting.predict_ages, [], torch.backends.cudnn
+
+    def watched(*arguments, **settings):
+        seen.append((backend.enabled, backend.allow_tf32))
+        return computed(*arguments, **settings)
+
+    monkeypatch.setattr(fitting, "predict_ages", watched)
+    with pytest.warns(UserWarning, match="TRAINING ON THE CPU"):
+        train(*tiny, tmp_path / "run", replace(tiny_settings, epochs=1))
+    assert seen == [(True, True), (True, False)]  # validation, then the predictions that are kept
 
 
 # --- the CPU is the reference ---------------------------------------------------------------------------
@@ -168,6 +186,8 @@ def test_many_scans_all_have_their_results_when_the_gpu_fails(tmp_path):
         network.layer1.register_forward_pre_hook(out_of_memory)
     with pytest.warns(UserWarning, match="its memory is full"):
         results = list(bundle.predict_many(scans, n_jobs=2))
-    assert results == expected and all(isinstance(result, Prediction) for result in results)
+    assert all(isinstance(result, Prediction) for result in results), results
+    ages = [result.predicted_age for result in results]
+    assert ages == pytest.approx([result.predicted_age for result in expected], abs=1e-4)
     heat = explain(bundle, results[0]).heat
     assert np.array_equal(heat, grad_cam(bundle.model.networks, results[0].volume))
