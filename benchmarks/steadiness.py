@@ -74,8 +74,9 @@ def trained_bundle(ws: Workspace, recipe: str, epochs: int) -> Path:
     report = build_store(splits, ws.path("volumes"), settings, ws.resolve)
     if len(report.failed):
         print(f"{recipe}: {len(report.failed)} scans gave no volume\n{report.failed.to_string(index=False)}")
-    folder = ws.run(f"{recipe}-{epochs}")
     chosen = TrainingSettings(epochs=epochs, checkpoint_minutes=1.0)
+    decides = json.dumps([settings.fingerprint, chosen.identity()], sort_keys=True)
+    folder = ws.run(f"{recipe}-{epochs}-{hashlib.sha256(decides.encode()).hexdigest()[:8]}")
     if not train(report.store, splits, folder, chosen).complete:
         raise SystemExit("Training was stopped; everything is saved: run this again and it goes on.")
     return current_bundle(folder)
