@@ -49,6 +49,8 @@ INGREDIENTS: dict[str, dict] = {
     "wide": {"augmentation": WIDE},
     "noflip": {"flip_averaging": False},
     "shifts": {"shift_averaging": 1},
+    "brisk": {"learning_rate": 1e-3},
+    "fours": {"batch_size": 4},
     "decay": {"weight_decay": 0.01},
     "started": {},  # from the bundle given by --start
 }

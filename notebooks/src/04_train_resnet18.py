@@ -74,6 +74,20 @@ learning_rate = 3e-4  # @param {type:"number"}
 seeds = "1"  # @param {type:"string"}
 # folds of cross-validation over training and validation subjects; 0: none
 folds = 0  # @param {type:"integer"}
+# channels of the four stages; 64,128,256,512 is ResNet-18, halves of these train four times as fast
+widths = "64,128,256,512"  # @param {type:"string"}
+# normalisation: batch (learns fastest), group or instance
+norm = "batch"  # @param ["batch", "group", "instance"]
+# what is learned: huber (the age) or distribution (soft labels: a curve of ages around it)
+loss = "huber"  # @param ["huber", "distribution"]
+# which weights are kept: those of the epoch with the best validation error, or of the last one
+keep = "best"  # @param ["best", "last"]
+# epochs that the average of the weights reaches back; 0: none
+ema_epochs = 1.0  # @param {type:"number"}
+# predict each scan and its left-right mirror image, and average
+flip_averaging = True  # @param {type:"boolean"}
+# voxels by which each scan is also moved along every axis for its prediction, and averaged; 0: none
+shift_averaging = 0  # @param {type:"integer"}
 # stop after so many epochs without a better validation error; 0: never
 patience = 0  # @param {type:"integer"}
 # minutes after which everything is saved and the run ends, to be continued; 0: no limit
@@ -159,21 +173,10 @@ montage([volume for _, volume in examples], [title for title, _ in examples], na
 # the run will take is known before it starts.
 
 # %%
-settings = TrainingSettings(
-    epochs=epochs,
-    batch_size=batch_size,
-    learning_rate=learning_rate,
-    seeds=tuple(int(value) for value in seeds.split(",")),
-    folds=folds,
-    patience=patience,
-    max_minutes=max_minutes,
-    checkpoint_minutes=checkpoint_minutes,
-    scratch=str(scratch or ""),
-    cluster=cluster,
-    require_gpu=require_gpu,
-    init_from=init_from,
-    augmentation=augmentation,
-)
+chosen = {name: parameters[name] for name in TrainingSettings.__dataclass_fields__ if name in parameters}
+for name in ("seeds", "widths"):
+    chosen[name] = tuple(int(value) for value in chosen[name].split(","))
+settings = TrainingSettings(**chosen, scratch=str(scratch or ""), augmentation=augmentation)
 if cluster in ("", "local"):
     display(forecast(store, splits, ws.run(run), settings, fresh=fresh))
 
