@@ -187,10 +187,10 @@ def cross_validated(
 
 def vgg_svr(store: VolumeStore, cohort: pd.DataFrame, weights: str, repeats: int, cache: Path) -> np.ndarray:
     """Out-of-fold ages (repeats, n) of VGG16 features and SVR, late fusion, as notebook 05 gives them."""
-    from brainage_nb.models.vgg_cache import extract_features
-    from brainage_nb.models.vgg_features import FeatureSettings
-    from brainage_nb.models.vgg_network import vgg16_features
-    from brainage_nb.models.vgg_run import train_vgg_svr
+    from brainage_nb.models.vgg.cache import extract_features
+    from brainage_nb.models.vgg.features import FeatureSettings
+    from brainage_nb.models.vgg.network import vgg16_features
+    from brainage_nb.models.vgg.run import train_vgg_svr
 
     network = vgg16_features(weights).place()
     settings = FeatureSettings(image_size=64)

@@ -20,13 +20,13 @@ import pandas as pd
 import torch
 from synthetic_store import synthetic_store
 
-from brainage_nb.models.batches import ResidentVolumes, StreamedVolumes
-from brainage_nb.models.fitting import MemberFit
-from brainage_nb.models.optimisation import huber_loss
-from brainage_nb.models.preflight import choose_precision
+from brainage_nb.models.fitting.batches import ResidentVolumes, StreamedVolumes
+from brainage_nb.models.fitting.member_fit import MemberFit
+from brainage_nb.models.fitting.optimisation import huber_loss
+from brainage_nb.models.fitting.preflight import choose_precision
+from brainage_nb.models.fitting.stopping import StopRequests
+from brainage_nb.models.fitting.sweeps import members_of
 from brainage_nb.models.settings import TrainingSettings
-from brainage_nb.models.stopping import StopRequests
-from brainage_nb.models.sweeps import members_of
 from brainage_nb.volumes.augment import AugmentationSettings, augment
 
 BATCH, SIZE, SPACING = 4, 96, 2.0

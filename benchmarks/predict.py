@@ -118,7 +118,7 @@ def in_a_row(bundle, scan: Path, n: int, rounds: int) -> tuple[float, float, flo
 def rows_in_a_row(place: Path, scan: Path, n: int, rounds: int) -> dict[str, tuple]:
     """Rows of the table: (value, bar, whether it holds) of `n` scans on the CPU, and on a GPU if any."""
     from brainage_nb.models.bundle import load_bundle
-    from brainage_nb.models.preflight import why_no_gpu
+    from brainage_nb.models.fitting.preflight import why_no_gpu
 
     def rows(bundle, where: str, limit) -> dict[str, tuple]:
         prepared, network, predicted = in_a_row(bundle, scan, n, rounds)

@@ -24,11 +24,11 @@ import pandas as pd
 
 from brainage_nb.cohort.sources import folder_cohort
 from brainage_nb.cohort.splits import deal_splits
-from brainage_nb.models.fitting import MemberFit
-from brainage_nb.models.job import Job
-from brainage_nb.models.optimisation import precise_statistics, predict_ages
+from brainage_nb.models.fitting.job import Job
+from brainage_nb.models.fitting.member_fit import MemberFit
+from brainage_nb.models.fitting.optimisation import precise_statistics, predict_ages
+from brainage_nb.models.fitting.stopping import StopRequests
 from brainage_nb.models.settings import TrainingSettings
-from brainage_nb.models.stopping import StopRequests
 from brainage_nb.volumes.preprocessing import PreprocessingSettings
 from brainage_nb.volumes.store import VolumeStore
 from brainage_nb.volumes.store_building import build_store

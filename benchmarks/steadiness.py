@@ -32,7 +32,7 @@ from brainage_nb.cohort.sources import folder_cohort
 from brainage_nb.cohort.splits import deal_splits
 from brainage_nb.evaluation.bootstrap import bootstrap_sums, subject_codes, value_with_interval
 from brainage_nb.models.bundle import Bundle, current_bundle, load_bundle
-from brainage_nb.models.prediction import Failure, Prediction
+from brainage_nb.models.bundles.prediction import Failure, Prediction
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.training import train
 from brainage_nb.volumes.preprocessing import PreprocessingSettings

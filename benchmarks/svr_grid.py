@@ -14,9 +14,9 @@ import time
 
 import numpy as np
 
-from brainage_nb.models.fusion import fit_early
-from brainage_nb.models.linear_svr import GRID, out_of_fold
-from brainage_nb.models.vgg_features import at_position
+from brainage_nb.models.vgg.features import at_position
+from brainage_nb.models.vgg.fusion import fit_early
+from brainage_nb.models.vgg.linear_svr import GRID, out_of_fold
 
 BAR_S, BAR_GB = 60.0, 3.0
 

@@ -16,7 +16,7 @@ from brainage_nb.apps.styles import APP_STYLE
 from brainage_nb.apps.turns import one_at_a_time
 from brainage_nb.apps.uploads import SCAN_TYPES, StoredScan, stored
 from brainage_nb.models.bundle import Bundle, BundleError, load_bundle
-from brainage_nb.models.prediction import NOT_A_DEVICE, OLDEST, Failure, Prediction
+from brainage_nb.models.bundles.prediction import NOT_A_DEVICE, OLDEST, Failure, Prediction
 from brainage_nb.workspace import read_csv
 
 MAX_BUNDLE_BYTES = 2 * 2**30

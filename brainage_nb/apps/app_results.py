@@ -10,8 +10,8 @@ import streamlit as st
 
 from brainage_nb.apps import documents
 from brainage_nb.apps.turns import one_at_a_time
+from brainage_nb.models.bundles.prediction import Failure, Prediction
 from brainage_nb.models.explain import Explanation, explain
-from brainage_nb.models.prediction import Failure, Prediction
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -107,7 +107,7 @@ def _warnings(prediction: Prediction) -> None:
 def _slices(bundle: Bundle, prediction: Prediction, place: int) -> Figure:
     from matplotlib.figure import Figure
 
-    from brainage_nb.models.explain_plots import overlay_planes, strongest
+    from brainage_nb.models.explaining.plots import overlay_planes, strongest
 
     explanation = _explained(bundle, prediction, place)
     start = strongest(prediction.volume, explanation.heat)
@@ -144,7 +144,7 @@ def _explained(bundle: Bundle, prediction: Prediction, place: int) -> Explanatio
 def _position(bundle: Bundle, prediction: Prediction) -> Figure:
     from matplotlib.figure import Figure
 
-    from brainage_nb.models.explain_plots import age_among_held_out
+    from brainage_nb.models.explaining.plots import age_among_held_out
 
     figure = Figure(figsize=(6, 4.4), layout="constrained")
     age_among_held_out(figure.subplots(), prediction, bundle.manifest["position"])

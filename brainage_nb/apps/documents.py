@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from brainage_nb import __version__
 from brainage_nb.apps.styles import PAGE_STYLE
-from brainage_nb.models.prediction import COLUMNS, NOT_A_DEVICE, Failure, Prediction
+from brainage_nb.models.bundles.prediction import COLUMNS, NOT_A_DEVICE, Failure, Prediction
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from brainage_nb.models.bundle import Bundle
-    from brainage_nb.models.prediction import Failure, Prediction
+    from brainage_nb.models.bundles.prediction import Failure, Prediction
 
 IMAGE_ENDINGS = (".nii", ".nii.gz", ".mgh", ".mgz", ".hdr")
 
@@ -56,8 +56,8 @@ def run_predict(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from brainage_nb.models.bundle import BundleError, load_bundle
-    from brainage_nb.models.devices import chosen_device, name_of
-    from brainage_nb.models.prediction import NOT_A_DEVICE
+    from brainage_nb.models.bundles.devices import chosen_device, name_of
+    from brainage_nb.models.bundles.prediction import NOT_A_DEVICE
 
     try:
         scans = scan_files(options.scans)
@@ -147,8 +147,8 @@ def _explanations_folder(out: str) -> Path:
 
 
 def _explain(bundle: Bundle, result: Prediction | Failure, folder: Path) -> None:
+    from brainage_nb.models.bundles.prediction import Prediction
     from brainage_nb.models.explain import explain
-    from brainage_nb.models.prediction import Prediction
 
     if isinstance(result, Prediction):
         explain(bundle, result).save(folder, result)
@@ -157,7 +157,7 @@ def _explain(bundle: Bundle, result: Prediction | Failure, folder: Path) -> None
 def _report(bundle: Bundle, results: list[Any], options: argparse.Namespace, notice: str) -> int:
     import pandas as pd
 
-    from brainage_nb.models.prediction import COLUMNS, Failure
+    from brainage_nb.models.bundles.prediction import COLUMNS, Failure
     from brainage_nb.workspace import write_csv
 
     frame = pd.DataFrame([result.to_dict() for result in results], columns=list(COLUMNS))
@@ -185,7 +185,7 @@ def _report(bundle: Bundle, results: list[Any], options: argparse.Namespace, not
 
 
 def _sentences(result: Prediction | Failure) -> list[str]:
-    from brainage_nb.models.prediction import Failure
+    from brainage_nb.models.bundles.prediction import Failure
 
     return (
         [result.sentence]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from brainage_nb.apps.predict_cli import is_image
-from brainage_nb.models.prediction import Failure
+from brainage_nb.models.bundles.prediction import Failure
 
 MAX_UPLOAD = 2**30  # bytes of one upload
 MAX_DICOM_FILES, MAX_DICOM_BYTES = 5000, 2 * 2**30

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from brainage_nb.apps.uploads import StoredScan, stored
+from brainage_nb.models.bundles.prediction import Failure, Prediction
 from brainage_nb.models.explain import Explanation, explain
-from brainage_nb.models.prediction import Failure, Prediction
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -33,7 +33,7 @@ def result_figure(
     """Three planes with the heat map, and the age among held-out scans: one static picture."""
     from matplotlib.figure import Figure
 
-    from brainage_nb.models.explain_plots import age_among_held_out, overlay_planes
+    from brainage_nb.models.explaining.plots import age_among_held_out, overlay_planes
 
     figure = Figure(figsize=(12, 7.4), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.1))
@@ -114,7 +114,7 @@ class PredictionWidget:
         if isinstance(result, Failure):
             self._say(result.sentence)
             return result
-        from brainage_nb.models.explain_plots import strongest
+        from brainage_nb.models.explaining.plots import strongest
 
         self.prediction = result
         self.explanation = explain(self.bundle, result)

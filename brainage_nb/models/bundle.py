@@ -1,7 +1,6 @@
 """A trained model as one folder or zip: opened without running anything from it, it predicts scans.
 
-The front of `bundle_files` (safe reading), `members` (networks), `prediction` (what is said) and
-`bundle_saving`.
+The front of `bundles`: `files` (safe reading), `members` (networks), `prediction` (what is said), `saving`.
 """
 
 from __future__ import annotations
@@ -16,12 +15,18 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from brainage_nb.models.bundle_facts import among, check_manifest
-from brainage_nb.models.bundle_files import MAX_BYTES, BundleError, BundleFiles, open_bundle
-from brainage_nb.models.bundle_saving import current_bundle, save_bundle
-from brainage_nb.models.devices import working_device
-from brainage_nb.models.members import RESNET, VGG, NetworkEnsemble, SvrModel, compute_threads, model_of
-from brainage_nb.models.prediction import (
+from brainage_nb.models.bundles.devices import working_device
+from brainage_nb.models.bundles.facts import among, check_manifest
+from brainage_nb.models.bundles.files import MAX_BYTES, BundleError, BundleFiles, open_bundle
+from brainage_nb.models.bundles.members import (
+    RESNET,
+    VGG,
+    NetworkEnsemble,
+    SvrModel,
+    compute_threads,
+    model_of,
+)
+from brainage_nb.models.bundles.prediction import (
     Caution,
     Failure,
     Prediction,
@@ -33,8 +38,9 @@ from brainage_nb.models.prediction import (
     member_cautions,
     voxel_cautions,
 )
-from brainage_nb.models.reference import FILE as REFERENCE_FILE
-from brainage_nb.models.reference import Reference
+from brainage_nb.models.bundles.reference import FILE as REFERENCE_FILE
+from brainage_nb.models.bundles.reference import Reference
+from brainage_nb.models.bundles.saving import current_bundle, save_bundle
 from brainage_nb.volumes.scans import SCAN_FLAGS, ScanError
 from brainage_nb.workspace import n_workers, sha256_of
 

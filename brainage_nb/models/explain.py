@@ -1,6 +1,6 @@
 """Why a model says an age: a heat map of one scan, in its own space.
 
-The maps themselves are computed in `heat_maps`; groups, template space and regions are in `explain_groups`.
+The maps themselves are in `explaining.heat_maps`; groups, template space and regions in `explaining.groups`.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from brainage_nb.models.heat_maps import grad_cam, occlusion
-from brainage_nb.models.members import VGG
+from brainage_nb.models.bundles.members import VGG
+from brainage_nb.models.explaining.heat_maps import grad_cam, occlusion
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
     from brainage_nb.models.bundle import Bundle
-    from brainage_nb.models.prediction import Prediction
+    from brainage_nb.models.bundles.prediction import Prediction
 
 GRAD_CAM, OCCLUSION, TRIPLETS = "grad_cam", "occlusion", "triplets"
 METHODS = {
@@ -61,7 +61,7 @@ class Explanation:
         """Three planes with the heat over them, as a figure that stands alone."""
         from matplotlib.figure import Figure
 
-        from brainage_nb.models.explain_plots import overlay_planes
+        from brainage_nb.models.explaining.plots import overlay_planes
 
         figure = Figure(figsize=(9, 3.3), layout="constrained")
         axes = figure.subplots(1, 3)

@@ -1,6 +1,6 @@
 """Train the age models of one run: `train` in notebooks, `python -m brainage_nb.models.training` elsewhere.
 
-Settings are in `settings`, the models of a run in `job`, the loop of one in `fitting`.
+Settings are in `settings`, the models of a run in `fitting.job`, the loop of one in `fitting.member_fit`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from brainage_nb.models.fitting import HISTORY
-from brainage_nb.models.job import Job
-from brainage_nb.models.launching import in_worker, launch, processes_wanted
-from brainage_nb.models.progress import EpochLines, ProgressBars
+from brainage_nb.models.fitting.job import Job
+from brainage_nb.models.fitting.launching import in_worker, launch, processes_wanted
+from brainage_nb.models.fitting.member_fit import HISTORY
+from brainage_nb.models.fitting.progress import EpochLines, ProgressBars
+from brainage_nb.models.fitting.spreading import train_on_cluster
+from brainage_nb.models.fitting.stopping import StopRequests
 from brainage_nb.models.settings import TrainingSettings
-from brainage_nb.models.spreading import train_on_cluster
-from brainage_nb.models.stopping import StopRequests
 from brainage_nb.workspace import read_csv, read_json
 
 if TYPE_CHECKING:

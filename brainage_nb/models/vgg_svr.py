@@ -1,6 +1,6 @@
 """The VGG16 + SVR model as it is kept and used: volumes to ages, saved as plain arrays and JSON, no pickle.
 
-Fits nothing (`fusion`), chooses no rows (`vgg_run`).
+Fits nothing (`vgg.fusion`), chooses no rows (`vgg.run`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from brainage_nb.models.fusion import EARLY, LATE, EarlyFusion, LateFusion
-from brainage_nb.models.fusion_rules import Fusion
-from brainage_nb.models.linear_svr import Choice, LinearSvr
-from brainage_nb.models.vgg_features import SLICES, FeatureSettings, volume_features
-from brainage_nb.models.vgg_network import (
+from brainage_nb.models.vgg.features import SLICES, FeatureSettings, volume_features
+from brainage_nb.models.vgg.fusion import EARLY, LATE, EarlyFusion, LateFusion
+from brainage_nb.models.vgg.fusion_rules import Fusion
+from brainage_nb.models.vgg.linear_svr import Choice, LinearSvr
+from brainage_nb.models.vgg.network import (
     Vgg16Features,
     WeightsError,
     save_features,

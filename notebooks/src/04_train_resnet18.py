@@ -125,8 +125,8 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.apps.live_curve import LiveCurve, history_figure
 from brainage_nb.evaluation.metrics import metrics_by_split
-from brainage_nb.models.bundle_saving import current_bundle
-from brainage_nb.models.forecast import forecast
+from brainage_nb.models.bundles.saving import current_bundle
+from brainage_nb.models.fitting.forecast import forecast
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.training import train
 from brainage_nb.volumes.augment import AugmentationSettings, augmentation_examples

@@ -85,13 +85,13 @@ import pandas as pd
 
 from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.evaluation.plots import predicted_vs_true
-from brainage_nb.models import vgg_plots
-from brainage_nb.models.bundle_saving import current_bundle
-from brainage_nb.models.fusion import positions_in_use
-from brainage_nb.models.vgg_cache import extract_features
-from brainage_nb.models.vgg_features import FeatureSettings, present, triplet_images, triplets_with_brain
-from brainage_nb.models.vgg_network import vgg16_features
-from brainage_nb.models.vgg_run import train_vgg_svr
+from brainage_nb.models.bundles.saving import current_bundle
+from brainage_nb.models.vgg import plots as vgg_plots
+from brainage_nb.models.vgg.cache import extract_features
+from brainage_nb.models.vgg.features import FeatureSettings, present, triplet_images, triplets_with_brain
+from brainage_nb.models.vgg.fusion import positions_in_use
+from brainage_nb.models.vgg.network import vgg16_features
+from brainage_nb.models.vgg.run import train_vgg_svr
 from brainage_nb.models.vgg_svr import VggSvr
 from brainage_nb.volumes.store import current_store
 from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary

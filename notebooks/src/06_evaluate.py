@@ -92,7 +92,7 @@ from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
 from brainage_nb.evaluation.figures import draw_figures
 from brainage_nb.evaluation.report import write_report
 from brainage_nb.models.bundle import current_bundle, load_bundle
-from brainage_nb.models.elsewhere import apply_elsewhere, named_subjects
+from brainage_nb.models.bundles.elsewhere import apply_elsewhere, named_subjects
 from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
 
 set_matplotlib_formats("png")  # figures appear in their cells

@@ -155,8 +155,8 @@ PredictionWidget(model, scans or {prediction.scan: (path, None)})
 # crown and middle of the head alone, good to about a centimetre. The head around the brain is left out.
 
 # %%
-from brainage_nb.models.explain_groups import age_group_maps, coarse_regions, region_table
-from brainage_nb.models.explain_plots import group_panels
+from brainage_nb.models.explaining.groups import age_group_maps, coarse_regions, region_table
+from brainage_nb.models.explaining.plots import group_panels
 from brainage_nb.volumes.store import VolumeStore
 
 splits = ws.read("splits.csv")
@@ -193,7 +193,7 @@ regions.round(3)
 
 # %%
 from brainage_nb.cohort.phantom import AGEING_MAP
-from brainage_nb.models.explain_checks import planted_check, planted_places
+from brainage_nb.models.explaining.checks import planted_check, planted_places
 
 checked = pd.DataFrame(columns=["map", "inside", "auc_of_mean"])
 if groups and ws.path("demo", AGEING_MAP).exists():

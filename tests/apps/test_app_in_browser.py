@@ -16,7 +16,7 @@ import pytest
 
 from brainage_nb.apps.predict_cli import app_command
 from brainage_nb.models.bundle import load_bundle
-from brainage_nb.models.bundle_files import zip_bundle
+from brainage_nb.models.bundles.files import zip_bundle
 from tests.models.tiny_bundle import bomb, write_scan, write_tiny_bundle
 
 pytestmark = pytest.mark.slow

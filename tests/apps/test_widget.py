@@ -5,8 +5,8 @@ import pytest
 
 from brainage_nb.apps.widget import PredictionWidget, result_figure, uploaded, workspace_scans
 from brainage_nb.models.bundle import load_bundle
+from brainage_nb.models.bundles.prediction import Failure
 from brainage_nb.models.explain import explain
-from brainage_nb.models.prediction import Failure
 from tests.models.tiny_bundle import write_scan, write_tiny_bundle
 
 

@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from brainage_nb.models.bundle import BundleError, load_bundle, save_bundle
-from brainage_nb.models.bundle_files import zip_bundle
-from brainage_nb.models.members import SvrModel, arrays_of, network_from, precision_check
-from brainage_nb.models.prediction import Failure
+from brainage_nb.models.bundles.files import zip_bundle
+from brainage_nb.models.bundles.members import SvrModel, arrays_of, network_from, precision_check
+from brainage_nb.models.bundles.prediction import Failure
 from brainage_nb.models.training import TrainingSettings, train
 from brainage_nb.volumes.scans import ScanError
 from brainage_nb.volumes.store import VolumeStore
@@ -100,7 +100,7 @@ def test_a_learned_distribution_and_moved_views_are_saved_too(trained, tmp_path)
 
 
 def test_training_starts_from_a_bundle_but_not_from_one_that_saw_its_test_scans(trained, saved, tmp_path):
-    from brainage_nb.models.starting import StartRefused
+    from brainage_nb.models.fitting.starting import StartRefused
     from brainage_nb.volumes.store import current_store
 
     store, splits = current_store(trained.path("volumes")), trained.read("splits.csv")
@@ -132,10 +132,10 @@ def test_training_starts_from_a_bundle_but_not_from_one_that_saw_its_test_scans(
 @pytest.fixture(scope="module")
 def svr_saved(trained):
     """A bundle of VGG16 features and SVR, trained on the same heads."""
-    from brainage_nb.models.vgg_cache import extract_features
-    from brainage_nb.models.vgg_features import FeatureSettings
-    from brainage_nb.models.vgg_network import vgg16_features
-    from brainage_nb.models.vgg_run import train_vgg_svr
+    from brainage_nb.models.vgg.cache import extract_features
+    from brainage_nb.models.vgg.features import FeatureSettings
+    from brainage_nb.models.vgg.network import vgg16_features
+    from brainage_nb.models.vgg.run import train_vgg_svr
     from brainage_nb.volumes.store import current_store
 
     network = vgg16_features("random_projection", pooling="mean", seed=1).place()

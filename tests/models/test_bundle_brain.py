@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 
 from brainage_nb.models.bundle import load_bundle
-from brainage_nb.models.prediction import Failure
+from brainage_nb.models.bundles.prediction import Failure
 from brainage_nb.volumes.preprocessing import PreprocessingSettings, as_stored, preprocess
 from tests.models.tiny_bundle import SETTINGS, write_tiny_bundle
 from tests.volumes.template_head import head, pose, shuffled

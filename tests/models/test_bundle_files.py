@@ -6,8 +6,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from brainage_nb.models import bundle_files
-from brainage_nb.models.bundle_files import BundleError, open_bundle, write_bundle, zip_bundle
+from brainage_nb.models.bundles import files as bundle_files
+from brainage_nb.models.bundles.files import BundleError, open_bundle, write_bundle, zip_bundle
 
 WEIGHTS = {"member-00.safetensors": {"weight": np.arange(6, dtype=np.float16).reshape(2, 3)}}
 

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from brainage_nb.models import fitting, preflight
 from brainage_nb.models.bundle import load_bundle
-from brainage_nb.models.devices import (
+from brainage_nb.models.bundles.devices import (
     GPU_FROM_SCANS,
     Placed,
     chosen_device,
@@ -14,10 +13,11 @@ from brainage_nb.models.devices import (
     name_of,
     working_device,
 )
+from brainage_nb.models.bundles.members import NetworkEnsemble
+from brainage_nb.models.bundles.prediction import Prediction
 from brainage_nb.models.explain import explain
-from brainage_nb.models.heat_maps import grad_cam
-from brainage_nb.models.members import NetworkEnsemble
-from brainage_nb.models.prediction import Prediction
+from brainage_nb.models.explaining.heat_maps import grad_cam
+from brainage_nb.models.fitting import member_fit, preflight
 from brainage_nb.models.training import train
 from tests.models.tiny_bundle import networks, write_scan, write_tiny_bundle
 
@@ -73,13 +73,13 @@ def test_full_float32_switches_tf32_off_and_nothing_else():
 def test_training_s_last_predictions_are_in_full_float32_and_with_cudnn(
     tiny, tiny_settings, tmp_path, monkeypatch
 ):
-    computed, seen, backend = fitting.predict_ages, [], torch.backends.cudnn
+    computed, seen, backend = member_fit.predict_ages, [], torch.backends.cudnn
 
     def watched(*arguments, **settings):
         seen.append((backend.enabled, backend.allow_tf32))
         return computed(*arguments, **settings)
 
-    monkeypatch.setattr(fitting, "predict_ages", watched)
+    monkeypatch.setattr(member_fit, "predict_ages", watched)
     with pytest.warns(UserWarning, match="TRAINING ON THE CPU"):
         train(*tiny, tmp_path / "run", replace(tiny_settings, epochs=1))
     assert seen == [(True, True), (True, False)]  # validation, then the predictions that are kept

@@ -5,8 +5,8 @@ import pytest
 
 from brainage_nb.evaluation.external import TrainedOnThem
 from brainage_nb.models.bundle import load_bundle
-from brainage_nb.models.bundle_facts import hashed
-from brainage_nb.models.elsewhere import apply_elsewhere, named_subjects
+from brainage_nb.models.bundles.elsewhere import apply_elsewhere, named_subjects
+from brainage_nb.models.bundles.facts import hashed
 from brainage_nb.workspace import open_workspace, sha256_of, write_csv
 from tests.models.tiny_bundle import noisy_head, write_scan, write_tiny_bundle
 

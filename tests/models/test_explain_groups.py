@@ -4,8 +4,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainage_nb.models.explain_checks import localisation
-from brainage_nb.models.explain_groups import (
+from brainage_nb.models.explaining.checks import localisation
+from brainage_nb.models.explaining.groups import (
     REGIONS,
     age_group_maps,
     coarse_regions,

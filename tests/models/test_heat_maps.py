@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainage_nb.models.heat_maps import LAYERS, edge_map, grad_cam, occlusion, randomised
+from brainage_nb.models.explaining.heat_maps import LAYERS, edge_map, grad_cam, occlusion, randomised
 from tests.models.tiny_bundle import networks
 
 
@@ -44,7 +44,7 @@ def test_elementwise_maps_of_the_last_layer_add_up_to_the_score(network, volume)
     part.
     """
     batch = torch.from_numpy(volume)[None, None]
-    from brainage_nb.models.heat_maps import _cams
+    from brainage_nb.models.explaining.heat_maps import _cams
 
     with torch.no_grad():
         expected = float(network(batch) - network.age_mean - network.age_sd * network.fc.bias)
@@ -128,7 +128,7 @@ def test_the_published_form_is_monais(network, volume):
     theirs = theirs[0, 0].detach().numpy()
     ours = grad_cam([network], volume, ["layer2"], elementwise=False, flip_averaging=False)
     # Theirs has a ReLU on the coarse map, ours has none; where their map is positive after it, both agree.
-    from brainage_nb.models.heat_maps import _cams
+    from brainage_nb.models.explaining.heat_maps import _cams
 
     coarse = torch.relu(_cams(network, batch.detach(), ["layer2"], elementwise=False)[0])
     expected = torch.nn.functional.interpolate(coarse, size=volume.shape, mode="trilinear")[0, 0].numpy()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainage_nb.models.optimisation import (
+from brainage_nb.models.fitting.optimisation import (
     WeightAverage,
     distribution_loss,
     huber_loss,
@@ -16,9 +16,9 @@ from brainage_nb.models.optimisation import (
     precise_statistics,
     predict_ages,
 )
+from brainage_nb.models.fitting.shared_batchnorm import SharedBatchNorm3d, share_batchnorm
 from brainage_nb.models.resnet import resnet18_regressor
 from brainage_nb.models.settings import TrainingSettings
-from brainage_nb.models.shared_batchnorm import SharedBatchNorm3d, share_batchnorm
 from brainage_nb.models.views import views
 
 SMALL = {"widths": (4, 4, 8, 8), "blocks": (1, 1, 1, 1)}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from brainage_nb.models.fitting.starting import load_pretrained
 from brainage_nb.models.resnet import resnet18_regressor
-from brainage_nb.models.starting import load_pretrained
 
 SMALL = {"widths": (4, 8, 16, 32), "blocks": (1, 1, 1, 1)}
 

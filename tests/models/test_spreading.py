@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from brainage_nb.models.spreading import MARK, ModelsFailed, Superseded, Watched, train_member
+from brainage_nb.models.fitting.spreading import MARK, ModelsFailed, Superseded, Watched, train_member
 from brainage_nb.models.training import train
 
 distributed = pytest.importorskip("distributed", reason="Dask (the extra `cluster`) is not installed")

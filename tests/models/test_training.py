@@ -14,14 +14,14 @@ import pandas as pd
 import pytest
 import torch
 
-from brainage_nb.models import optimisation, preflight
-from brainage_nb.models.batches import ResidentVolumes, StreamedVolumes, open_volumes
-from brainage_nb.models.fitting import Diverged
-from brainage_nb.models.optimisation import Stepper
-from brainage_nb.models.preflight import NotReady
+from brainage_nb.models.fitting import optimisation, preflight
+from brainage_nb.models.fitting.batches import ResidentVolumes, StreamedVolumes, open_volumes
+from brainage_nb.models.fitting.member_fit import Diverged
+from brainage_nb.models.fitting.optimisation import Stepper
+from brainage_nb.models.fitting.preflight import NotReady
+from brainage_nb.models.fitting.stopping import StopRequests
+from brainage_nb.models.fitting.sweeps import members_of
 from brainage_nb.models.settings import SettingsDiffer, TrainingSettings
-from brainage_nb.models.stopping import StopRequests
-from brainage_nb.models.sweeps import members_of
 from brainage_nb.models.training import train
 from brainage_nb.workspace import write_json
 
@@ -79,7 +79,7 @@ def test_predictions_have_a_row_a_scan_in_the_contract_s_columns(tiny, tiny_sett
 def test_stored_weights_give_the_predictions_of_the_table(tiny, tiny_settings, tmp_path):
     from safetensors.torch import load_file
 
-    from brainage_nb.models.fitting import build_network
+    from brainage_nb.models.fitting.member_fit import build_network
 
     store, splits = tiny
     result = train(store, splits, tmp_path / "run", replace(tiny_settings, flip_averaging=True))
@@ -407,7 +407,7 @@ def test_two_processes_give_the_loss_of_one(tiny, tiny_settings, tmp_path, norm)
 
 @pytest.mark.slow
 def test_a_failing_launch_shows_its_last_lines(tiny, tiny_settings, tmp_path):
-    from brainage_nb.models.launching import LaunchFailed
+    from brainage_nb.models.fitting.launching import LaunchFailed
 
     (tmp_path / "broken.pth").write_bytes(b"no weights")
     settings = replace(tiny_settings, processes=2, init_from=str(tmp_path / "broken.pth"))

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 import torch
 
-from brainage_nb.models import vgg_network
-from brainage_nb.models.vgg_cache import FeatureCache, extract_features, open_cache
-from brainage_nb.models.vgg_features import (
+from brainage_nb.models.vgg import network as vgg_network
+from brainage_nb.models.vgg.cache import FeatureCache, extract_features, open_cache
+from brainage_nb.models.vgg.features import (
     FeatureError,
     FeatureSettings,
     mean_over_triplets,
@@ -18,7 +18,7 @@ from brainage_nb.models.vgg_features import (
     triplets_with_brain,
     volume_features,
 )
-from brainage_nb.models.vgg_network import WeightsError, vgg16_features
+from brainage_nb.models.vgg.network import WeightsError, vgg16_features
 from brainage_nb.workspace import read_json
 
 SIZE, SPACING = 24, 8.0  # a 192 mm cube

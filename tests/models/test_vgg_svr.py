@@ -8,9 +8,11 @@ import pytest
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
-from brainage_nb.models.fusion import fit_early, fit_late, positions_in_use
-from brainage_nb.models.fusion_rules import Fusion, compare_rules, learn_fusion
-from brainage_nb.models.linear_svr import (
+from brainage_nb.models.vgg.cache import extract_features
+from brainage_nb.models.vgg.features import FeatureSettings
+from brainage_nb.models.vgg.fusion import fit_early, fit_late, positions_in_use
+from brainage_nb.models.vgg.fusion_rules import Fusion, compare_rules, learn_fusion
+from brainage_nb.models.vgg.linear_svr import (
     GRID,
     PUBLISHED,
     Choice,
@@ -21,10 +23,8 @@ from brainage_nb.models.linear_svr import (
     scaled_kernel,
     score_grid,
 )
-from brainage_nb.models.vgg_cache import extract_features
-from brainage_nb.models.vgg_features import FeatureSettings
-from brainage_nb.models.vgg_network import WeightsError, vgg16_features
-from brainage_nb.models.vgg_run import COLUMNS, train_vgg_svr
+from brainage_nb.models.vgg.network import WeightsError, vgg16_features
+from brainage_nb.models.vgg.run import COLUMNS, train_vgg_svr
 from brainage_nb.models.vgg_svr import VggSvr
 
 FEW = (Choice(1.0, 0.064), PUBLISHED)

@@ -9,11 +9,11 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from brainage_nb.models.bundle_files import write_bundle
-from brainage_nb.models.bundle_saving import card_of, reference_of
-from brainage_nb.models.members import NetworkEnsemble, arrays_of, network_from
-from brainage_nb.models.prediction import NOT_A_DEVICE
-from brainage_nb.models.reference import FILE
+from brainage_nb.models.bundles.files import write_bundle
+from brainage_nb.models.bundles.members import NetworkEnsemble, arrays_of, network_from
+from brainage_nb.models.bundles.prediction import NOT_A_DEVICE
+from brainage_nb.models.bundles.reference import FILE
+from brainage_nb.models.bundles.saving import card_of, reference_of
 from brainage_nb.models.resnet import resnet18_regressor
 from brainage_nb.volumes.preprocessing import PreprocessingSettings, as_stored, preprocess
 

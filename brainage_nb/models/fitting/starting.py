@@ -1,6 +1,6 @@
 """Weights to start training from: a bundle of ours, a `.safetensors`, or a PyTorch file such as MedicalNet's.
 
-Only who may start from where is judged here; training itself is in `fitting`.
+Only who may start from where is judged here; training itself is in `member_fit`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from brainage_nb.models.bundle_facts import among
-from brainage_nb.models.bundle_files import open_bundle
+from brainage_nb.models.bundles.facts import among
+from brainage_nb.models.bundles.files import open_bundle
 from brainage_nb.models.resnet import HEAD, AgeRegressor
 
 

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from brainage_nb.evaluation.metrics import regression_metrics
-from brainage_nb.models.fusion import EARLY, LATE, EarlyFusion, LateFusion, fit_early, fit_late
-from brainage_nb.models.linear_svr import GRID
-from brainage_nb.models.vgg_cache import FeatureCache
-from brainage_nb.models.vgg_network import IMAGENET, Vgg16Features
+from brainage_nb.models.vgg.cache import FeatureCache
+from brainage_nb.models.vgg.fusion import EARLY, LATE, EarlyFusion, LateFusion, fit_early, fit_late
+from brainage_nb.models.vgg.linear_svr import GRID
+from brainage_nb.models.vgg.network import IMAGENET, Vgg16Features
 from brainage_nb.models.vgg_svr import VggSvr
 from brainage_nb.workspace import read_csv, read_json, write_csv, write_json
 

@@ -1,6 +1,6 @@
 """VGG16's convolutional part and where its weights come from, never guessed and never swapped in silence.
 
-It turns three-channel images into feature vectors. It knows no scans, slices or ages: see `vgg_features`.
+It turns three-channel images into feature vectors. It knows no scans, slices or ages: see `features`.
 """
 
 from __future__ import annotations

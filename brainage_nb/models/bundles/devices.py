@@ -1,6 +1,6 @@
 """Where a saved model computes: on the CPU, or on a GPU while the processors go on preparing scans.
 
-Training chooses its device in `preflight`.
+Training chooses its device in `fitting.preflight`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def chosen_device(asked: str, n_scans: int) -> tuple[str, str]:
         return asked, ""
     if n_scans < GPU_FROM_SCANS:
         return "cpu", ""
-    from brainage_nb.models.preflight import why_no_gpu
+    from brainage_nb.models.fitting.preflight import why_no_gpu
 
     reason = why_no_gpu()
     return ("cpu", reason) if reason else ("cuda", "")
@@ -50,7 +50,7 @@ def working_device(name: str) -> torch.device:
         return torch.device("cpu")
     if name != "cuda":
         raise ValueError(f"device = {name!r}: expected 'cpu' or 'cuda'.")
-    from brainage_nb.models.preflight import why_no_gpu
+    from brainage_nb.models.fitting.preflight import why_no_gpu
 
     if reason := why_no_gpu():
         raise ValueError(

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from brainage_nb.models.explain_groups import brain_mask, template_grid
+from brainage_nb.models.explaining.groups import brain_mask, template_grid
 from brainage_nb.volumes.pictures import PLANES, plane
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from brainage_nb.models.explain_groups import GroupMap
-    from brainage_nb.models.prediction import Prediction
+    from brainage_nb.models.bundles.prediction import Prediction
+    from brainage_nb.models.explaining.groups import GroupMap
 
 BLUE, VERMILION, GREY, BLACK = "#0072B2", "#D55E00", "#8C8C8C", "#222222"  # Okabe-Ito where coloured
 # What lies at the left and right border of a slice.

@@ -1,4 +1,4 @@
-"""All models of one training run, one after the other, and the tables they leave; `fitting` fits each."""
+"""All models of one training run, one after the other, and the tables they leave; `member_fit` fits each."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
-from brainage_nb.models.batches import open_volumes
-from brainage_nb.models.fitting import HISTORY, MemberFit, build_network
-from brainage_nb.models.preflight import check_disk, choose_device, choose_precision
+from brainage_nb.models.fitting.batches import open_volumes
+from brainage_nb.models.fitting.member_fit import HISTORY, MemberFit, build_network
+from brainage_nb.models.fitting.preflight import check_disk, choose_device, choose_precision
+from brainage_nb.models.fitting.starting import StartRefused, refuse_seen
+from brainage_nb.models.fitting.stopping import StopRequests
+from brainage_nb.models.fitting.sweeps import Member, members_of, with_means
 from brainage_nb.models.settings import SettingsDiffer, TrainingSettings, refuse_difference
-from brainage_nb.models.starting import StartRefused, refuse_seen
-from brainage_nb.models.stopping import StopRequests
-from brainage_nb.models.sweeps import Member, members_of, with_means
 from brainage_nb.workspace import read_csv, read_json, version_of, write_csv, write_json
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pandas as pd
 
-from brainage_nb.models.heat_maps import grad_cam
+from brainage_nb.models.explaining.heat_maps import grad_cam
 from brainage_nb.volumes.mni import mni_grid
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from brainage_nb.models.batches import ResidentVolumes, StreamedVolumes
+from brainage_nb.models.bundles.devices import full_float32
 from brainage_nb.models.checkpoints import Checkpoints, halved, write_weights
-from brainage_nb.models.devices import full_float32
-from brainage_nb.models.optimisation import (
+from brainage_nb.models.fitting.batches import ResidentVolumes, StreamedVolumes
+from brainage_nb.models.fitting.optimisation import (
     Stepper,
     WeightAverage,
     huber_loss,
@@ -31,12 +31,12 @@ from brainage_nb.models.optimisation import (
     precise_statistics,
     predict_ages,
 )
+from brainage_nb.models.fitting.shared_batchnorm import share_batchnorm
+from brainage_nb.models.fitting.starting import load_pretrained
+from brainage_nb.models.fitting.stopping import StopRequests
+from brainage_nb.models.fitting.sweeps import Member, member_rows
 from brainage_nb.models.resnet import AgeRegressor, outputs_of, resnet18_regressor
 from brainage_nb.models.settings import TrainingSettings, refuse_difference
-from brainage_nb.models.shared_batchnorm import share_batchnorm
-from brainage_nb.models.starting import load_pretrained
-from brainage_nb.models.stopping import StopRequests
-from brainage_nb.models.sweeps import Member, member_rows
 from brainage_nb.models.views import averaging_of
 from brainage_nb.volumes.augment import augment
 from brainage_nb.workspace import write_csv

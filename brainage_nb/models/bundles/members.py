@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from brainage_nb.models.bundle_files import BundleError, BundleFiles
-from brainage_nb.models.devices import Placed
+from brainage_nb.models.bundles.devices import Placed
+from brainage_nb.models.bundles.files import BundleError, BundleFiles
 from brainage_nb.models.resnet import resnet18_regressor
 from brainage_nb.models.views import averaging_of, views
 from brainage_nb.workspace import write_json

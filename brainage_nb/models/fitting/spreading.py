@@ -19,10 +19,10 @@ import pandas as pd
 import torch
 
 from brainage_nb.cluster import in_order, open_cluster
-from brainage_nb.models.job import Job
-from brainage_nb.models.progress import EpochLines
+from brainage_nb.models.fitting.job import Job
+from brainage_nb.models.fitting.progress import EpochLines
+from brainage_nb.models.fitting.stopping import StopRequests
 from brainage_nb.models.settings import TrainingSettings
-from brainage_nb.models.stopping import StopRequests
 from brainage_nb.workspace import write_text
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from brainage_nb.models.bundle_facts import facts_of_run, training_rows
-from brainage_nb.models.bundle_files import write_bundle
-from brainage_nb.models.members import (
+from brainage_nb.models.bundles.facts import facts_of_run, training_rows
+from brainage_nb.models.bundles.files import write_bundle
+from brainage_nb.models.bundles.members import (
     HALF_PRECISION_YEARS,
     RESNET,
     VGG,
@@ -27,9 +27,9 @@ from brainage_nb.models.members import (
     network_from,
     precision_check,
 )
-from brainage_nb.models.prediction import NOT_A_DEVICE
-from brainage_nb.models.reference import FILE as REFERENCE_FILE
-from brainage_nb.models.reference import Reference
+from brainage_nb.models.bundles.prediction import NOT_A_DEVICE
+from brainage_nb.models.bundles.reference import FILE as REFERENCE_FILE
+from brainage_nb.models.bundles.reference import Reference
 from brainage_nb.models.resnet import outputs_of
 from brainage_nb.models.views import averaging_of
 from brainage_nb.workspace import open_workspace, read_json, version_of

@@ -1,6 +1,6 @@
 """One volume to VGG16 features: triplets of consecutive axial slices, each as an image of three channels.
 
-Knows no ages and no splits, so nothing here can leak. Features of many scans are kept by `vgg_cache`.
+Knows no ages and no splits, so nothing here can leak. Features of many scans are kept by `cache`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from brainage_nb.models.vgg_network import REDUCTION, Vgg16Features
+from brainage_nb.models.vgg.network import REDUCTION, Vgg16Features
 
 SLICES = 3
 

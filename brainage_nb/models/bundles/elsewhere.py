@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from brainage_nb.evaluation.external import ExternalEvaluation, evaluate_external, refuse_trained_on
-from brainage_nb.models.prediction import KINDS, Prediction
+from brainage_nb.models.bundles.prediction import KINDS, Prediction
 from brainage_nb.volumes.scans import SCAN_FLAGS
 from brainage_nb.workspace import Workspace, open_workspace
 

@@ -17,11 +17,11 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 
-from brainage_nb.models.vgg_features import FeatureError, FeatureSettings, volume_features
-from brainage_nb.models.vgg_network import Vgg16Features
+from brainage_nb.models.vgg.features import FeatureError, FeatureSettings, volume_features
+from brainage_nb.models.vgg.network import Vgg16Features
 from brainage_nb.workspace import read_csv, read_json, write_csv, write_json, writing
 
-FORMAT = 1  # raise it when the arithmetic of `vgg_features` changes, so that old caches are not read
+FORMAT = 1  # raise it when the arithmetic of `features` changes, so that old caches are not read
 
 
 class Volumes(Protocol):

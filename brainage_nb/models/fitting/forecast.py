@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from brainage_nb.models.batches import open_volumes
 from brainage_nb.models.checkpoints import space_needed
-from brainage_nb.models.fitting import PRECISE_SCANS, MemberFit
-from brainage_nb.models.job import Job, accelerator_for
-from brainage_nb.models.launching import processes_wanted
+from brainage_nb.models.fitting.batches import open_volumes
+from brainage_nb.models.fitting.job import Job, accelerator_for
+from brainage_nb.models.fitting.launching import processes_wanted
+from brainage_nb.models.fitting.member_fit import PRECISE_SCANS, MemberFit
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.platforms import session_hours
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from brainage_nb.models.linear_svr import inner_folds
+from brainage_nb.models.vgg.linear_svr import inner_folds
 
 LINEAR_RULES = ("inverse_error", "nnls")
 RULES = (*LINEAR_RULES, "median")

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from brainage_nb.cohort.phantom import TRUTH
-from brainage_nb.models.explain_groups import brain_mask, in_template, template_grid
-from brainage_nb.models.heat_maps import edge_map, grad_cam, randomised
+from brainage_nb.models.explaining.groups import brain_mask, in_template, template_grid
+from brainage_nb.models.explaining.heat_maps import edge_map, grad_cam, randomised
 
 if TYPE_CHECKING:
     from brainage_nb.models.bundle import Bundle

@@ -1,6 +1,6 @@
 """Early and late fusion of triplet features into an age, fitted on the rows given and on nothing else.
 
-Which rows may train is decided in `vgg_run`; files are read and written in `vgg_cache` and `vgg_svr`.
+Which rows may train is decided in `run`; files are read and written in `cache` and `vgg_svr`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from brainage_nb.models.fusion_rules import DEFAULT_RULE, Fusion, compare_rules, learn_fusion
-from brainage_nb.models.linear_svr import (
+from brainage_nb.models.vgg.features import SLICES, at_position, mean_over_triplets, present
+from brainage_nb.models.vgg.fusion_rules import DEFAULT_RULE, Fusion, compare_rules, learn_fusion
+from brainage_nb.models.vgg.linear_svr import (
     GRID,
     Choice,
     LinearSvr,
@@ -21,7 +22,6 @@ from brainage_nb.models.linear_svr import (
     out_of_fold,
     score_grid,
 )
-from brainage_nb.models.vgg_features import SLICES, at_position, mean_over_triplets, present
 
 EARLY, LATE = "early", "late"
 MIN_SHARE = 0.5  # a position is used where at least this share of the training scans shows brain
