@@ -74,7 +74,7 @@ def trained_bundle(ws: Workspace, recipe: str, epochs: int) -> Path:
     report = build_store(splits, ws.path("volumes"), settings, ws.resolve)
     if len(report.failed):
         print(f"{recipe}: {len(report.failed)} scans gave no volume\n{report.failed.to_string(index=False)}")
-    chosen = TrainingSettings(epochs=epochs, checkpoint_minutes=1.0)
+    chosen = TrainingSettings.of_recipe(recipe, epochs=epochs, checkpoint_minutes=1.0)
     decides = json.dumps([settings.fingerprint, chosen.identity()], sort_keys=True)
     folder = ws.run(f"{recipe}-{epochs}-{hashlib.sha256(decides.encode()).hexdigest()[:8]}")
     if not train(report.store, splits, folder, chosen).complete:

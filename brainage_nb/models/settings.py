@@ -24,6 +24,12 @@ RUNTIME = (
     "scratch",
     "cluster",
 )
+# How each named recipe is learned, beside how its scans are prepared (`volumes.recipes`): `best` is what the
+# ablation on real scans chose (`benchmarks/accuracy.py`).
+RECIPES: dict[str, dict[str, Any]] = {
+    "reference": {"loss": "huber", "keep": "best", "inner_fraction": 0.15},
+    "best": {"loss": "distribution", "keep": "last", "inner_fraction": 0.0},
+}
 
 
 class SettingsDiffer(ValueError):
@@ -157,6 +163,27 @@ class TrainingSettings:
         _require(self, "device", self.device in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'")
         known = ("auto", "fp32", "fp16", "bf16")
         _require(self, "precision", self.precision in known, f"one of {list(known)}")
+
+    @classmethod
+    def of_recipe(cls, recipe: str, **numbers: Any) -> TrainingSettings:
+        """Settings of a named recipe; with `custom` all of them from `numbers`.
+
+        Parameters
+        ----------
+        recipe : str
+            reference, best or custom.
+        **numbers
+            Any settings; those that a named recipe decides count with `custom` only.
+        """
+        if recipe != "custom" and recipe not in RECIPES:
+            raise ValueError(f"recipe = {recipe!r}: expected one of {', '.join([*RECIPES, 'custom'])}.")
+        return cls(**numbers | RECIPES.get(recipe, {}))
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe that these settings are learned by, or `custom`."""
+        mine = {name: getattr(self, name) for name in RECIPES["reference"]}
+        return next((name for name, decided in RECIPES.items() if decided == mine), "custom")
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, text and lists; `from_json` reads them back."""

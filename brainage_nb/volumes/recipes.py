@@ -9,8 +9,8 @@ from typing import Any
 
 # Raised whenever the same settings give other numbers than before; part of every fingerprint.
 VERSION = 1
-# What a recipe switches on. `best` is provisional: it stands for brain extraction and affine registration,
-# which helped others; it gives way to what the ablation on real scans chooses.
+# What a recipe switches on; how its model is learned: `models.settings`. `best` is what the ablation on real
+# scans chose (`benchmarks/accuracy.py`, `benchmarks/steadiness.py`).
 RECIPES: dict[str, dict[str, bool]] = {
     "reference": {},
     "best": {"brain_only": True, "to_mni": True},

@@ -59,7 +59,7 @@ if importlib.util.find_spec("brainage_nb") is None:
 # ## Parameters
 # The only cell to edit. Colab shows it as a form; `brainage-nb run -p name=value` and papermill set the same names.
 
-# %% tags=["parameters"] nbmake={"mock": {"workspace": "../build/smoke", "spacing_mm": 6.0, "size": 32}}
+# %% tags=["parameters"] nbmake={"mock": {"workspace": "../build/smoke", "spacing_mm": 6.0, "size": 32, "recipe": "reference"}}
 # folder for everything written; empty: $BRAINAGE_WORKSPACE, else the platform's usual place
 workspace = ""  # @param {type:"string"}
 # mm; edge of a voxel of the grid (4 for a small run on a CPU)
@@ -70,8 +70,8 @@ size = 96  # @param {type:"integer"}
 smooth = True  # @param {type:"boolean"}
 # Dask workers to preprocess on: local, tcp://host:port or a scheduler file; empty: the processors here
 cluster = ""  # @param {type:"string"}
-# reference; best (brain extraction, affine registration; about three seconds a scan more); custom: as below
-recipe = "reference"  # @param ["reference", "best", "custom"]
+# best (brain extraction, affine registration; about three seconds a scan); reference (raw heads); custom: as below
+recipe = "best"  # @param ["reference", "best", "custom"]
 # custom only: set everything outside of the brain to 0, z-score inside
 brain_only = False  # @param {type:"boolean"}
 # custom only: lay every brain onto the MNI152 template (affine)

@@ -20,8 +20,9 @@
 #
 # **Out:** `runs/<run>/`: settings, history, checkpoints and `predictions.csv` for every scan.
 #
-# A residual network looks at the whole volume and answers with one number, the age in years. It is judged after every
-# epoch on the validation subjects, and the best epoch is kept; the test subjects are only predicted, at the very end.
+# A residual network looks at the whole volume and answers with one number, the age in years. After every epoch it is
+# judged on the validation subjects, who choose the epoch in `reference` and only watch in `best`; the test subjects are
+# only predicted, at the very end.
 # Press *Run all* again after a lost connection: training goes on from the last checkpoint.
 
 # %% [markdown]
@@ -78,9 +79,11 @@ folds = 0  # @param {type:"integer"}
 widths = "64,128,256,512"  # @param {type:"string"}
 # normalisation: batch (learns fastest), group or instance
 norm = "batch"  # @param ["batch", "group", "instance"]
-# what is learned: huber (the age) or distribution (soft labels: a curve of ages around it)
+# reference; best (age distribution, last epoch); custom: loss and keep as below
+recipe = "best"  # @param ["reference", "best", "custom"]
+# custom only: what is learned, huber (the age) or distribution (soft labels: a curve of ages around it)
 loss = "huber"  # @param ["huber", "distribution"]
-# which weights are kept: those of the epoch with the best validation error, or of the last one
+# custom only: which weights are kept, those of the epoch with the best validation error, or of the last one
 keep = "best"  # @param ["best", "last"]
 # epochs that the average of the weights reaches back; 0: none
 ema_epochs = 1.0  # @param {type:"number"}
@@ -168,15 +171,15 @@ montage([volume for _, volume in examples], [title for title, _ in examples], na
 
 # %% [markdown]
 # ## Train
-# Huber loss in years, AdamW with a warm-up and a cosine, mixed precision where the card has it. The network starts at
-# the mean age of the training subjects, so its first guess is the mean predictor's. First a few steps are timed: what
-# the run will take is known before it starts.
+# AdamW with a warm-up and a cosine, mixed precision where the card has it. The network starts at the mean age of the
+# training subjects, so its first guess is the mean predictor's. First a few steps are timed: what the run will take is
+# known before it starts.
 
 # %%
 chosen = {name: parameters[name] for name in TrainingSettings.__dataclass_fields__ if name in parameters}
 for name in ("seeds", "widths"):
     chosen[name] = tuple(int(value) for value in chosen[name].split(","))
-settings = TrainingSettings(**chosen, scratch=str(scratch or ""), augmentation=augmentation)
+settings = TrainingSettings.of_recipe(recipe, **chosen, scratch=str(scratch or ""), augmentation=augmentation)
 if cluster in ("", "local"):
     display(forecast(store, splits, ws.run(run), settings, fresh=fresh))
 
@@ -190,7 +193,7 @@ result.history.tail()
 
 # %% [markdown]
 # ## First figures
-# Raw predictions, split by split. Training subjects were seen and validation subjects chose the best epoch: only the
+# Raw predictions, split by split. Training subjects were seen, and validation subjects may have chosen the epoch: only the
 # test row says what to expect on new people. **06 · Evaluate** adds intervals, corrections and the report.
 
 # %%

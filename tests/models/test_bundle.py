@@ -12,6 +12,7 @@ from brainage_nb.models.bundle import BundleError, load_bundle, save_bundle
 from brainage_nb.models.bundles.files import zip_bundle
 from brainage_nb.models.bundles.members import SvrModel, arrays_of, network_from, precision_check
 from brainage_nb.models.bundles.prediction import Failure
+from brainage_nb.models.settings import RECIPES
 from brainage_nb.models.training import TrainingSettings, train
 from brainage_nb.volumes.scans import ScanError
 from brainage_nb.volumes.store import VolumeStore
@@ -85,13 +86,14 @@ def test_a_learned_distribution_and_moved_views_are_saved_too(trained, tmp_path)
     store = VolumeStore.open(next(path for path in ws.path("volumes").iterdir() if path.is_dir()))
     chosen = TrainingSettings(
         epochs=2, widths=ARCHITECTURE["widths"], blocks=ARCHITECTURE["blocks"], device="cpu", processes=1,
-        augmentation=None, learning_rate=1e-3, loss="distribution", keep="last", shift_averaging=1,
+        augmentation=None, learning_rate=1e-3, shift_averaging=1, **RECIPES["best"],
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it trains without a GPU
         result = train(store, ws.read("splits.csv"), ws.run("soft"), chosen)
     assert result.history["train_loss"].iloc[1] < result.history["train_loss"].iloc[0]
     bundle, rows = load_bundle(save_bundle(ws.run("soft"))), result.predictions.set_index("scan_id")
+    assert bundle.manifest["trained_by_recipe"] == "best"
     assert bundle.manifest["architecture"]["outputs"] == 65 and bundle.manifest["shift_averaging"] == 1
     image = ws.path("0.nii")
     assert bundle.predict(image).predicted_age == pytest.approx(rows["predicted_age"]["000"], abs=1e-4)

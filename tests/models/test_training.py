@@ -358,6 +358,17 @@ def test_the_best_epoch_comes_from_neither_the_held_out_fold_nor_the_test_split(
         assert not set(member.predicted) & set(member.validation)
 
 
+def test_a_recipe_decides_how_a_model_is_learned_and_custom_leaves_it_open():
+    best = TrainingSettings.of_recipe("best", loss="huber", epochs=7)
+    assert (best.loss, best.keep, best.epochs, best.recipe) == ("distribution", "last", 7, "best")
+    assert TrainingSettings.of_recipe("reference") == TrainingSettings()
+    assert TrainingSettings().recipe == "reference"
+    custom = TrainingSettings.of_recipe("custom", loss="distribution")
+    assert (custom.loss, custom.keep, custom.recipe) == ("distribution", "best", "custom")
+    with pytest.raises(ValueError, match="reference, best, custom"):
+        TrainingSettings.of_recipe("bset")
+
+
 def test_where_no_epoch_is_chosen_all_others_are_trained_on_and_the_last_epoch_is_kept(
     tiny, tiny_settings, tmp_path
 ):

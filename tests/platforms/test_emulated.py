@@ -16,7 +16,7 @@ FIRST = "01_data_access"
 SMALL = {
     "01_data_access": {"n_subjects": 26, "demo_voxel_mm": 2.0},
     "02_data_cleaning": {},
-    "03_preprocessing_preview": {"spacing_mm": 6.0, "size": 32},
+    "03_preprocessing_preview": {"spacing_mm": 6.0, "size": 32, "recipe": "reference"},
     "04_train_resnet18": {"epochs": 2, "batch_size": 4},
     "05_train_vgg16_svr": {"vgg_weights": "random_projection", "image_size": 32},
     "06_evaluate": {"n_bootstrap": 200},

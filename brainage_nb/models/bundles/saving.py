@@ -142,6 +142,7 @@ def _resnet_parts(
     kept = [network_from(architecture, named) for named in arrays.values()]
     entries = {
         "kind": RESNET,
+        "trained_by_recipe": settings["recipe"],
         "architecture": architecture,
         **averaging,
         "members": [

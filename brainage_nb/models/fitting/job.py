@@ -148,6 +148,7 @@ class Job:
             "variant": "single" if len(self.members) == 1 else "mean",
             "fingerprint": self.store.fingerprint,
             "preprocessing": self.store.settings.to_json(),
+            "recipe": self.settings.recipe,
             "settings": self.settings.to_json(),
             "identity": self.identity,
             "n_parameters": n_parameters,
