@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from brainage_nb.models.bundles.devices import working_device
-from brainage_nb.models.bundles.facts import among, check_manifest
+from brainage_nb.models.bundles.facts import all_seen, among, check_manifest
 from brainage_nb.models.bundles.files import MAX_BYTES, BundleError, BundleFiles, open_bundle
 from brainage_nb.models.bundles.members import (
     RESNET,
@@ -151,11 +151,11 @@ class Bundle:
         """Which of these subjects the model was trained or chosen on (by salted hash of the id as the cohort
         had it).
         """
-        return among(subject_ids, self.manifest["seen"], "subjects")
+        return among(subject_ids, all_seen(self.manifest), "subjects")
 
     def trained_on_files(self, files: Sequence[Path | str]) -> list[bool]:
         """Which of these files, byte for byte, were among the training scans."""
-        return among([sha256_of(file) for file in files], self.manifest["seen"], "images")
+        return among([sha256_of(file) for file in files], all_seen(self.manifest), "images")
 
     def _result(self, scan: Path, age: float | None) -> Prediction | Failure:
         try:

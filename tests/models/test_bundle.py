@@ -131,6 +131,31 @@ def test_training_starts_from_a_bundle_but_not_from_one_that_saw_its_test_scans(
     np.testing.assert_allclose(weights["layer4.0.conv2.weight"].astype(float), start, atol=1e-3)
 
 
+def test_a_bundle_that_started_from_another_knows_whom_that_one_had_seen(trained, saved, tmp_path):
+    from brainage_nb.models.fitting.starting import StartRefused, seen_by
+    from brainage_nb.volumes.store import current_store
+
+    ws = open_workspace(shutil.copytree(trained.root, tmp_path / "heir"))
+    store, splits = current_store(ws.path("volumes")), ws.read("splits.csv")
+    settings = TrainingSettings(
+        epochs=1, widths=ARCHITECTURE["widths"], blocks=ARCHITECTURE["blocks"], device="cpu", processes=1,
+        augmentation=None, init_from=str(saved),
+    )  # fmt: skip
+    strangers = splits[splits["split"] == "test"].assign(split=["train", "train", "val"])
+    judged = splits.assign(split=["val" if subject == "003" else "train" for subject in splits["subject_id"]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_csv(strangers, ws.path("splits.csv"))
+        train(store, strangers, ws.run("heir"), settings)
+        heir = save_bundle(ws.run("heir"))
+        with pytest.raises(StartRefused, match="has learned from 1 of the 1 scans"):
+            train(store, judged, tmp_path / "leak", replace(settings, init_from=str(heir)))
+    bundle = load_bundle(heir)
+    assert bundle.manifest["training"]["n_subjects"] == 3
+    assert bundle.trained_on(["003", "016", "nobody"]) == [True, True, False]
+    assert len(seen_by(saved)) == 1 and len(seen_by(heir)) == 2 and seen_by("weights.pth") == []
+
+
 @pytest.fixture(scope="module")
 def svr_saved(trained):
     """A bundle of VGG16 features and SVR, trained on the same heads."""

@@ -42,12 +42,13 @@ def check_manifest(manifest: Mapping[str, Any], settings: PreprocessingSettings)
     position = manifest["position"]
     if len({len(position[name]) for name in ("part", "age", "predicted_age")}) != 1:
         raise ValueError("the positions are garbled")
-    bytes.fromhex(manifest["seen"]["salt"])
+    for seen in all_seen(manifest):
+        bytes.fromhex(seen["salt"])
 
 
 def facts_of_run(run: Run, workspace: Workspace) -> dict[str, Any]:
-    """Manifest entries `training, correction, interval, figures, position, seen`, all from the run's own
-    files.
+    """Manifest entries `training, correction, interval, figures, position, seen, seen_before`, all from the
+    run's own files.
 
     Correction and interval come from out-of-fold rows where folds were run, else from validation rows; test
     rows only give figures.
@@ -63,6 +64,7 @@ def facts_of_run(run: Run, workspace: Workspace) -> dict[str, Any]:
         "figures": _figures(run),
         "position": _position(run),
         "seen": _seen(learning, cleaning),
+        "seen_before": run.settings.get("seen_before", []),
     }
 
 
@@ -193,7 +195,12 @@ def hashed(name: str, salt: str) -> str:
     return hashlib.pbkdf2_hmac("sha256", name.encode(), bytes.fromhex(salt), HASH_ROUNDS).hex()[:24]
 
 
-def among(names: Iterable[str], seen: Mapping[str, Any], kind: str) -> list[bool]:
-    """Which of these subject ids (`kind` "subjects") or file hashes ("images") the bundle was trained on."""
-    known = set(seen[kind])
-    return [hashed(name, seen["salt"]) in known for name in names]
+def all_seen(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Whom the bundle learned from: its own people, and those of the bundles its weights started from."""
+    return [manifest["seen"], *manifest.get("seen_before", [])]
+
+
+def among(names: Iterable[str], seen: Iterable[Mapping[str, Any]], kind: str) -> list[bool]:
+    """Which of these subject ids (`kind` "subjects") or file hashes ("images") are in `all_seen`."""
+    known = [(part["salt"], set(part[kind])) for part in seen]
+    return [any(hashed(name, salt) in hashes for salt, hashes in known) for name in names]

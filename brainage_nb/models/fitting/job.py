@@ -15,7 +15,7 @@ import torch
 from brainage_nb.models.fitting.batches import open_volumes
 from brainage_nb.models.fitting.member_fit import HISTORY, MemberFit, build_network
 from brainage_nb.models.fitting.preflight import check_disk, choose_device, choose_precision
-from brainage_nb.models.fitting.starting import StartRefused, refuse_seen
+from brainage_nb.models.fitting.starting import StartRefused, refuse_seen, seen_by
 from brainage_nb.models.fitting.stopping import StopRequests
 from brainage_nb.models.fitting.sweeps import Member, members_of, with_means
 from brainage_nb.models.settings import SettingsDiffer, TrainingSettings, refuse_difference
@@ -149,6 +149,7 @@ class Job:
             "fingerprint": self.store.fingerprint,
             "preprocessing": self.store.settings.to_json(),
             "recipe": self.settings.recipe,
+            "seen_before": seen_by(self.settings.init_from),
             "settings": self.settings.to_json(),
             "identity": self.identity,
             "n_parameters": n_parameters,

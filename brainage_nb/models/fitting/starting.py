@@ -8,12 +8,13 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from brainage_nb.models.bundles.facts import among
+from brainage_nb.models.bundles.facts import all_seen, among
 from brainage_nb.models.bundles.files import open_bundle
 from brainage_nb.models.resnet import HEAD, AgeRegressor
 
@@ -73,12 +74,11 @@ def refuse_seen(path: str | Path, scans: pd.DataFrame, hashes: Mapping[str, str]
     """
     if not Path(path).exists():
         raise StartRefused(f"init_from = {path} does not exist; give a bundle or a file of weights.")
-    place = _bundle_around(Path(path))
-    if place is None:
+    seen = seen_by(path)
+    if not seen:
         return
     judged = scans if folds else scans[scans["split"] != "train"]
     known = [scan_id for scan_id in judged["scan_id"] if hashes.get(scan_id)]
-    seen = open_bundle(place).manifest["seen"]
     learned = [
         scan_id
         for scan_id, found in zip(known, among([hashes[s] for s in known], seen, "images"), strict=True)
@@ -90,6 +90,12 @@ def refuse_seen(path: str | Path, scans: pd.DataFrame, hashes: Mapping[str, str]
             f"that this run would be judged by (the first: {learned[0]}), so its errors would be too small. "
             "Start from a bundle of other people, such as one trained on the known-answer cohort."
         )
+
+
+def seen_by(path: str | Path) -> list[dict[str, Any]]:
+    """Whom weights to start from have learned from, as `all_seen` says it; nobody for what is no bundle."""
+    place = _bundle_around(Path(path)) if str(path) else None
+    return all_seen(open_bundle(place).manifest) if place else []
 
 
 def _bundle_around(path: Path) -> Path | None:
