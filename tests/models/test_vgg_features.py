@@ -59,6 +59,14 @@ def test_triplets_above_the_crown_and_in_the_neck_are_skipped():
     assert triplets_with_brain(head(top=21), SPACING, shallow).tolist() == [4, 5, 6]
 
 
+@pytest.mark.parametrize("shift", [-0.01, 0.01])
+def test_a_brain_on_its_own_is_found_whatever_its_mean(shift):
+    volume = np.zeros((SIZE, SIZE, SIZE))
+    brain = np.random.default_rng(0).standard_normal((12, 14, 9))
+    volume[6:18, 5:19, 9:18] = (brain - brain.mean()) / brain.std() + shift
+    assert triplets_with_brain(volume.astype(np.float16), SPACING, SMALL).tolist() == [3, 4, 5]
+
+
 def test_a_position_means_the_same_slices_in_every_scan():
     low, high = head(top=15), head(top=21)
     assert triplets_with_brain(low, SPACING, SMALL)[-1] == 4  # middle slice 13

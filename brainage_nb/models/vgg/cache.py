@@ -21,7 +21,7 @@ from brainage_nb.models.vgg.features import FeatureError, FeatureSettings, volum
 from brainage_nb.models.vgg.network import Vgg16Features
 from brainage_nb.workspace import read_csv, read_json, write_csv, write_json, writing
 
-FORMAT = 1  # raise it when the arithmetic of `features` changes, so that old caches are not read
+FORMAT = 2  # raise it when the arithmetic of `features` changes, so that old caches are not read
 
 
 class Volumes(Protocol):

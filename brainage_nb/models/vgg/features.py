@@ -16,6 +16,7 @@ from torch.nn import functional
 from brainage_nb.models.vgg.network import REDUCTION, Vgg16Features
 
 SLICES = 3
+MUCH_CUT_AWAY = 0.2  # share of voxels exactly 0 from which a volume shows the brain only
 
 
 class FeatureError(ValueError):
@@ -65,12 +66,22 @@ def triplets_with_brain(volume: np.ndarray, spacing_mm: float, settings: Feature
     spacing_mm : float
         Distance of neighbouring slices.
     """
-    head = (volume > volume.mean(dtype=np.float64)).mean(axis=(0, 1)) >= settings.head_fraction
+    head = _inside(volume).mean(axis=(0, 1)) >= settings.head_fraction
     if not head.any():
         return np.empty(0, dtype=int)
     crown = np.flatnonzero(head)[-1]
     middle = np.arange(volume.shape[2] // SLICES) * SLICES + 1
     return np.flatnonzero(head[middle] & ((crown - middle) * spacing_mm <= settings.brain_depth_mm))
+
+
+def _inside(volume: np.ndarray) -> np.ndarray:
+    """Where the head is, bool (size, size, size): what is brighter than the mean.
+
+    Where everything outside of the brain was set to 0 the mean is 0 give or take, and says nothing: there it is
+    all that is not 0.
+    """
+    within = volume != 0
+    return within if within.mean() < 1 - MUCH_CUT_AWAY else volume > volume.mean(dtype=np.float64)
 
 
 def triplet_images(
