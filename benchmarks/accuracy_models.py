@@ -202,5 +202,5 @@ def vgg_svr(store: VolumeStore, cohort: pd.DataFrame, weights: str, repeats: int
         splits = cohort.assign(split="train", fold=fold_of(cohort, repeat))
         run = train_vgg_svr(found.cache, splits, cache / "runs" / f"vgg-{weights}-{repeat}", network)
         rows = run.predictions[run.predictions["variant"] == "late"].set_index("scan_id")
-        made.append(rows["predicted_age"].loc[cohort["scan_id"]].to_numpy())
+        made.append(rows["predicted_age"].loc[cohort["scan_id"]].to_numpy(float))
     return np.array(made)

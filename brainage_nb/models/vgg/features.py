@@ -77,8 +77,8 @@ def triplets_with_brain(volume: np.ndarray, spacing_mm: float, settings: Feature
 def _inside(volume: np.ndarray) -> np.ndarray:
     """Where the head is, bool (size, size, size): what is brighter than the mean.
 
-    Where everything outside of the brain was set to 0 the mean is 0 give or take, and says nothing: there it is
-    all that is not 0.
+    Where everything outside of the brain was set to 0 the mean is 0 give or take, and says nothing: there it
+    is all that is not 0.
     """
     within = volume != 0
     return within if within.mean() < 1 - MUCH_CUT_AWAY else volume > volume.mean(dtype=np.float64)
