@@ -66,7 +66,8 @@ def _of_run(one: RunEvaluation, comparisons: pd.DataFrame, level: float) -> list
     elif one.intervals["plain"].support_:
         said.append(one.intervals["plain"].support_)
     said += [text for text in (_of_coverage(one, form, level) for form in one.intervals) if text]
-    if not one.run.folds and "val_mae" in one.run.history:
+    kept = one.run.settings.get("settings", {}).get("keep", "best")
+    if not one.run.folds and "val_mae" in one.run.history and kept == "best":
         said.append(
             "validation figures are a little too good, since the best epoch was chosen on them; quote test."
         )

@@ -102,7 +102,7 @@ session_summary(ws.root)
 
 # %% [markdown]
 # ## Raw accuracy on test subjects
-# Nobody in this table took part in training or in choosing the best epoch. Read each MAE beside the mean predictor's:
+# Nobody in this table took part in training or in choosing an epoch. Read each MAE beside the mean predictor's:
 # the range of ages alone decides how large an MAE can get.
 
 # %%

@@ -4,7 +4,7 @@ import pytest
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
 from brainage_nb.evaluation.runs import InconsistentRun
 from brainage_nb.evaluation.tables import other_splits
-from brainage_nb.workspace import MissingInput, read_csv, write_csv
+from brainage_nb.workspace import MissingInput, read_csv, read_json, write_csv, write_json
 from tests.evaluation.fake_workspace import (
     cohort_frame,
     simulated,
@@ -161,3 +161,14 @@ def test_no_run_and_no_test_rows_are_said_plainly(tmp_path):
     write_run(ws, "untested", untested, simulated(untested))
     with pytest.raises(InconsistentRun, match="no test predictions"):
         evaluate_runs(ws, **FEW)
+
+
+def test_validation_figures_are_too_good_only_where_validation_chose_the_epoch(tmp_path):
+    scans = cohort_frame(120)
+    ws = write_workspace(tmp_path, scans)
+    write_run(ws, "chosen", scans, simulated(scans))
+    write_run(ws, "last", scans, simulated(scans))
+    path = ws.run("last") / "settings.json"
+    write_json(read_json(path) | {"settings": {"keep": "last"}}, path)
+    said = [text.split(":")[0] for text in evaluate_runs(ws, **FEW).warnings if "a little too good" in text]
+    assert said == ["chosen"]

@@ -69,7 +69,7 @@ def facts_of_run(run: Run, workspace: Workspace) -> dict[str, Any]:
 
 
 def training_rows(run: Run) -> pd.DataFrame:
-    """Headline rows of all scans that any member learned from, validation included: it chose the epoch."""
+    """Headline rows of all scans that any member learned or chose its epoch from: all but test."""
     return run.predictions[run.predictions["split"] != "test"]
 
 

@@ -222,7 +222,7 @@ Made {created} with brainage-nb. Trained and chosen on {n_subjects} people ({n_s
 {high:.0f} years.
 
 Raw figures in years with 95 % subject bootstrap; the mean predictor always says the mean training age.
-Validation scans chose the best epoch, so their figures flatter; test scans chose nothing.
+Validation scans may have chosen the epoch, so their figures may flatter; test scans chose nothing.
 
 | part | n | MAE | r | MAE of the mean predictor |
 |---|---|---|---|---|
