@@ -30,8 +30,9 @@ from tqdm import tqdm
 from brainage_nb.cohort.cleaning import CleaningRules, clean, inspect_scans
 from brainage_nb.cohort.sources import folder_cohort
 from brainage_nb.cohort.splits import deal_splits
-from brainage_nb.evaluation.bootstrap import bootstrap_sums, subject_codes, value_with_interval
+from brainage_nb.evaluation.metrics import mean_with_interval
 from brainage_nb.models.bundle import Bundle, current_bundle, load_bundle
+from brainage_nb.models.bundles.elsewhere import kept_scans
 from brainage_nb.models.bundles.prediction import Failure, Prediction
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.training import train
@@ -45,7 +46,6 @@ SCANS, QUICK_SCANS, QUICK_EPOCHS = 40, 4, 3
 VALIDATION = 0.15  # of the scans that train
 RECIPES = ("best", "reference")  # the first is judged
 UNCHANGED, AGAIN = "unchanged", "unchanged, again"
-BOOTSTRAPS = 2000
 
 
 def prepared(data: Path, cache: Path) -> Workspace:
@@ -57,8 +57,7 @@ def prepared(data: Path, cache: Path) -> Workspace:
     if known != set(cohort["scan_id"]):
         rules = CleaningRules()
         write_csv(clean(cohort, inspect_scans(cohort, ws.resolve, rules), rules), ws.path("cleaning.csv"))
-    cleaning = ws.read("cleaning.csv")
-    kept = cohort[cohort["scan_id"].isin(cleaning.loc[cleaning["kept"], "scan_id"])]
+    cleaning, kept = ws.read("cleaning.csv"), kept_scans(ws)
     share = min(SCANS / kept["subject_id"].nunique(), 0.5)
     fractions = ((1 - share) * (1 - VALIDATION), (1 - share) * VALIDATION, share)
     write_csv(deal_splits(kept, fractions=fractions), ws.path("splits.csv"))
@@ -149,11 +148,9 @@ def changes(rows: pd.DataFrame) -> pd.DataFrame:
     lines = {}
     for case in (AGAIN, *CASES):
         moved = (ages[case] - ages[UNCHANGED]).dropna()
-        codes = subject_codes(subjects[moved.index].to_numpy(), len(moved))
-        columns = np.column_stack([moved.abs(), np.ones(len(moved))])
-        draws = bootstrap_sums(columns, codes, BOOTSTRAPS, seed=0) if len(moved) else np.full((2, 2), np.nan)
+        figure = mean_with_interval(moved.abs(), subjects[moved.index].to_numpy()) if len(moved) else {}
         lines[case] = {
-            **value_with_interval(moved.abs().mean(), draws[:, 0] / draws[:, 1]),
+            **{name: figure.get(name, np.nan) for name in ("value", "low", "high")},
             "mean_change": moved.mean(),
             "largest": moved.abs().max(),
             "n": len(moved),

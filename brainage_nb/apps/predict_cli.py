@@ -56,8 +56,8 @@ def run_predict(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from brainage_nb.models.bundle import BundleError, load_bundle
-    from brainage_nb.models.bundles.devices import chosen_device, name_of
     from brainage_nb.models.bundles.prediction import NOT_A_DEVICE
+    from brainage_nb.models.devices import chosen_device, name_of
 
     try:
         scans = scan_files(options.scans)

@@ -15,7 +15,6 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from brainage_nb.models.bundles.devices import working_device
 from brainage_nb.models.bundles.facts import all_seen, among, check_manifest
 from brainage_nb.models.bundles.files import MAX_BYTES, BundleError, BundleFiles, open_bundle
 from brainage_nb.models.bundles.members import (
@@ -41,6 +40,7 @@ from brainage_nb.models.bundles.prediction import (
 from brainage_nb.models.bundles.reference import FILE as REFERENCE_FILE
 from brainage_nb.models.bundles.reference import Reference
 from brainage_nb.models.bundles.saving import current_bundle, save_bundle
+from brainage_nb.models.devices import working_device
 from brainage_nb.volumes.scans import SCAN_FLAGS, ScanError
 from brainage_nb.workspace import n_workers, sha256_of
 

@@ -115,7 +115,7 @@ def explain(
         return Explanation(_as_slabs(contributions, prediction.volume.shape), method, spacing, contributions)
     model = bundle.model
     if method == GRAD_CAM:
-        heat = grad_cam(model.networks, prediction.volume, flip_averaging=model.flip_averaging)
+        heat = grad_cam(model.networks, prediction.volume, flip_averaging=model.averaging["flip_averaging"])
         return Explanation(heat, method, spacing)
     edge = max(2, round(CUBE_MM / spacing))
     heat = occlusion(
@@ -123,7 +123,7 @@ def explain(
         prediction.volume,
         edge=edge,
         step=max(1, edge // 2),
-        flip_averaging=model.flip_averaging,
+        flip_averaging=model.averaging["flip_averaging"],
         progress=progress,
     )
     return Explanation(heat, method, spacing)

@@ -10,6 +10,7 @@ from typing import Any
 from brainage_nb.models.resnet import NORMS
 from brainage_nb.models.views import averaging_of
 from brainage_nb.volumes.augment import AugmentationSettings
+from brainage_nb.volumes.recipes import decided_by, recipe_of
 
 # How and where a run is computed. These may differ when a run is continued; all others decide its result.
 RUNTIME = (
@@ -159,7 +160,7 @@ class TrainingSettings:
             self, "inner_fraction", watched and self.inner_fraction < 1, "a share, 0 with keep='last' only"
         )
         _require(self, "patience", not (self.patience and self.keep == "last"), "0 with keep='last'")
-        averaging_of(asdict(self))
+        averaging_of(vars(self))
         _require(self, "device", self.device in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'")
         known = ("auto", "fp32", "fp16", "bf16")
         _require(self, "precision", self.precision in known, f"one of {list(known)}")
@@ -175,15 +176,12 @@ class TrainingSettings:
         **numbers
             Any settings; those that a named recipe decides count with `custom` only.
         """
-        if recipe != "custom" and recipe not in RECIPES:
-            raise ValueError(f"recipe = {recipe!r}: expected one of {', '.join([*RECIPES, 'custom'])}.")
-        return cls(**numbers | RECIPES.get(recipe, {}))
+        return cls(**numbers | decided_by(recipe, RECIPES))
 
     @property
     def recipe(self) -> str:
         """Name of the recipe that these settings are learned by, or `custom`."""
-        mine = {name: getattr(self, name) for name in RECIPES["reference"]}
-        return next((name for name, decided in RECIPES.items() if decided == mine), "custom")
+        return recipe_of(self, RECIPES)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, text and lists; `from_json` reads them back."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -12,10 +13,27 @@ VERSION = 1
 # What a recipe switches on; how its model is learned: `models.settings`. `best` is what the ablation on real
 # scans chose (`benchmarks/accuracy.py`, `benchmarks/steadiness.py`).
 RECIPES: dict[str, dict[str, bool]] = {
-    "reference": {},
-    "best": {"brain_only": True, "to_mni": True},
+    "reference": {"brain_only": False, "to_mni": False, "n4": False},
+    "best": {"brain_only": True, "to_mni": True, "n4": False},
 }
-SWITCHES = ("brain_only", "to_mni", "n4")
+SWITCHES = tuple(RECIPES["reference"])
+
+
+def decided_by(recipe: str, recipes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The settings that a named recipe decides, none for `custom`; ValueError for an unknown name."""
+    if recipe == "custom":
+        return {}
+    if recipe not in recipes:
+        raise ValueError(f"recipe = {recipe!r}: expected one of {', '.join([*recipes, 'custom'])}.")
+    return recipes[recipe]
+
+
+def recipe_of(settings: Any, recipes: Mapping[str, dict[str, Any]]) -> str:
+    """Name of the recipe that decides as these settings are, or `custom`."""
+    for name, decided in recipes.items():
+        if all(getattr(settings, setting) == value for setting, value in decided.items()):
+            return name
+    return "custom"
 
 
 @dataclass(frozen=True)
@@ -69,18 +87,12 @@ class PreprocessingSettings:
         **numbers
             Any other settings. `brain_only`, `to_mni` and `n4` count with `custom` only.
         """
-        if recipe == "custom":
-            return cls(**numbers)
-        if recipe not in RECIPES:
-            raise ValueError(f"recipe = {recipe!r}: expected one of {', '.join([*RECIPES, 'custom'])}.")
-        others = {name: value for name, value in numbers.items() if name not in SWITCHES}
-        return cls(**others, **RECIPES[recipe])
+        return cls(**numbers | decided_by(recipe, RECIPES))
 
     @property
     def recipe(self) -> str:
         """Name of the recipe these switches are, or `custom`."""
-        mine = {name: True for name in SWITCHES if getattr(self, name)}
-        return next((name for name, switches in RECIPES.items() if switches == mine), "custom")
+        return recipe_of(self, RECIPES)
 
     @property
     def needs_brain(self) -> bool:

@@ -5,7 +5,9 @@ import pytest
 import torch
 
 from brainage_nb.models.bundle import load_bundle
-from brainage_nb.models.bundles.devices import (
+from brainage_nb.models.bundles.members import NetworkEnsemble
+from brainage_nb.models.bundles.prediction import Prediction
+from brainage_nb.models.devices import (
     GPU_FROM_SCANS,
     Placed,
     chosen_device,
@@ -13,8 +15,6 @@ from brainage_nb.models.bundles.devices import (
     name_of,
     working_device,
 )
-from brainage_nb.models.bundles.members import NetworkEnsemble
-from brainage_nb.models.bundles.prediction import Prediction
 from brainage_nb.models.explain import explain
 from brainage_nb.models.explaining.heat_maps import grad_cam
 from brainage_nb.models.fitting import member_fit, preflight

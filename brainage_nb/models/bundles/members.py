@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from brainage_nb.models.bundles.devices import Placed
 from brainage_nb.models.bundles.files import BundleError, BundleFiles
+from brainage_nb.models.devices import Placed
 from brainage_nb.models.resnet import resnet18_regressor
 from brainage_nb.models.views import averaging_of, views
 from brainage_nb.workspace import write_json
@@ -63,7 +63,6 @@ class NetworkEnsemble:
         # Channels last: a quarter faster on a CPU at 96^3, the same ages to a few millionths.
         for network in self.networks:
             network.to(memory_format=torch.channels_last_3d)
-        self.flip_averaging = flip_averaging
         self.averaging = {"flip_averaging": flip_averaging, "shift_averaging": shift_averaging}
 
     @property

@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from brainage_nb.models.bundles.devices import full_float32
 from brainage_nb.models.checkpoints import Checkpoints, halved, write_weights
+from brainage_nb.models.devices import full_float32
 from brainage_nb.models.fitting.batches import ResidentVolumes, StreamedVolumes
 from brainage_nb.models.fitting.optimisation import (
     Stepper,
@@ -270,7 +270,7 @@ class MemberFit:
         """Predict with the best epoch's weights as stored, write everything, drop the checkpoints."""
         weights = self.best["weights"]
         self.average.model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-        averaging = averaging_of(self.settings.to_json())
+        averaging = averaging_of(vars(self.settings))
         with full_float32():  # as a saved model predicts
             predicted = self._predict(self.member.predicted, contextlib.nullcontext, **averaging)
         if self.accelerator.is_main_process:

@@ -103,10 +103,10 @@ def _parts(scans: pd.DataFrame, fold: int, inner_fraction: float) -> tuple:
         predicted = np.ones(len(scans), dtype=bool)
     else:
         held_out = (scans["fold"] == fold).to_numpy() & ~test
-        if not inner_fraction:  # nothing is chosen: all are trained on, the held-out fold is only watched
-            return (fold, *(np.flatnonzero(part) for part in (~test & ~held_out, held_out, held_out | test)))
-        inner = _inner(scans[~test & ~held_out], inner_fraction, fold)
-        validation = scans["subject_id"].isin(inner).to_numpy() & ~test & ~held_out
+        validation = held_out  # only watched; all others are trained on
+        if inner_fraction:
+            inner = _inner(scans[~test & ~held_out], inner_fraction, fold)
+            validation = scans["subject_id"].isin(inner).to_numpy() & ~test & ~held_out
         train, predicted = ~test & ~held_out & ~validation, held_out | test
     return (fold, *(np.flatnonzero(part) for part in (train, validation, predicted)))
 
