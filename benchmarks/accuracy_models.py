@@ -1,7 +1,8 @@
 """The models that `accuracy.py` compares: out-of-fold ages of every scan, each fold kept once computed.
 
-A network is written as a recipe and what is added to it, joined by `+`, such as `best+last+soft`; `x3` at
-the end averages three seeds. Every choice (penalty, scaling, best epoch) is made inside the training folds.
+A network is written as how its scans are prepared and what is added to it, joined by `+`, such as
+`best+last+soft`; `x3` at the end averages three seeds. Every choice (penalty, scaling, best epoch) is made
+inside the training folds.
 """
 
 from __future__ import annotations
@@ -31,9 +32,14 @@ from brainage_nb.volumes.store_building import build_store
 from brainage_nb.workspace import read_json, write_json
 
 FOLDS = 5
-SMOOTH_MM = 6.0
+SMOOTH_MM = 6.0  # registered brightness
+SMOOTH_GREY_MM = 12.0  # grey matter, as usual in morphometry
 WIDE = AugmentationSettings(rotation_deg=15.0, shift_mm=10.0, scale=0.12, deformation_mm=5.0, deformation=0.6)
 GENTLE = AugmentationSettings(rotation_deg=4.0, shift_mm=3.0, scale=0.03)
+PREPARED: dict[str, dict] = {  # beside the named recipes
+    "registered": {"brain_only": True, "to_mni": True},
+    "grey": {"brain_only": True, "grey_matter": True},  # below the crown, not on the template
+}
 INGREDIENTS: dict[str, dict] = {
     "last": {"keep": "last", "inner_fraction": 0.0},
     "soft": {"loss": "distribution"},
@@ -99,12 +105,12 @@ class Networks:
         return np.array(made)
 
     def _one_run(self, name: str, repeat: int, seed: int, variant: str) -> np.ndarray:
-        recipe, *added = name.split("+")
+        prepared, *added = name.split("+")
         settings = self._settings(added, 100 * repeat + seed)
         splits = self.cohort.assign(split="train", fold=fold_of(self.cohort, repeat))
         grid = f"{self.spacing_mm:g}mm"
         folder = self.cache / "runs" / grid / f"{name}-{settings.epochs}-{repeat}-{seed}"
-        result = train(self.store(recipe), splits, folder, settings)
+        result = train(self.store(prepared), splits, folder, settings)
         self.minutes[variant] += result.history["seconds"].sum() / 60
         rows = result.predictions[result.predictions["variant"] == "single"]
         return rows.set_index("scan_id")["predicted_age"].loc[self.cohort["scan_id"]].to_numpy()
@@ -115,9 +121,13 @@ class Networks:
             base = replace(base, **({"init_from": self.start} if name == "started" else INGREDIENTS[name]))
         return base
 
-    def store(self, recipe: str) -> VolumeStore:
-        """Volumes of a preprocessing recipe."""
-        settings = PreprocessingSettings.of_recipe(recipe, spacing_mm=self.spacing_mm, size=self.size)
+    def store(self, prepared: str) -> VolumeStore:
+        """Volumes of a preprocessing recipe or of one of `PREPARED`."""
+        recipe = "custom" if prepared in PREPARED else prepared
+        switches = PREPARED.get(prepared, {})
+        settings = PreprocessingSettings.of_recipe(
+            recipe, spacing_mm=self.spacing_mm, size=self.size, **switches
+        )
         report = build_store(self.cohort[["scan_id", "image"]], self.cache / "volumes", settings)
         if len(report.failed):
             raise SystemExit(f"{len(report.failed)} scans gave no volume:\n{report.failed.to_string()}")
@@ -137,11 +147,11 @@ def region_volumes(cohort: pd.DataFrame, masks: Path) -> np.ndarray:
     return counts[:, counts.any(axis=0)]
 
 
-def smoothed_voxels(store: VolumeStore, cohort: pd.DataFrame) -> np.ndarray:
-    """Brain-only registered volumes, smoothed, at every voxel inside of most brains, (n, n_voxels)."""
+def smoothed_voxels(store: VolumeStore, cohort: pd.DataFrame, fwhm_mm: float) -> np.ndarray:
+    """Registered volumes, smoothed, at every voxel inside of most brains, (n, n_voxels)."""
     volumes = store.read(cohort["scan_id"]).astype(np.float32)
     inside = (volumes != 0).mean(axis=0) > 0.5
-    smooth = [gaussian_filter(volume, SMOOTH_MM / 2.355 / store.spacing_mm)[inside] for volume in volumes]
+    smooth = [gaussian_filter(volume, fwhm_mm / 2.355 / store.spacing_mm)[inside] for volume in volumes]
     return np.array(smooth)
 
 
@@ -193,7 +203,7 @@ def vgg_svr(store: VolumeStore, cohort: pd.DataFrame, weights: str, repeats: int
     from brainage_nb.models.vgg.run import train_vgg_svr
 
     network = vgg16_features(weights).place()
-    settings = FeatureSettings(image_size=64)
+    settings = FeatureSettings.for_volumes(store.settings, image_size=64)
     found = extract_features(
         store, cache / "features", network, settings=settings, scan_ids=cohort["scan_id"]
     )

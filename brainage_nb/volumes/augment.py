@@ -57,7 +57,7 @@ class AugmentationSettings:
     blur : float
         Probability of the blur.
     noise_sd : float
-        Largest standard deviation of the white noise, in units of the z-scored volume.
+        Largest standard deviation of the white noise, in standard deviations of the volume.
     noise : float
         Probability of the noise.
     """
@@ -98,7 +98,7 @@ def augment(
     Parameters
     ----------
     volumes : Tensor, (batch, 1, size, size, size), float32
-        Z-scored volumes, axes RAS; may be overwritten.
+        Preprocessed volumes, axes RAS; may be overwritten.
     settings : AugmentationSettings
     spacing_mm : float
         Voxel size, mm.
@@ -108,7 +108,8 @@ def augment(
     Returns
     -------
     Tensor
-        Of the same shape; volumes whose brightness was changed are z-scored again.
+        Of the same shape. A change of brightness leaves mean and spread of a volume as they were, and what
+        is exactly 0, cut away around a brain, at 0.
     """
     if volumes.ndim != 5 or volumes.shape[1] != 1 or len(streams) != len(volumes):
         raise ValueError(
@@ -278,6 +279,8 @@ def _recolour(volume: Tensor, settings: AugmentationSettings, spacing_mm: float,
     blur, bias_field, gamma, noise = draw.random(4) < wanted
     if not (blur or bias_field or gamma or noise):
         return volume
+    shown = volume.ne(0).float()
+    mean, sd = _moments(volume, shown)
     if blur:
         volume = _blurred(volume, draw.uniform(0, settings.blur_mm) / FWHM_PER_SIGMA / spacing_mm)
     if bias_field or gamma:
@@ -287,18 +290,24 @@ def _recolour(volume: Tensor, settings: AugmentationSettings, spacing_mm: float,
         volume = volume * _bias_field(settings.log_bias, volume.shape[0], volume.device, draw)
     if gamma:
         volume = volume.pow(float(np.exp(settings.log_gamma * draw.uniform(-1, 1))))
-    volume = _standardised(volume) if bias_field or gamma else volume
+    volume = _rescaled(volume, shown, mean, sd)
     if noise:
-        volume = _noisy(volume, settings.noise_sd * draw.uniform(), draw)
-    return _standardised(volume)
+        noisy = _noisy(volume, settings.noise_sd * draw.uniform() * sd, draw)
+        volume = _rescaled(noisy, shown, mean, sd)
+    return volume
 
 
-def _standardised(volume: Tensor) -> Tensor:
-    """Mean 0 and standard deviation 1, as preprocessing leaves a volume."""
-    flat = volume.reshape(-1)
-    mean = flat.mean()
-    sd = (flat.dot(flat) / flat.numel() - mean * mean).clamp_min(1e-6).sqrt()
-    return (volume - mean) / sd
+def _moments(volume: Tensor, shown: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation where `shown` is 1."""
+    flat, n = (volume * shown).reshape(-1), shown.sum().clamp_min(1)
+    mean = flat.sum() / n
+    return mean, (flat.dot(flat) / n - mean * mean).clamp_min(1e-6).sqrt()
+
+
+def _rescaled(volume: Tensor, shown: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
+    """The volume with this mean and standard deviation where `shown` is 1, and 0 elsewhere."""
+    now, spread = _moments(volume, shown)
+    return ((volume - now) * (sd / spread) + mean) * shown
 
 
 def _blurred(volume: Tensor, sigma: float) -> Tensor:
@@ -327,7 +336,7 @@ def _bias_field(log_bias: float, size: int, device: torch.device, draw) -> Tenso
     return (spline @ field.flatten(1)).view(size, size, size).exp_()
 
 
-def _noisy(volume: Tensor, sd: float, draw) -> Tensor:
+def _noisy(volume: Tensor, sd: Tensor, draw) -> Tensor:
     import torch
 
     generator = torch.Generator(volume.device).manual_seed(int(draw.integers(2**62)))

@@ -47,7 +47,7 @@ def brain_preview(
     from matplotlib.figure import Figure
 
     rows, drawn = [], []
-    plain = replace(settings, brain_only=False, n4=False)
+    plain = replace(settings, brain_only=False, n4=False, grey_matter=False)
     for title, path in scans.items():
         image = load_scan(path)
         brain = find_brain(image, mask_beside(path) if settings.found_masks else None)

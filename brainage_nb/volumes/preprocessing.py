@@ -46,7 +46,7 @@ def preprocess(
     `heads.CROWN_TO_CENTRE_MM` below the crown. The z-score runs over all voxels of the cube, as MONAI's
     NormalizeIntensity does: air is part of it, which the fixed field of view makes a steady part. With
     `to_mni` the cube lies in the template's space, with `brain_only` it is 0 outside of the brain and scaled
-    inside.
+    inside, with `grey_matter` it holds shares from 0 to 1 and is not scaled.
 
     Parameters
     ----------
@@ -58,17 +58,20 @@ def preprocess(
     Returns
     -------
     (size, size, size) float32 array
-        Axes run to the right, the front and the top (RAS); mean 0, standard deviation 1. What is trained on
-        and predicted from is `as_stored` of it.
+        Axes run to the right, the front and the top (RAS). What is trained on and predicted from is
+        `as_stored` of it.
 
     Raises
     ------
     ScanError
-        The scan cannot be used, or its brain was not found (`brain_not_found`).
+        The scan cannot be used, its brain was not found (`brain_not_found`), or its tissues cannot be told
+        apart (`tissues_unclear`).
     """
     settings = settings or PreprocessingSettings()
     image = _loaded(scan)
     grid = _grid(image, settings)
+    if settings.grey_matter:
+        return _grey_cube(image, grid, settings)
     return _scaled(_cube(image, grid, settings), image, grid, settings)
 
 
@@ -112,16 +115,15 @@ def preprocessing_steps(
     grid = _grid(image, settings)
     cube = _cube(image, grid, settings)
     place = "in MNI152 space" if settings.to_mni else "below the crown"
+    last = "brain only, z-scored" if settings.brain_only else "z-scored"
+    if settings.grey_matter:
+        last = "share of grey matter"
     steps = [
         (f"as stored ({stored})", _voxels(image), voxel_sizes(image.affine)),
         ("turned to RAS", _voxels(turned), voxel_sizes(turned.affine)),
         (f"smoothed to {settings.spacing_mm:g} mm", smoothed, voxel_sizes(turned.affine)),
         (f"{settings.spacing_mm:g} mm, {settings.size} voxels, {place}", cube, final),
-        (
-            "brain only, z-scored" if settings.brain_only else "z-scored",
-            _scaled(cube, image, grid, settings),
-            final,
-        ),
+        (last, preprocess(image, settings), final),
     ]
     return [step for step in steps if sd.any() or not step[0].startswith("smoothed")]
 
@@ -143,12 +145,35 @@ def _brain(image: Any, settings: PreprocessingSettings) -> Any:
 
 def _cube(image: Any, grid: np.ndarray, settings: PreprocessingSettings) -> np.ndarray:
     """The scan on the grid, before any scaling."""
-    voxels = _voxels(image)
-    if settings.n4:
-        from .brain import without_bias
-
-        voxels = without_bias(image, _brain(image, settings))
+    voxels = _even_voxels(image, settings)
     return resample(voxels, image.affine, grid, settings.size, _smoothing(image, settings))
+
+
+def _even_voxels(image: Any, settings: PreprocessingSettings) -> np.ndarray:
+    if not settings.n4:
+        return _voxels(image)
+    from .brain import without_bias
+
+    return without_bias(image, _brain(image, settings))
+
+
+def _grey_cube(image: Any, grid: np.ndarray, settings: PreprocessingSettings) -> np.ndarray:
+    """Share of grey matter on the grid."""
+    from . import tissues
+
+    brain = _brain(image, settings)
+    fine = brain.alignment.to_scan @ tissues.grid()
+    sd = smoothing_sd(voxel_sizes(image.affine), tissues.SPACING_MM)
+    level = brain.alignment.level
+    brightness = resample(_even_voxels(image, settings), image.affine, fine, tissues.SIZE, sd) / level
+    found = tissues.tissues_of(brightness, brain.mask_on(fine, brightness.shape))
+    if found.problems:
+        raise ScanError(
+            "tissues_unclear", f"{'; '.join(found.problems)}. Look at the scan, or choose a recipe without."
+        )
+    spacing = np.full(3, tissues.SPACING_MM)
+    sd = smoothing_sd(spacing, settings.spacing_mm) if settings.smooth else np.zeros(3)
+    return resample(found.grey, fine, grid, settings.size, sd)
 
 
 def _scaled(cube: np.ndarray, image: Any, grid: np.ndarray, settings: PreprocessingSettings) -> np.ndarray:

@@ -13,8 +13,8 @@ VERSION = 1
 # What a recipe switches on; how its model is learned: `models.settings`. `best` is what the ablation on real
 # scans chose (`benchmarks/accuracy.py`, `benchmarks/steadiness.py`).
 RECIPES: dict[str, dict[str, bool]] = {
-    "reference": {"brain_only": False, "to_mni": False, "n4": False},
-    "best": {"brain_only": True, "to_mni": True, "n4": False},
+    "reference": {"brain_only": False, "to_mni": False, "n4": False, "grey_matter": False},
+    "best": {"brain_only": True, "to_mni": True, "n4": False, "grey_matter": True},
 }
 SWITCHES = tuple(RECIPES["reference"])
 
@@ -55,6 +55,9 @@ class PreprocessingSettings:
         Whether the cube lies in MNI152 space (affine), instead of below the crown.
     n4 : bool
         Whether slow differences in brightness are taken out (N4, fitted inside the brain).
+    grey_matter : bool
+        Whether the volume holds the share of grey matter in each voxel (0 to 1, `tissues`) instead of how
+        bright it is; 0 outside of the brain.
     found_masks : bool
         Whether a brain mask that another tool left beside the scan is taken (`brain.mask_beside`); matters
         only with the steps that look for the brain.
@@ -66,6 +69,7 @@ class PreprocessingSettings:
     brain_only: bool = False
     to_mni: bool = False
     n4: bool = False
+    grey_matter: bool = False
     found_masks: bool = True
 
     def __post_init__(self) -> None:
@@ -85,7 +89,7 @@ class PreprocessingSettings:
         recipe : str
             reference, best or custom.
         **numbers
-            Any other settings. `brain_only`, `to_mni` and `n4` count with `custom` only.
+            Any other settings. `brain_only`, `to_mni`, `n4` and `grey_matter` count with `custom` only.
         """
         return cls(**numbers | decided_by(recipe, RECIPES))
 
@@ -106,15 +110,9 @@ class PreprocessingSettings:
 
         if self.needs_brain:
             return self._steps_with_brain()
-        smoothing = {
-            "step": "smooth",
-            "fwhm_mm": self.spacing_mm,
-            "kernel": "gaussian",
-            "where": "finer than it",
-        }
         return [
             {"step": "orientation", "axes": "RAS"},
-            *([smoothing] if self.smooth else []),
+            *([self._smoothing_step()] if self.smooth else []),
             {
                 "step": "resample",
                 "spacing_mm": self.spacing_mm,
@@ -125,27 +123,12 @@ class PreprocessingSettings:
                 "crown_to_centre_mm": heads.CROWN_TO_CENTRE_MM,
                 "top_mm": heads.TOP_MM,
             },
-            {"step": "z-score", "over": "all voxels"},
+            self._scaling_step(),
         ]
 
     def _steps_with_brain(self) -> list[dict[str, Any]]:
-        from . import brain, heads, mni, warping
+        from . import brain, heads, mni
 
-        finding = {
-            "step": "find the brain",
-            "version": brain.VERSION,
-            "template": "MNI152, nilearn",
-            "bending_degrees": list(warping.DEGREES),
-            "margin_mm": brain.MARGIN_MM,
-            "lowest_correlation": brain.LOWEST_CORRELATION,
-            "masks_of_other_tools": self.found_masks,
-        }
-        smoothing = {
-            "step": "smooth",
-            "fwhm_mm": self.spacing_mm,
-            "kernel": "gaussian",
-            "where": "finer than it",
-        }
         place = {
             "crown_ml": heads.CROWN_ML,
             "crown_to_centre_mm": heads.CROWN_TO_CENTRE_MM,
@@ -161,13 +144,56 @@ class PreprocessingSettings:
         }
         n4 = {"step": "N4", "rounds": list(brain.N4_ROUNDS), "shrunk_to_mm": brain.N4_SHRINK_MM}
         return [
-            finding,
+            self._finding_step(),
             *([n4] if self.n4 else []),
-            *([smoothing] if self.smooth else []),
+            *([self._tissue_step()] if self.grey_matter else []),
+            *([self._smoothing_step()] if self.smooth else []),
             resampling | place,
-            *([{"step": "outside of the brain", "value": 0.0}] if self.brain_only else []),
-            {"step": "z-score", "over": "the brain" if self.brain_only else "all voxels"},
+            *self._steps_after_resampling(),
         ]
+
+    def _steps_after_resampling(self) -> list[dict[str, Any]]:
+        if self.grey_matter:
+            return []
+        cut = [{"step": "outside of the brain", "value": 0.0}] if self.brain_only else []
+        return [*cut, self._scaling_step()]
+
+    def _finding_step(self) -> dict[str, Any]:
+        from . import brain, warping
+
+        return {
+            "step": "find the brain",
+            "version": brain.VERSION,
+            "template": "MNI152, nilearn",
+            "bending_degrees": list(warping.DEGREES),
+            "margin_mm": brain.MARGIN_MM,
+            "lowest_correlation": brain.LOWEST_CORRELATION,
+            "masks_of_other_tools": self.found_masks,
+        }
+
+    def _tissue_step(self) -> dict[str, Any]:
+        from . import tissues
+
+        return {
+            "step": "tissues",
+            "version": tissues.VERSION,
+            "spacing_mm": tissues.SPACING_MM,
+            "prior_mm": tissues.PRIOR_MM,
+            "field_degree": tissues.FIELD_DEGREE,
+            "lowest_contrast": tissues.LOWEST_CONTRAST,
+            "values": "share of grey matter, 0 outside of the brain",
+        }
+
+    def _smoothing_step(self) -> dict[str, Any]:
+        return {
+            "step": "smooth",
+            "fwhm_mm": self.spacing_mm,
+            "kernel": "gaussian",
+            "where": "finer than it",
+        }
+
+    def _scaling_step(self) -> dict[str, Any]:
+        return {"step": "z-score", "over": "the brain" if self.brain_only else "all voxels"}
 
     @property
     def fingerprint(self) -> str:

@@ -20,9 +20,11 @@
 #
 # **Out:** `volumes/<fingerprint>/`, every scan as the array a model sees, stored once in half precision.
 #
-# A scan is turned to one orientation, smoothed to the resolution of the grid, resampled, cut to a cube hung from the
-# crown of the head, and scaled. Each volume is treated by itself, so a new scan can be treated the same way later. This
-# notebook shows every step on one scan before it treats them all.
+# A scan is turned to one orientation, smoothed to the resolution of the grid, resampled, cut to a cube, and scaled. With
+# the recipe `best` the cube lies on the MNI152 template and holds how much of each voxel is grey matter, which neither the
+# scanner's brightness nor the position of the head changes; with `reference` it hangs from the crown of the head and holds
+# brightness. Each volume is treated by itself, so a new scan can be treated the same way later. This notebook shows every
+# step on one scan before it treats them all.
 
 # %% [markdown]
 # ## Set-up
@@ -70,7 +72,7 @@ size = 96  # @param {type:"integer"}
 smooth = True  # @param {type:"boolean"}
 # Dask workers to preprocess on: local, tcp://host:port or a scheduler file; empty: the processors here
 cluster = ""  # @param {type:"string"}
-# best (brain extraction, affine registration; about three seconds a scan); reference (raw heads); custom: as below
+# best (grey matter on the MNI152 template, some four seconds a scan); reference (raw heads); custom: as below
 recipe = "best"  # @param ["reference", "best", "custom"]
 # custom only: set everything outside of the brain to 0, z-score inside
 brain_only = False  # @param {type:"boolean"}
@@ -78,6 +80,8 @@ brain_only = False  # @param {type:"boolean"}
 to_mni = False  # @param {type:"boolean"}
 # custom only: take out slow differences in brightness (N4)
 n4 = False  # @param {type:"boolean"}
+# custom only: keep the share of grey matter in each voxel instead of its brightness
+grey_matter = False  # @param {type:"boolean"}
 # take brain masks that other tools left beside the scans or in BIDS derivatives
 found_masks = True  # @param {type:"boolean"}
 # scan to show step by step; empty: the first
@@ -106,7 +110,7 @@ session_summary(ws.root)
 settings = PreprocessingSettings.of_recipe(
     recipe,
     **{"spacing_mm": spacing_mm, "size": size, "smooth": smooth, "found_masks": found_masks},
-    **{"brain_only": brain_only, "to_mni": to_mni, "n4": n4},
+    **{"brain_only": brain_only, "to_mni": to_mni, "n4": n4, "grey_matter": grey_matter},
 )
 print(f"recipe {settings.recipe}, fingerprint {settings.fingerprint}")
 numbers = [
@@ -116,8 +120,7 @@ pd.DataFrame(numbers, columns=["step", "number", "value"])
 
 # %% [markdown]
 # ## One scan, step by step
-# Left is marked. The cube hangs from the crown of the head, so a long neck or a head far from the middle of the image
-# does not push the brain out of it.
+# Left is marked. A long neck or a head far from the middle of the image does not push the brain out of the cube.
 
 # %%
 scans = ws.read("splits.csv")

@@ -122,7 +122,7 @@ splits.groupby("split").agg(
 
 # %%
 network = vgg16_features(vgg_weights, pooling=pooling, seed=seed).place()
-settings = FeatureSettings(image_size=image_size)
+settings = FeatureSettings.for_volumes(store.settings, image_size=image_size)
 facts = {
     "weights": network.title,
     "hash of the weights": network.weights_sha256[:12],

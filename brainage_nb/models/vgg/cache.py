@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from urllib.parse import quote
 
 import numpy as np
@@ -20,6 +20,9 @@ import pandas as pd
 from brainage_nb.models.vgg.features import FeatureError, FeatureSettings, volume_features
 from brainage_nb.models.vgg.network import Vgg16Features
 from brainage_nb.workspace import read_csv, read_json, write_csv, write_json, writing
+
+if TYPE_CHECKING:
+    from brainage_nb.volumes.recipes import PreprocessingSettings
 
 FORMAT = 2  # raise it when the arithmetic of `features` changes, so that old caches are not read
 
@@ -31,6 +34,7 @@ class Volumes(Protocol):
     index: pd.DataFrame
     fingerprint: str
     spacing_mm: float
+    settings: PreprocessingSettings
 
     def __getitem__(self, scan_id: str) -> np.ndarray: ...
 
@@ -149,7 +153,7 @@ def extract_features(
     """
     from tqdm import tqdm
 
-    settings = settings or FeatureSettings()
+    settings = settings or FeatureSettings.for_volumes(store.settings)
     cache = open_cache(store, folder, network, settings)
     wanted = list(store.scan_ids if scan_ids is None else scan_ids)
     volumes = dict(zip(store.index["scan_id"], store.index["sha256"], strict=True))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +16,11 @@ from torch.nn import functional
 
 from brainage_nb.models.vgg.network import REDUCTION, Vgg16Features
 
+if TYPE_CHECKING:
+    from brainage_nb.volumes.recipes import PreprocessingSettings
+
 SLICES = 3
+GREY_WINDOW = (0.0, 1.0)
 MUCH_CUT_AWAY = 0.2  # share of voxels exactly 0 from which a volume shows the brain only
 
 
@@ -32,8 +37,8 @@ class FeatureSettings:
     image_size : int
         Side of the images the network sees, pixels: 224 as published, giving 7 x 7 maps; 112 gives 3 x 3.
     window : (float, float)
-        z-scores shown as black and white; what lies beyond is clipped. -1 lies below the background of a
-        z-scored head, 4 above its brain.
+        Values shown as black and white; what lies beyond is clipped. -1 lies below the background of a
+        z-scored head, 4 above its brain; `for_volumes` takes 0 to 1 for shares of grey matter.
     brain_depth_mm : float
         Deeper than this below the crown lies neck, not brain: such triplets are skipped.
     head_fraction : float
@@ -51,6 +56,11 @@ class FeatureSettings:
                 f"image_size = {self.image_size} pixels: expected at least {REDUCTION} (224 as published)."
             )
         object.__setattr__(self, "window", tuple(float(value) for value in self.window))
+
+    @classmethod
+    def for_volumes(cls, preprocessing: PreprocessingSettings, **numbers: Any) -> FeatureSettings:
+        """Settings whose window fits volumes of this preprocessing; `numbers` are any other settings."""
+        return cls(**({"window": GREY_WINDOW} if preprocessing.grey_matter else {}) | numbers)
 
 
 def triplets_with_brain(volume: np.ndarray, spacing_mm: float, settings: FeatureSettings) -> np.ndarray:

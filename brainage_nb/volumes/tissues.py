@@ -1,0 +1,136 @@
+"""How much of each voxel of a brain is grey and white matter.
+
+A mixture of three normals (fluid, grey, white) over the logarithm of brightness, with the template's tissue
+maps as prior and a slow field of brightness fitted along with it: the idea of unified segmentation (Ashburner
+and Friston 2005, doi:10.1016/j.neuroimage.2005.02.018) on a brain that already lies on the template.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from .mni import mni_grid
+from .resampling import resample, smoothing_sd
+from .warping import exponents, polynomials
+
+VERSION = 1  # raised whenever the same scan gives other tissues than before; part of fingerprints
+SPACING_MM, SIZE = 1.5, 128  # grid in MNI152 space on which tissues are told apart
+PRIOR_MM = 6.0  # full width at half maximum by which the template's maps are smoothed
+LOWEST_PRIOR = 0.02  # no tissue is impossible anywhere
+FIELD_DEGREE = 4  # of the polynomials of the field of brightness
+FIELD_PRIOR = 1e-3  # keeps it even where little speaks for a field
+DARKEST = 0.05  # of the level of white matter; what is darker is fluid or bone all the same
+ROUNDS = 24
+STEP = 2  # every second voxel along each axis is fitted; all are then told apart
+LOWEST_CONTRAST = 1.0  # means of neighbouring tissues differ by so many standard deviations at least
+SHARES = (0.25, 0.75)  # of grey matter among grey and white
+
+
+@dataclass(frozen=True)
+class Tissues:
+    """The tissues of one brain, on the grid of `grid()`.
+
+    Attributes
+    ----------
+    grey, white : (128, 128, 128) float32 arrays
+        Probability of each, 0 outside of the brain; what is missing to 1 inside is fluid.
+    contrast : float
+        Smallest distance of the mean brightness of two neighbouring tissues, in standard deviations.
+    problems : tuple of str
+        Why they should not be used; empty where nothing speaks against them.
+    """
+
+    grey: np.ndarray
+    white: np.ndarray
+    contrast: float
+    problems: tuple[str, ...]
+
+
+def grid() -> np.ndarray:
+    """Affine (4, 4) from a voxel of `Tissues` to MNI152, mm."""
+    return mni_grid(SPACING_MM, SIZE)
+
+
+def tissues_of(brightness: np.ndarray, inside: np.ndarray) -> Tissues:
+    """Tell the tissues of a T1-weighted brain apart.
+
+    Parameters
+    ----------
+    brightness : (128, 128, 128) float32 array
+        The scan on `grid()`, about 1 in white matter.
+    inside : (128, 128, 128) bool array
+        The brain with the fluid around it.
+    """
+    prior = _prior()[inside]
+    logs = np.log(np.maximum(brightness[inside], DARKEST)).astype(np.float32)
+    index = np.argwhere(inside)
+    basis = polynomials(index * SPACING_MM + grid()[:3, 3], exponents(FIELD_DEGREE)[1:]).astype(np.float32)
+    few = (index % STEP == 0).all(axis=1)
+    means, variances, shares, field = _fit(logs[few], prior[few], basis[few])
+    probability = _probabilities(logs - basis @ field, prior, means, variances, shares)
+    maps = np.zeros((2, *inside.shape), np.float32)
+    maps[:, inside] = probability.T[1:]
+    contrast = float(np.min(np.diff(means) / np.sqrt(variances[1:])))
+    return Tissues(*maps, contrast, _problems(contrast, *probability.sum(axis=0)[1:]))
+
+
+def _fit(
+    logs: np.ndarray, prior: np.ndarray, basis: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Means, variances and shares (3,) of the tissues and the field's coefficients, by expectation and
+    maximisation in turn.
+    """
+    weights, shares, field = prior, np.ones(3, np.float32), np.zeros(basis.shape[1], np.float32)
+    for turn in range(ROUNDS):
+        even = logs - basis @ field
+        total = weights.sum(axis=0)
+        means = (weights * even[:, None]).sum(axis=0) / total
+        variances = (weights * (even[:, None] - means) ** 2).sum(axis=0) / total + 1e-4
+        weights = _probabilities(even, prior, means, variances, shares)
+        if turn % 2:
+            precision = (weights / variances).sum(axis=1)
+            residual = logs - (weights / variances) @ means / precision
+            weighted = basis * precision[:, None]
+            normal = weighted.T @ basis
+            stiff = FIELD_PRIOR * precision.sum() * np.eye(len(normal))
+            field = np.linalg.solve(normal + stiff, weighted.T @ residual).astype(np.float32)
+    return means, variances, shares, field
+
+
+def _probabilities(
+    even: np.ndarray, prior: np.ndarray, means: np.ndarray, variances: np.ndarray, shares: np.ndarray
+) -> np.ndarray:
+    """Probability (n, 3) of each tissue given evenly bright logs (n,)."""
+    density = np.exp(-((even[:, None] - means) ** 2) / (2 * variances)) / np.sqrt(variances)
+    joint = prior * shares * density + 1e-12
+    return joint / joint.sum(axis=1, keepdims=True)
+
+
+def _problems(contrast: float, grey: float, white: float) -> tuple[str, ...]:
+    found = []
+    if not contrast >= LOWEST_CONTRAST:
+        found.append(
+            f"grey and white matter are hardly told apart (contrast {contrast:.2f}, at least "
+            f"{LOWEST_CONTRAST}): is it T1-weighted?"
+        )
+    share = grey / (grey + white)
+    if not SHARES[0] <= share <= SHARES[1]:
+        found.append(f"{share:.0%} of its tissue is grey matter ({SHARES[0]:.0%} to {SHARES[1]:.0%})")
+    return tuple(found)
+
+
+@lru_cache(maxsize=1)
+def _prior() -> np.ndarray:
+    """Probability (128, 128, 128, 3) of fluid, grey and white in the template; maps that nilearn ships."""
+    from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
+
+    maps = []
+    for image in (load_mni152_gm_template(resolution=1), load_mni152_wm_template(resolution=1)):
+        array = image.get_fdata(dtype=np.float32)
+        maps.append(resample(array, image.affine, grid(), SIZE, smoothing_sd(np.ones(3), PRIOR_MM)))
+    grey, white = np.clip(maps, 0, 1)
+    prior = np.stack([1 - grey - white, grey, white], axis=-1).clip(LOWEST_PRIOR)
+    return (prior / prior.sum(axis=-1, keepdims=True)).astype(np.float32)

@@ -1,0 +1,92 @@
+"""Grey and white matter: in the template, whose maps are known, under uneven light, and in what is no T1."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from brainage_nb.volumes.mni import _bundled
+from brainage_nb.volumes.preprocessing import PreprocessingSettings, preprocess
+from brainage_nb.volumes.resampling import resample, smoothing_sd
+from brainage_nb.volumes.scans import ScanError
+from brainage_nb.volumes.tissues import SIZE, SPACING_MM, grid, tissues_of
+from tests.volumes.template_head import head, pose
+
+BEST = PreprocessingSettings.of_recipe("best", spacing_mm=4, size=48)
+
+
+def on_grid(image):
+    sd = smoothing_sd(np.ones(3), SPACING_MM)
+    return resample(image.get_fdata(dtype=np.float32), image.affine, grid(), SIZE, sd)
+
+
+@pytest.fixture(scope="module")
+def template_brain():
+    """The template's brightness, its inside, and its grey and white matter maps, all on `grid()`."""
+    from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
+
+    t1, mask, affine = _bundled()
+    brightness, inside = (on_grid(nib.Nifti1Image(array, affine)) for array in (t1 * mask, mask))
+    grey, white = (
+        on_grid(load_mni152_gm_template(resolution=1)),
+        on_grid(load_mni152_wm_template(resolution=1)),
+    )
+    return brightness, inside > 0.5, grey, white
+
+
+def slow_field(log):
+    """Brighter to the front and the top, by up to exp(±log)."""
+    line = np.linspace(-1, 1, SIZE)
+    return np.exp(log * (0.5 * line[:, None] + 0.5 * line**3)).astype(np.float32)[None]
+
+
+def test_the_templates_tissues_are_those_of_its_own_maps(template_brain):
+    brightness, inside, grey, white = template_brain
+    found = tissues_of(brightness, inside)
+    assert found.problems == ()
+    assert np.corrcoef(found.grey[inside], grey[inside])[0, 1] > 0.85
+    assert np.corrcoef(found.white[inside], white[inside])[0, 1] > 0.93
+    assert (found.grey[~inside] == 0).all()
+    assert (found.grey + found.white).max() <= 1 + 1e-5
+
+
+def test_uneven_light_and_another_gain_move_no_tissue(template_brain):
+    brightness, inside, _, _ = template_brain
+    even = tissues_of(brightness, inside).grey[inside]
+    field = slow_field(0.25)
+    assert np.ptp(np.log(field)) > 0.45
+    lit = tissues_of(brightness * field, inside).grey[inside]
+    brighter = tissues_of(brightness * 1.1, inside).grey[inside]
+    assert np.abs(lit - even).mean() < 0.02
+    assert np.abs(brighter - even).mean() < 0.01
+
+
+def test_the_order_of_brightness_of_another_contrast_is_refused(template_brain):
+    brightness, inside, _, _ = template_brain
+    inverted = np.where(inside, 1.2 - brightness, 0).astype(np.float32)
+    assert "T1-weighted" in tissues_of(inverted, inside).problems[0]
+    noise = np.random.default_rng(0).uniform(0.3, 1, brightness.shape).astype(np.float32)
+    assert tissues_of(noise, inside).problems
+
+
+def test_best_gives_the_grey_matter_of_a_tilted_head(template_brain):
+    _, _, grey, _ = template_brain
+    truth = resample(grey, grid(), _grid_of(BEST), BEST.size, smoothing_sd(np.full(3, SPACING_MM), 4.0))
+    volume = preprocess(head(pose((18, -14, 20), (12, -25, 14)))[0], BEST)
+    assert volume.dtype == np.float32
+    assert 0 <= volume.min() < 0.01 < 0.8 < volume.max() <= 1
+    assert np.corrcoef(volume.ravel(), truth.ravel())[0, 1] > 0.9
+
+
+def test_a_head_without_contrast_gives_no_volume_but_the_reason(monkeypatch):
+    from brainage_nb.volumes import tissues
+
+    monkeypatch.setattr(tissues, "LOWEST_CONTRAST", 100.0)
+    with pytest.raises(ScanError, match="hardly told apart") as error:
+        preprocess(head(pose())[0], BEST)
+    assert error.value.code == "tissues_unclear"
+
+
+def _grid_of(settings):
+    from brainage_nb.volumes.mni import mni_grid
+
+    return mni_grid(settings.spacing_mm, settings.size)
