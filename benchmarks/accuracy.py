@@ -1,8 +1,8 @@
 """Cross-validated error of age prediction on real scans: networks, ingredient by ingredient, and baselines.
 
-Baselines: the mean predictor, ridge on registered smoothed voxels (their brightness, or the grey matter of
-`best`), a linear SVR on regional volumes of another tool, VGG16 features of `best` with SVR (`--vgg
-random_projection` or `imagenet`).
+Baselines: the mean predictor, ridge on registered smoothed voxels (their brightness; the grey matter of
+`best`, as it stands beside that network), a linear SVR on regional volumes of another tool, VGG16 features
+of `best` with SVR (`--vgg random_projection` or `imagenet`).
 Networks: `--networks reference,best,best+last,best+last+softx3` (see `accuracy_models`). All in the same
 folds, dealt by subject over sorted ages. What is done is kept under `--cache`, so that a run of hours can be
 cut and continued; a GPU is used if there is one. On two cores a full ResNet-18 takes about ten minutes a row
@@ -22,8 +22,6 @@ import numpy as np
 import pandas as pd
 from accuracy_models import (
     FOLDS,
-    SMOOTH_GREY_MM,
-    SMOOTH_MM,
     Networks,
     cross_validated,
     mean_predictor,
@@ -38,7 +36,7 @@ from brainage_nb.cohort.sources import folder_cohort
 from brainage_nb.evaluation.metrics import age_bins, mean_with_interval, with_interval
 
 MEAN, REGIONS = "mean predictor", "SVR on DLMUSE volumes"
-RIDGE, GREY_RIDGE = "ridge on registered voxels", "ridge on grey matter"
+RIDGE, LINEAR = "ridge on registered voxels", "ridge on grey matter"
 
 
 def baselines(
@@ -46,20 +44,19 @@ def baselines(
 ) -> dict[str, np.ndarray]:
     """Out-of-fold ages (repeats, n) of every baseline."""
     regions = region_volumes(cohort, data / "dlmuse")
-    registered, grey = networks.store("registered"), networks.store("best")
     variants = {
         MEAN: (mean_predictor, regions[:, :1]),
         REGIONS: (svr, regions),
-        RIDGE: (ridge, smoothed_voxels(registered, cohort, SMOOTH_MM)),
-        GREY_RIDGE: (ridge, smoothed_voxels(grey, cohort, SMOOTH_GREY_MM)),
+        RIDGE: (ridge, smoothed_voxels(networks.store("registered"), cohort)),
     }
     made = {
         name: cross_validated(name, fit, features, cohort, repeats, networks.cache)
         for name, (fit, features) in variants.items()
     }
+    made[LINEAR] = np.array([networks.linear("best", repeat) for repeat in range(repeats)])
     if vgg:
         title = f"VGG16 ({vgg.replace('_', ' ')}) + SVR, best"
-        made[title] = vgg_svr(grey, cohort, vgg, 1, networks.cache)
+        made[title] = vgg_svr(networks.store("best"), cohort, vgg, 1, networks.cache)
     return made
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+import torch
 from scipy.ndimage import gaussian_filter
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import GridSearchCV
@@ -23,6 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
 from brainage_nb.cohort.splits import deal_folds
+from brainage_nb.models.fitting.linear import fit_linear
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.training import train
 from brainage_nb.volumes.augment import AugmentationSettings
@@ -32,8 +34,7 @@ from brainage_nb.volumes.store_building import build_store
 from brainage_nb.workspace import read_json, write_json
 
 FOLDS = 5
-SMOOTH_MM = 6.0  # registered brightness
-SMOOTH_GREY_MM = 12.0  # grey matter, as usual in morphometry
+SMOOTH_MM = 6.0
 WIDE = AugmentationSettings(rotation_deg=15.0, shift_mm=10.0, scale=0.12, deformation_mm=5.0, deformation=0.6)
 GENTLE = AugmentationSettings(rotation_deg=4.0, shift_mm=3.0, scale=0.03)
 PREPARED: dict[str, dict] = {  # beside the named recipes
@@ -59,6 +60,7 @@ INGREDIENTS: dict[str, dict] = {
     "fours": {"batch_size": 4},
     "decay": {"weight_decay": 0.01},
     "started": {},  # from the bundle given by --start
+    "linear": {},  # the mean of the network's age and of the regression's, as a run with `linear` gives it
 }
 
 
@@ -106,6 +108,9 @@ class Networks:
 
     def _one_run(self, name: str, repeat: int, seed: int, variant: str) -> np.ndarray:
         prepared, *added = name.split("+")
+        if "linear" in added:
+            alone = "+".join(part for part in name.split("+") if part != "linear")
+            return (self._one_run(alone, repeat, seed, variant) + self.linear(prepared, repeat)) / 2
         settings = self._settings(added, 100 * repeat + seed)
         splits = self.cohort.assign(split="train", fold=fold_of(self.cohort, repeat))
         grid = f"{self.spacing_mm:g}mm"
@@ -120,6 +125,19 @@ class Networks:
         for name in added:
             base = replace(base, **({"init_from": self.start} if name == "started" else INGREDIENTS[name]))
         return base
+
+    def linear(self, prepared: str, repeat: int) -> np.ndarray:
+        """Out-of-fold ages (n,) of the regression that `linear` puts beside a network, alone."""
+        store, folds = self.store(prepared), fold_of(self.cohort, repeat)
+        volumes = torch.from_numpy(store.read(self.cohort["scan_id"]).astype(np.float32))[:, None]
+        age, subjects = self.cohort["age"].to_numpy(float), self.cohort["subject_id"].to_numpy()
+        made = np.full(len(age), np.nan)
+        for fold in range(FOLDS):
+            test = folds == fold
+            batches = volumes[~test].split(16)
+            fitted = fit_linear(batches, age[~test], subjects[~test], store.spacing_mm)
+            made[test] = fitted(volumes[test]).numpy()
+        return made
 
     def store(self, prepared: str) -> VolumeStore:
         """Volumes of a preprocessing recipe or of one of `PREPARED`."""
@@ -147,11 +165,11 @@ def region_volumes(cohort: pd.DataFrame, masks: Path) -> np.ndarray:
     return counts[:, counts.any(axis=0)]
 
 
-def smoothed_voxels(store: VolumeStore, cohort: pd.DataFrame, fwhm_mm: float) -> np.ndarray:
-    """Registered volumes, smoothed, at every voxel inside of most brains, (n, n_voxels)."""
+def smoothed_voxels(store: VolumeStore, cohort: pd.DataFrame) -> np.ndarray:
+    """Brain-only registered volumes, smoothed, at every voxel inside of most brains, (n, n_voxels)."""
     volumes = store.read(cohort["scan_id"]).astype(np.float32)
     inside = (volumes != 0).mean(axis=0) > 0.5
-    smooth = [gaussian_filter(volume, fwhm_mm / 2.355 / store.spacing_mm)[inside] for volume in volumes]
+    smooth = [gaussian_filter(volume, SMOOTH_MM / 2.355 / store.spacing_mm)[inside] for volume in volumes]
     return np.array(smooth)
 
 

@@ -30,6 +30,7 @@ def resnet18_regressor(
     shortcut: str = "B",
     dropout: float = 0.0,
     outputs: int = 1,
+    linear_edge: int = 0,
     age_mean: float = 0.0,
     age_sd: float = 1.0,
 ) -> AgeRegressor:
@@ -53,6 +54,9 @@ def resnet18_regressor(
         1 for the age itself; more for its distribution over so many ages, evenly from 4 `age_sd` below to
         4 `age_sd` above `age_mean`, whose mean is the age (soft labels, Peng et al. 2021,
         doi:10.1016/j.media.2020.101871).
+    linear_edge : int
+        Edge of the map of weights of a linear regression (`VoxelRegression`) whose age is averaged with that
+        of the network; 0 for none.
     age_mean, age_sd : float
         Mean and spread of the training ages, years. The output starts at `age_mean`, so the optimiser's first
         steps are not spent on finding it.
@@ -68,11 +72,18 @@ def resnet18_regressor(
         raise ValueError(f"shortcut={shortcut!r} is unknown. Available: ['A', 'B']")
     if len(widths) != 4 or len(blocks) != 4:
         raise ValueError(f"A ResNet has four stages; widths={tuple(widths)}, blocks={tuple(blocks)}.")
-    return AgeRegressor(widths, blocks, norm, shortcut, dropout, outputs, age_mean, age_sd)
+    network = AgeRegressor(widths, blocks, norm, shortcut, dropout, outputs, age_mean, age_sd)
+    if linear_edge:
+        network.linear = VoxelRegression(torch.zeros((linear_edge,) * 3), 0.0)
+    return network
 
 
 class AgeRegressor(nn.Module):
-    """See `resnet18_regressor`; `features` gives what the last layer sees, `ages` what it makes of that."""
+    """See `resnet18_regressor`; `features` gives what the last layer sees, `ages` what it makes of that.
+
+    `linear`, where there is one, stands beside the network: it is fitted after it (`fitting.linear`), and a
+    predicted age is the mean of both.
+    """
 
     def __init__(self, widths, blocks, norm, shortcut, dropout, outputs, age_mean, age_sd):
         super().__init__()
@@ -91,6 +102,7 @@ class AgeRegressor(nn.Module):
         self.fc = nn.Linear(before, outputs)
         self.register_buffer("age_mean", torch.tensor(float(age_mean)))
         self.register_buffer("age_sd", torch.tensor(float(age_sd)))
+        self.linear: VoxelRegression | None = None
         self._start()
 
     def _start(self):
@@ -121,10 +133,50 @@ class AgeRegressor(nn.Module):
             return self.age_mean + self.age_sd * (scores.softmax(dim=1) @ self.points())
         return self.age_mean + self.age_sd * scores[:, 0]
 
+    def seen(self, volumes: Tensor) -> Tensor:
+        """All that an age is made of: `features` and, as a last column, the age of `linear` where it is."""
+        features = self.features(volumes)
+        if self.linear is None:
+            return features
+        return torch.cat([features, self.linear(volumes)[:, None]], dim=1)
+
+    def ages_of(self, seen: Tensor) -> Tensor:
+        """Ages in years (batch,) of what `seen` gave."""
+        ages = self.ages(self.fc(seen[:, : self.fc.in_features]))
+        return ages if self.linear is None else (ages + seen[:, -1].float()) / 2
+
     def forward(self, volumes: Tensor, *, scores: bool = False) -> Tensor:
         """Ages in years, shape (batch,); with `scores` the last layer's outputs (batch, outputs) instead."""
-        given = self.fc(self.dropout(self.features(volumes)))
-        return given if scores else self.ages(given)
+        if scores:
+            return self.fc(self.dropout(self.features(volumes)))
+        return self.ages_of(self.seen(volumes))
+
+
+class VoxelRegression(nn.Module):
+    """Ages straight from a volume: its means over cubes, times a map of weights, added up.
+
+    Parameters
+    ----------
+    weight : Tensor (edge, edge, edge)
+        Years; the volume is brought to this many cubes an axis.
+    bias : float
+        Years.
+    """
+
+    def __init__(self, weight: Tensor, bias: float):
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", torch.tensor(float(bias)))
+
+    def forward(self, volumes: Tensor) -> Tensor:
+        """Ages in years (batch,) of volumes (batch, 1, D, H, W)."""
+        with torch.autocast(volumes.device.type, enabled=False):
+            return self.bias + (cubes(volumes.float(), len(self.weight)) * self.weight).sum(dim=(1, 2, 3))
+
+
+def cubes(volumes: Tensor, edge: int) -> Tensor:
+    """Means over cubes (batch, edge, edge, edge) of volumes (batch, 1, D, H, W)."""
+    return nn.functional.adaptive_avg_pool3d(volumes, edge)[:, 0]
 
 
 class ResidualBlock(nn.Module):

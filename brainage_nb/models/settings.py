@@ -28,8 +28,8 @@ RUNTIME = (
 # How each named recipe is learned, beside how its scans are prepared (`volumes.recipes`): `best` is what the
 # ablation on real scans chose (`benchmarks/accuracy.py`).
 RECIPES: dict[str, dict[str, Any]] = {
-    "reference": {"loss": "huber", "keep": "best", "inner_fraction": 0.15},
-    "best": {"loss": "distribution", "keep": "last", "inner_fraction": 0.0},
+    "reference": {"loss": "huber", "keep": "best", "inner_fraction": 0.15, "linear": False},
+    "best": {"loss": "distribution", "keep": "last", "inner_fraction": 0.0, "linear": True},
 }
 
 
@@ -67,6 +67,9 @@ class TrainingSettings:
     keep : {"best", "last"}
         Which epoch's weights are kept: the one with the least validation MAE, or the last one. A handful of
         validation subjects chooses by luck; with the cosine at its end the last epoch is a fair choice.
+    linear : bool
+        Average each predicted age with that of a ridge regression on the smoothed training volumes
+        (`fitting.linear`), fitted in seconds once the network is trained.
     patience : int
         Stop after so many epochs without a better validation MAE; 0 for never.
     norm, shortcut, widths, blocks, dropout
@@ -121,6 +124,7 @@ class TrainingSettings:
     gradient_clip: float = 20.0
     ema_epochs: float = 1.0
     keep: str = "best"
+    linear: bool = False
     patience: int = 0
     norm: str = "batch"
     shortcut: str = "B"

@@ -79,12 +79,14 @@ folds = 0  # @param {type:"integer"}
 widths = "64,128,256,512"  # @param {type:"string"}
 # normalisation: batch (learns fastest), group or instance
 norm = "batch"  # @param ["batch", "group", "instance"]
-# reference; best (age distribution, last epoch); custom: loss and keep as below
+# reference; best (age distribution, last epoch, a linear regression beside it); custom: as the next three say
 recipe = "best"  # @param ["reference", "best", "custom"]
 # custom only: what is learned, huber (the age) or distribution (soft labels: a curve of ages around it)
 loss = "huber"  # @param ["huber", "distribution"]
 # custom only: which weights are kept, those of the epoch with the best validation error, or of the last one
 keep = "best"  # @param ["best", "last"]
+# custom only: average each age with that of a ridge regression on the smoothed volumes, fitted in seconds
+linear = False  # @param {type:"boolean"}
 # epochs that the average of the weights reaches back; 0: none
 ema_epochs = 1.0  # @param {type:"number"}
 # predict each scan and its left-right mirror image, and average

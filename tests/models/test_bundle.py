@@ -95,6 +95,7 @@ def test_a_learned_distribution_and_moved_views_are_saved_too(trained, tmp_path)
     bundle, rows = load_bundle(save_bundle(ws.run("soft"))), result.predictions.set_index("scan_id")
     assert bundle.manifest["trained_by_recipe"] == "best"
     assert bundle.manifest["architecture"]["outputs"] == 65 and bundle.manifest["shift_averaging"] == 1
+    assert bundle.manifest["architecture"]["linear_edge"] == SETTINGS.size
     image = ws.path("0.nii")
     assert bundle.predict(image).predicted_age == pytest.approx(rows["predicted_age"]["000"], abs=1e-4)
     bundle.model.averaging["shift_averaging"] = 0

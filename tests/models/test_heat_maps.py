@@ -1,8 +1,11 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from brainage_nb.models.explaining.heat_maps import LAYERS, edge_map, grad_cam, occlusion, randomised
+from brainage_nb.models.resnet import VoxelRegression
 from tests.models.tiny_bundle import networks
 
 
@@ -58,6 +61,19 @@ def test_randomised_weights_change_the_map_and_leave_the_model_alone(network, vo
     heat, drawn = grad_cam([network], volume), grad_cam([randomised(network)], volume)
     assert np.corrcoef(heat.ravel(), drawn.ravel())[0, 1] < 0.9
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
+def test_the_regression_beside_a_network_is_in_the_map_and_drawn_anew_too(volume):
+    network = copy.deepcopy(networks()[0])
+    alone = grad_cam([network], volume)
+    weight = torch.zeros(24, 24, 24)
+    weight[3:6, 15:18, 10:12] = 1.0
+    network.linear = VoxelRegression(weight, 0.0)
+    added = np.abs(grad_cam([network], np.ones_like(volume), flip_averaging=False))
+    assert added[3:6, 15:18, 10:12].min() > 3 * np.median(added)
+    assert np.abs(grad_cam([network], volume) - alone).max() > 1e-3
+    drawn = randomised(network).linear.weight
+    assert drawn[12:].abs().min() > 0 and (weight[12:] == 0).all()
 
 
 def test_occlusion_finds_the_only_place_that_matters_and_says_its_years():

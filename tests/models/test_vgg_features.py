@@ -19,6 +19,7 @@ from brainage_nb.models.vgg.features import (
     volume_features,
 )
 from brainage_nb.models.vgg.network import WeightsError, vgg16_features
+from brainage_nb.volumes.preprocessing import PreprocessingSettings
 from brainage_nb.workspace import read_json
 
 SIZE, SPACING = 24, 8.0  # a 192 mm cube
@@ -77,6 +78,15 @@ def test_a_position_means_the_same_slices_in_every_scan():
     for channel in range(3):
         expected = (high[:, :, 12 + channel].astype(np.float32).mean() + 1) / 5
         assert native[0, channel].mean().item() == pytest.approx(expected, abs=0.02)
+
+
+def test_shares_of_grey_matter_fill_the_window_and_other_volumes_keep_theirs():
+    best, reference = (PreprocessingSettings.of_recipe(name) for name in ("best", "reference"))
+    grey = FeatureSettings.for_volumes(best, image_size=32)
+    assert (grey.window, grey.image_size) == ((0.0, 1.0), 32)
+    assert FeatureSettings.for_volumes(reference) == FeatureSettings()
+    image = triplet_images(np.full((32, 32, 3), 0.75, np.float16), [0], grey)
+    assert image.mean().item() == pytest.approx(0.75, abs=1e-3)
 
 
 def test_images_show_anterior_up_and_left_at_left():

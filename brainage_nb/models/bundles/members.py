@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 RESNET, VGG = "resnet18", "vgg16_svr"
 # A manifest must not ask for more than any real network has.
 LARGEST = {"widths": 2048, "blocks": 64}
-MOST_OUTPUTS = 1000
+MOST_OUTPUTS, LARGEST_EDGE = 1000, 256
 HALF_PRECISION_YEARS = 0.01  # half-precision weights are kept where no prediction moves by more
 
 
@@ -81,15 +81,14 @@ class NetworkEnsemble:
 
         def convolved(networks: list[nn.Module]) -> list[torch.Tensor]:
             images = [_beside(networks[0], part) for part in parts]
-            return [torch.cat([network.features(part).cpu() for part in images]) for network in networks]
+            return [torch.cat([network.seen(part).cpu() for part in images]) for network in networks]
 
         with torch.inference_mode():
             seen = self._placed.run(convolved)
             ages = [
-                float(network.ages(network.fc(features)).mean())
-                for network, features in zip(self.networks, seen, strict=True)
+                float(network.ages_of(each).mean()) for network, each in zip(self.networks, seen, strict=True)
             ]
-        return np.array(ages), seen[0][0].numpy()
+        return np.array(ages), seen[0][0, : self.networks[0].fc.in_features].numpy()
 
     def features(self, volume: np.ndarray) -> np.ndarray:
         """What the last layer of the first member sees of a volume, not mirrored: (widths[-1],)."""
@@ -200,6 +199,9 @@ def _check_blocks(architecture: Mapping[str, Any], weights: Mapping[str, np.ndar
     outputs = architecture.get("outputs", 1)
     if type(outputs) is not int or not 0 < outputs <= MOST_OUTPUTS:
         raise ValueError(f"outputs = {outputs!r}: expected a whole number from 1 to {MOST_OUTPUTS}")
+    edge = architecture.get("linear_edge", 0)
+    if type(edge) is not int or not 0 <= edge <= LARGEST_EDGE:
+        raise ValueError(f"linear_edge = {edge!r}: expected a whole number from 0 to {LARGEST_EDGE}")
     for stage, (width, depth) in enumerate(
         zip(architecture["widths"], architecture["blocks"], strict=True), start=1
     ):

@@ -133,7 +133,9 @@ def _resnet_parts(
         raise FileNotFoundError(
             f"{folder} has no finished model (checkpoints/*/weights.safetensors). Train it to the end first."
         )
-    stored = [network_from(architecture, load_file(path)) for path in places]
+    loaded = [load_file(path) for path in places]
+    architecture["linear_edge"] = len(loaded[0].get("linear.weight", ()))
+    stored = [network_from(architecture, weights) for weights in loaded]
     moved = max(precision_check(network, architecture, volumes, **averaging) for network in stored)
     half = moved < HALF_PRECISION_YEARS
     arrays = {

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from brainage_nb.models.resnet import cubes
+
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -31,7 +33,8 @@ def grad_cam(
     The published form (Selvaraju et al. 2017) weights each channel by its mean gradient; the element-wise
     form (HiResCAM, Draelos & Carin 2020) keeps the gradient's place and so does not smear one place's
     importance over the head. Each layer's map is scaled to the same mean magnitude, then they are averaged:
-    early layers say where exactly, later ones what matters.
+    early layers say where exactly, later ones what matters. A regression beside the network counts as a
+    layer.
 
     Parameters
     ----------
@@ -134,6 +137,9 @@ def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
         for parameter in drawn.parameters():
             spread = float(parameter.std()) if parameter.numel() > 1 else 1.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * max(spread, 1e-3))
+        if drawn.linear is not None:
+            weight = drawn.linear.weight
+            weight.copy_(torch.randn(weight.shape, generator=generator) * weight.std())
     return drawn.eval().requires_grad_(False)
 
 
@@ -141,7 +147,7 @@ def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def _cams(network: nn.Module, batch: Tensor, layers: Sequence[str], *, elementwise: bool) -> list[Tensor]:
-    """Coarse map (1, 1, d, h, w) of each layer, in one pass."""
+    """Coarse map (1, 1, d, h, w) of each layer, in one pass, and of the regression beside the network."""
     kept, me = [], threading.get_ident()
 
     def keep(_module, _inputs, output):
@@ -162,6 +168,8 @@ def _cams(network: nn.Module, batch: Tensor, layers: Sequence[str], *, elementwi
     for activation, gradient in zip(kept, gradients, strict=True):
         weights = gradient if elementwise else gradient.mean(dim=(2, 3, 4), keepdim=True)
         maps.append((weights * activation.detach()).sum(dim=1, keepdim=True))
+    if network.linear is not None:  # gradient times input, as for a layer
+        maps.append((network.linear.weight * cubes(batch, len(network.linear.weight)))[:, None])
     return maps
 
 

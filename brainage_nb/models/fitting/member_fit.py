@@ -21,6 +21,7 @@ import torch
 from brainage_nb.models.checkpoints import Checkpoints, halved, write_weights
 from brainage_nb.models.devices import full_float32
 from brainage_nb.models.fitting.batches import ResidentVolumes, StreamedVolumes
+from brainage_nb.models.fitting.linear import MOST_SCANS, fit_linear
 from brainage_nb.models.fitting.optimisation import (
     Stepper,
     WeightAverage,
@@ -35,7 +36,7 @@ from brainage_nb.models.fitting.shared_batchnorm import share_batchnorm
 from brainage_nb.models.fitting.starting import load_pretrained
 from brainage_nb.models.fitting.stopping import StopRequests
 from brainage_nb.models.fitting.sweeps import Member, member_rows
-from brainage_nb.models.resnet import AgeRegressor, outputs_of, resnet18_regressor
+from brainage_nb.models.resnet import AgeRegressor, VoxelRegression, outputs_of, resnet18_regressor
 from brainage_nb.models.settings import TrainingSettings, refuse_difference
 from brainage_nb.models.views import averaging_of
 from brainage_nb.volumes.augment import augment
@@ -72,6 +73,10 @@ def build_network(settings: TrainingSettings, age: np.ndarray) -> AgeRegressor:
         age_mean=float(np.mean(age)),
         age_sd=max(1.0, float(np.std(age))),
     )
+
+
+def _load(model: AgeRegressor, weights: dict[str, torch.Tensor]) -> None:
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
 
 
 class MemberFit:
@@ -269,7 +274,11 @@ class MemberFit:
     def _finish(self) -> None:
         """Predict with the best epoch's weights as stored, write everything, drop the checkpoints."""
         weights = self.best["weights"]
-        self.average.model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        _load(self.average.model, weights)
+        if self.settings.linear:
+            self.average.model.linear = self._linear().to(self.accelerator.device)
+            weights = halved(self.average.model)
+            _load(self.average.model, weights)
         averaging = averaging_of(vars(self.settings))
         with full_float32():  # as a saved model predicts
             predicted = self._predict(self.member.predicted, contextlib.nullcontext, **averaging)
@@ -280,6 +289,14 @@ class MemberFit:
             write_csv(rows, self.folder / "predictions.csv")
             self.checkpoints.delete()
         self.accelerator.wait_for_everyone()
+
+    def _linear(self) -> VoxelRegression:
+        """The regression beside the network, from the same training scans as they are stored."""
+        rows = np.sort(np.random.default_rng(self.member.seed).permutation(self.member.train)[:MOST_SCANS])
+        batches = self.volumes.batches(np.array_split(rows, -(-len(rows) // self.settings.batch_size)))
+        scans = self.scans.iloc[rows]
+        age, subjects = scans["age"].to_numpy(float), scans["subject_id"].to_numpy()
+        return fit_linear(batches, age, subjects, self.volumes.spacing_mm)
 
     # --- checkpoints -------------------------------------------------------------------------------------
 
