@@ -60,7 +60,7 @@ INGREDIENTS: dict[str, dict] = {
     "fours": {"batch_size": 4},
     "decay": {"weight_decay": 0.01},
     "started": {},  # from the bundle given by --start
-    "linear": {},  # the mean of the network's age and of the regression's, as a run with `linear` gives it
+    "linear": {},  # mean of the network's and the regression's ages, as a run with `linear` and `last` has it
 }
 
 

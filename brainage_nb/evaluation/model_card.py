@@ -5,6 +5,7 @@ Made from the run and the workspace alone; nothing in it is typed by hand.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,6 +16,7 @@ from brainage_nb.evaluation.cautions import TEST_OBJECT
 from brainage_nb.evaluation.evaluate import Evaluation
 from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.evaluation.one_run import RunEvaluation
+from brainage_nb.volumes.recipes import PreprocessingSettings
 from brainage_nb.workspace import version_of
 
 FIGURES = {
@@ -27,6 +29,15 @@ FIGURES = {
     "gap_age_r": "r, gap with true age",
     "mae_over_range": "MAE / age range",
 }
+# Of `benchmarks/accuracy.py` and `benchmarks/steadiness.py`; the README has the tables.
+MEASURED = {
+    "best": ("@BEST@"),
+    "reference": ("@REFERENCE@"),
+}
+NOT_SHOWN = (
+    "One site, one scanner, 20 to 82 years: other scanners, ages and illnesses are not in these figures, and "
+    "neither is the model of this card."
+)
 
 
 def model_card(evaluation: Evaluation, run: str = "") -> str:
@@ -81,9 +92,23 @@ def _content(evaluation: Evaluation, name: str, found: RunEvaluation) -> dict[st
         "level": evaluation.level,
         "coverage": plain,
         "diagnosed": "diagnosis" in found.run.predictions,
+        "recipe_elsewhere": "" if evaluation.is_test_object else recipe_elsewhere(found.run.settings),
         "test_object": TEST_OBJECT if evaluation.is_test_object else "",
         "warnings": [text for text in evaluation.warnings if text.startswith(f"{name}:")],
     }
+
+
+def recipe_elsewhere(settings: Mapping[str, Any]) -> str:
+    """What was measured with the recipe that prepared and trained a run; empty where there is no one.
+
+    What prepared it is judged by its steps: the same name may have meant others in an older release.
+    """
+    recipe = settings.get("recipe", "")
+    try:
+        prepared = PreprocessingSettings.from_json(settings["preprocessing"]).recipe
+    except (KeyError, ValueError):
+        return ""
+    return f"{MEASURED[recipe]} {NOT_SHOWN}" if recipe == prepared and recipe in MEASURED else ""
 
 
 def markdown(frame: pd.DataFrame) -> str:

@@ -142,7 +142,7 @@ class AgeRegressor(nn.Module):
 
     def ages_of(self, seen: Tensor) -> Tensor:
         """Ages in years (batch,) of what `seen` gave."""
-        ages = self.ages(self.fc(seen[:, : self.fc.in_features]))
+        ages = self.ages(self.fc(self.dropout(seen[:, : self.fc.in_features])))
         return ages if self.linear is None else (ages + seen[:, -1].float()) / 2
 
     def forward(self, volumes: Tensor, *, scores: bool = False) -> Tensor:

@@ -215,8 +215,12 @@ def _require(settings: TrainingSettings, name: str, holds: bool, expected: str) 
 
 
 def refuse_difference(before: dict[str, Any], now: dict[str, Any], place: Path) -> None:
-    """Raise `SettingsDiffer` naming every setting that is not what `place` was begun with."""
+    """Raise `SettingsDiffer` naming every setting that is not what `place` was begun with.
+
+    A setting that is younger than the run counts as its default, which does what was done before it.
+    """
     now = json.loads(json.dumps(now))
+    before = {name: value for name, value in TrainingSettings().to_json().items() if name in now} | before
     names = [name for name in sorted(set(before) | set(now)) if before.get(name) != now.get(name)]
     if names:
         listed = "; ".join(f"{name}: was {before.get(name)!r}, now {now.get(name)!r}" for name in names)

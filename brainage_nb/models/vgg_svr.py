@@ -62,11 +62,11 @@ class VggSvr:
         return known[variant or self.variant]
 
     def features(self, volume: np.ndarray) -> np.ndarray:
-        """(positions, features) of one volume (size, size, size), RAS, z-scored float16 as in a store."""
+        """(positions, features) of one volume (size, size, size), RAS, float16 as in a store."""
         return volume_features(volume, self.spacing_mm, self.network, self.settings)
 
     def predict(self, volumes: Sequence[np.ndarray], variant: str = "") -> np.ndarray:
-        """Ages in years (n,) of volumes (n, size, size, size), RAS, z-scored, float16 as in a store."""
+        """Ages in years (n,) of volumes (n, size, size, size), RAS, float16 as in a store."""
         return self.fusion(variant).predict([self.features(volume) for volume in volumes])
 
     def contributions(self, volume: np.ndarray, variant: str = "") -> pd.DataFrame:

@@ -31,6 +31,9 @@ STRIPPED_MAX_L = 2.2  # brains hold less, whole heads of adults more
 RIM_RATIO = 0.5
 
 
+MUCH_CUT_AWAY = 0.2  # share of voxels exactly 0 from which a preprocessed volume shows the brain only
+
+
 @dataclass(frozen=True)
 class Head:
     """What the 4 mm picture shows.
@@ -71,6 +74,15 @@ def head_facts(image: nib.spatialimages.SpatialImage) -> dict[str, object]:
         for axis, value in zip("xyz", facts.pop(key), strict=True):
             facts[f"head_{key.removesuffix('_mm')}_{axis}_mm"] = value
     return facts
+
+
+def head_in(volume: np.ndarray) -> np.ndarray:
+    """Where a preprocessed volume (size, size, size) shows a head, bool: what is brighter than the mean.
+
+    Where everything outside of the brain was set to 0 the mean says nothing: there it is all that is not 0.
+    """
+    within = volume != 0
+    return within if within.mean() < 1 - MUCH_CUT_AWAY else volume > volume.mean(dtype=np.float64)
 
 
 def find_head(image: nib.spatialimages.SpatialImage) -> Head:

@@ -21,6 +21,8 @@ from .scans import ScanError, load_scan, voxel_sizes
 if TYPE_CHECKING:
     import nibabel as nib
 
+    from .tissues import Tissues
+
 __all__ = [
     "PreprocessingSettings",
     "ScanError",
@@ -30,6 +32,7 @@ __all__ = [
     "load_scan",
     "preprocess",
     "preprocessing_steps",
+    "tissues_in",
 ]
 
 # World axes and voxel lattice count as parallel when the farthest voxel is off by less than this.
@@ -76,7 +79,7 @@ def preprocess(
 
 
 def as_stored(volume: np.ndarray) -> np.ndarray:
-    """Round as the volume store does (float16: by 0.004 of a standard deviation at most)."""
+    """Round as the volume store does (float16: by a two-thousandth of a value at most)."""
     return np.asarray(volume).astype(np.float16)
 
 
@@ -136,6 +139,31 @@ def brain_inside(
     return _brain(image, settings).mask_on(_grid(image, settings), (settings.size,) * 3)
 
 
+def tissues_in(
+    scan: str | Path | nib.spatialimages.SpatialImage, settings: PreprocessingSettings | None = None
+) -> Tissues:
+    """Grey and white matter of a scan, on `tissues.grid()`.
+
+    Raises
+    ------
+    ScanError
+        As `preprocess`.
+    """
+    from . import tissues
+
+    image, settings = _loaded(scan), settings or PreprocessingSettings()
+    brain = _brain(image, settings)
+    fine = brain.alignment.to_scan @ tissues.grid()
+    sd = smoothing_sd(voxel_sizes(image.affine), tissues.SPACING_MM)
+    voxels = resample(_even_voxels(image, settings), image.affine, fine, tissues.SIZE, sd)
+    found = tissues.tissues_of(voxels / brain.alignment.level, brain.mask_on(fine, voxels.shape))
+    if found.problems:
+        raise ScanError(
+            "tissues_unclear", f"{'; '.join(found.problems)}. Look at the scan, or choose a recipe without."
+        )
+    return found
+
+
 def _brain(image: Any, settings: PreprocessingSettings) -> Any:
     from .brain import brain_or_error, mask_beside
 
@@ -161,30 +189,28 @@ def _grey_cube(image: Any, grid: np.ndarray, settings: PreprocessingSettings) ->
     """Share of grey matter on the grid."""
     from . import tissues
 
-    brain = _brain(image, settings)
-    fine = brain.alignment.to_scan @ tissues.grid()
-    sd = smoothing_sd(voxel_sizes(image.affine), tissues.SPACING_MM)
-    level = brain.alignment.level
-    brightness = resample(_even_voxels(image, settings), image.affine, fine, tissues.SIZE, sd) / level
-    found = tissues.tissues_of(brightness, brain.mask_on(fine, brightness.shape))
-    if found.problems:
-        raise ScanError(
-            "tissues_unclear", f"{'; '.join(found.problems)}. Look at the scan, or choose a recipe without."
-        )
+    found = tissues_in(image, settings)
     spacing = np.full(3, tissues.SPACING_MM)
     sd = smoothing_sd(spacing, settings.spacing_mm) if settings.smooth else np.zeros(3)
-    return resample(found.grey, fine, grid, settings.size, sd)
+    fine = _brain(image, settings).alignment.to_scan @ tissues.grid()
+    cube = resample(found.grey, fine, grid, settings.size, sd)
+    return _with_brain(cube)
 
 
 def _scaled(cube: np.ndarray, image: Any, grid: np.ndarray, settings: PreprocessingSettings) -> np.ndarray:
     if not settings.brain_only:
         return _z_scored(cube)
-    inside = _brain(image, settings).mask_on(grid, cube.shape)
-    if not inside.any():
-        raise ScanError("brain_not_found", "The brain lies outside of the field of view; look at the scan.")
+    inside = _with_brain(_brain(image, settings).mask_on(grid, cube.shape))
     scaled = np.zeros(cube.shape, np.float32)
     scaled[inside] = _z_scored(cube[inside])
     return scaled
+
+
+def _with_brain(inside: np.ndarray) -> np.ndarray:
+    """The array, in which something is not 0; ScanError where nothing is."""
+    if not inside.any():
+        raise ScanError("brain_not_found", "The brain lies outside of the field of view; look at the scan.")
+    return inside
 
 
 def _loaded(scan: Any) -> Any:

@@ -57,7 +57,7 @@ class PreprocessingSettings:
         Whether slow differences in brightness are taken out (N4, fitted inside the brain).
     grey_matter : bool
         Whether the volume holds the share of grey matter in each voxel (0 to 1, `tissues`) instead of how
-        bright it is; 0 outside of the brain.
+        bright it is; implies `brain_only`.
     found_masks : bool
         Whether a brain mask that another tool left beside the scan is taken (`brain.mask_beside`); matters
         only with the steps that look for the brain.
@@ -79,6 +79,7 @@ class PreprocessingSettings:
             raise ValueError(f"size = {self.size}: expected 8 to 512 voxels, usually 96 or 48.")
         object.__setattr__(self, "spacing_mm", float(self.spacing_mm))
         object.__setattr__(self, "size", int(self.size))
+        object.__setattr__(self, "brain_only", self.brain_only or self.grey_matter)
 
     @classmethod
     def of_recipe(cls, recipe: str, **numbers: Any) -> PreprocessingSettings:

@@ -21,8 +21,8 @@
 # **Out:** `volumes/<fingerprint>/`, every scan as the array a model sees, stored once in half precision.
 #
 # A scan is turned to one orientation, smoothed to the resolution of the grid, resampled, cut to a cube, and scaled. With
-# the recipe `best` the cube lies on the MNI152 template and holds how much of each voxel is grey matter, which neither the
-# scanner's brightness nor the position of the head changes; with `reference` it hangs from the crown of the head and holds
+# the recipe `best` the cube lies on the MNI152 template and holds how much of each voxel is grey matter, which the
+# scanner's brightness and the position of the head change little; with `reference` it hangs from the crown of the head and holds
 # brightness. Each volume is treated by itself, so a new scan can be treated the same way later. This notebook shows every
 # step on one scan before it treats them all.
 
@@ -74,7 +74,7 @@ smooth = True  # @param {type:"boolean"}
 cluster = ""  # @param {type:"string"}
 # best (grey matter on the MNI152 template, some four seconds a scan); reference (raw heads); custom: as below
 recipe = "best"  # @param ["reference", "best", "custom"]
-# custom only: set everything outside of the brain to 0, z-score inside
+# custom only: set everything outside of the brain to 0, z-score inside (grey_matter implies it)
 brain_only = False  # @param {type:"boolean"}
 # custom only: lay every brain onto the MNI152 template (affine)
 to_mni = False  # @param {type:"boolean"}

@@ -121,7 +121,7 @@ log_gamma = 0.25  # @param {type:"number"}
 log_bias = 0.2  # @param {type:"number"}
 # mm; full width at half maximum of the strongest random blur
 blur_mm = 4.0  # @param {type:"number"}
-# z-score units; standard deviation of the strongest random noise
+# standard deviation of the strongest random noise, in those of the volume
 noise_sd = 0.1  # @param {type:"number"}
 
 # %%

@@ -7,9 +7,11 @@ import pandas as pd
 import pytest
 
 from brainage_nb.evaluation.external import evaluate_external
+from brainage_nb.evaluation.model_card import MEASURED, NOT_SHOWN, model_card
 from brainage_nb.evaluation.report import as_html_table, evaluate_runs, write_report
 from brainage_nb.evaluation.tables import dropped_table, flat_settings
-from brainage_nb.workspace import read_json
+from brainage_nb.volumes.recipes import PreprocessingSettings
+from brainage_nb.workspace import read_json, write_json
 from tests.evaluation.fake_workspace import cohort_frame, simulated, write_run, write_workspace
 
 
@@ -83,6 +85,28 @@ def test_the_card_gives_raw_figures_with_intervals_beside_the_mean_predictor(fol
         assert f"| {name} [years] | {test[metric]['value']:.2f} [{test[metric]['low']:.2f}" in card
     for section in ("Intended use", "Not intended", "Data", "Limits", "How it was made"):
         assert f"## {section}" in card
+
+
+def test_the_card_of_a_named_recipe_says_what_it_reached_elsewhere_and_what_that_does_not_show(
+    tmp_path, folder
+):
+    scans = cohort_frame(60)
+    ws = write_workspace(tmp_path, scans, demo=False)
+    write_run(ws, "resnet18", scans, simulated(scans))
+    cards = {}
+    brightness = PreprocessingSettings(brain_only=True, to_mni=True).to_json() | {"recipe": "best"}
+    for name, prepared in {
+        "best": PreprocessingSettings.of_recipe("best").to_json(),
+        "older": brightness,  # what an earlier release called best
+        "unknown": brightness | {"fingerprint": "2mm-96-0"},
+    }.items():
+        path = ws.run("resnet18") / "settings.json"
+        write_json(read_json(path) | {"recipe": "best", "preprocessing": prepared}, path)
+        cards[name] = model_card(evaluate_runs(ws, n_bootstrap=20))
+    assert MEASURED["best"] in cards["best"] and NOT_SHOWN in cards["best"]
+    assert "121 people" in MEASURED["best"] and "[" in MEASURED["best"]
+    assert "reached elsewhere" not in cards["older"] + cards["unknown"]
+    assert "reached elsewhere" not in (folder / "model_card.md").read_text(encoding="utf-8")  # invented heads
 
 
 def test_no_corrected_error_is_shown_as_accuracy(folder, page):

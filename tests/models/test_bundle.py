@@ -400,6 +400,8 @@ def changed(bundle, target, **changes):
         ({"architecture": ARCHITECTURE | {"shortcut": "B"}}, "missing or left over"),
         ({"architecture": ARCHITECTURE | {"surprise": 1}}, "surprise"),
         ({"architecture": ARCHITECTURE | {"outputs": 10**12}}, "outputs"),
+        ({"architecture": ARCHITECTURE | {"linear_edge": 10**6}}, "linear_edge"),
+        ({"architecture": ARCHITECTURE | {"linear_edge": 48}}, "linear.weight is missing"),
         ({"shift_averaging": 10**6}, "0 .none. to 4 voxels"),
         ({"architecture": "resnet"}, "bundle.json"),
         ({"members": []}, "no members"),

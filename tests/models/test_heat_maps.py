@@ -151,3 +151,15 @@ def test_the_published_form_is_monais(network, volume):
     scale = np.abs(expected).max() or 1.0
     np.testing.assert_allclose(theirs / scale, expected / scale, atol=0.05)
     assert ours.shape == theirs.shape
+
+
+def test_heat_inside_of_a_thin_open_shell_of_grey_matter_is_drawn():
+    from brainage_nb.models.explaining.plots import _near_head, strongest
+
+    radius = np.linalg.norm(np.indices((24,) * 3) - 11.5, axis=0)
+    volume = np.where(radius < 9, 1e-3, 0).astype(np.float16)  # white matter is hardly grey, but not cut away
+    volume[(radius > 8) & (radius < 9)] = 1
+    volume[:, :, 11:13][radius[:, :, 11:13] > 8] = 0
+    heat = np.where(radius < 2, 1.0, 0.0)
+    assert _near_head(volume)[radius < 8].all() and not _near_head(volume)[radius > 11].any()
+    assert strongest(volume, heat) == (11, 11, 11)

@@ -70,10 +70,14 @@ def test_the_penalty_is_chosen_with_all_scans_of_a_person_on_one_side(monkeypatc
 
 
 @pytest.mark.parametrize(("spacing_mm", "edge"), [(2.0, 12), (4.0, 24), (8.0, 24)])
-def test_fine_volumes_are_averaged_to_four_millimetres_first(spacing_mm, edge):
+def test_fine_volumes_are_averaged_to_four_millimetres_and_smoothed_by_twelve(spacing_mm, edge, monkeypatch):
     volumes, age = cohort(8)
+    wide = []
+    monkeypatch.setattr(linear, "_smoothed", lambda volume, sd: wide.append(sd) or volume)
     fitted = fit_linear([volumes], age, np.arange(8), spacing_mm)
     assert fitted.weight.shape == (edge,) * 3
+    cube_mm = 24 * spacing_mm / edge
+    assert np.array(wide) * cube_mm * FWHM_PER_SD == pytest.approx(12.0)
     assert cubes(volumes, edge).mean() == pytest.approx(float(volumes.mean()), abs=1e-6)
     assert fitted(volumes).shape == (8,)
 

@@ -23,7 +23,7 @@ from brainage_nb.models.fitting.stopping import StopRequests
 from brainage_nb.models.fitting.sweeps import members_of
 from brainage_nb.models.settings import SettingsDiffer, TrainingSettings
 from brainage_nb.models.training import train
-from brainage_nb.workspace import write_json
+from brainage_nb.workspace import read_json, write_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRAINING ON THE CPU")
 
@@ -113,6 +113,18 @@ def test_other_settings_are_named_and_refused_unless_fresh(tiny, tiny_settings, 
         train(store, splits.assign(age=splits["age"] + 1), tmp_path / "run", tiny_settings)
     changed_place = replace(tiny_settings, resident_share=0.0, checkpoint_minutes=1.0)
     assert "complete" in train(store, splits, tmp_path / "run", changed_place).notes[0]
+
+
+def test_a_run_older_than_a_setting_goes_on_where_that_is_left_at_its_default(tiny, tiny_settings, tmp_path):
+    settings = replace(tiny_settings, epochs=1)
+    train(*tiny, tmp_path / "run", settings)
+    path = tmp_path / "run" / "settings.json"
+    content = read_json(path)
+    del content["identity"]["linear"]
+    write_json(content, path)
+    assert train(*tiny, tmp_path / "run", settings).complete
+    with pytest.raises(SettingsDiffer, match="linear: was False, now True"):
+        train(*tiny, tmp_path / "run", replace(settings, linear=True))
 
 
 @pytest.mark.parametrize("stops", [(1,), (4,), (5, 3), (2, 2, 2, 2, 2, 1)])

@@ -4,6 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from brainage_nb.volumes import preprocessing
 from brainage_nb.volumes.mni import _bundled
 from brainage_nb.volumes.preprocessing import PreprocessingSettings, preprocess
 from brainage_nb.volumes.resampling import resample, smoothing_sd
@@ -49,6 +50,21 @@ def test_the_templates_tissues_are_those_of_its_own_maps(template_brain):
     assert (found.grey + found.white).max() <= 1 + 1e-5
 
 
+def test_what_departs_from_the_template_is_seen_where_it_is(template_brain):
+    brightness, inside, grey, white = template_brain
+    levels = [np.median(brightness[part & inside]) for part in (grey > 0.9, white > 0.9)]
+    scan, deep = brightness.copy(), np.zeros(inside.shape, bool)
+    deep[44:52, 60:72, 76:84] = True  # white matter above a ventricle turned grey, as in a lesion
+    deep &= white > 0.9
+    fluid = (grey > 0.8) & (np.indices(inside.shape)[2] > 96)  # the upper cortex gone
+    assert deep.sum() > 300 and fluid.sum() > 1000
+    scan[deep], scan[fluid] = levels[0], 0.25 * levels[0]
+    found, before = tissues_of(scan, inside), tissues_of(brightness, inside)
+    assert before.grey[deep].mean() < 0.1 and before.grey[fluid].mean() > 0.8
+    assert found.grey[deep].mean() > 0.5 and found.white[deep].mean() < 0.5
+    assert found.grey[fluid].mean() < 0.1
+
+
 def test_uneven_light_and_another_gain_move_no_tissue(template_brain):
     brightness, inside, _, _ = template_brain
     even = tissues_of(brightness, inside).grey[inside]
@@ -77,13 +93,23 @@ def test_best_gives_the_grey_matter_of_a_tilted_head(template_brain):
     assert np.corrcoef(volume.ravel(), truth.ravel())[0, 1] > 0.9
 
 
-def test_a_head_without_contrast_gives_no_volume_but_the_reason(monkeypatch):
-    from brainage_nb.volumes import tissues
-
-    monkeypatch.setattr(tissues, "LOWEST_CONTRAST", 100.0)
-    with pytest.raises(ScanError, match="hardly told apart") as error:
-        preprocess(head(pose())[0], BEST)
+def test_a_head_without_contrast_gives_no_volume_but_the_reason():
+    image, _ = head(pose())
+    voxels = np.asarray(image.dataobj)
+    rng = np.random.default_rng(0)
+    noisy = voxels + np.where(voxels > 100, rng.normal(0, 400, voxels.shape), 0)
+    with pytest.raises(ScanError) as error:
+        preprocess(nib.Nifti1Image(noisy.clip(0).astype(np.float32), image.affine), BEST)
     assert error.value.code == "tissues_unclear"
+
+
+def test_a_field_of_view_without_brain_gives_no_volume(monkeypatch):
+    beside = _grid_of(BEST)
+    beside[0, 3] += 300  # mm
+    monkeypatch.setattr(preprocessing, "_grid", lambda *_: beside)
+    with pytest.raises(ScanError, match="outside of the field of view"):
+        preprocess(head(pose())[0], BEST)
+    assert not tissues_of(np.ones((SIZE,) * 3, np.float32), np.zeros((SIZE,) * 3, bool)).grey.any()
 
 
 def _grid_of(settings):

@@ -71,7 +71,7 @@ class NetworkEnsemble:
         return self._placed.device
 
     def predict(self, volume: np.ndarray) -> np.ndarray:
-        """Ages in years (members,) of one volume (size, size, size), RAS, z-scored, float16 as stored."""
+        """Ages in years (members,) of one volume (size, size, size), RAS, float16 as stored."""
         return self.predict_with_features(volume)[0]
 
     def predict_with_features(self, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -121,7 +121,7 @@ class SvrModel:
         return self._placed.device
 
     def predict(self, volume: np.ndarray) -> np.ndarray:
-        """Age in years, shape (1,), of one volume (size, size, size), RAS, z-scored, float16 as stored."""
+        """Age in years, shape (1,), of one volume (size, size, size), RAS, float16 as stored."""
         features = self._placed.run(lambda model: model.features(volume))
         return np.asarray(self.model.fusion(self.variant).predict([features]), dtype=float)
 
@@ -202,6 +202,9 @@ def _check_blocks(architecture: Mapping[str, Any], weights: Mapping[str, np.ndar
     edge = architecture.get("linear_edge", 0)
     if type(edge) is not int or not 0 <= edge <= LARGEST_EDGE:
         raise ValueError(f"linear_edge = {edge!r}: expected a whole number from 0 to {LARGEST_EDGE}")
+    found = weights["linear.weight"].shape if "linear.weight" in weights else "missing"
+    if edge and found != (edge,) * 3:
+        raise ValueError(f"linear.weight is {found}, bundle.json says {(edge,) * 3}")
     for stage, (width, depth) in enumerate(
         zip(architecture["widths"], architecture["blocks"], strict=True), start=1
     ):

@@ -72,7 +72,7 @@ class Prediction:
         True age where given; predicted minus true; the gap less the gap expected at that true age.
     warnings : tuple of Caution
     volume : array (size, size, size), float16
-        What the model saw: RAS, z-scored.
+        What the model saw: RAS, as stored.
     affine : array (4, 4)
         Voxel of `volume` to mm of the scan.
     """

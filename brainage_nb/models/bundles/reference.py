@@ -41,7 +41,7 @@ class Reference:
 
     @classmethod
     def fit(cls, volumes: Iterable[np.ndarray], features: Sequence[np.ndarray] = ()) -> Reference:
-        """From training volumes (size, size, size), z-scored, RAS, and the features of some of them (k,)."""
+        """From training volumes (size, size, size), as stored, RAS, and the features of some of them (k,)."""
         seen = [(blurred(volume), image_statistics(volume)) for volume in volumes]
         coarse, numbers = np.stack([pair[0] for pair in seen]), [pair[1] for pair in seen]
         n = len(coarse)
@@ -120,7 +120,7 @@ class Reference:
 def image_statistics(volume: np.ndarray) -> np.ndarray:
     """Numbers (17,) that describe an image, not the age: contrast, sharpness, noise, position, symmetry.
 
-    Of a volume (size, size, size), z-scored, RAS: percentiles 5 to 99 of brightness; share of voxels above
+    Of a volume (size, size, size), as stored, RAS: percentiles 5 to 99 of brightness; share of voxels above
     the mean; log of the mean step between neighbours along each axis (sharpness, thick slices); log of the
     mean departure of a voxel from its neighbours along the first axis (noise); and of the blurred volume,
     along each axis, the centre of what is above the mean (shares of the side) and the asymmetry (0 to 1).

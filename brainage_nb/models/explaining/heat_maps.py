@@ -41,7 +41,7 @@ def grad_cam(
     networks : sequence of AgeRegressor
         The members; maps are averaged.
     volume : array (size, size, size)
-        RAS, z-scored.
+        RAS, as stored.
     layers : sequence of str
         Of `layer1` (fine) to `layer4` (coarse: 3 voxels a side at 96).
     elementwise : bool

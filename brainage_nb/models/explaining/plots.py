@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from brainage_nb.models.explaining.groups import brain_mask, template_grid
+from brainage_nb.volumes.heads import head_in
 from brainage_nb.volumes.pictures import PLANES, plane
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def strongest(volume: np.ndarray, heat: np.ndarray | None) -> tuple[int, int, in
 
     Whole planes are compared, not voxels: a map of slabs has its strongest voxel anywhere, often at the skin.
     """
-    head = np.asarray(volume, dtype=np.float32) > np.mean(volume, dtype=float)
+    head = head_in(volume)
     if heat is None or not np.abs(heat).max() > 0:
         places = np.argwhere(head)
         return (
@@ -135,8 +136,7 @@ def _near_head(volume: np.ndarray) -> np.ndarray:
     """Head and a voxel around it; heat in plain air only distracts."""
     from scipy import ndimage
 
-    head = np.asarray(volume, dtype=np.float32) > np.mean(volume, dtype=float)
-    return ndimage.binary_dilation(ndimage.binary_fill_holes(head))
+    return ndimage.binary_dilation(ndimage.binary_fill_holes(head_in(volume)))
 
 
 def group_panels(

@@ -39,16 +39,20 @@ def fit_linear(
     spacing_mm : float
         Edge of a voxel.
     """
-    rows, edge = [], 0
+    smooth, sd = [], 0.0
     for batch in volumes:
-        edge = max(1, min(batch.shape[-1], round(batch.shape[-1] * spacing_mm / EDGE_MM)))
+        size = batch.shape[-1]
+        edge = max(1, min(size, round(size * spacing_mm / EDGE_MM)))
+        sd = SMOOTH_MM / FWHM_PER_SD / (size * spacing_mm / edge)  # in cubes
         means = cubes(batch, edge)
-        rows.append(((means + means.flip(1)) / 2).cpu().numpy())  # left and right count alike
-    sd = SMOOTH_MM / FWHM_PER_SD / EDGE_MM
-    smooth = np.stack([_smoothed(volume, sd) for volume in np.concatenate(rows)])
+        means = (means + means.flip(1)) / 2  # left and right count alike
+        smooth.extend(_smoothed(volume, sd) for volume in means.cpu().numpy())
+    smooth = np.stack(smooth)
     centre, spread = smooth.mean(axis=0), smooth.std(axis=0)
     used = spread > LEAST_SPREAD * spread.max()
-    coefficients, intercept = _ridge((smooth - centre)[:, used] / spread[used], age, subjects)
+    scaled = (smooth[:, used] - centre[used]) / spread[used]
+    del smooth
+    coefficients, intercept = _ridge(scaled, age, subjects)
     weight = np.zeros(centre.shape)
     weight[used] = coefficients / spread[used]
     bias = intercept - float((weight * centre).sum())

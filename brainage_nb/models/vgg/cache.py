@@ -135,7 +135,7 @@ def extract_features(
     Parameters
     ----------
     store : VolumeStore
-        z-scored volumes, RAS.
+        Preprocessed volumes, RAS.
     folder : path
         The workspace's `features`; the cache is a folder in it, named after everything that shapes a feature
         (preprocessing, weights, pooling, settings), so other volumes or weights never meet old features.

@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from brainage_nb.models.vgg.network import REDUCTION, Vgg16Features
+from brainage_nb.volumes.heads import head_in
 
 if TYPE_CHECKING:
     from brainage_nb.volumes.recipes import PreprocessingSettings
 
 SLICES = 3
 GREY_WINDOW = (0.0, 1.0)
-MUCH_CUT_AWAY = 0.2  # share of voxels exactly 0 from which a volume shows the brain only
 
 
 class FeatureError(ValueError):
@@ -72,26 +72,16 @@ def triplets_with_brain(volume: np.ndarray, spacing_mm: float, settings: Feature
     Parameters
     ----------
     volume : array, (size, size, size), RAS
-        z-scored.
+        As stored.
     spacing_mm : float
         Distance of neighbouring slices.
     """
-    head = _inside(volume).mean(axis=(0, 1)) >= settings.head_fraction
+    head = head_in(volume).mean(axis=(0, 1)) >= settings.head_fraction
     if not head.any():
         return np.empty(0, dtype=int)
     crown = np.flatnonzero(head)[-1]
     middle = np.arange(volume.shape[2] // SLICES) * SLICES + 1
     return np.flatnonzero(head[middle] & ((crown - middle) * spacing_mm <= settings.brain_depth_mm))
-
-
-def _inside(volume: np.ndarray) -> np.ndarray:
-    """Where the head is, bool (size, size, size): what is brighter than the mean.
-
-    Where everything outside of the brain was set to 0 the mean is 0 give or take, and says nothing: there it
-    is all that is not 0.
-    """
-    within = volume != 0
-    return within if within.mean() < 1 - MUCH_CUT_AWAY else volume > volume.mean(dtype=np.float64)
 
 
 def triplet_images(
@@ -139,7 +129,7 @@ def volume_features(
     ]
     found = torch.cat(batches).to(torch.float16).cpu().numpy()
     if not np.isfinite(found).all():
-        raise FeatureError("the network's output overflows half precision: intensities are not z-scores")
+        raise FeatureError("the network's output overflows half precision: the volume's values are too large")
     rows = np.full((volume.shape[2] // SLICES, found.shape[1]), np.nan, dtype=np.float16)
     rows[positions] = found
     return rows
