@@ -154,9 +154,9 @@ def tissues_in(
     image, settings = _loaded(scan), settings or PreprocessingSettings()
     brain = _brain(image, settings)
     fine = brain.alignment.to_scan @ tissues.grid()
-    sd = smoothing_sd(voxel_sizes(image.affine), tissues.SPACING_MM)
+    sd = smoothing_sd(voxel_sizes(image.affine), tissues.RESOLUTION_MM)
     voxels = resample(_even_voxels(image, settings), image.affine, fine, tissues.SIZE, sd)
-    found = tissues.tissues_of(voxels / brain.alignment.level, brain.mask_on(fine, voxels.shape))
+    found = tissues.tissues_of(voxels, brain.mask_on(fine, voxels.shape))
     if found.problems:
         raise ScanError(
             "tissues_unclear", f"{'; '.join(found.problems)}. Look at the scan, or choose a recipe without."

@@ -179,6 +179,7 @@ class PreprocessingSettings:
             "step": "tissues",
             "version": tissues.VERSION,
             "spacing_mm": tissues.SPACING_MM,
+            "resolution_mm": tissues.RESOLUTION_MM,
             "prior_mm": tissues.PRIOR_MM,
             "field_degree": tissues.FIELD_DEGREE,
             "lowest_contrast": tissues.LOWEST_CONTRAST,

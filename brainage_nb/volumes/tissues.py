@@ -17,12 +17,18 @@ from .resampling import resample, smoothing_sd
 from .warping import exponents, polynomials
 
 VERSION = 1  # raised whenever the same scan gives other tissues than before; part of fingerprints
-SPACING_MM, SIZE = 1.5, 128  # grid in MNI152 space on which tissues are told apart
+SPACING_MM, SIZE = 2.0, 96  # grid in MNI152 space on which tissues are told apart
+# Scans are brought to this resolution first: blur makes grey matter of white and fluid, so that the same head
+# at 1 mm and with slices of 3 mm would differ by years.
+RESOLUTION_MM = 3.0
 PRIOR_MM = 6.0  # full width at half maximum by which the template's maps are smoothed
 LOWEST_PRIOR = 0.02  # no tissue is impossible anywhere
 FIELD_DEGREE = 4  # of the polynomials of the field of brightness
 FIELD_PRIOR = 1e-3  # keeps it even where little speaks for a field
-DARKEST = 0.05  # of the level of white matter; what is darker is fluid or bone all the same
+# Brightness is put on a scale of the brain's own before its logarithm is taken: an offset of the scanner's
+# would change that. These percentiles of the inside become 0 and 1, and so much is added.
+DARK_PERCENTILE, BRIGHT_PERCENTILE, ADDED = 1.0, 95.0, 0.2
+DARKEST = 0.05  # what is darker is fluid or bone all the same
 ROUNDS = 24
 STEP = 2  # every second voxel along each axis is fitted; all are then told apart
 LOWEST_CONTRAST = 1.5  # means of neighbouring tissues differ by so many standard deviations at least; the
@@ -36,7 +42,7 @@ class Tissues:
 
     Attributes
     ----------
-    grey, white : (128, 128, 128) float32 arrays
+    grey, white : (96, 96, 96) float32 arrays
         Probability of each, 0 outside of the brain; what is missing to 1 inside is fluid.
     contrast : float
         Smallest distance of the mean brightness of two neighbouring tissues, in standard deviations.
@@ -60,24 +66,30 @@ def tissues_of(brightness: np.ndarray, inside: np.ndarray) -> Tissues:
 
     Parameters
     ----------
-    brightness : (128, 128, 128) float32 array
-        The scan on `grid()`, about 1 in white matter.
-    inside : (128, 128, 128) bool array
+    brightness : (96, 96, 96) float32 array
+        The scan on `grid()`, in any unit.
+    inside : (96, 96, 96) bool array
         The brain with the fluid around it.
     """
-    prior = _prior()[inside]
-    logs = np.log(np.maximum(brightness[inside], DARKEST)).astype(np.float32)
+    if not inside.any():
+        return Tissues(*np.zeros((2, *inside.shape), np.float32), 0.0, ("there is no brain in the template",))
+    prior, logs = _prior()[inside], _logs(brightness[inside])
     index = np.argwhere(inside)
     basis = polynomials(index * SPACING_MM + grid()[:3, 3], exponents(FIELD_DEGREE)[1:]).astype(np.float32)
     few = (index % STEP == 0).all(axis=1)
-    if not few.any():
-        return Tissues(*np.zeros((2, *inside.shape), np.float32), 0.0, ("there is no brain in the template",))
     means, variances, field = _fit(logs[few], prior[few], basis[few])
     probability = _probabilities(logs - basis @ field, prior, means, variances)
     maps = np.zeros((2, *inside.shape), np.float32)
     maps[:, inside] = probability.T[1:]
     contrast = float(np.min(np.diff(means) / np.sqrt(variances[1:])))
     return Tissues(*maps, contrast, _problems(contrast, *probability.sum(axis=0)[1:]))
+
+
+def _logs(brightness: np.ndarray) -> np.ndarray:
+    """Logarithms (n,) of brightness on the brain's own scale."""
+    dark, bright = np.percentile(brightness, [DARK_PERCENTILE, BRIGHT_PERCENTILE])
+    scaled = ADDED + (brightness - dark) / max(bright - dark, 1e-6)
+    return np.log(np.maximum(scaled, DARKEST)).astype(np.float32)
 
 
 def _fit(logs: np.ndarray, prior: np.ndarray, basis: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -125,7 +137,7 @@ def _problems(contrast: float, grey: float, white: float) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def _prior() -> np.ndarray:
-    """Probability (128, 128, 128, 3) of fluid, grey and white in the template; maps that nilearn ships."""
+    """Probability (96, 96, 96, 3) of fluid, grey and white in the template; maps that nilearn ships."""
     from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 
     maps = []
