@@ -27,7 +27,8 @@ def main(workspace: str) -> None:
     heads = Figure(figsize=(11, 10), layout="constrained")
     planted_figure(heads_by_age(ws.path("demo"), truth), truth, heads).savefig(TARGET / "heads.png", dpi=70)
     first = ws.resolve(ws.read("splits.csv")["image"].iloc[0])
-    steps_figure(preprocessing_steps(first, PreprocessingSettings.of_recipe("best"))).savefig(TARGET / "steps.png", dpi=60)
+    steps = preprocessing_steps(first, PreprocessingSettings.of_recipe("best"))
+    steps_figure(steps).savefig(TARGET / "steps.png", dpi=60)
     for name in ("predicted_vs_true_resnet18", "gap_vs_age_resnet18"):
         shutil.copy(ws.path("evaluation", "figures", f"{name}.png"), TARGET / f"{name}.png")
 
