@@ -33,13 +33,13 @@ FIGURES = {
 MEASURED = {
     "best": (
         "On 121 people (IXI), at 4 mm, half the width, 5-fold cross-validation: MAE 4.98 years [4.33, 5.68], "
-        "r 0.93; the same head tilted by up to 15 degrees moved an age by 0.9 years [0.7, 1.0] on average (40 "
-        "people)."
+        "r 0.93; the same head tilted by up to 15 degrees moved an age by 0.9 years [0.7, 1.0] on "
+        "average (40 people)."
     ),
     "reference": (
         "On 121 people (IXI), at 4 mm, half the width, 5-fold cross-validation: MAE 7.51 years [6.41, 8.63], "
-        "r 0.82; the same head tilted by up to 15 degrees moved an age by 4.2 years [3.1, 5.2] on average (40 "
-        "people)."
+        "r 0.82; the same head tilted by up to 15 degrees moved an age by 4.2 years [3.1, 5.2] on "
+        "average (40 people)."
     ),
 }
 NOT_SHOWN = (
