@@ -74,7 +74,8 @@ def resnet18_regressor(
         raise ValueError(f"A ResNet has four stages; widths={tuple(widths)}, blocks={tuple(blocks)}.")
     network = AgeRegressor(widths, blocks, norm, shortcut, dropout, outputs, age_mean, age_sd)
     if linear_edge:
-        network.linear = VoxelRegression(torch.zeros((linear_edge,) * 3), 0.0)
+        empty = torch.zeros((linear_edge,) * 3)
+        network.linear = VoxelRegression(empty, empty.clone(), 0.0)
     return network
 
 
@@ -153,25 +154,32 @@ class AgeRegressor(nn.Module):
 
 
 class VoxelRegression(nn.Module):
-    """Ages straight from a volume: its means over cubes, times a map of weights, added up.
+    """Ages straight from a volume: how its means over cubes depart from usual ones, times weights, added up.
 
     Parameters
     ----------
     weight : Tensor (edge, edge, edge)
         Years; the volume is brought to this many cubes an axis.
+    centre : Tensor (edge, edge, edge)
+        Means over the training volumes.
     bias : float
-        Years.
+        Age of a volume like these, years.
     """
 
-    def __init__(self, weight: Tensor, bias: float):
+    def __init__(self, weight: Tensor, centre: Tensor, bias: float):
         super().__init__()
         self.register_buffer("weight", weight)
+        self.register_buffer("centre", centre)
         self.register_buffer("bias", torch.tensor(float(bias)))
 
     def forward(self, volumes: Tensor) -> Tensor:
         """Ages in years (batch,) of volumes (batch, 1, D, H, W)."""
+        return self.bias + self.parts(volumes).sum(dim=(1, 2, 3))
+
+    def parts(self, volumes: Tensor) -> Tensor:
+        """Years (batch, edge, edge, edge) that each cube adds to an age."""
         with torch.autocast(volumes.device.type, enabled=False):
-            return self.bias + (cubes(volumes.float(), len(self.weight)) * self.weight).sum(dim=(1, 2, 3))
+            return (cubes(volumes.float(), len(self.weight)) - self.centre) * self.weight
 
 
 def cubes(volumes: Tensor, edge: int) -> Tensor:

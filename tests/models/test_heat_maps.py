@@ -68,10 +68,12 @@ def test_the_regression_beside_a_network_is_in_the_map_and_drawn_anew_too(volume
     alone = grad_cam([network], volume)
     weight = torch.zeros(24, 24, 24)
     weight[3:6, 15:18, 10:12] = 1.0
-    network.linear = VoxelRegression(weight, 0.0)
+    network.linear = VoxelRegression(weight, torch.zeros(24, 24, 24), 0.0)
     added = np.abs(grad_cam([network], np.ones_like(volume), flip_averaging=False))
     assert added[3:6, 15:18, 10:12].min() > 3 * np.median(added)
     assert np.abs(grad_cam([network], volume) - alone).max() > 1e-3
+    network.linear.centre += 1  # a volume that is as usual everywhere
+    assert np.abs(grad_cam([network], np.ones_like(volume), flip_averaging=False) - added).max() > 0.1
     drawn = randomised(network).linear.weight
     assert drawn[12:].abs().min() > 0 and (weight[12:] == 0).all()
 

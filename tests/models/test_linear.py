@@ -39,6 +39,9 @@ def test_one_map_of_weights_says_what_ridge_on_smoothed_voxels_says(monkeypatch)
     assert np.ptp(expected) > 20
     assert fitted(volumes).numpy() == pytest.approx(expected, abs=0.02)
     assert fitted.weight.numpy() == pytest.approx(np.flip(fitted.weight.numpy(), 0), abs=1e-5)
+    assert float(fitted.bias) == pytest.approx(age.mean(), abs=1e-3)  # the age of the mean volume
+    parts = fitted.parts(volumes) + fitted.parts(volumes.flip(2))
+    assert parts.mean(dim=0).abs().max() < parts.abs().max() / 1000
 
 
 def test_it_finds_planted_ages_in_new_volumes_and_noise_gives_the_mean():
@@ -87,7 +90,7 @@ def test_an_age_is_the_mean_of_network_and_regression():
         widths=(4, 4, 8, 8), blocks=(1, 1, 1, 1), age_mean=50.0, linear_edge=8
     ).eval()
     volumes = torch.randn(3, 1, 16, 16, 16)
-    beside = VoxelRegression(torch.randn(8, 8, 8), 20.0)
+    beside = VoxelRegression(torch.randn(8, 8, 8), torch.randn(8, 8, 8), 20.0)
     network.linear = beside
     with torch.no_grad():
         both, half = network(volumes), beside(volumes)
@@ -105,11 +108,12 @@ def test_a_run_predicts_with_both_and_keeps_the_network_as_it_was(tiny, tiny_set
     }
     places = {name: next((tmp_path / name).glob("checkpoints/*/weights.safetensors")) for name in made}
     weights = {name: load_file(place) for name, place in places.items()}
-    assert set(weights["both"]) - set(weights["alone"]) == {"linear.weight", "linear.bias"}
+    assert set(weights["both"]) - set(weights["alone"]) == {"linear.weight", "linear.centre", "linear.bias"}
     assert all(torch.equal(tensor, weights["both"][name]) for name, tensor in weights["alone"].items())
     both, alone = (made[name].predictions.set_index("scan_id")["predicted_age"] for name in ("both", "alone"))
     stored = weights["both"]
-    beside = VoxelRegression(stored["linear.weight"].float(), float(stored["linear.bias"]))
+    maps = (stored[f"linear.{name}"].float() for name in ("weight", "centre"))
+    beside = VoxelRegression(*maps, float(stored["linear.bias"]))
     volumes = torch.from_numpy(store.read(both.index).astype(np.float32))[:, None]
     assert both.to_numpy() == pytest.approx((alone + beside(volumes).numpy()).to_numpy() / 2, abs=1e-3)
     error = np.abs(beside(volumes).numpy() - splits.set_index("scan_id").loc[both.index, "age"])

@@ -202,9 +202,10 @@ def _check_blocks(architecture: Mapping[str, Any], weights: Mapping[str, np.ndar
     edge = architecture.get("linear_edge", 0)
     if type(edge) is not int or not 0 <= edge <= LARGEST_EDGE:
         raise ValueError(f"linear_edge = {edge!r}: expected a whole number from 0 to {LARGEST_EDGE}")
-    found = weights["linear.weight"].shape if "linear.weight" in weights else "missing"
-    if edge and found != (edge,) * 3:
-        raise ValueError(f"linear.weight is {found}, bundle.json says {(edge,) * 3}")
+    for name in ("linear.weight", "linear.centre") if edge else ():
+        found = weights[name].shape if name in weights else "missing"
+        if found != (edge,) * 3:
+            raise ValueError(f"{name} is {found}, bundle.json says {(edge,) * 3}")
     for stage, (width, depth) in enumerate(
         zip(architecture["widths"], architecture["blocks"], strict=True), start=1
     ):

@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from brainage_nb.models.resnet import cubes
-
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 
 
@@ -34,7 +32,7 @@ def grad_cam(
     form (HiResCAM, Draelos & Carin 2020) keeps the gradient's place and so does not smear one place's
     importance over the head. Each layer's map is scaled to the same mean magnitude, then they are averaged:
     early layers say where exactly, later ones what matters. A regression beside the network counts as a
-    layer.
+    layer: what each place adds to the age by not being as usual.
 
     Parameters
     ----------
@@ -168,8 +166,8 @@ def _cams(network: nn.Module, batch: Tensor, layers: Sequence[str], *, elementwi
     for activation, gradient in zip(kept, gradients, strict=True):
         weights = gradient if elementwise else gradient.mean(dim=(2, 3, 4), keepdim=True)
         maps.append((weights * activation.detach()).sum(dim=1, keepdim=True))
-    if network.linear is not None:  # gradient times input, as for a layer
-        maps.append((network.linear.weight * cubes(batch, len(network.linear.weight)))[:, None])
+    if network.linear is not None:
+        maps.append(network.linear.parts(batch)[:, None])
     return maps
 
 

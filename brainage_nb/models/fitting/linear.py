@@ -39,13 +39,14 @@ def fit_linear(
     spacing_mm : float
         Edge of a voxel.
     """
-    smooth, sd = [], 0.0
+    smooth, sd, total = [], 0.0, 0.0
     for batch in volumes:
         size = batch.shape[-1]
         edge = max(1, min(size, round(size * spacing_mm / EDGE_MM)))
         sd = SMOOTH_MM / FWHM_PER_SD / (size * spacing_mm / edge)  # in cubes
         means = cubes(batch, edge)
         means = (means + means.flip(1)) / 2  # left and right count alike
+        total = total + means.sum(dim=0)
         smooth.extend(_smoothed(volume, sd) for volume in means.cpu().numpy())
     smooth = np.stack(smooth)
     centre, spread = smooth.mean(axis=0), smooth.std(axis=0)
@@ -55,9 +56,8 @@ def fit_linear(
     coefficients, intercept = _ridge(scaled, age, subjects)
     weight = np.zeros(centre.shape)
     weight[used] = coefficients / spread[used]
-    bias = intercept - float((weight * centre).sum())
     # The smoothing is its own adjoint: smoothing the weights does what smoothing each volume would do.
-    return VoxelRegression(_tensor(_smoothed(weight, sd)), bias)
+    return VoxelRegression(_tensor(_smoothed(weight, sd)), (total / len(age)).cpu(), intercept)
 
 
 def _ridge(scaled: np.ndarray, age: np.ndarray, subjects: np.ndarray) -> tuple[np.ndarray, float]:
