@@ -32,8 +32,8 @@ FIGURES = {
 # Of `benchmarks/accuracy.py` and `benchmarks/steadiness.py`; the README has the tables.
 MEASURED = {
     "best": (
-        "On 121 people (IXI), at 4 mm, half the width, 5-fold cross-validation: MAE 4.98 years [4.33, 5.68], "
-        "r 0.93; the same head tilted by up to 15 degrees moved an age by 0.9 years [0.7, 1.0] on "
+        "On 121 people (IXI), at 4 mm, half the width, 5-fold cross-validation: MAE 5.17 years [4.46, 5.96], "
+        "r 0.92; the same head tilted by up to 15 degrees moved an age by 0.3 years [0.3, 0.4] on "
         "average (40 people)."
     ),
     "reference": (
