@@ -1,8 +1,9 @@
 """The models that `accuracy.py` compares: out-of-fold ages of every scan, each fold kept once computed.
 
 A network is written as how its scans are prepared and what is added to it, joined by `+`, such as
-`best+last+soft`; `x3` at the end averages three seeds. Every choice (penalty, scaling, best epoch) is made
-inside the training folds.
+`best+last+soft`; `linear` takes the mean with the regression beside it, as a run with `linear` and `last`
+does, without training again; `x3` at the end averages three seeds. Every choice (penalty, scaling, best
+epoch) is made inside the training folds.
 """
 
 from __future__ import annotations
@@ -39,7 +40,6 @@ WIDE = AugmentationSettings(rotation_deg=15.0, shift_mm=10.0, scale=0.12, deform
 GENTLE = AugmentationSettings(rotation_deg=4.0, shift_mm=3.0, scale=0.03)
 PREPARED: dict[str, dict] = {  # beside the named recipes
     "registered": {"brain_only": True, "to_mni": True},
-    "grey": {"brain_only": True, "grey_matter": True},  # below the crown, not on the template
 }
 INGREDIENTS: dict[str, dict] = {
     "last": {"keep": "last", "inner_fraction": 0.0},
@@ -60,7 +60,6 @@ INGREDIENTS: dict[str, dict] = {
     "fours": {"batch_size": 4},
     "decay": {"weight_decay": 0.01},
     "started": {},  # from the bundle given by --start
-    "linear": {},  # mean of the network's and the regression's ages, as a run with `linear` and `last` has it
 }
 
 

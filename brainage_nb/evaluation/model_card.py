@@ -33,13 +33,13 @@ FIGURES = {
 MEASURED = {
     "best": (
         "On 121 people (IXI), at 4 mm, half the width, 5-fold cross-validation: MAE 5.17 years [4.46, 5.96], "
-        "r 0.92; the same head tilted by up to 15 degrees moved an age by 0.3 years [0.3, 0.4] on "
-        "average (40 people)."
+        "r 0.92; at full width the same head tilted by up to 15 degrees moved an age by 0.3 years [0.3, 0.4] "
+        "on average (40 other people than it learned from)."
     ),
     "reference": (
         "On 121 people (IXI), at 4 mm, half the width, 5-fold cross-validation: MAE 7.51 years [6.41, 8.63], "
-        "r 0.82; the same head tilted by up to 15 degrees moved an age by 4.2 years [3.1, 5.2] on "
-        "average (40 people)."
+        "r 0.82; at full width the same head tilted by up to 15 degrees moved an age by 4.2 years [3.1, 5.2] "
+        "on average (40 other people than it learned from)."
     ),
 }
 NOT_SHOWN = (

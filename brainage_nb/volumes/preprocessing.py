@@ -118,15 +118,17 @@ def preprocessing_steps(
     grid = _grid(image, settings)
     cube = _cube(image, grid, settings)
     place = "in MNI152 space" if settings.to_mni else "below the crown"
-    last = "brain only, z-scored" if settings.brain_only else "z-scored"
     if settings.grey_matter:
-        last = "share of grey matter"
+        last, result = "share of grey matter", _grey_cube(image, grid, settings)
+    else:
+        last = "brain only, z-scored" if settings.brain_only else "z-scored"
+        result = _scaled(cube, image, grid, settings)
     steps = [
         (f"as stored ({stored})", _voxels(image), voxel_sizes(image.affine)),
         ("turned to RAS", _voxels(turned), voxel_sizes(turned.affine)),
         (f"smoothed to {settings.spacing_mm:g} mm", smoothed, voxel_sizes(turned.affine)),
         (f"{settings.spacing_mm:g} mm, {settings.size} voxels, {place}", cube, final),
-        (last, preprocess(image, settings), final),
+        (last, result, final),
     ]
     return [step for step in steps if sd.any() or not step[0].startswith("smoothed")]
 

@@ -72,7 +72,7 @@ size = 96  # @param {type:"integer"}
 smooth = True  # @param {type:"boolean"}
 # Dask workers to preprocess on: local, tcp://host:port or a scheduler file; empty: the processors here
 cluster = ""  # @param {type:"string"}
-# best (grey matter on the MNI152 template, some four seconds a scan); reference (raw heads); custom: as below
+# best (grey matter on the MNI152 template, about two seconds a scan); reference (raw heads); custom: as below
 recipe = "best"  # @param ["reference", "best", "custom"]
 # custom only: set everything outside of the brain to 0, z-score inside (grey_matter implies it)
 brain_only = False  # @param {type:"boolean"}

@@ -187,7 +187,8 @@ def network_from(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarr
 
 
 def _check_blocks(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> None:
-    """Whether the file holds the last convolution of every block, before a network of that size is made.
+    """Whether the file holds the last convolution of every block and the regression's maps, before a network
+    of that size is made.
 
     (Making it on PyTorch's meta device would need no memory, but drawing its weights there imports the
     compiler: four seconds.)
@@ -202,18 +203,16 @@ def _check_blocks(architecture: Mapping[str, Any], weights: Mapping[str, np.ndar
     edge = architecture.get("linear_edge", 0)
     if type(edge) is not int or not 0 <= edge <= LARGEST_EDGE:
         raise ValueError(f"linear_edge = {edge!r}: expected a whole number from 0 to {LARGEST_EDGE}")
-    for name in ("linear.weight", "linear.centre") if edge else ():
-        found = weights[name].shape if name in weights else "missing"
-        if found != (edge,) * 3:
-            raise ValueError(f"{name} is {found}, bundle.json says {(edge,) * 3}")
+    expected = {f"linear.{name}": (edge,) * 3 for name in ("weight", "centre") if edge}
     for stage, (width, depth) in enumerate(
         zip(architecture["widths"], architecture["blocks"], strict=True), start=1
     ):
         for block in range(depth):
-            name, expected = f"layer{stage}.{block}.conv2.weight", (width, width, 3, 3, 3)
-            found = weights[name].shape if name in weights else "missing"
-            if found != expected:
-                raise ValueError(f"{name} is {found}, bundle.json says {expected}")
+            expected[f"layer{stage}.{block}.conv2.weight"] = (width, width, 3, 3, 3)
+    for name, shape in expected.items():
+        found = weights[name].shape if name in weights else "missing"
+        if found != shape:
+            raise ValueError(f"{name} is {found}, bundle.json says {shape}")
 
 
 def arrays_of(network: nn.Module, *, half: bool) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from brainage_nb.models.resnet import VoxelRegression, cubes
@@ -20,7 +21,7 @@ SMOOTH_MM = 12.0  # full width at half maximum, usual in morphometry
 LEAST_SPREAD = 0.1  # of the largest spread over scans: voxels that vary less say nothing and are left out
 PENALTIES = np.logspace(-4, 1, 16)  # in mean squared lengths of a scan
 FOLDS = 5
-MOST_SCANS = 3000  # more would take memory and change little
+MOST_SCANS = 3000  # more are drawn from at random: all are held in memory at once
 
 
 def fit_linear(
@@ -57,7 +58,8 @@ def fit_linear(
     weight = np.zeros(centre.shape)
     weight[used] = coefficients / spread[used]
     # The smoothing is its own adjoint: smoothing the weights does what smoothing each volume would do.
-    return VoxelRegression(_tensor(_smoothed(weight, sd)), (total / len(age)).cpu(), intercept)
+    weight = torch.from_numpy(_smoothed(weight, sd).astype(np.float32))
+    return VoxelRegression(weight, (total / len(age)).cpu(), intercept)
 
 
 def _ridge(scaled: np.ndarray, age: np.ndarray, subjects: np.ndarray) -> tuple[np.ndarray, float]:
@@ -84,9 +86,3 @@ def _smoothed(volume: np.ndarray, sd: float) -> np.ndarray:
     from scipy.ndimage import gaussian_filter
 
     return gaussian_filter(volume, sd, mode="constant")
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    import torch
-
-    return torch.from_numpy(array.astype(np.float32))
