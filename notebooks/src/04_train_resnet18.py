@@ -71,18 +71,26 @@ epochs = 60  # @param {type:"integer"}
 batch_size = 8  # @param {type:"integer"}
 # peak of the learning rate, after the warm-up
 learning_rate = 3e-4  # @param {type:"number"}
+# weight decay of AdamW
+weight_decay = 1e-4  # @param {type:"number"}
 # seeds, with commas; one model a seed, several make an ensemble
 seeds = "1"  # @param {type:"string"}
 # folds of cross-validation over training and validation subjects; 0: none
 folds = 0  # @param {type:"integer"}
 # channels of the four stages; 64,128,256,512 is ResNet-18, halves of these train four times as fast
 widths = "64,128,256,512"  # @param {type:"string"}
+# residual blocks of the four stages; 2,2,2,2 is ResNet-18, 1,1,1,1 is ResNet-10
+blocks = "2,2,2,2"  # @param {type:"string"}
+# share of the pooled features dropped at random in training
+dropout = 0.0  # @param {type:"number"}
 # normalisation: batch (learns fastest), group or instance
 norm = "batch"  # @param ["batch", "group", "instance"]
 # reference; best (age distribution, last epoch, a linear regression beside it); custom: as the next three say
 recipe = "best"  # @param ["reference", "best", "custom"]
 # custom only: what is learned, huber (the age) or distribution (soft labels: a curve of ages around it)
 loss = "huber"  # @param ["huber", "distribution"]
+# years; with distribution: standard deviation of the curve around each true age
+label_sd = 3.0  # @param {type:"number"}
 # custom only: which weights are kept, those of the epoch with the best validation error, or of the last one
 keep = "best"  # @param ["best", "last"]
 # custom only: average each age with that of a ridge regression on the smoothed volumes, fitted in seconds
@@ -179,7 +187,7 @@ montage([volume for _, volume in examples], [title for title, _ in examples], na
 
 # %%
 chosen = {name: parameters[name] for name in TrainingSettings.__dataclass_fields__ if name in parameters}
-for name in ("seeds", "widths"):
+for name in ("seeds", "widths", "blocks"):
     chosen[name] = tuple(int(value) for value in chosen[name].split(","))
 settings = TrainingSettings.of_recipe(recipe, **chosen, scratch=str(scratch or ""), augmentation=augmentation)
 if cluster in ("", "local"):

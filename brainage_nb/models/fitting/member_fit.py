@@ -8,7 +8,6 @@ does what the uninterrupted run would have done, bit for bit on a CPU.
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,10 +33,11 @@ from brainage_nb.models.fitting.optimisation import (
 )
 from brainage_nb.models.fitting.shared_batchnorm import share_batchnorm
 from brainage_nb.models.fitting.starting import load_pretrained
+from brainage_nb.models.fitting.state import restore, state_of
 from brainage_nb.models.fitting.stopping import StopRequests
 from brainage_nb.models.fitting.sweeps import Member, member_rows
 from brainage_nb.models.resnet import AgeRegressor, VoxelRegression, outputs_of, resnet18_regressor
-from brainage_nb.models.settings import TrainingSettings, refuse_difference
+from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.views import averaging_of
 from brainage_nb.volumes.augment import augment
 from brainage_nb.workspace import write_csv
@@ -303,7 +303,7 @@ class MemberFit:
     def save(self) -> None:
         """Write a checkpoint of this very step."""
         if self.accelerator.is_main_process:
-            self.checkpoints.save(self._state(), self.step)
+            self.checkpoints.save(state_of(self), self.step)
         self._saved = time.monotonic()
 
     def _wait(self) -> None:
@@ -320,37 +320,4 @@ class MemberFit:
             state = broadcast_object_list([state])[0]
         if state is None:
             return
-        refuse_difference(json.loads(state["identity"]), self.identity, self.folder)
-        self.network.load_state_dict(state["model"])
-        self.average.model.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.position, self.step = state["epoch"], state["position"], state["step"]
-        self.seconds, self.history, self.best = state["seconds"], state["history"], state["best"]
-        self.sums.copy_(state["sums"])
-        self.stepper.micro_batch = state["micro_batch"]
-        torch.set_rng_state(state["random"])
-        if self.accelerator.device.type == "cuda" and state["random_cuda"] is not None:
-            torch.cuda.set_rng_state(state["random_cuda"])
-
-    def _state(self) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
-        cuda = self.accelerator.device.type == "cuda"
-        return {
-            "identity": json.dumps(self.identity),
-            "model": self.network.state_dict(),
-            "average": self.average.model.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "scaler": scaler.state_dict() if scaler is not None else {},
-            "epoch": self.epoch,
-            "position": self.position,
-            "step": self.step,
-            "seconds": self.seconds,
-            "history": self.history,
-            "best": self.best,
-            "sums": self.sums,
-            "micro_batch": self.stepper.micro_batch,
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state() if cuda else None,
-        }
+        restore(self, state)
