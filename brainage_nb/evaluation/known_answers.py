@@ -106,7 +106,7 @@ def reference_errors(
     errors = {"oracle": mean_with_interval((rows["brain_age"] - rows["age"]).abs(), subjects, **bootstrap)}
     anatomy = [name for name in ANATOMY if name in rows]
     if anatomy and len(training) >= 5 * len(anatomy):
-        predicted = _attainable(training[anatomy], training["age"], rows[anatomy])
+        predicted = attainable_ages(training[anatomy], training["age"], rows[anatomy])
         errors["attainable"] = mean_with_interval(
             np.abs(predicted - rows["age"].to_numpy()), subjects, **bootstrap
         )
@@ -159,8 +159,10 @@ def icc(pairs: np.ndarray) -> float:
     return float((between_people - error) / below) if below > 0 else float("nan")
 
 
-def _attainable(train: pd.DataFrame, age: pd.Series, test: pd.DataFrame) -> np.ndarray:
-    """Ages of the test rows by the regression that does best in cross-validation on the training rows."""
+def attainable_ages(train: pd.DataFrame, age: pd.Series, test: pd.DataFrame) -> np.ndarray:
+    """Ages (n_test,) in years by the regression on planted anatomy that does best in cross-validation on the
+    training rows, whose ages are `age`; both tables hold columns of `ANATOMY`.
+    """
     from sklearn.model_selection import cross_val_score
 
     models = anatomy_regressions()
