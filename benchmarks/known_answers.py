@@ -61,10 +61,8 @@ def main() -> None:
     }
     run_notebooks(find_notebooks("01", "04"), ws, overrides)
     fresh = QUICK_FRESH if options.quick else FRESH
-    rows = read(
-        ws.run(options.run), make_cohort(options.workspace / f"fresh-{fresh}", fresh, SEED, voxel_mm=2)
-    )
-    verdict = judged(rows, read_csv(ws.path("demo", TRUTH)))
+    heads = make_cohort(options.workspace / f"fresh-{fresh}", fresh, SEED, voxel_mm=2)
+    verdict = judged(read(ws.run(options.run), heads), read_csv(ws.path("demo", TRUTH)))
     print(json.dumps(verdict | {"trained_on_subjects": subjects, "quick": options.quick}))
 
 

@@ -89,12 +89,12 @@ norm = "batch"  # @param ["batch", "group", "instance"]
 recipe = "best"  # @param ["reference", "best", "custom"]
 # custom only: what is learned, huber (the age) or distribution (soft labels: a curve of ages around it)
 loss = "huber"  # @param ["huber", "distribution"]
-# years; with distribution: standard deviation of the curve around each true age
-label_sd = 3.0  # @param {type:"number"}
 # custom only: which weights are kept, those of the epoch with the best validation error, or of the last one
 keep = "best"  # @param ["best", "last"]
 # custom only: average each age with that of a ridge regression on the smoothed volumes, fitted in seconds
 linear = False  # @param {type:"boolean"}
+# years; with distribution: standard deviation of the curve around each true age
+label_sd = 3.0  # @param {type:"number"}
 # epochs that the average of the weights reaches back; 0: none
 ema_epochs = 1.0  # @param {type:"number"}
 # predict each scan and its left-right mirror image, and average
