@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .mni import CENTRE_MM, template
-from .resampling import resample, smoothing_sd
+from .mni import CENTRE_MM, HALF_MM, template
+from .resampling import LinearSampler, resample, smoothing_sd
 from .scans import voxel_sizes
 
 FIELD_MM = 272.0  # cube around the head that is looked at
@@ -22,7 +22,8 @@ SCALE_SD, SHAPE_SD = 0.10, 0.04  # of the logarithm of size, and of its stretch 
 POINTS_PER_OBSERVATION = 100  # neighbouring voxels say the same thing
 # Poses the search starts from, degrees about the left-right, back-front and bottom-top axes.
 POSES = tuple(itertools.product((-24, 0, 24), (-20, 0, 20), (-20, 0, 20)))
-KEPT = 3  # best poses that go on at 4 mm
+ROUNDS = ((4, 9), (6, 3))  # steps at 8 mm, and how many poses go on, at last at 4 mm
+SAME_MM = 2.0  # two poses nearer than this at the corners of the brain are one
 MOST_MM = 12.0  # a step moves no point of the brain farther
 BRIGHTEST = 1.15  # of the level of white matter; fat above it is cut
 LEVEL_MM, LEVEL_PERCENTILE = 45.0, 80  # that level: this percentile within this radius of the head's centre
@@ -59,19 +60,14 @@ class Target:
     """A scan at one resolution, with its gradient, sampled at world positions."""
 
     def __init__(self, volume: np.ndarray, affine: np.ndarray) -> None:
-        self.channels = [volume, *np.gradient(volume, float(affine[0, 0]))]
+        gradient = np.gradient(volume, float(affine[0, 0]))
+        self.sample = LinearSampler(np.stack([volume, *gradient], axis=-1))
         self.inverse = np.linalg.inv(affine)
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Intensities (n,) and gradients (n, 3) at world positions (n, 3)."""
-        from scipy.ndimage import map_coordinates
-
-        voxels = (positions @ self.inverse[:3, :3].T + self.inverse[:3, 3]).T
-        values = [
-            map_coordinates(channel, voxels, order=1, mode="nearest", output=np.float64)
-            for channel in self.channels
-        ]
-        return values[0], np.stack(values[1:], axis=1)
+        values = self.sample(positions @ self.inverse[:3, :3].T + self.inverse[:3, 3]).astype(float)
+        return values[:, 0], values[:, 1:]
 
 
 def align(array: np.ndarray, affine: np.ndarray, centre_mm: np.ndarray) -> Alignment:
@@ -88,17 +84,32 @@ def align(array: np.ndarray, affine: np.ndarray, centre_mm: np.ndarray) -> Align
     """
     coarse, level = _target(array, affine, centre_mm, 8.0)
     points, values = template(8.0).points(1, rim=False)
-    found = [
-        _search(coarse, points, values, _start(centre_mm, pose), similarity=True, steps=15) for pose in POSES
-    ]
-    found = sorted(found, key=lambda pair: -pair[1])[:KEPT]
+    starts = [_start(centre_mm, pose) for pose in POSES]
+    for steps, kept in ROUNDS:  # the poses that are worst after a few steps are given up
+        found = [_search(coarse, points, values, start, similarity=True, steps=steps) for start in starts]
+        starts = _best_apart(found, kept)
     fine, _ = _target(array, affine, centre_mm, 4.0, level)
-    points, values = template(4.0).points(1, rim=False)
-    half = (points[:, 0] / 4.0 + points[:, 1] / 4.0 + points[:, 2] / 4.0).round().astype(int) % 2 == 0
-    points, values = points[half], values[half]
-    found = [_search(fine, points, values, start, similarity=True, steps=10) for start, _ in found]
+    points, values = halved(*template(4.0).points(1, rim=False), 4.0)
+    found = [_search(fine, points, values, start, similarity=True, steps=10) for start in starts]
     start = max(found, key=lambda pair: pair[1])[0]
     return Alignment(*_search(fine, points, values, start, similarity=False, steps=25), level)
+
+
+def _best_apart(found: list[tuple[np.ndarray, float]], kept: int) -> list[np.ndarray]:
+    """The maps of highest correlation, at most `kept`, none within `SAME_MM` of a better one."""
+    corners = CENTRE_MM + HALF_MM * np.array(list(itertools.product((-1, 1), repeat=3)))
+    apart: list[np.ndarray] = []
+    for candidate, _ in sorted(found, key=lambda pair: -pair[1]):
+        moved = [(candidate - other)[:3, :3] @ corners.T + (candidate - other)[:3, 3:] for other in apart]
+        if all(np.linalg.norm(shift, axis=0).max() > SAME_MM for shift in moved):
+            apart.append(candidate)
+    return apart[:kept]
+
+
+def halved(points: np.ndarray, values: np.ndarray, spacing_mm: float) -> tuple[np.ndarray, np.ndarray]:
+    """Every second point (n, 3) of a grid, as the fields of one colour on a chessboard, and its values."""
+    half = (points / spacing_mm).round().astype(int).sum(axis=1) % 2 == 0
+    return points[half], values[half]
 
 
 def fit_intensity(

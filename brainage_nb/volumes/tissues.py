@@ -13,8 +13,8 @@ from functools import lru_cache
 import numpy as np
 
 from .mni import mni_grid
-from .resampling import resample, smoothing_sd
-from .warping import exponents, polynomials
+from .resampling import one_thread, resample, smoothing_sd
+from .warping import exponents, polynomial_field, polynomials
 
 VERSION = 1  # raised whenever the same scan gives other tissues than before; part of fingerprints
 SPACING_MM, SIZE = 2.0, 96  # grid in MNI152 space on which tissues are told apart
@@ -74,11 +74,13 @@ def tissues_of(brightness: np.ndarray, inside: np.ndarray) -> Tissues:
     if not inside.any():
         return Tissues(*np.zeros((2, *inside.shape), np.float32), 0.0, ("there is no brain in the template",))
     prior, logs = _prior()[inside], _logs(brightness[inside])
-    index = np.argwhere(inside)
-    basis = polynomials(index * SPACING_MM + grid()[:3, 3], exponents(FIELD_DEGREE)[1:]).astype(np.float32)
+    index, terms = np.argwhere(inside), exponents(FIELD_DEGREE)[1:]
     few = (index % STEP == 0).all(axis=1)
-    means, variances, field = _fit(logs[few], prior[few], basis[few])
-    probability = _probabilities(logs - basis @ field, prior, means, variances)
+    basis = polynomials(index[few] * SPACING_MM + grid()[:3, 3], terms).astype(np.float32)
+    with one_thread():
+        means, variances, field = _fit(logs[few], prior[few], basis)
+    even = logs - polynomial_field(grid(), inside.shape, terms, field)[inside]
+    probability = _probabilities(even, prior, means, variances)
     maps = np.zeros((2, *inside.shape), np.float32)
     maps[:, inside] = probability.T[1:]
     contrast = float(np.min(np.diff(means) / np.sqrt(variances[1:])))

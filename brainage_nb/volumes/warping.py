@@ -6,11 +6,13 @@ It finds the brain's surface, it does not match gyri: about a hundred coefficien
 from __future__ import annotations
 
 import itertools
+from functools import lru_cache
 
 import numpy as np
 
-from .alignment import BRIGHTEST, Target, correlation, fit_intensity
-from .mni import CENTRE_MM, HALF_MM, Template
+from .alignment import BRIGHTEST, Target, correlation, fit_intensity, halved
+from .mni import CENTRE_MM, HALF_MM, Template, template
+from .resampling import LinearSampler, along_axes, upsample
 
 DEGREES = (1, 2, 4)  # fitted one after the other
 STEPS = 6  # Gauss-Newton steps for each degree
@@ -33,7 +35,7 @@ def even_brightness(scan: np.ndarray, against: Template) -> np.ndarray:
     against : Template
         On the same grid.
     """
-    from scipy.ndimage import gaussian_filter, map_coordinates
+    from scipy.ndimage import gaussian_filter
 
     inside = (against.depth_mm < -INSIDE_MM) & (against.brain > 0.5)
     width = BIAS_MM / (2 * against.spacing_mm)
@@ -42,8 +44,7 @@ def even_brightness(scan: np.ndarray, against: Template) -> np.ndarray:
         return gaussian_filter(np.where(inside, volume, 0)[::2, ::2, ::2], width) + 1e-3
 
     ratio = slow(scan * against.brain) / slow(against.brain**2)
-    places = np.indices(scan.shape, dtype=np.float32) / 2
-    ratio = map_coordinates(ratio, places, order=1, mode="nearest")
+    ratio = upsample(ratio, 2, scan.shape)
     return np.clip(scan / np.maximum(ratio, 1e-3), 0, BRIGHTEST).astype(np.float32)
 
 
@@ -66,13 +67,13 @@ def bend(scan: np.ndarray, onto: Template) -> tuple[np.ndarray, float]:
     """
     from scipy.ndimage import gaussian_filter
 
-    points, values = onto.points(STEP, rim=True)
+    points, values, every = _fitted_points(onto.spacing_mm)
     target = Target(gaussian_filter(scan, 0.7), onto.affine)
     coefficients = np.zeros((0, 3))
     weights = np.ones(len(points))
     for degree in DEGREES:
         terms = exponents(degree)
-        basis = polynomials(points, terms)
+        basis = every[:, : len(terms)]  # the terms of a lower degree come first
         coefficients = np.r_[coefficients, np.zeros((len(terms) - len(coefficients), 3))]
         for _ in range(STEPS):
             scanned, gradient = target.at(points + basis @ coefficients)
@@ -86,6 +87,13 @@ def bend(scan: np.ndarray, onto: Template) -> tuple[np.ndarray, float]:
     return _bent_depth(coefficients, onto), correlation(scanned[inside], values[inside])
 
 
+@lru_cache(maxsize=1)
+def _fitted_points(spacing_mm: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions (n, 3), template values (n,) and polynomials (n, terms) that every scan is fitted at."""
+    points, values = halved(*template(spacing_mm).points(STEP, rim=True), STEP * spacing_mm)
+    return points, values, polynomials(points, exponents(DEGREES[-1])).astype(np.float32)
+
+
 def exponents(degree: int) -> np.ndarray:
     """Degrees along x, y, z (n, 3) of the terms up to a total degree, lowest total first."""
     every = [term for term in itertools.product(range(degree + 1), repeat=3) if sum(term) <= degree]
@@ -94,11 +102,26 @@ def exponents(degree: int) -> np.ndarray:
 
 def polynomials(points: np.ndarray, terms: np.ndarray) -> np.ndarray:
     """Products of Legendre polynomials (n_points, n_terms) at MNI152 positions (n_points, 3)."""
+    each = [_legendre(points[:, axis], axis, terms)[:, terms[:, axis]] for axis in range(3)]
+    return each[0] * each[1] * each[2]
+
+
+def polynomial_field(
+    affine: np.ndarray, shape: tuple[int, ...], terms: np.ndarray, coefficients: np.ndarray
+) -> np.ndarray:
+    """Sum of `polynomials` weighted by coefficients (n_terms,), float32, on a grid along MNI152's axes."""
+    weights = np.zeros((terms.max() + 1,) * 3, np.float32)
+    weights[tuple(terms.T)] = coefficients
+    lines = [affine[axis, axis] * np.arange(n) + affine[axis, 3] for axis, n in enumerate(shape)]
+    return along_axes(weights, [_legendre(line, axis, terms) for axis, line in enumerate(lines)])
+
+
+def _legendre(positions: np.ndarray, axis: int, terms: np.ndarray) -> np.ndarray:
+    """Legendre polynomials (n, degrees) along one axis of MNI152, mm; constant far outside of the brain."""
     from numpy.polynomial.legendre import legvander
 
-    scaled = np.clip((points - CENTRE_MM) / HALF_MM, -REACH, REACH)
-    each = [legvander(scaled[:, axis], terms.max())[:, terms[:, axis]] for axis in range(3)]
-    return each[0] * each[1] * each[2]
+    scaled = np.clip((positions - CENTRE_MM[axis]) / HALF_MM[axis], -REACH, REACH)
+    return legvander(scaled, terms.max())
 
 
 def _step(
@@ -131,14 +154,15 @@ def _bent_depth(coefficients: np.ndarray, onto: Template) -> np.ndarray:
     """The template's depth map carried along: where x moves to x + u(x), a voxel y looks at x."""
     from scipy.ndimage import map_coordinates
 
-    coarse = np.stack(np.indices([n // 2 for n in onto.brain.shape]), axis=-1).reshape(-1, 3) * 2
-    positions = coarse * onto.spacing_mm + onto.affine[:3, 3]
-    moved = polynomials(positions, exponents(DEGREES[-1])) @ coefficients / (2 * onto.spacing_mm)
-    field = moved.T.reshape(3, *[n // 2 for n in onto.brain.shape])
-    here = np.indices(field.shape[1:], dtype=float)
-    back = np.zeros_like(field)
+    shape = tuple(n // 2 for n in onto.brain.shape)
+    coarse = onto.affine @ np.diag([2, 2, 2, 1])
+    terms = exponents(DEGREES[-1])
+    field = [polynomial_field(coarse, shape, terms, part) for part in coefficients.T / coarse[0, 0]]
+    moved = LinearSampler(np.stack(field, axis=-1))
+    here = np.stack(np.indices(shape, np.float32), axis=-1).reshape(-1, 3)
+    back = np.zeros_like(here)
     for _ in range(5):  # the inverse of a smooth small displacement, by repetition
-        back = np.stack([map_coordinates(part, here - back, order=1, mode="nearest") for part in field])
+        back = moved(here - back)
+    shift = [2 * upsample(part.reshape(shape), 2, onto.brain.shape) for part in back.T]
     full = np.indices(onto.brain.shape, dtype=np.float32)
-    shift = [2 * map_coordinates(part, full / 2, order=1, mode="nearest") for part in back]
     return map_coordinates(onto.depth_mm, full - np.stack(shift), order=1, mode="nearest")
