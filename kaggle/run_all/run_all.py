@@ -70,11 +70,11 @@ from brainage_nb.pipeline import NotebookPaused, find_notebooks, parse_overrides
 from brainage_nb.workspace import open_workspace, session_summary
 
 ws = open_workspace(workspace)
-session_summary(ws.root)
+print(session_summary(ws.root))
 
 # %%
 notebooks = find_notebooks(first, last)
 try:
-    run_notebooks(notebooks, ws, parse_overrides(settings.split(), notebooks))
+    run_notebooks(notebooks, ws, parse_overrides([f"more={settings}"], notebooks))
 except NotebookPaused as paused:  # its time was up; the next run goes on from this output
     print(paused)

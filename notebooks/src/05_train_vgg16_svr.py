@@ -93,12 +93,13 @@ from brainage_nb.models.vgg.fusion import positions_in_use
 from brainage_nb.models.vgg.network import vgg16_features
 from brainage_nb.models.vgg.run import train_vgg_svr
 from brainage_nb.models.vgg_svr import VggSvr
+from brainage_nb.parameters import read_parameters
 from brainage_nb.volumes.store import current_store
-from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
+from brainage_nb.workspace import open_workspace, session_summary
 
-parameters = resolved_parameters(globals())
+parameters = read_parameters(globals())
 ws = open_workspace(workspace).begin("05_train_vgg16_svr")
-session_summary(ws.root)
+print(session_summary(ws.root))
 
 # %% [markdown]
 # ## Who trains, who is tested

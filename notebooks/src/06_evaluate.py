@@ -93,12 +93,13 @@ from brainage_nb.evaluation.figures import draw_figures
 from brainage_nb.evaluation.report import write_report
 from brainage_nb.models.bundle import current_bundle, load_bundle
 from brainage_nb.models.bundles.elsewhere import apply_elsewhere, named_subjects
-from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
+from brainage_nb.parameters import read_parameters
+from brainage_nb.workspace import open_workspace, session_summary
 
 set_matplotlib_formats("png")  # figures appear in their cells
-parameters = resolved_parameters(globals())
+parameters = read_parameters(globals())
 ws = open_workspace(workspace).begin("06_evaluate")
-session_summary(ws.root)
+print(session_summary(ws.root))
 
 # %% [markdown]
 # ## Raw accuracy on test subjects

@@ -85,12 +85,13 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 from brainage_nb.apps.widget import PredictionWidget, result_figure, workspace_scans
 from brainage_nb.models.bundle import current_bundle, load_bundle
 from brainage_nb.models.explain import explain
-from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary, write_json
+from brainage_nb.parameters import read_parameters
+from brainage_nb.workspace import open_workspace, session_summary, write_json
 
 set_matplotlib_formats("png")  # figures appear in their cells
-parameters = resolved_parameters(globals())
+parameters = read_parameters(globals())
 ws = open_workspace(workspace).begin("07_predict_and_explain")
-session_summary(ws.root)
+print(session_summary(ws.root))
 
 # %% [markdown]
 # ## The model
