@@ -94,11 +94,15 @@ def _list(options: argparse.Namespace) -> int:
         for name, item in notebook.parameters().items():
             choices = f" ({item.expected})" if item.choices else ""
             mark = " " if name in cell else "+"
-            line = f"{mark} {name:<22} {item.default!s:<14} {item.comment}{choices}"
+            line = f"{mark} {name:<22} {_shown(item.default):<14} {item.comment}{choices}"
             print(textwrap.fill(line, 110, subsequent_indent=" " * 40))
         print()
     print('+ is set by -p name=value too, and in a notebook by more = "name=value name=value".')
     return 0
+
+
+def _shown(default: object) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default) or "-"
 
 
 if __name__ == "__main__":

@@ -85,13 +85,10 @@ class Notebook:
 
     def parameters(self) -> dict[str, Parameter]:
         """Everything that can be set: the parameters cell, then the fields behind `more`."""
-        fields = [fields_of(settings) for settings in self.settings_classes()]
-        return self.cell_parameters() | {
-            name: field
-            for group in fields
-            for name, field in group.items()
-            if name not in self.cell_parameters()
-        }
+        found = self.cell_parameters()
+        for settings in self.settings_classes():
+            found |= {name: field for name, field in fields_of(settings).items() if name not in found}
+        return found
 
     def fill_cell(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the overrides that this notebook knows, as lines of its cell: fields stand in `more`."""
@@ -110,10 +107,13 @@ class Notebook:
         for name in filter(values.get, PATHS):
             places = values[name].split(",") if name == "external" else [values[name]]
             for place in places:
-                if place.strip() not in known[name].choices and not Path(place.strip()).exists():
-                    raise ParameterError(f"{name} = {place!r}: there is no such file or folder here.")
+                choices = known[name].choices
+                if place.strip() not in choices and not Path(place.strip()).exists():
+                    also = f", and it is none of {', '.join(choices)}" if choices else ""
+                    raise ParameterError(f"{name} = {place!r}: there is no such file or folder{also}.")
         for settings in self.settings_classes():
-            make = partial(settings.of_recipe, values["recipe"]) if "recipe" in values else settings
+            by_recipe = getattr(settings, "of_recipe", None)
+            make = partial(by_recipe, values["recipe"]) if by_recipe and "recipe" in values else settings
             try:
                 make(**pick_fields(values, settings))
             except (ValueError, OSError) as error:

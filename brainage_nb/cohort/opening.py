@@ -64,15 +64,22 @@ class SourceSettings:
     table : str
         Table of ages: CSV, TSV, XLS or XLSX, from here or from `data_dir`; empty: participants.tsv or the
         only table there.
-    subject_column, age_column : str
-        Columns of the table with the subject ids and with the age at the scan; empty: found by name.
+    subject_column : str
+        Column with the subject ids; empty: found by name.
+    age_column : str
+        Column with the age at the scan; empty: found by name.
     age_unit : {"auto", "years", "months", "weeks", "days"}
         Unit of the ages.
-    sex_column, site_column, session_column, diagnosis_column : str
-        Column of the table with the sex, the site or scanner, the session or visit, the diagnosis or group;
-        empty: found by name.
+    sex_column : str
+        Column with the sex; empty: found by name.
+    site_column : str
+        Column with the site or scanner; empty: found by name.
+    session_column : str
+        Column with the session or visit; empty: found by name.
+    diagnosis_column : str
+        Column with the diagnosis or group; empty: found by name.
     image_column : str
-        Column of the table with the file name or image id of the scan; empty: found by name.
+        Column with the file name or image id of the scan; empty: found by name.
     drive_links : str
         Share links or ids of files, archives or folders (folder:ID), parted by blanks (source gdown).
     drive_url : str
