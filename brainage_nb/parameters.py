@@ -136,12 +136,12 @@ def check_fields(settings: Any) -> None:
         object.__setattr__(settings, name, field.parse(getattr(settings, name)))
 
 
-def find_parameter(name: str, known: Mapping[str, Parameter], where: str) -> Parameter:
+def find_parameter(name: str, known: Mapping[str, Parameter]) -> Parameter:
     """The parameter of that name; `ParameterError` with the nearest names where there is none."""
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(sorted(known))}."
-        raise ParameterError(f"{name}: {where} has no parameter of this name. {hint}")
+        raise ParameterError(f"{name}: there is no parameter of this name here. {hint}")
     return known[name]
 
 
@@ -202,7 +202,7 @@ def read_parameters(names: Mapping[str, Any], *settings: type) -> dict[str, Any]
     for name, text in split_more(parameters.get("more", "")).items():
         if name in parameters:
             raise ParameterError(f"more = ...{name}={text}: {name} has a line of its own; set it there.")
-        parameters[name] = find_parameter(name, known, "this notebook").parse(text)
+        parameters[name] = find_parameter(name, known).parse(text)
     return parameters
 
 

@@ -160,8 +160,10 @@ def parse_overrides(given: Sequence[str], notebooks: Sequence[Notebook]) -> dict
             f"-p run=... would be one run for {' and '.join(trained)}; choose one with --from and --to."
         )
     known = {name: item for notebook in notebooks for name, item in notebook.parameters().items()}
-    where = "no notebook of this run" if len(notebooks) > 1 else notebooks[0].name
-    return {name: find_parameter(name, known, where).parse(text) for name, text in texts.items()}
+    for name in set(texts) - set(known):
+        if homes := [notebook.name for notebook in find_notebooks() if name in notebook.parameters()]:
+            raise ParameterError(f"{name} is set in {' and '.join(homes)}, which this run leaves out.")
+    return {name: find_parameter(name, known).parse(text) for name, text in texts.items()}
 
 
 def run_notebooks(

@@ -34,14 +34,14 @@ KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 # script and package are of one version.
 SETUP_CELL = """\
 import importlib.util
-import os
 import subprocess
 import sys
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _near = 'for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
-    _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/{repository}/v{version}/$0) && exec bash -c "$script"; echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
-    subprocess.run(["bash", "-c", f"{_near}; {_far}", "colab_setup.sh"], env=os.environ | {"PYTHON": sys.executable}, check=True)
+    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
+    _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/{repository}/v{version}/$0) && exec bash -c "$script"'
+    _else = 'echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
+    subprocess.run(["bash", "-c", f"{_near}; {_far}; {_else}", "colab_setup.sh", sys.executable], check=True)
 """  # noqa: E501
 
 

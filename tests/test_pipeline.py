@@ -159,6 +159,13 @@ def test_the_command_refuses_folders_tables_choices_and_bundles_before_it_starts
     assert re.search(told, capsys.readouterr().err)
 
 
+def test_a_parameter_of_a_notebook_that_the_run_leaves_out_is_refused_by_its_name(capsys):
+    assert main(["run", "--from", "04", "-p", "spacing_mm=4"]) == 2
+    assert (
+        "spacing_mm is set in 03_preprocessing_preview, which this run leaves out" in capsys.readouterr().err
+    )
+
+
 def test_the_list_of_one_notebook_shows_fields_and_choices(capsys):
     assert main(["list", "04"]) == 0
     shown = " ".join(capsys.readouterr().out.split())

@@ -148,7 +148,7 @@ class SourceSettings:
             if readers and self.source not in readers and getattr(self, item.name) != item.default:
                 raise SourceError(
                     f"{item.name} = {getattr(self, item.name)!r} is not read with source = {self.source!r}. "
-                    f"Set source to {' or '.join(readers)}, or leave {item.name} at {item.default!r}."
+                    f"Set source to {' or '.join(readers)}, or leave {item.name} out."
                 )
         if "data_dir" in USED_BY[self.source]:
             self._check_places()

@@ -44,7 +44,8 @@ def list_changes(settings: Any, recipe: str) -> str:
     plain, now = (asdict(item) for item in (type(settings).of_recipe(recipe), settings))
     for facts in (plain, now):  # settings inside of settings, side by side with the others
         facts.update(*[facts.pop(name) for name in list(facts) if isinstance(facts[name], dict)])
-    told = [f"{name}={now[name]!r} instead of {plain[name]!r}" for name in now if now[name] != plain[name]]
+    names = [name for name in now if now[name] != plain[name] and name != "seeds"]  # a draw, no choice
+    told = [f"{name}={now[name]!r} instead of {plain[name]!r}" for name in names]
     return "; ".join(told) or "nothing"
 
 
