@@ -140,7 +140,7 @@ class Networks:
 
     def store(self, prepared: str) -> VolumeStore:
         """Volumes of a preprocessing recipe or of one of `PREPARED`."""
-        recipe = "custom" if prepared in PREPARED else prepared
+        recipe = "reference" if prepared in PREPARED else prepared
         switches = PREPARED.get(prepared, {})
         settings = PreprocessingSettings.of_recipe(
             recipe, spacing_mm=self.spacing_mm, size=self.size, **switches

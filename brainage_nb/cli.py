@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from brainage_nb import __version__
@@ -13,7 +14,8 @@ from brainage_nb.apps import predict_cli
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 well, 1 a notebook failed, 2 wrong usage, 75 paused."""
     options = _parser().parse_args(arguments)
-    from brainage_nb.pipeline import NotebookFailed, NotebookPaused, ParameterError
+    from brainage_nb.parameters import ParameterError
+    from brainage_nb.pipeline import NotebookFailed, NotebookPaused
 
     try:
         return options.command(options)
@@ -53,24 +55,29 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="name=value",
-        help="a notebook parameter (repeatable)",
+        help="anything that `brainage-nb list` names (repeatable)",
     )
     run.set_defaults(command=_run)
 
     predict_cli.add_parsers(commands)
 
-    listing = commands.add_parser("list", help="show the notebooks and their parameters")
+    listing = commands.add_parser("list", help="show the notebooks and everything that can be set in them")
+    listing.add_argument("notebook", nargs="?", default="", metavar="NN", help="one notebook, as 04")
     listing.set_defaults(command=_list)
     return parser
 
 
 def _run(options: argparse.Namespace) -> int:
+    from brainage_nb.parameters import ParameterError
     from brainage_nb.pipeline import find_notebooks, parse_overrides, run_notebooks
     from brainage_nb.workspace import open_workspace
 
     notebooks = find_notebooks(options.first, options.last)
     overrides = parse_overrides(options.parameters, notebooks)
-    workspace = open_workspace(options.workspace or overrides.pop("workspace", ""))
+    named = overrides.pop("workspace", "")
+    if named and options.workspace not in ("", named):
+        raise ParameterError(f"--workspace {options.workspace} and -p workspace={named}: give one of them.")
+    workspace = open_workspace(options.workspace or named)
     run_notebooks(notebooks, workspace, overrides, again=options.again)
     report = workspace.path("evaluation", "report.html")
     if report.exists():
@@ -81,12 +88,21 @@ def _run(options: argparse.Namespace) -> int:
 def _list(options: argparse.Namespace) -> int:
     from brainage_nb.pipeline import find_notebooks
 
-    for notebook in find_notebooks():
+    for notebook in find_notebooks(options.notebook, options.notebook):
         print(notebook.name)
-        for item in notebook.parameters().values():
-            print(f"  {item.name:<22} {type(item.default).__name__:<6} {item.default!r:<14} {item.comment}")
+        cell = notebook.cell_parameters()
+        for name, item in notebook.parameters().items():
+            choices = f" ({item.expected})" if item.choices else ""
+            mark = " " if name in cell else "+"
+            line = f"{mark} {name:<22} {_shown(item.default):<14} {item.comment}{choices}"
+            print(textwrap.fill(line, 110, subsequent_indent=" " * 40))
         print()
+    print('+ is set by -p name=value too, and in a notebook by more = "name=value name=value".')
     return 0
+
+
+def _shown(default: object) -> str:
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default) or "-"
 
 
 if __name__ == "__main__":

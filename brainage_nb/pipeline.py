@@ -6,20 +6,30 @@ A notebook's own result file is trusted, not papermill's exit: a notebook can st
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from brainage_nb.parameters import (
+    Parameter,
+    ParameterError,
+    fields_of,
+    find_parameter,
+    join_more,
+    parse_parameters,
+    pick_fields,
+    split_items,
+    split_more,
+)
 from brainage_nb.workspace import MissingInput, Workspace, read_json, write_text
 
-
-class ParameterError(ValueError):
-    """A parameter that no notebook knows, or a value of the wrong type."""
+PATHS = ("bundle", "external", "init_from", "scan", "vgg_weights")  # must exist before a kernel starts
 
 
 class NotebookFailed(RuntimeError):
@@ -28,30 +38,6 @@ class NotebookFailed(RuntimeError):
 
 class NotebookPaused(RuntimeError):
     """A notebook saved its work and ended early, as asked; the same command goes on."""
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One line of a parameters cell: its name, default and the comment above it."""
-
-    name: str
-    default: Any
-    comment: str
-
-    def parse(self, text: str) -> Any:
-        """Turn the text of `-p name=text` into a value of the default's type."""
-        kind = type(self.default)
-        try:
-            if kind is bool:
-                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
-                    text.lower()
-                ]
-            return kind(text)
-        except (KeyError, ValueError):
-            raise ParameterError(
-                f"-p {self.name}={text}: expected {kind.__name__} ({self.comment}); "
-                f"the default is {self.default!r}."
-            ) from None
 
 
 @dataclass(frozen=True)
@@ -75,27 +61,63 @@ class Notebook:
         cells = read_json(self.path)["cells"]
         return [cell | {"source": "".join(cell["source"])} for cell in cells]
 
-    def parameters(self) -> dict[str, Parameter]:
+    def cell_parameters(self) -> dict[str, Parameter]:
         """The parameters cell, in order."""
         for cell in self.cells():
             if "parameters" in cell["metadata"].get("tags", []):
                 return parse_parameters(cell["source"])
         return {}
 
+    def settings_classes(self) -> list[type]:
+        """The settings classes that the notebook gives to `read_parameters`: `more` sets their fields."""
+        for cell in self.cells():
+            if cell["cell_type"] == "code" and "read_parameters(" in cell["source"]:
+                nodes = list(ast.walk(ast.parse(cell["source"])))
+                homes = {
+                    alias.name: node.module
+                    for node in nodes
+                    if isinstance(node, ast.ImportFrom)
+                    for alias in node.names
+                }
+                (call,) = (node for node in nodes if ast.unparse(node).startswith("read_parameters("))
+                return [getattr(import_module(homes[item.id]), item.id) for item in call.args[1:]]
+        return []
 
-def parse_parameters(source: str) -> dict[str, Parameter]:
-    """Read a parameters cell: flat literals, one a line, each under a comment line."""
-    lines = source.splitlines()
-    found = {}
-    for node in ast.parse(source).body:
-        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
-            raise ParameterError(
-                f"A parameters cell holds only `name = literal` lines, not: {ast.unparse(node)}"
-            )
-        above = lines[node.lineno - 2].strip() if node.lineno > 1 else ""
-        name = node.targets[0].id
-        found[name] = Parameter(name, ast.literal_eval(node.value), above.removeprefix("#").strip())
-    return found
+    def parameters(self) -> dict[str, Parameter]:
+        """Everything that can be set: the parameters cell, then the fields behind `more`."""
+        found = self.cell_parameters()
+        for settings in self.settings_classes():
+            found |= {name: field for name, field in fields_of(settings).items() if name not in found}
+        return found
+
+    def fill_cell(self, overrides: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the overrides that this notebook knows, as lines of its cell: fields stand in `more`."""
+        given = {**overrides, **split_more(overrides.get("more", ""))}
+        cell = self.cell_parameters()
+        fields = {name: given[name] for name in self.parameters() if name in given and name not in cell}
+        values = {name: given[name] for name in cell if name in given and name != "more"}
+        return values | ({"more": join_more(fields)} if fields else {})
+
+    def check(self, overrides: Mapping[str, Any]) -> None:
+        """Raise `ParameterError` for what this notebook would refuse: values, choices, files, folders."""
+        known = self.parameters()
+        given = {**overrides, **split_more(overrides.get("more", ""))}
+        defaults = {name: item.default for name, item in self.cell_parameters().items()}
+        values = defaults | {name: known[name].parse(given[name]) for name in known if name in given}
+        for name in filter(values.get, PATHS):
+            places = values[name].split(",") if name == "external" else [values[name]]
+            for place in places:
+                choices = known[name].choices
+                if place.strip() not in choices and not Path(place.strip()).exists():
+                    also = f", and it is none of {', '.join(choices)}" if choices else ""
+                    raise ParameterError(f"{name} = {place!r}: there is no such file or folder{also}.")
+        for settings in self.settings_classes():
+            by_recipe = getattr(settings, "of_recipe", None)
+            make = partial(by_recipe, values["recipe"]) if by_recipe and "recipe" in values else settings
+            try:
+                make(**pick_fields(values, settings))
+            except (ValueError, OSError) as error:
+                raise ParameterError(f"{self.name}: {error}") from error
 
 
 def notebooks_folder() -> Path:
@@ -123,32 +145,25 @@ def find_notebooks(first: str = "", last: str = "") -> list[Notebook]:
 
 
 def parse_overrides(given: Sequence[str], notebooks: Sequence[Notebook]) -> dict[str, Any]:
-    """Turn `name=value` texts into values.
+    """Turn `name=value` texts into values; `more=...` stands for each of its own.
 
     Raises
     ------
     ParameterError
-        A name that none of the notebooks knows, a value of another type, or one `run` for two notebooks.
+        A name that none of the notebooks knows or that is given twice, a value of another type or none of
+        the choices, or one `run` for two notebooks.
     """
-    known: dict[str, Parameter] = {}
-    for notebook in notebooks:
-        known |= notebook.parameters()
-    values = {}
-    trained = [notebook.name for notebook in notebooks if "run" in notebook.parameters()]
-    if len(trained) > 1 and any(item.startswith("run=") for item in given):
+    texts = split_items(given)
+    trained = [notebook.name for notebook in notebooks if "run" in notebook.cell_parameters()]
+    if len(trained) > 1 and "run" in texts:
         raise ParameterError(
             f"-p run=... would be one run for {' and '.join(trained)}; choose one with --from and --to."
         )
-    for item in given:
-        name, equals, text = item.partition("=")
-        if not equals:
-            raise ParameterError(f"-p {item}: expected name=value.")
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3)
-            hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(sorted(known))}."
-            raise ParameterError(f"-p {item}: no notebook of this run has a parameter {name!r}. {hint}")
-        values[name] = known[name].parse(text)
-    return values
+    known = {name: item for notebook in notebooks for name, item in notebook.parameters().items()}
+    for name in set(texts) - set(known):
+        if homes := [notebook.name for notebook in find_notebooks() if name in notebook.parameters()]:
+            raise ParameterError(f"{name} is set in {' and '.join(homes)}, which this run leaves out.")
+    return {name: find_parameter(name, known).parse(text) for name, text in texts.items()}
 
 
 def run_notebooks(
@@ -180,15 +195,20 @@ def run_notebooks(
 
     Raises
     ------
+    ParameterError
+        Before anything runs: a notebook would refuse its parameters.
     NotebookFailed
         Names the notebook, the cell and the error.
     NotebookPaused
         A notebook ended early with its work saved (its time was up).
     """
+    for notebook in notebooks:  # all of them before the first starts
+        values = notebook.fill_cell(overrides) | {"workspace": str(workspace.root)}
+        if again or not _finished(notebook, workspace, values):
+            notebook.check(overrides)
     results = []
     for place, notebook in enumerate(notebooks, start=1):
-        values = {name: value for name, value in overrides.items() if name in notebook.parameters()}
-        values["workspace"] = str(workspace.root)
+        values = notebook.fill_cell(overrides) | {"workspace": str(workspace.root)}
         head = f"[{place}/{len(notebooks)}] {notebook.name}"
         if not again and (done := _finished(notebook, workspace, values)):
             say(f"{head}: done before with the same parameters, nothing to do")
@@ -208,7 +228,7 @@ def _headline(result: Mapping[str, Any]) -> str:
 def _finished(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]) -> dict[str, Any] | None:
     """The notebook's result if it ended well with these parameters and no earlier notebook ended after it."""
     result = workspace.result(notebook.name)
-    wanted = {name: item.default for name, item in notebook.parameters().items()} | dict(values)
+    wanted = {name: item.default for name, item in notebook.cell_parameters().items()} | dict(values)
     if result is None or result["status"] != "complete":
         return None
     if {name: result["parameters"].get(name) for name in wanted} != wanted:

@@ -204,7 +204,16 @@ def n_workers(requested: int = 0) -> int:
     return max(1, os.cpu_count() or 1)
 
 
-def session_summary(root: Path | str = ".") -> pd.DataFrame:
+def session_summary(root: Path | str = ".") -> str:
+    """One line on where this session runs and where its files go; `session_details` has everything."""
+    device = f", {device_name()}" if "torch" in sys.modules else ""  # not imported for its name alone
+    return (
+        f"brainage-nb {version_of('brainage-nb')} on {platform()}, {n_workers()} processors{device}; "
+        f"workspace {root} ({how_long_kept(root)})"
+    )
+
+
+def session_details(root: Path | str = ".") -> pd.DataFrame:
     """What this session runs on: platform, workspace, device, memory, disk, versions. One row a fact."""
     import pandas as pd
 

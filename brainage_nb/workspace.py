@@ -141,15 +141,6 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def resolved_parameters(names: Mapping[str, Any]) -> dict[str, Any]:
-    """The flat values of a notebook's namespace: call it with `globals()` right after the parameters cell."""
-    return {
-        name: value
-        for name, value in names.items()
-        if not name.startswith("_") and isinstance(value, str | bool | int | float)
-    }
-
-
 # --- the workspace --------------------------------------------------------------------------------------
 
 

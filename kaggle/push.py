@@ -24,7 +24,8 @@ from typing import Any
 
 import papermill
 
-from brainage_nb.pipeline import Notebook, ParameterError, parse_overrides
+from brainage_nb.parameters import ParameterError
+from brainage_nb.pipeline import Notebook, parse_overrides
 
 FOLDER = Path(__file__).parent
 WHEELS = "brainage-nb-wheels"
@@ -91,7 +92,7 @@ def prepare(name: str, content: dict[str, Any], given: list[str], target: Path) 
     papermill.execute_notebook(
         str(notebook.path),
         str(target / content["code_file"]),
-        parameters=parse_overrides(given, [notebook]),
+        parameters=notebook.fill_cell(parse_overrides(given, [notebook])),
         prepare_only=True,
         progress_bar=False,
     )

@@ -29,34 +29,20 @@ SOURCES = [*sorted((FOLDER / "src").glob("*.py")), RUN_ALL]
 ADDRESSED = [ROOT / "README.md", ROOT / "colab_setup.sh", *SOURCES]
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
-# The one set-up cell of every notebook. It runs where the package is not: from the attached wheel data set on
-# Kaggle, else from the release's own files, so notebook, script and package are always of one version.
+# The one set-up cell of every notebook. Where the package is absent it runs the set-up script: that of
+# $BRAINAGE_SOURCE, else of the wheel data set attached on Kaggle, else of the release, so that notebook,
+# script and package are of one version.
 SETUP_CELL = """\
-import glob
 import importlib.util
-import os
 import subprocess
 import sys
-from urllib.parse import urljoin
-from urllib.request import urlopen
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _marks = ["/kaggle/input/" + "*/" * depth + "brainage_wheels.json" for depth in (1, 2, 3)]
-    _places = ["file://" + path for mark in _marks for path in glob.glob(mark)]
-    _places += ["https://raw.githubusercontent.com/{repository}/v{version}/"]
-    _given = os.environ.get("BRAINAGE_SOURCE", "")
-    if os.path.isdir(_given):
-        _given = f"file://{os.path.abspath(_given)}/"
-    if _given.startswith(("http", "file:")):
-        _places.insert(0, _given)
-    try:
-        _script = urlopen(urljoin(_places[0], "colab_setup.sh")).read()
-    except OSError as error:
-        _hint = "No internet? Attach the wheel data set (README, Kaggle)."
-        raise RuntimeError(f"{_places[0]} cannot be read: {error}. {_hint}") from error
-    subprocess.run(["bash", "-s"], input=_script, env=os.environ | {"PYTHON": sys.executable}, check=True)
-    importlib.invalidate_caches()
-"""
+    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
+    _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/{repository}/v{version}/$0) && exec bash -c "$script"'
+    _else = 'echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
+    subprocess.run(["bash", "-c", f"{_near}; {_far}; {_else}", "colab_setup.sh", sys.executable], check=True)
+"""  # noqa: E501
 
 
 def project() -> dict:
@@ -185,7 +171,7 @@ def readdressed(text: str, old: str, new: str, tag: str) -> str:
     text = re.sub(rf"({re.escape(new)}/blob/)[^/]+(/notebooks/)", rf"\g<1>{tag}\g<2>", text)
     text = re.sub(rf"({re.escape(new)} && cd )[\w.-]+", rf"\g<1>{new.split('/')[1]}", text)
     text = re.sub(r"^VERSION=.*$", f"VERSION={tag.removeprefix('v')}", text, flags=re.M)
-    start, end = text.find("# %%\nimport glob\n"), text.find("# %% [markdown]\n# ## Parameters")
+    start, end = text.find("# %%\nimport importlib.util\n"), text.find("# %% [markdown]\n# ## Parameters")
     if 0 < start < end:
         text = text[:start] + "# %%\n" + setup_cell() + "\n" + text[end:]
     return text

@@ -1,7 +1,6 @@
 """The notebooks as files: each test is named for what once went wrong for somebody."""
 
 import ast
-import dataclasses
 import re
 import subprocess
 import sys
@@ -14,7 +13,11 @@ import pytest
 import yaml
 
 import brainage_nb
-from brainage_nb.pipeline import Notebook, parse_parameters
+from brainage_nb.cohort.opening import USED_BY, SourceSettings
+from brainage_nb.models.settings import RECIPES as TRAINING_RECIPES
+from brainage_nb.parameters import fields_of, parse_parameters
+from brainage_nb.pipeline import Notebook
+from brainage_nb.volumes.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "notebooks"))
@@ -64,7 +67,8 @@ def test_the_setup_cell_is_the_one_of_this_repository_and_version(path):
     found = [cell.source for cell in cells(path) if "colab_setup.sh" in cell.source]
     assert found == [twins.setup_cell().strip()]
     raw = REPOSITORY.replace("https://github.com", "https://raw.githubusercontent.com")
-    assert f'"{raw}/{TAG}/"' in found[0]
+    assert f"{raw}/{TAG}/$0" in found[0]
+    assert len([line for line in found[0].splitlines() if line]) <= 8
 
 
 @each_notebook
@@ -87,7 +91,7 @@ def test_parameters_are_flat_literals_each_under_a_comment_and_a_colab_form(path
 
 @each_notebook
 def test_shared_parameters_keep_their_type(path):
-    for name, item in Notebook(path).parameters().items():
+    for name, item in Notebook(path).cell_parameters().items():
         if name in SHARED:
             assert type(item.default) is SHARED[name], f"{name} is {item.default!r}"
 
@@ -95,11 +99,9 @@ def test_shared_parameters_keep_their_type(path):
 @each_notebook
 def test_smoke_values_name_parameters_that_exist(path):
     mock = parameters_cell(path).metadata.get("nbmake", {}).get("mock", {})
-    known = Notebook(path).parameters()
-    assert set(mock) <= set(known)
+    assert set(mock) <= set(Notebook(path).cell_parameters())
     assert mock["workspace"] == "../build/smoke"
-    for name, value in mock.items():
-        assert isinstance(value, type(known[name].default)) or type(known[name].default) is float, name
+    Notebook(path).check(mock)
 
 
 @each_notebook
@@ -157,29 +159,32 @@ def test_another_repository_and_version_reach_every_place():
     assert "VERSION=9.8.7\n" in twins.readdressed("VERSION=0.1.0\n", "a/b", "a/b", "v9.8.7")
 
 
-def test_parameters_that_mirror_the_package_keep_its_defaults():
-    from brainage_nb.cohort.cleaning_rules import CleaningRules
-    from brainage_nb.models.settings import TrainingSettings
-    from brainage_nb.volumes.augment import AugmentationSettings
-    from brainage_nb.volumes.preprocessing import PreprocessingSettings
-
-    mirrored = {
-        "02": [CleaningRules],
-        "03": [PreprocessingSettings],
-        "04": [TrainingSettings, AugmentationSettings],
-    }
+def test_the_form_is_short_and_everything_behind_it_has_a_meaning():
+    forms = {path.stem: Notebook(path).cell_parameters() for path in NOTEBOOKS}
+    assert {name: len(form) for name, form in forms.items() if len(form) > 10} == {}
+    assert sum(map(len, forms.values())) <= 60
     for path in NOTEBOOKS:
-        parameters = Notebook(path).parameters()
-        for settings in mirrored.get(path.stem[:2], []):
-            for field in dataclasses.fields(settings):
-                if field.name in parameters and field.name != "seeds":
-                    default = field.default
-                    if isinstance(default, tuple):  # a list is text with commas in a notebook
-                        default = ",".join(map(str, default))
-                    assert parameters[field.name].default == default, f"{path.stem}: {field.name}"
-    assert {field.name for field in dataclasses.fields(CleaningRules)} <= set(
-        Notebook(NOTEBOOKS[1]).parameters()
-    )
+        notebook = Notebook(path)
+        assert ("more" in forms[path.stem]) == bool(notebook.settings_classes())
+        for name, item in notebook.parameters().items():
+            assert len(item.comment) > 10, f"{path.stem}: {name}"
+
+
+def test_parameters_that_mirror_the_package_keep_its_defaults():
+    for path in NOTEBOOKS:
+        notebook = Notebook(path)
+        for name, item in notebook.cell_parameters().items():
+            for settings in notebook.settings_classes():
+                field = fields_of(settings).get(name, item)
+                assert name == "seeds" or field.default == item.default, f"{path.stem}: {name}"
+
+
+def test_a_form_and_a_class_offer_the_same_choices_and_every_source():
+    sources = Notebook(NOTEBOOKS[0]).cell_parameters()
+    assert sources["age_unit"].choices == fields_of(SourceSettings)["age_unit"].choices
+    assert sources["source"].choices == tuple(USED_BY)
+    recipes = [Notebook(path).cell_parameters()["recipe"].choices for path in NOTEBOOKS[2:4]]
+    assert recipes == [tuple(RECIPES), tuple(TRAINING_RECIPES)]
 
 
 def test_only_the_platform_module_and_the_setup_cell_know_a_platform():

@@ -1,13 +1,25 @@
 """The runner: parameters checked, done work skipped, every way of stopping early is a failure."""
 
+import re
+from pathlib import Path
+
 import nbformat
 import pytest
 
 from brainage_nb import pipeline
 from brainage_nb.cli import main
-from brainage_nb.pipeline import Notebook, NotebookFailed, ParameterError, parse_overrides, run_notebooks
+from brainage_nb.parameters import ParameterError, join_more, read_parameters, split_more
+from brainage_nb.pipeline import (
+    Notebook,
+    NotebookFailed,
+    find_notebooks,
+    parse_overrides,
+    run_notebooks,
+)
+from brainage_nb.volumes.recipes import PreprocessingSettings
 from brainage_nb.workspace import open_workspace
 
+ROOT = Path(__file__).parents[1]
 PARAMETERS = """\
 # folder for everything
 workspace = ""
@@ -52,13 +64,119 @@ def test_values_are_parsed_by_the_type_of_the_default(tmp_path):
         "loud": True,
         "workspace": "01",
     }
-    with pytest.raises(ParameterError, match="expected int"):
+    with pytest.raises(ParameterError, match="expected a whole number"):
         parse_overrides(["epochs=many"], notebooks)
 
 
 def test_an_unknown_parameter_is_refused_with_a_suggestion(tmp_path):
     with pytest.raises(ParameterError, match="Did you mean epochs"):
         parse_overrides(["epocs=3"], [make_notebook(tmp_path, "01_a")])
+
+
+SETTINGS = """
+from brainage_nb.parameters import read_parameters
+from brainage_nb.volumes.recipes import PreprocessingSettings
+set_here = read_parameters(globals(), PreprocessingSettings)
+"""
+
+
+def test_more_names_fields_of_the_settings_and_reaches_the_notebook_like_any_parameter(tmp_path):
+    extra = '# further settings\nmore = ""\n# which\nkind = "a"  # @param ["a", "b"]\n'
+    ending = ENDING.replace("{'epochs': epochs}", "set_here").replace('{"epochs": epochs}', "set_here")
+    notebook = make_notebook(tmp_path, "01_a", SETTINGS, ending, extra)
+    given = parse_overrides(["size=32", "more=spacing_mm=6 found_masks=no", "epochs=5"], [notebook])
+    assert given == {"size": 32, "spacing_mm": 6.0, "found_masks": False, "epochs": 5}
+    assert notebook.fill_cell(given) == {"epochs": 5, "more": "found_masks=False size=32 spacing_mm=6.0"}
+    (result,) = run_notebooks([notebook], open_workspace(tmp_path / "ws"), given, say=lambda line: None)
+    assert result["figures"] | given == result["figures"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["kind=c"], "kind = 'c': expected one of a, b"),
+        (["more=spacing_m=4"], "Did you mean spacing_mm"),
+        (["more=spacing_mm"], "expected name=value"),
+        (["more=spacing_mm = 4"], "without blanks"),
+        (["more=spacing_mm='4"], "a quote is opened and not closed"),
+        (["spacing_mm=4,5"], "expected a number"),
+        (["spacing_mm=inf"], "expected a number"),
+        (["spacing_mm=4", "more=spacing_mm=5"], "spacing_mm is given twice, as '4' and as '5'"),
+        (["epochs=4", "epochs=5"], "epochs is given twice"),
+        (["size=4"], "expected 8 to 512 voxels"),
+    ],
+)
+def test_what_a_notebook_would_refuse_is_refused_before_any_kernel_starts(tmp_path, given, told, monkeypatch):
+    extra = '# further settings\nmore = ""\n# which\nkind = "a"  # @param ["a", "b"]\n'
+    notebook = make_notebook(tmp_path, "01_a", SETTINGS, extra=extra)
+    monkeypatch.setattr(pipeline, "_execute", None)
+    with pytest.raises(ParameterError, match=told):
+        run_notebooks([notebook], open_workspace(tmp_path / "ws"), parse_overrides(given, [notebook]))
+
+
+def test_more_in_a_form_is_checked_and_never_goes_beside_a_line_of_the_form():
+    form = {"size": 48, "more": "spacing_mm=4", "_hidden": 1, "module": pytest}
+    assert read_parameters(form, PreprocessingSettings) == {
+        "size": 48,
+        "more": "spacing_mm=4",
+        "spacing_mm": 4.0,
+    }
+    for more, told in {"size=32": "has a line of its own", "n4s=yes": "Did you mean n4"}.items():
+        with pytest.raises(ParameterError, match=told):
+            read_parameters(form | {"more": more}, PreprocessingSettings)
+
+
+@pytest.mark.parametrize("text", ["", "a b", 'it\'s "so"', "C:\\data\\x", "#1 = 2", "dätä", " x "])
+def test_any_text_survives_the_way_through_more(text):
+    assert split_more(join_more({"a": text, "b": (1, 2), "c": True})) == {"a": text, "b": "1,2", "c": "True"}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["data_dir=HERE"], "data_dir = .* is not read with source = 'demo'. Set source to folder"),
+        (["table=HERE/t.csv"], "table = .* is not read with source = 'demo'"),
+        (["source=demo", "more=sex_column=gender"], "sex_column"),
+        (["source=folder"], "data_dir is empty"),
+        (["source=folder", "data_dir=HERE/nothing"], "There is no folder .*nothing"),
+        (["source=folder", "data_dir=HERE", "table=nothing.csv"], "There is no table nothing.csv"),
+        (["source=folder", "data_dir=HERE", "n_subjects=30"], "n_subjects = 30 is not read"),
+        (["source=folders"], "Did you mean folder"),
+        (["recipe=custom"], "expected one of reference, best"),
+        (["brain_only=no"], "brain_only = False cannot be had"),
+        (["seeds=1,x"], "seeds = '1,x': expected a whole number, or several with commas"),
+        (["init_from=HERE/nothing"], "init_from = .*: there is no such file or folder"),
+        (["bundle=HERE/nothing.zip"], "bundle = .*: there is no such file or folder"),
+        (["vgg_weights=imagnet"], "vgg_weights = 'imagnet': there is no such file"),
+    ],
+)
+def test_the_command_refuses_folders_tables_choices_and_bundles_before_it_starts(
+    tmp_path, given, told, monkeypatch, capsys
+):
+    monkeypatch.setattr(pipeline, "_execute", None)
+    words = [word for item in given for word in ("-p", item.replace("HERE", str(tmp_path)))]
+    assert main(["run", "--workspace", str(tmp_path / "ws"), *words]) == 2
+    assert re.search(told, capsys.readouterr().err)
+
+
+def test_a_parameter_of_a_notebook_that_the_run_leaves_out_is_refused_by_its_name(capsys):
+    assert main(["run", "--from", "04", "-p", "spacing_mm=4"]) == 2
+    assert (
+        "spacing_mm is set in 03_preprocessing_preview, which this run leaves out" in capsys.readouterr().err
+    )
+
+
+def test_the_list_of_one_notebook_shows_fields_and_choices(capsys):
+    assert main(["list", "04"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "one of huber, distribution" in shown and "+ blur_mm 4.0 Largest full width" in shown
+    assert "01_data_access" not in shown
+
+
+def test_commands_of_the_readme_and_the_makefile_name_parameters_that_exist():
+    texts = [(ROOT / name).read_text() for name in ("README.md", "Makefile", "kaggle/README.md")]
+    known = {name for notebook in find_notebooks() for name in notebook.parameters()} | {"settings"}
+    assert set(re.findall(r"-p (\w+)=", " ".join(texts))) <= known
 
 
 def test_one_run_name_for_two_training_notebooks_is_refused(tmp_path):

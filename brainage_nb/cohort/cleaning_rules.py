@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from brainage_nb.parameters import check_fields
 from brainage_nb.volumes.scans import MAX_VOXELS, SCAN_ERRORS, SCAN_FLAGS
 
 REASONS = {
@@ -114,3 +115,6 @@ class CleaningRules:
     outlier_z: float = 5.0
     outlier_ratio: float = 1.3
     min_cohort: int = 10
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -103,8 +103,6 @@ def local_set_cohort(
     SourceError, TableError
         Where the folder or the table is not that of the set.
     """
-    if not str(data_dir):
-        raise SourceError(f"data_dir is empty: set it to the folder that holds your copy of {source}.")
     known = SETS[source]
     data_dir = Path(data_dir).expanduser().absolute()
     path = _table_of(source, known, data_dir, table)

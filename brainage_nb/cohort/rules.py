@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-RETESTS = ("all", "per_session", "first")
+from brainage_nb.parameters import check_fields
+
 DROPPED_COLUMNS = ["scan_id", "subject_id", "session_id", "rule", "detail"]
 _WORDS = """
     control controls ctrl ctl con hc nc cn nl td healthy normal unaffected nondemented healthycontrol
@@ -47,8 +48,7 @@ class CohortRules:
     retests: str = "all"
 
     def __post_init__(self) -> None:
-        if self.retests not in RETESTS:
-            raise ValueError(f"retests = {self.retests!r}: it is one of {', '.join(RETESTS)}.")
+        check_fields(self)
 
 
 @dataclass(frozen=True)

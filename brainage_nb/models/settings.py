@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from brainage_nb.models.resnet import NORMS
 from brainage_nb.models.views import averaging_of
+from brainage_nb.parameters import check_fields
 from brainage_nb.volumes.augment import AugmentationSettings
-from brainage_nb.volumes.recipes import decided_by, recipe_of
+from brainage_nb.volumes.recipes import name_recipe, recipe_defaults
 
 # How and where a run is computed. These may differ when a run is continued; all others decide its result.
 RUNTIME = (
@@ -30,6 +31,13 @@ RUNTIME = (
 RECIPES: dict[str, dict[str, Any]] = {
     "reference": {"loss": "huber", "keep": "best", "inner_fraction": 0.15, "linear": False},
     "best": {"loss": "distribution", "keep": "last", "inner_fraction": 0.0, "linear": True},
+}
+
+# Settings that do nothing unless another is like this.
+COUNTS_WITH = {
+    "huber_delta": ("loss", "huber"),
+    "label_sd": ("loss", "distribution"),
+    "inner_fraction": ("folds", "[^0].*"),
 }
 
 
@@ -55,9 +63,9 @@ class TrainingSettings:
         Epochs of linear rise before the cosine; at most a fifth of all epochs is used.
     loss : {"huber", "distribution"}
         What is learned: the age (Huber), or a distribution of ages around it (Kullback-Leibler divergence
-        from a normal curve of `label_sd`), whose mean is the predicted age.
+        from a normal curve of `label_sd`), whose mean is the predicted age; the recipe's if not set.
     huber_delta : float
-        Where the Huber loss turns from square to linear, years.
+        With "huber": where the loss turns from square to linear, years.
     label_sd : float
         With "distribution": standard deviation of the curve around each true age, years.
     gradient_clip : float
@@ -65,15 +73,24 @@ class TrainingSettings:
     ema_epochs : float
         Time constant of the weight average, epochs; the average is what is evaluated. 0 for none.
     keep : {"best", "last"}
-        Which epoch's weights are kept: the one with the least validation MAE, or the last one. A handful of
-        validation subjects chooses by luck; with the cosine at its end the last epoch is a fair choice.
+        Which epoch's weights are kept: that with the least validation MAE, or the last; the recipe's if not
+        set. A handful of validation subjects chooses by luck; with the cosine at its end the last epoch
+        is a fair choice.
     linear : bool
         Average each predicted age with that of a ridge regression on the smoothed training volumes
-        (`fitting.linear`), fitted in seconds once the network is trained.
+        (`fitting.linear`), fitted in seconds once the network is trained; the recipe's if not set.
     patience : int
         Stop after so many epochs without a better validation MAE; 0 for never.
-    norm, shortcut, widths, blocks, dropout
-        Of the network, see `resnet18_regressor`.
+    norm : {"batch", "group", "instance"}
+        Normalisation of the network; batch learns fastest.
+    shortcut : {"A", "B"}
+        Of the residual blocks; A where MedicalNet's weights are to be loaded.
+    widths : ints
+        Channels of the four stages; 64,128,256,512 is ResNet-18, halves of these train four times as fast.
+    blocks : ints
+        Residual blocks of the four stages; 2,2,2,2 is ResNet-18, 1,1,1,1 is ResNet-10.
+    dropout : float
+        Share of the pooled features dropped at random in training.
     augmentation : AugmentationSettings or None
         Random variation of training volumes; None for none.
     flip_averaging : bool
@@ -83,7 +100,7 @@ class TrainingSettings:
         Takes seven times as long.
     init_from : str
         Bundle or file of weights to start from (`starting.load_pretrained`); empty for random ones.
-    seeds : tuple of int
+    seeds : ints
         One model a seed; several are an ensemble.
     folds : int
         Cross-validation folds over train and validation; 0 for none.
@@ -93,6 +110,7 @@ class TrainingSettings:
     precision : {"auto", "fp32", "fp16", "bf16"}
         "auto" is what the device does natively: bf16 from compute capability 8.0, else fp16; fp32 on a CPU.
     device : {"auto", "cpu", "cuda"}
+        Where to train; "auto" is a GPU where there is one.
     processes : int
         Processes, one a GPU; 0 for all GPUs seen.
     micro_batch : int
@@ -150,42 +168,45 @@ class TrainingSettings:
     cluster: str = ""
 
     def __post_init__(self):
-        for name in ("seeds", "widths", "blocks"):  # JSON and notebooks bring lists
-            object.__setattr__(self, name, tuple(int(value) for value in getattr(self, name)))
+        check_fields(self)  # JSON brings lists
         for name in ("epochs", "batch_size", "learning_rate", "huber_delta", "label_sd"):
             _require(self, name, getattr(self, name) > 0, "a number above 0")
+        for name, value in vars(self).items():
+            _require(self, name, not isinstance(value, int | float) or value >= 0, "no number below 0")
+        _require(self, "dropout", self.dropout < 1, "a share below 1")
         _require(self, "folds", self.folds == 0 or self.folds >= 2, "0 (none) or at least 2")
         _require(self, "seeds", 0 < len(set(self.seeds)) == len(self.seeds), "one or more different numbers")
-        _require(self, "norm", self.norm in NORMS, f"one of {list(NORMS)}")
-        _require(self, "loss", self.loss in ("huber", "distribution"), "'huber' or 'distribution'")
-        _require(self, "keep", self.keep in ("best", "last"), "'best' or 'last'")
         watched = self.inner_fraction > 0 or self.keep == "last"
-        _require(
-            self, "inner_fraction", watched and self.inner_fraction < 1, "a share, 0 with keep='last' only"
-        )
+        share = "a share from 0 to below 1, and above 0 with keep='best'"
+        _require(self, "inner_fraction", watched and 0 <= self.inner_fraction < 1, share)
         _require(self, "patience", not (self.patience and self.keep == "last"), "0 with keep='last'")
         averaging_of(vars(self))
-        _require(self, "device", self.device in ("auto", "cpu", "cuda"), "'auto', 'cpu' or 'cuda'")
-        known = ("auto", "fp32", "fp16", "bf16")
-        _require(self, "precision", self.precision in known, f"one of {list(known)}")
 
     @classmethod
     def of_recipe(cls, recipe: str, **numbers: Any) -> TrainingSettings:
-        """Settings of a named recipe; with `custom` all of them from `numbers`.
+        """Settings of a named recipe, save for those given.
 
         Parameters
         ----------
-        recipe : str
-            reference, best or custom.
+        recipe : {"reference", "best"}
         **numbers
-            Any settings; those that a named recipe decides count with `custom` only.
+            Any settings; they go before the recipe's. ValueError for one that would change nothing beside
+            the others.
         """
-        return cls(**numbers | decided_by(recipe, RECIPES))
+        settings = cls(**recipe_defaults(recipe, RECIPES) | numbers)
+        for name in set(numbers) & set(COUNTS_WITH):
+            other, wanted = COUNTS_WITH[name]
+            if not re.fullmatch(wanted, str(getattr(settings, other))):
+                raise ValueError(
+                    f"{name} = {numbers[name]!r} would change nothing: {other} is "
+                    f"{getattr(settings, other)!r} (recipe {recipe}). Set {other} too, or leave {name} out."
+                )
+        return settings
 
     @property
     def recipe(self) -> str:
-        """Name of the recipe that these settings are learned by, or `custom`."""
-        return recipe_of(self, RECIPES)
+        """The recipe that these settings are learned by, with what differs, see `name_recipe`."""
+        return name_recipe(self, RECIPES)
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, text and lists; `from_json` reads them back."""

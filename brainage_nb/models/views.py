@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-from torch.nn.functional import pad
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_SHIFT = 4  # voxels
 
@@ -38,6 +38,8 @@ def views(batch: Tensor, *, flip_averaging: bool, shift_averaging: int = 0) -> I
 
 
 def _shifted(batch: Tensor, voxels: int) -> Iterator[Tensor]:
+    from torch.nn.functional import pad
+
     if not voxels:
         return
     wide = pad(batch, (voxels,) * 6, mode="replicate")

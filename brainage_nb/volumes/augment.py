@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from brainage_nb.parameters import check_fields
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -79,6 +81,7 @@ class AugmentationSettings:
     noise: float = 0.3
 
     def __post_init__(self):
+        check_fields(self)
         for entry in fields(self):
             value = getattr(self, entry.name)
             if value < 0 or (entry.name in PROBABILITIES and value > 1):

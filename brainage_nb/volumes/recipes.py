@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from brainage_nb.parameters import check_fields
+
 # Raised whenever the same settings give other numbers than before; part of every fingerprint.
 VERSION = 1
 # What a recipe switches on; how its model is learned: `models.settings`. `best` is what the ablation on real
@@ -19,21 +21,32 @@ RECIPES: dict[str, dict[str, bool]] = {
 SWITCHES = tuple(RECIPES["reference"])
 
 
-def decided_by(recipe: str, recipes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The settings that a named recipe decides, none for `custom`; ValueError for an unknown name."""
-    if recipe == "custom":
-        return {}
+def recipe_defaults(recipe: str, recipes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a named recipe sets; ValueError for an unknown name."""
     if recipe not in recipes:
-        raise ValueError(f"recipe = {recipe!r}: expected one of {', '.join([*recipes, 'custom'])}.")
+        raise ValueError(f"recipe = {recipe!r}: expected one of {', '.join(recipes)}.")
     return recipes[recipe]
 
 
-def recipe_of(settings: Any, recipes: Mapping[str, dict[str, Any]]) -> str:
-    """Name of the recipe that decides as these settings are, or `custom`."""
-    for name, decided in recipes.items():
-        if all(getattr(settings, setting) == value for setting, value in decided.items()):
-            return name
-    return "custom"
+def name_recipe(settings: Any, recipes: Mapping[str, dict[str, Any]]) -> str:
+    """The recipe that these settings follow, as `best`, or the nearest, as `best with n4=True`."""
+    differing = {
+        name: [field for field in decided if getattr(settings, field) != decided[field]]
+        for name, decided in recipes.items()
+    }
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    told = ", ".join(f"{field}={getattr(settings, field)!r}" for field in differing[nearest])
+    return f"{nearest} with {told}" if told else nearest
+
+
+def list_changes(settings: Any, recipe: str) -> str:
+    """The settings that are not what the recipe gives by itself, as `spacing_mm=4.0 instead of 2.0; ...`."""
+    plain, now = (asdict(item) for item in (type(settings).of_recipe(recipe), settings))
+    for facts in (plain, now):  # settings inside of settings, side by side with the others
+        facts.update(*[facts.pop(name) for name in list(facts) if isinstance(facts[name], dict)])
+    names = [name for name in now if now[name] != plain[name] and name != "seeds"]  # a draw, no choice
+    told = [f"{name}={now[name]!r} instead of {plain[name]!r}" for name in names]
+    return "; ".join(told) or "nothing"
 
 
 @dataclass(frozen=True)
@@ -50,14 +63,15 @@ class PreprocessingSettings:
         Whether finer scans are smoothed to the target resolution first. Without, scans of one person at
         1 mm and 3 mm differ in texture.
     brain_only : bool
-        Whether everything outside of the brain is set to 0 and the z-score runs over the brain.
+        Whether everything outside of the brain is set to 0 and the z-score runs over the brain; the recipe's
+        if not set.
     to_mni : bool
-        Whether the cube lies in MNI152 space (affine), instead of below the crown.
+        Whether the cube lies in MNI152 space (affine), instead of below the crown; the recipe's if not set.
     n4 : bool
         Whether slow differences in brightness are taken out (N4, fitted inside the brain).
     grey_matter : bool
         Whether the volume holds the share of grey matter in each voxel (0 to 1, `tissues`) instead of how
-        bright it is; implies `brain_only`.
+        bright it is; implies `brain_only`; the recipe's if not set.
     found_masks : bool
         Whether a brain mask that another tool left beside the scan is taken (`brain.mask_beside`); matters
         only with the steps that look for the brain.
@@ -73,31 +87,36 @@ class PreprocessingSettings:
     found_masks: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0.5 <= self.spacing_mm <= 10:
             raise ValueError(f"spacing_mm = {self.spacing_mm}: expected 0.5 to 10 mm, usually 2 or 4.")
         if not 8 <= self.size <= 512:
             raise ValueError(f"size = {self.size}: expected 8 to 512 voxels, usually 96 or 48.")
-        object.__setattr__(self, "spacing_mm", float(self.spacing_mm))
-        object.__setattr__(self, "size", int(self.size))
         object.__setattr__(self, "brain_only", self.brain_only or self.grey_matter)
 
     @classmethod
     def of_recipe(cls, recipe: str, **numbers: Any) -> PreprocessingSettings:
-        """Settings of a named recipe; with `custom`, the switches are taken from `numbers`.
+        """Settings of a named recipe, save for those given.
 
         Parameters
         ----------
-        recipe : str
-            reference, best or custom.
+        recipe : {"reference", "best"}
         **numbers
-            Any other settings. `brain_only`, `to_mni`, `n4` and `grey_matter` count with `custom` only.
+            Any settings; they go before the recipe's. ValueError where one cannot be had beside the others.
         """
-        return cls(**numbers | decided_by(recipe, RECIPES))
+        settings = cls(**recipe_defaults(recipe, RECIPES) | numbers)
+        for name, value in numbers.items():
+            if getattr(settings, name) != value:
+                raise ValueError(
+                    f"{name} = {value!r} cannot be had with recipe = {recipe!r}: grey_matter implies "
+                    "brain_only. Set grey_matter as well."
+                )
+        return settings
 
     @property
     def recipe(self) -> str:
-        """Name of the recipe these switches are, or `custom`."""
-        return recipe_of(self, RECIPES)
+        """The recipe these steps follow, with what differs, see `name_recipe`."""
+        return name_recipe(self, RECIPES)
 
     @property
     def needs_brain(self) -> bool:

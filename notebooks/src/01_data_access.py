@@ -32,36 +32,21 @@
 # torch and numpy as they are. The last line says what was done.
 
 # %%
-import glob
 import importlib.util
-import os
 import subprocess
 import sys
-from urllib.parse import urljoin
-from urllib.request import urlopen
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _marks = ["/kaggle/input/" + "*/" * depth + "brainage_wheels.json" for depth in (1, 2, 3)]
-    _places = ["file://" + path for mark in _marks for path in glob.glob(mark)]
-    _places += ["https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/"]
-    _given = os.environ.get("BRAINAGE_SOURCE", "")
-    if os.path.isdir(_given):
-        _given = f"file://{os.path.abspath(_given)}/"
-    if _given.startswith(("http", "file:")):
-        _places.insert(0, _given)
-    try:
-        _script = urlopen(urljoin(_places[0], "colab_setup.sh")).read()
-    except OSError as error:
-        _hint = "No internet? Attach the wheel data set (README, Kaggle)."
-        raise RuntimeError(f"{_places[0]} cannot be read: {error}. {_hint}") from error
-    subprocess.run(["bash", "-s"], input=_script, env=os.environ | {"PYTHON": sys.executable}, check=True)
-    importlib.invalidate_caches()
+    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
+    _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/$0) && exec bash -c "$script"'
+    _else = 'echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
+    subprocess.run(["bash", "-c", f"{_near}; {_far}; {_else}", "colab_setup.sh", sys.executable], check=True)
 
 # %% [markdown]
 # ## Parameters
 # The only cell to edit. Colab shows it as a form; `brainage-nb run -p name=value` and papermill set the same names.
 
-# %% tags=["parameters"] nbmake={"mock": {"workspace": "../build/smoke", "n_subjects": 26, "demo_voxel_mm": 2}}
+# %% tags=["parameters"] nbmake={"mock": {"workspace": "../build/smoke", "n_subjects": 26}}
 # folder for everything written; empty: $BRAINAGE_WORKSPACE, else the platform's usual place
 workspace = ""  # @param {type:"string"}
 # where the scans come from; demo: known-answer heads, made here; the README lists what each other source needs
@@ -76,50 +61,12 @@ subject_column = ""  # @param {type:"string"}
 age_column = ""  # @param {type:"string"}
 # unit of the ages: auto, years, months, weeks or days
 age_unit = "auto"  # @param ["auto", "years", "months", "weeks", "days"]
-# column with the sex; empty: found by name
-sex_column = ""  # @param {type:"string"}
-# column with the site or scanner; empty: found by name
-site_column = ""  # @param {type:"string"}
-# column with the session or visit; empty: found by name
-session_column = ""  # @param {type:"string"}
-# column with the diagnosis or group; empty: found by name
-diagnosis_column = ""  # @param {type:"string"}
-# people with a Clinical Dementia Rating above this at any scan are left out; -1: nobody is for that
-max_cdr = 0.0  # @param {type:"number"}
-# leave out whose diagnosis is not a control's, where the table has diagnoses
-controls_only = True  # @param {type:"boolean"}
 # further words for controls in the table, parted by commas
 control_words = ""  # @param {type:"string"}
-# scans of one person: all (kept together in one split), per_session (one a session) or first (one a person)
-retests = "all"  # @param ["all", "per_session", "first"]
-# share links or ids of files, archives or folders (folder:ID), parted by blanks (source gdown)
-drive_links = ""  # @param {type:"string"}
-# owner/name of a data set that is attached, or else downloaded (source kaggle_dataset)
-kaggle_dataset = ""  # @param {type:"string"}
-# accession number such as ds000001 (source openneuro)
-openneuro_id = ""  # @param {type:"string"}
-# subjects to download, in the order of their ids; 0: all (source openneuro)
-max_subjects = 0  # @param {type:"integer"}
-# addresses of IXI-T1.tar, mirrors parted by blanks; empty: the publisher's (source ixi)
-ixi_images_url = ""  # @param {type:"string"}
-# addresses of IXI.xls, mirrors parted by blanks; empty: the publisher's (source ixi)
-ixi_table_url = ""  # @param {type:"string"}
-# md5 of IXI-T1.tar, or none; empty: the one on record for the publisher's (source ixi)
-ixi_md5 = ""  # @param {type:"string"}
-# address of a server that answers like Google Drive; empty: Google's (source gdown)
-drive_url = ""  # @param {type:"string"}
-# address of the OpenNeuro bucket or a mirror of it; empty: the public one (source openneuro)
-openneuro_url = ""  # @param {type:"string"}
-# folder for downloads; empty: downloads in the workspace
-download_dir = ""  # @param {type:"string"}
-# keep archives once they are unpacked
-keep_archives = False  # @param {type:"boolean"}
 # people in the demo cohort (source "demo")
 n_subjects = 220  # @param {type:"integer"}
-# voxel size of the demo heads in mm: 2 (fast) or 1 (as scanned, six seconds of a core each)
-demo_voxel_mm = 2.0  # @param {type:"number"}
-# seed of every random choice
-seed = 1  # @param {type:"integer"}
+# further settings by name, as sex_column=gender max_cdr=-1; `brainage-nb list 01` shows them all
+more = ""  # @param {type:"string"}
 
 # %%
 import matplotlib.pyplot as plt
@@ -127,14 +74,16 @@ import pandas as pd
 from IPython.display import Markdown
 
 from brainage_nb.cohort.cleaning_plots import age_histogram
-from brainage_nb.cohort.opening import open_source
+from brainage_nb.cohort.opening import SourceSettings, open_source
 from brainage_nb.cohort.phantom_figures import heads_by_age, planted_figure
 from brainage_nb.cohort.phantom_references import attainable_mae, mean_predictor_mae, oracle_mae
-from brainage_nb.workspace import open_workspace, read_csv, resolved_parameters, session_summary, write_csv
+from brainage_nb.cohort.rules import CohortRules
+from brainage_nb.parameters import read_parameters
+from brainage_nb.workspace import open_workspace, read_csv, session_summary, write_csv
 
-parameters = resolved_parameters(globals())
+parameters = read_parameters(globals(), SourceSettings, CohortRules)
 ws = open_workspace(workspace).begin("01_data_access")
-session_summary(ws.root)
+print(session_summary(ws.root))
 
 # %% [markdown]
 # ## Scans and ages, matched
@@ -156,7 +105,7 @@ Markdown(found.terms.markdown())
 
 # %% [markdown]
 # ## Whom the cohort rules left out
-# A brain-age model learns from healthy people. The rules are parameters: `max_cdr`, `controls_only`, `retests`.
+# A brain-age model learns from healthy people. `more` sets the rules: `max_cdr`, `controls_only`, `retests`.
 
 # %%
 found.rules.style.hide(axis="index").set_properties(**{"text-align": "left"})

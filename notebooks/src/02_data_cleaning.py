@@ -31,30 +31,15 @@
 # torch and numpy as they are. The last line says what was done.
 
 # %%
-import glob
 import importlib.util
-import os
 import subprocess
 import sys
-from urllib.parse import urljoin
-from urllib.request import urlopen
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _marks = ["/kaggle/input/" + "*/" * depth + "brainage_wheels.json" for depth in (1, 2, 3)]
-    _places = ["file://" + path for mark in _marks for path in glob.glob(mark)]
-    _places += ["https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/"]
-    _given = os.environ.get("BRAINAGE_SOURCE", "")
-    if os.path.isdir(_given):
-        _given = f"file://{os.path.abspath(_given)}/"
-    if _given.startswith(("http", "file:")):
-        _places.insert(0, _given)
-    try:
-        _script = urlopen(urljoin(_places[0], "colab_setup.sh")).read()
-    except OSError as error:
-        _hint = "No internet? Attach the wheel data set (README, Kaggle)."
-        raise RuntimeError(f"{_places[0]} cannot be read: {error}. {_hint}") from error
-    subprocess.run(["bash", "-s"], input=_script, env=os.environ | {"PYTHON": sys.executable}, check=True)
-    importlib.invalidate_caches()
+    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
+    _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/$0) && exec bash -c "$script"'
+    _else = 'echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
+    subprocess.run(["bash", "-c", f"{_near}; {_far}; {_else}", "colab_setup.sh", sys.executable], check=True)
 
 # %% [markdown]
 # ## Parameters
@@ -67,54 +52,8 @@ workspace = ""  # @param {type:"string"}
 folds = 0  # @param {type:"integer"}
 # seed of every random choice
 seed = 1  # @param {type:"integer"}
-# voxels; a header that claims more is refused unopened
-max_voxels = 400000000  # @param {type:"integer"}
-# share of NaN or infinite voxels above which a scan is dropped
-max_nonfinite_fraction = 0.5  # @param {type:"number"}
-# voxels; fewer along any axis is too small
-min_voxels_per_axis = 16  # @param {type:"integer"}
-# mm; shortest possible edge of a voxel
-min_voxel_mm = 0.2  # @param {type:"number"}
-# mm; longest possible edge of a voxel
-max_voxel_mm = 7.0  # @param {type:"number"}
-# mm; least extent of the image along any axis
-min_field_of_view_mm = 95.0  # @param {type:"number"}
-# mm; largest extent of the image along any axis
-max_field_of_view_mm = 600.0  # @param {type:"number"}
-# share of bright voxels equal to a neighbour above which it is a label map
-max_equal_neighbours = 0.5  # @param {type:"number"}
-# intensity; a 1st percentile below this is no T1 scan (CT has -1000 in air)
-min_intensity_p1 = -500.0  # @param {type:"number"}
-# ml; least volume of what stands out from the background
-min_head_ml = 600.0  # @param {type:"number"}
-# ml; largest volume of what stands out from the background
-max_head_ml = 12000.0  # @param {type:"number"}
-# share of the head's largest section; more than this in an outermost slice is flagged as cut off
-max_edge_fraction = 0.25  # @param {type:"number"}
-# years; youngest possible age
-min_age = 0.0  # @param {type:"number"}
-# years; oldest possible age
-max_age = 115.0  # @param {type:"number"}
-# years; a younger age is flagged
-adult_from = 18.0  # @param {type:"number"}
-# years; an older age is flagged
-adult_to = 95.0  # @param {type:"number"}
-# years; two ages of one picture this close count as the same
-same_age_years = 0.1  # @param {type:"number"}
-# mm; a longer voxel edge is flagged
-coarse_mm = 2.2  # @param {type:"number"}
-# degrees; axes tilted by more are flagged
-oblique_degrees = 20.0  # @param {type:"number"}
-# distinct intensities; fewer are flagged
-few_values = 32  # @param {type:"integer"}
-# share of voxels at exactly the greatest intensity; more is flagged as clipped
-max_at_maximum = 0.02  # @param {type:"number"}
-# robust standard deviations from the cohort's median that make an outlier
-outlier_z = 5.0  # @param {type:"number"}
-# factor from the cohort's median an outlier must also reach
-outlier_ratio = 1.3  # @param {type:"number"}
-# scans; fewest from which outliers are judged
-min_cohort = 10  # @param {type:"integer"}
+# further settings by name, as min_age=5 coarse_mm=3; `brainage-nb list 02` shows them all
+more = ""  # @param {type:"string"}
 
 # %%
 import matplotlib.pyplot as plt
@@ -122,11 +61,12 @@ import matplotlib.pyplot as plt
 from brainage_nb.cohort.cleaning import CleaningRules, clean, counts_by_reason, inspect_scans
 from brainage_nb.cohort.cleaning_plots import age_histogram, flagged_montage, plot_reasons
 from brainage_nb.cohort.splits import deal_splits, plot_splits, split_table
-from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary, write_csv
+from brainage_nb.parameters import pick_fields, read_parameters
+from brainage_nb.workspace import open_workspace, session_summary, write_csv
 
-parameters = resolved_parameters(globals())
+parameters = read_parameters(globals(), CleaningRules)
 ws = open_workspace(workspace).begin("02_data_cleaning")
-session_summary(ws.root)
+print(session_summary(ws.root))
 
 # %%
 cohort = ws.read("cohort.csv")
@@ -139,7 +79,7 @@ cohort.head()
 # the picture itself, so that one scan under two names is found.
 
 # %%
-rules = CleaningRules(**{name: parameters[name] for name in CleaningRules.__dataclass_fields__})
+rules = CleaningRules(**pick_fields(parameters, CleaningRules))
 facts = inspect_scans(cohort, ws.resolve, rules)
 facts.head()
 

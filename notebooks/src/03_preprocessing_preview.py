@@ -32,30 +32,15 @@
 # torch and numpy as they are. The last line says what was done.
 
 # %%
-import glob
 import importlib.util
-import os
 import subprocess
 import sys
-from urllib.parse import urljoin
-from urllib.request import urlopen
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _marks = ["/kaggle/input/" + "*/" * depth + "brainage_wheels.json" for depth in (1, 2, 3)]
-    _places = ["file://" + path for mark in _marks for path in glob.glob(mark)]
-    _places += ["https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/"]
-    _given = os.environ.get("BRAINAGE_SOURCE", "")
-    if os.path.isdir(_given):
-        _given = f"file://{os.path.abspath(_given)}/"
-    if _given.startswith(("http", "file:")):
-        _places.insert(0, _given)
-    try:
-        _script = urlopen(urljoin(_places[0], "colab_setup.sh")).read()
-    except OSError as error:
-        _hint = "No internet? Attach the wheel data set (README, Kaggle)."
-        raise RuntimeError(f"{_places[0]} cannot be read: {error}. {_hint}") from error
-    subprocess.run(["bash", "-s"], input=_script, env=os.environ | {"PYTHON": sys.executable}, check=True)
-    importlib.invalidate_caches()
+    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
+    _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/$0) && exec bash -c "$script"'
+    _else = 'echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
+    subprocess.run(["bash", "-c", f"{_near}; {_far}; {_else}", "colab_setup.sh", sys.executable], check=True)
 
 # %% [markdown]
 # ## Parameters
@@ -64,55 +49,43 @@ if importlib.util.find_spec("brainage_nb") is None:
 # %% tags=["parameters"] nbmake={"mock": {"workspace": "../build/smoke", "spacing_mm": 6.0, "size": 32, "recipe": "reference"}}
 # folder for everything written; empty: $BRAINAGE_WORKSPACE, else the platform's usual place
 workspace = ""  # @param {type:"string"}
+# best (grey matter on the MNI152 template, about two seconds a scan) or reference (raw heads)
+recipe = "best"  # @param ["reference", "best"]
 # mm; edge of a voxel of the grid (4 for a small run on a CPU)
 spacing_mm = 2.0  # @param {type:"number"}
 # voxels along each edge of the cube (48 with 4 mm)
 size = 96  # @param {type:"integer"}
-# smooth finer scans to the grid's resolution first; without it 1 mm and 3 mm scans of one person differ
-smooth = True  # @param {type:"boolean"}
 # Dask workers to preprocess on: local, tcp://host:port or a scheduler file; empty: the processors here
 cluster = ""  # @param {type:"string"}
-# best (grey matter on the MNI152 template, about two seconds a scan); reference (raw heads); custom: as below
-recipe = "best"  # @param ["reference", "best", "custom"]
-# custom only: set everything outside of the brain to 0, z-score inside (grey_matter implies it)
-brain_only = False  # @param {type:"boolean"}
-# custom only: lay every brain onto the MNI152 template (affine)
-to_mni = False  # @param {type:"boolean"}
-# custom only: take out slow differences in brightness (N4)
-n4 = False  # @param {type:"boolean"}
-# custom only: keep the share of grey matter in each voxel instead of its brightness
-grey_matter = False  # @param {type:"boolean"}
-# take brain masks that other tools left beside the scans or in BIDS derivatives
-found_masks = True  # @param {type:"boolean"}
 # scan to show step by step; empty: the first
 preview_scan = ""  # @param {type:"string"}
+# further settings by name, as found_masks=no; `brainage-nb list 03` shows them all
+more = ""  # @param {type:"string"}
 
 # %%
 import pandas as pd
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
+from brainage_nb.parameters import pick_fields, read_parameters
 from brainage_nb.volumes.brain_pictures import brain_preview
 from brainage_nb.volumes.pictures import montage, steps_figure
 from brainage_nb.volumes.preprocessing import PreprocessingSettings, ScanError, preprocessing_steps
+from brainage_nb.volumes.recipes import list_changes
 from brainage_nb.volumes.store_building import build_store
-from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
+from brainage_nb.workspace import open_workspace, session_summary
 
 set_matplotlib_formats("png")  # figures appear in their cells
-parameters = resolved_parameters(globals())
+parameters = read_parameters(globals(), PreprocessingSettings)
 ws = open_workspace(workspace).begin("03_preprocessing_preview")
-session_summary(ws.root)
+print(session_summary(ws.root))
 
 # %% [markdown]
 # ## The steps and their numbers
 # These numbers make the fingerprint of the volume store: other numbers, another store beside it.
 
 # %%
-settings = PreprocessingSettings.of_recipe(
-    recipe,
-    **{"spacing_mm": spacing_mm, "size": size, "smooth": smooth, "found_masks": found_masks},
-    **{"brain_only": brain_only, "to_mni": to_mni, "n4": n4, "grey_matter": grey_matter},
-)
-print(f"recipe {settings.recipe}, fingerprint {settings.fingerprint}")
+settings = PreprocessingSettings.of_recipe(recipe, **pick_fields(parameters, PreprocessingSettings))
+print(f"fingerprint {settings.fingerprint}; other than recipe {recipe}: {list_changes(settings, recipe)}")
 numbers = [
     (step["step"], name, value) for step in settings.steps for name, value in step.items() if name != "step"
 ]

@@ -32,30 +32,15 @@
 # torch and numpy as they are. The last line says what was done.
 
 # %%
-import glob
 import importlib.util
-import os
 import subprocess
 import sys
-from urllib.parse import urljoin
-from urllib.request import urlopen
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _marks = ["/kaggle/input/" + "*/" * depth + "brainage_wheels.json" for depth in (1, 2, 3)]
-    _places = ["file://" + path for mark in _marks for path in glob.glob(mark)]
-    _places += ["https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/"]
-    _given = os.environ.get("BRAINAGE_SOURCE", "")
-    if os.path.isdir(_given):
-        _given = f"file://{os.path.abspath(_given)}/"
-    if _given.startswith(("http", "file:")):
-        _places.insert(0, _given)
-    try:
-        _script = urlopen(urljoin(_places[0], "colab_setup.sh")).read()
-    except OSError as error:
-        _hint = "No internet? Attach the wheel data set (README, Kaggle)."
-        raise RuntimeError(f"{_places[0]} cannot be read: {error}. {_hint}") from error
-    subprocess.run(["bash", "-s"], input=_script, env=os.environ | {"PYTHON": sys.executable}, check=True)
-    importlib.invalidate_caches()
+    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
+    _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/$0) && exec bash -c "$script"'
+    _else = 'echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
+    subprocess.run(["bash", "-c", f"{_near}; {_far}; {_else}", "colab_setup.sh", sys.executable], check=True)
 
 # %% [markdown]
 # ## Parameters
@@ -93,12 +78,13 @@ from brainage_nb.models.vgg.fusion import positions_in_use
 from brainage_nb.models.vgg.network import vgg16_features
 from brainage_nb.models.vgg.run import train_vgg_svr
 from brainage_nb.models.vgg_svr import VggSvr
+from brainage_nb.parameters import read_parameters
 from brainage_nb.volumes.store import current_store
-from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
+from brainage_nb.workspace import open_workspace, session_summary
 
-parameters = resolved_parameters(globals())
+parameters = read_parameters(globals())
 ws = open_workspace(workspace).begin("05_train_vgg16_svr")
-session_summary(ws.root)
+print(session_summary(ws.root))
 
 # %% [markdown]
 # ## Who trains, who is tested

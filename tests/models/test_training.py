@@ -23,6 +23,8 @@ from brainage_nb.models.fitting.stopping import StopRequests
 from brainage_nb.models.fitting.sweeps import members_of
 from brainage_nb.models.settings import SettingsDiffer, TrainingSettings
 from brainage_nb.models.training import train
+from brainage_nb.volumes.augment import AugmentationSettings
+from brainage_nb.volumes.recipes import list_changes
 from brainage_nb.workspace import read_json, write_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRAINING ON THE CPU")
@@ -370,15 +372,36 @@ def test_the_best_epoch_comes_from_neither_the_held_out_fold_nor_the_test_split(
         assert not set(member.predicted) & set(member.validation)
 
 
-def test_a_recipe_decides_how_a_model_is_learned_and_custom_leaves_it_open():
-    best = TrainingSettings.of_recipe("best", loss="huber", epochs=7)
+def test_a_recipe_gives_defaults_and_what_is_asked_beside_it_is_done():
+    best = TrainingSettings.of_recipe("best", epochs=7)
     assert (best.loss, best.keep, best.epochs, best.recipe) == ("distribution", "last", 7, "best")
+    asked = TrainingSettings.of_recipe("best", loss="huber", huber_delta=2)
+    assert (asked.loss, asked.keep, asked.recipe) == ("huber", "last", "best with loss='huber'")
+    changed = TrainingSettings.of_recipe("best", loss="huber", augmentation=AugmentationSettings(blur_mm=2))
+    assert (
+        list_changes(changed, "best") == "loss='huber' instead of 'distribution'; blur_mm=2.0 instead of 4.0"
+    )
     assert TrainingSettings.of_recipe("reference") == TrainingSettings()
     assert TrainingSettings().recipe == "reference"
-    custom = TrainingSettings.of_recipe("custom", loss="distribution")
-    assert (custom.loss, custom.keep, custom.recipe) == ("distribution", "best", "custom")
-    with pytest.raises(ValueError, match="reference, best, custom"):
+    with pytest.raises(ValueError, match="expected one of reference, best"):
         TrainingSettings.of_recipe("bset")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "asked", "told"),
+    [
+        ("best", {"huber_delta": 2.0}, "loss is 'distribution'"),
+        ("reference", {"label_sd": 2.0}, "loss is 'huber'"),
+        ("reference", {"inner_fraction": 0.2}, "folds is 0"),
+        ("best", {"keep": "best"}, "inner_fraction = 0.0: expected"),
+        ("best", {"loss": "hubr"}, "Did you mean huber"),
+        ("best", {"weight_decay": -1}, "no number below 0"),
+        ("best", {"epochs": float("nan")}, "a whole number"),
+    ],
+)
+def test_a_setting_that_would_change_nothing_or_is_none_is_refused(recipe, asked, told):
+    with pytest.raises(ValueError, match=told):
+        TrainingSettings.of_recipe(recipe, **asked)
 
 
 def test_where_no_epoch_is_chosen_all_others_are_trained_on_and_the_last_epoch_is_kept(

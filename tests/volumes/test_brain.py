@@ -7,12 +7,13 @@ from scipy.ndimage import gaussian_filter
 
 from brainage_nb.volumes.brain import brain_or_error, find_brain, mask_beside, without_bias
 from brainage_nb.volumes.preprocessing import PreprocessingSettings, brain_inside, preprocess
+from brainage_nb.volumes.recipes import list_changes
 from brainage_nb.volumes.scans import ScanError, load_scan
 from brainage_nb.volumes.store_building import build_store
 from tests.volumes.template_head import SIZE, VOXEL_MM, head, pose, shuffled
 
 BEST = PreprocessingSettings.of_recipe("best", spacing_mm=4, size=48)
-REGISTERED = PreprocessingSettings.of_recipe("custom", brain_only=True, to_mni=True, spacing_mm=4, size=48)
+REGISTERED = PreprocessingSettings.of_recipe("reference", brain_only=True, to_mni=True, spacing_mm=4, size=48)
 
 
 def dice(a, b):
@@ -165,13 +166,23 @@ def test_recipes_name_their_switches_and_the_reference_keeps_its_fingerprint():
     assert reference.fingerprint == "2mm-96-6d7d21ed87"
     assert (BEST.recipe, BEST.to_json()["recipe"]) == ("best", "best")
     assert PreprocessingSettings.from_json(BEST.to_json()) == BEST
-    custom = PreprocessingSettings.of_recipe("custom", n4=True)
-    assert custom.recipe == "custom"
-    assert len({custom.fingerprint, BEST.fingerprint, reference.fingerprint}) == 3
-    with pytest.raises(ValueError, match="expected one of reference, best, custom"):
+    with pytest.raises(ValueError, match="expected one of reference, best"):
         PreprocessingSettings.of_recipe("bset")
     old = {"settings": {"spacing_mm": 2.0, "size": 96, "smooth": True}, "fingerprint": reference.fingerprint}
     assert PreprocessingSettings.from_json(old) == reference
+
+
+def test_what_is_asked_beside_a_recipe_is_done_named_and_another_fingerprint_or_refused():
+    plain = PreprocessingSettings.of_recipe("best")
+    asked = PreprocessingSettings.of_recipe("best", n4=True, spacing_mm=4)
+    assert (asked.n4, asked.grey_matter, asked.recipe) == (True, True, "best with n4=True")
+    assert asked.fingerprint != plain.fingerprint
+    assert list_changes(asked, "best") == "spacing_mm=4.0 instead of 2.0; n4=True instead of False"
+    assert list_changes(plain, "best") == "nothing"
+    with pytest.raises(ValueError, match=r"brain_only = False cannot be had.*grey_matter implies"):
+        PreprocessingSettings.of_recipe("best", brain_only=False)
+    unregistered = PreprocessingSettings.of_recipe("best", grey_matter=False, brain_only=False, to_mni=False)
+    assert unregistered == PreprocessingSettings() and unregistered.recipe == "reference"
 
 
 @pytest.mark.parametrize("name", ["IXI013-HH-1212-T1", "IXI258-HH-1717-T1"])
