@@ -88,7 +88,7 @@ diagnosis_column = ""  # @param {type:"string"}
 max_cdr = 0.0  # @param {type:"number"}
 # leave out whose diagnosis is not a control's, where the table has diagnoses
 controls_only = True  # @param {type:"boolean"}
-# further words for controls in the table, parted by commas
+# words for controls in the table that are not known (healthy, HC, CTL, ...), parted by commas; 06 uses them too
 control_words = ""  # @param {type:"string"}
 # scans of one person: all (kept together in one split), per_session (one a session) or first (one a person)
 retests = "all"  # @param ["all", "per_session", "first"]
@@ -198,9 +198,9 @@ plt.show()
 # %% [markdown]
 # ## What is planted in the demo cohort
 # A brain age (age plus a gap of a few years) drives four changes: ventricles widen, sulci open, grey and white matter
-# lose contrast, bright spots beside the ventricles darken. Each person departs from the rule a little, so that even
-# who reads every planted change without error is off by the attainable MAE; who knows the brain age itself, by the
-# oracle's. Other sources have nothing here.
+# lose contrast, bright spots beside the ventricles darken. Two references, each the mean over all scans: the oracle
+# knows the brain age and gives it as the age; the attainable regression sees the four changes, from which each person
+# departs a little, so it errs more. 06 shows both again, here and on the test scans. Other sources have nothing here.
 
 # %%
 if source == "demo":

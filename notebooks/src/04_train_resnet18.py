@@ -209,8 +209,7 @@ result.history.tail()
 # %%
 if not result.complete:
     print("Not finished yet; everything is saved. Run this notebook again and it goes on from here.")
-reference_age = splits.loc[splits["split"] == "train", "age"].mean()
-figures = metrics_by_split(result.predictions, result.settings.get("variant", ""), reference_age)
+figures = metrics_by_split(result.predictions, result.settings.get("variant", ""))
 figures
 
 # %% [markdown]

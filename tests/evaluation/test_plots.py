@@ -67,15 +67,6 @@ def test_training_curves_of_folds_are_one_legend_entry(ax):
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["train loss", "val loss"]
 
 
-def test_the_age_histogram_counts_a_subject_once(ax):
-    splits = pd.DataFrame(
-        {"subject_id": ["a", "a", "b"], "age": [30.0, 31.0, 60.0], "split": ["train", "train", "test"]}
-    )
-    plots.age_histogram(splits, ax=ax)
-    assert "2 subjects" in ax.get_title()
-    assert sum(bar.get_height() for bar in ax.patches) == 2
-
-
 def test_coverage_estimates_and_planted_gaps_are_drawn(made):
     age, predicted = made
     figure, axes = plots.new_figure(3)
