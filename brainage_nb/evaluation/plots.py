@@ -88,7 +88,7 @@ def predicted_vs_true(
     age, predicted = np.asarray(age, dtype=float), np.asarray(predicted, dtype=float)
     ends = _limits(age, predicted)
     if interval is not None and np.isfinite(interval[0]).all() and len(age) <= 300:
-        ends = _limits(np.ravel(interval), predicted)
+        ends = _limits(np.ravel(interval), age)
         ax.vlines(age, *interval, color=SKY, lw=0.8, alpha=0.6, label=f"{level:.0%} interval", zorder=1)
     ax.scatter(age, predicted, color=BLUE, label="a scan", zorder=3, **_dots(len(age)))
     ax.plot(ends, ends, color="black", lw=1, label="predicted = true", zorder=2)

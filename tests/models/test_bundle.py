@@ -253,7 +253,7 @@ def test_the_bundle_takes_the_interval_of_the_report_and_keeps_it_when_saved_aga
     found = evaluate_runs(ws, "resnet18", level=0.5, n_bootstrap=20)
     write_json(found.results, ws.path("evaluation", "results.json"))
     calibration = found.runs["resnet18"].calibration
-    assert "copies of it made before keep" in update_bundle(ws.run("resnet18"), calibration)
+    assert "copies made before keep their own (90%)" in update_bundle(ws.run("resnet18"), calibration)
     row = found.predictions.set_index("scan_id").loc["017"]
     result = load_bundle(bundle).predict(ws.path("17.nii"))
     assert (result.low, result.high) == pytest.approx((row["low"], row["high"]), abs=1e-3)

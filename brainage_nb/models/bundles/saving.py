@@ -49,7 +49,7 @@ PACKAGES = ("brainage-nb", "torch", "numpy", "nibabel", "scipy", "safetensors")
 def save_bundle(
     run_folder: Path | str, target: Path | str | None = None, *, licence: str = "not stated by the makers"
 ) -> Path:
-    """Write the bundle of a finished run.
+    """Write the bundle of a finished run, its interval at the level of the workspace's report (90 % before).
 
     Weights are rounded to half precision where no age of the checked training scans moves by 0.01 years or
     more; the manifest says which, and how far they moved.
@@ -104,20 +104,22 @@ def current_bundle(run_folder: Path | str) -> Path:
 
 
 def update_bundle(run_folder: Path | str, calibration: Calibration) -> str:
-    """Give a run's bundle the correction and interval of its evaluation, and say where they were others.
+    """Give a run's bundle the correction and interval of its evaluation, and say what it gives now.
 
-    Copies of the bundle made before keep theirs; each says in `bundle.json` and its card at which level.
+    Copies of the bundle made before keep theirs; `bundle.json` and card say at which level.
     """
-    place = Path(run_folder) / "bundle"
+    place, evaluated = Path(run_folder) / "bundle", calibration.to_dict()
+    gives = f"gives this {calibration.interval.title}" if calibration.interval else "gives no interval"
     if not _is_current(run_folder):
-        return "no bundle of this training yet; it will be saved with this interval"
-    manifest, evaluated = read_json(place / MANIFEST), calibration.to_dict()
+        return f"no bundle of this training yet; the next one {gives}"
+    manifest = read_json(place / MANIFEST)
     if evaluated.items() <= manifest.items():
-        return f"the bundle gives this {calibration.interval.title}" if calibration.interval else ""
+        return f"the bundle {gives}"
+    before = manifest["interval"] or {"level": 0}
     manifest |= evaluated
     write_json(manifest, place / MANIFEST)
     write_text(card_of(manifest), place / CARD_FILE)
-    return "the bundle now has this correction and interval; copies of it made before keep their own"
+    return f"the bundle now {gives}; copies made before keep their own ({before['level']:.0%})"
 
 
 def _is_current(run_folder: Path | str) -> bool:
