@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from brainage_nb.cohort.rules import count_diagnoses, judge_controls
 from brainage_nb.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -90,7 +91,14 @@ def _of_coverage(one: RunEvaluation) -> str:
 
 
 def _of_workspace(found: dict[str, RunEvaluation], ws: Workspace) -> list[str]:
-    said = []
+    cohort = ws.read("cohort.csv")
+    control, said = judge_controls(cohort), []
+    if (control == "yes").any() and (control == "no").any() and "diagnosis" in cohort:
+        known, others = (count_diagnoses(cohort[control == verdict]) for verdict in ("yes", "no"))
+        said.append(
+            f"Controls are those with the diagnosis {known}; the others ({others}) take no part in bias "
+            "correction and site offset. Where that is wrong, set control_words in notebook 01."
+        )
     stores = {name: one.run.settings.get("fingerprint") for name, one in found.items()}
     if len({str(value) for value in stores.values() if value}) > 1:
         said.append(

@@ -143,7 +143,11 @@ def test_ten_spellings_of_controls_all_enter_the_correction_and_no_patient_does(
     val = scans[(scans["split"] == "val") & ~ill]
     assert set(val["diagnosis"]) == set(SPELLINGS)
     assert read_run(ws, "run").calibration_rows()["scan_id"].tolist() == val["scan_id"].tolist()
-    found = evaluate_runs(ws, **FEW).runs["run"]
+    evaluation = evaluate_runs(ws, **FEW)
+    (said,) = [text for text in evaluation.warnings if text.startswith("Controls are those")]
+    counted, others = said.split("; the others (")
+    assert all(spelling in counted for spelling in SPELLINGS) and others.startswith(f"AD {ill.sum()})")
+    found = evaluation.runs["run"]
     assert found.calibration.corrector.n_subjects_ == len(val)
     (row,) = found.diagnosis.to_dict("records")
     assert row["diagnosis"] == "AD" and row["n_controls"] == ((scans["split"] == "test") & ~ill).sum()
