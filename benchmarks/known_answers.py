@@ -18,13 +18,12 @@ import pandas as pd
 from tqdm import tqdm
 
 from brainage_nb.cohort.phantom import TRUTH, image_path, make_cohort
+from brainage_nb.cohort.phantom_references import attainable_ages
 from brainage_nb.evaluation.bootstrap import bootstrap_sums, subject_codes, value_with_interval
-from brainage_nb.evaluation.known_answers import attainable_ages
 from brainage_nb.evaluation.metrics import mean_with_interval, with_interval
 from brainage_nb.models.bundle import current_bundle, load_bundle
 from brainage_nb.models.bundles.prediction import Failure
 from brainage_nb.pipeline import find_notebooks, run_notebooks
-from brainage_nb.planted import ANATOMY
 from brainage_nb.workspace import open_workspace, read_csv, write_csv
 
 BAR = 1.15  # times the attainable error
@@ -83,11 +82,11 @@ def read(run: Path, heads: Path) -> pd.DataFrame:
 def judged(rows: pd.DataFrame, training: pd.DataFrame) -> dict[str, object]:
     """Print the errors on the fresh heads and give the verdict."""
     subjects, age = rows["subject_id"].to_numpy(), rows["age"].to_numpy()
-    anatomy = list(ANATOMY)
+    everybody = pd.concat([training.assign(subject_id="training " + training["subject_id"]), rows])
     guesses = {
         "mean predictor": training["age"].mean(),
         "best": rows["predicted_age"],
-        "attainable": attainable_ages(training[anatomy], training["age"], rows[anatomy]),
+        "attainable": attainable_ages(everybody)[len(training) :],
         "oracle": rows["brain_age"],
     }
     errors = pd.DataFrame({name: np.abs(guess - age) for name, guess in guesses.items()})

@@ -85,7 +85,9 @@ def age_histogram(ax: Axes, cohort: pd.DataFrame, by: str = "sex", *, bin_years:
             label=[f"{WORDS.get(name, name)} (n = {(people['group'] == name).sum()})" for name in names],
             edgecolor="white",
         )
-        ax.legend(frameon=False, fontsize="small")
+        ax.legend(
+            frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3
+        )  # below, where it covers no bar
     ax.set_xlabel("age [years]")
     ax.set_ylabel("subjects")
     ax.set_title(f"Ages by {by} (n = {len(people)} subjects)")

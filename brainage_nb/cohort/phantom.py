@@ -19,6 +19,7 @@ from tqdm import tqdm
 from brainage_nb.cohort.phantom_anatomy import Anatomy, template_anatomy
 from brainage_nb.cohort.phantom_scan import aged_head, displacement, sample_head, scan_head
 from brainage_nb.cohort.phantom_subject import (
+    ANATOMY,
     OLDEST,
     SITES,
     YOUNGEST,
@@ -26,7 +27,6 @@ from brainage_nb.cohort.phantom_subject import (
     draw_subject,
     planted_anatomy,
 )
-from brainage_nb.planted import ANATOMY
 from brainage_nb.workspace import n_workers, read_json, write_csv, write_json, write_text, writing
 
 RECIPE = 1  # raised whenever the same seed would give other files

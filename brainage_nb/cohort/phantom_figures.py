@@ -16,8 +16,7 @@ import pandas as pd
 
 from brainage_nb.cohort.phantom import image_path
 from brainage_nb.cohort.phantom_scan import place_scan
-from brainage_nb.cohort.phantom_subject import OLDEST, YOUNGEST, planted_anatomy
-from brainage_nb.planted import ANATOMY
+from brainage_nb.cohort.phantom_subject import ANATOMY, OLDEST, YOUNGEST, planted_anatomy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from brainage_nb.planted import ANATOMY
-
 YOUNGEST, OLDEST = 20.0, 86.0  # years
 GAP_SD = 3.75  # years; the mean absolute gap, which is the oracle's MAE, is 0.8 of it
 # How far a person of a given brain age departs from the planted curve, in the parameter's own unit.
@@ -20,6 +18,7 @@ INDIVIDUAL_SD = {
     "grey_white_contrast": 0.0120,
     "lesions": 0.045,
 }
+ANATOMY = tuple(INDIVIDUAL_SD)  # the columns of truth.csv that ageing drives
 
 
 @dataclass(frozen=True)

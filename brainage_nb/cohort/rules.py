@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from dataclasses import dataclass
 
 import pandas as pd
@@ -14,13 +15,21 @@ import pandas as pd
 from brainage_nb.parameters import check_fields
 
 DROPPED_COLUMNS = ["scan_id", "subject_id", "session_id", "rule", "detail"]
-_WORDS = """
-    control controls ctrl ctl con hc nc cn nl td healthy normal unaffected nondemented healthycontrol
-    healthycontrols healthyvolunteer healthysubject hv normalcontrol normalcontrols cognitivelynormal
-    typicallydeveloping"""
-CONTROL_WORDS = frozenset(_WORDS.split())
-"""What tables call people without a diagnosis; compared without case and punctuation. Bare numbers are not
-among them: 1 is a patient in one table and a control in the next."""
+# What tables call people without a diagnosis, whole words or joined, with or without the words for people.
+# Bare numbers are not among them: 1 is a patient in one table and a control in the next.
+_CONTROL = """
+    controls? controle?s? controll[oi] kontrol(le?|la|len|lgruppen?) comparisonsubjects? healthy normals?
+    unaffected unimpaired neurotypical typicallydeveloping typicaldevelopment (non|not|un)demented
+    nonpatients? noknowndisorder no(mental|psychiatric|neurological)?(disorder|disease) healthyvolunteers?
+    gesunde?[rns]? temoins? sain(e?s?) san[oais]s? saludables? saudave(l|is) gezonde? friska? zdrow[aey]
+    zdrav[aey] контрол[а-я]* здоров[а-я]* 健康 健常 正常 対照 对照 對照 대조(군)? 정상(군)?"""
+_PEOPLE = """
+    subjects? volunteers? participants? individuals? people persons? groups? gr(o?u)pp?[eo] sujetos? sujets?
+    soggett[oi] proband(en)? adults? old(er)? elder(ly|s)? seniors? young(er)? middle aged? ag(e?)ing age
+    sex gender matched and child(ren)? adolescents? teen(ager)?s? youth infants? females? males? wom[ae]n
+    m[ae]n boys? girls? cogniti(on|ve|vely) clinically mentally medically neurologically psychiatrically
+    physically community study d[ei]l? группа 者 組 组 人 群 被験者 志愿者"""
+_ABBREVIATED = "ctls? ctrls? cntr?ls? ctr con n?hcs? ncs? cn cu nl tdc? n?hvs?"
 _FIRST_VISITS = {"bl", "sc", "baseline", "screening", "m00", "init"}
 
 
@@ -58,7 +67,8 @@ class Ruled:
     Attributes
     ----------
     cohort : DataFrame
-        The scans that stay, in their order.
+        The scans that stay, in their order; where there are diagnoses or ratings, with `control` (see
+        `judge_controls`).
     dropped : DataFrame
         `scan_id, subject_id, session_id, rule, detail`, a row a scan that was left out.
     summary : DataFrame
@@ -98,12 +108,55 @@ def apply_rules(cohort: pd.DataFrame, rules: CohortRules) -> Ruled:
         dropped.append(out[["scan_id", "subject_id", "session_id"]].assign(rule=rule, detail=told))
         summary.append((rule, str(setting), len(out), out["subject_id"].nunique(), remark))
         left = left[details == ""]
+    if "diagnosis" in cohort or "cdr" in cohort:
+        left = left.assign(control=judge_controls(cohort, rules.control_words)[left.index])
     columns = ["rule", "setting", "scans left out", "people left out", "remark"]
     return Ruled(
         left.reset_index(drop=True),
         pd.concat(dropped, ignore_index=True)[DROPPED_COLUMNS],
         pd.DataFrame(summary, columns=columns),
     )
+
+
+def judge_controls(cohort: pd.DataFrame, control_words: str = "") -> pd.Series:
+    """Say of each scan whether it is of a control: "yes", "no", or "" where that cannot be known.
+
+    The one judgement that the cohort rules, the bias correction, site offsets and group differences share.
+    Notebook 01 keeps it in the column `control` of `cohort.csv`, which is taken as it stands.
+
+    Parameters
+    ----------
+    cohort : DataFrame
+        A row per scan of the *whole* cohort: one known word makes all other diagnoses patients. Without a
+        diagnosis everybody is a control. Who was ever rated with a CDR above 0 is none.
+    control_words : str
+        Further words for controls, parted by commas; compared without case, accents and punctuation.
+
+    Returns
+    -------
+    Series of str
+        "" for everybody where there are diagnoses and none of them is a word for controls.
+    """
+    blank = pd.Series("", index=cohort.index, dtype=str)
+    if "control" in cohort and (known := cohort["control"].fillna("")).ne("").any():
+        return known.astype(str)
+    written = cohort.get("diagnosis", blank).fillna("").astype(str).str.strip()
+    own = {_plain(word) for word in re.split("[,;]", control_words)} - {""}
+    control = written.map(lambda name: _plain(name) in own or _is_control_word(name)).astype(bool)
+    if (written == "").all():
+        control[:] = True
+    elif not control.any():
+        return blank
+    if "cdr" in cohort:
+        rating = pd.to_numeric(cohort["cdr"], errors="coerce")
+        control &= ~(rating.groupby(cohort["subject_id"]).transform("max") > 0)
+    return control.map({True: "yes", False: "no"}).astype(str)
+
+
+def count_diagnoses(cohort: pd.DataFrame) -> str:
+    """The diagnoses of a cohort with their numbers of scans, as `AD 40, blank 2`."""
+    counts = cohort["diagnosis"].fillna("").astype(str).replace("", "blank").value_counts()
+    return ", ".join(f"{name} {count}" for name, count in counts.items())
 
 
 def _nobody(cohort: pd.DataFrame) -> pd.Series:
@@ -128,19 +181,17 @@ def _by_diagnosis(cohort: pd.DataFrame, rules: CohortRules) -> tuple[pd.Series, 
         return _nobody(cohort), "switched off"
     if "diagnosis" not in cohort or not (cohort["diagnosis"] != "").any():
         return _nobody(cohort), "the table has no diagnosis"
-    words = CONTROL_WORDS | {_plain(word) for word in rules.control_words.split(",") if word.strip()}
-    written = cohort["diagnosis"]
-    known = ", ".join(
-        f"{name} {count}" for name, count in written.replace("", "blank").value_counts().items()
-    )
-    control = written.map(_plain).isin(words)
-    if not control.any():
+    known = count_diagnoses(cohort)
+    control = judge_controls(cohort.drop(columns="cdr", errors="ignore"), rules.control_words)
+    if (control == "").all():
         return (
             _nobody(cohort),
             f"NOT APPLIED: none of the diagnoses is a word for controls ({known}); set control_words",
         )
-    details = written.map(lambda name: f"diagnosis '{name}', not a control" if name else "no diagnosis given")
-    return details.where(~control, ""), f"diagnoses: {known}"
+    details = cohort["diagnosis"].map(
+        lambda name: f"diagnosis '{name}', not a control" if name else "no diagnosis given"
+    )
+    return details.where(control != "yes", ""), f"diagnoses: {known}"
 
 
 def _by_repeat(cohort: pd.DataFrame, rules: CohortRules) -> tuple[pd.Series, str]:
@@ -171,4 +222,20 @@ def _visit_order(label: str) -> tuple:
 
 
 def _plain(word: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", word.lower())
+    """Letters and digits of any script, without case, accents and a number's `.0`."""
+    word = unicodedata.normalize("NFKD", re.sub(r"\.0+$", "", word.strip())).casefold()
+    return re.sub(r"[\W_]", "", word)
+
+
+def _is_control_word(diagnosis: str) -> bool:
+    """Whether every word of it is a word for controls or for people, and at least one for controls."""
+    if "+" in diagnosis:  # `CU+` is another diagnosis than `CU`
+        return False
+    control, people, short = (
+        "|".join(unicodedata.normalize("NFKD", terms).split()) for terms in (_CONTROL, _PEOPLE, _ABBREVIATED)
+    )
+    words = [_plain(word) for word in re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", diagnosis))]
+    long = re.sub(r"\d", "", "".join(word for word in words if not re.fullmatch(short, word)))
+    if not re.fullmatch(f"(?:{control}|{people})*", long):
+        return False
+    return bool(re.search(control, long)) or any(re.fullmatch(short, word) for word in words)

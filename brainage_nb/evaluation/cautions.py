@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from brainage_nb.cohort.rules import count_diagnoses, judge_controls
 from brainage_nb.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -26,18 +27,15 @@ def cautions(
     ws: Workspace,
     *,
     is_test_object: bool,
-    level: float,
 ) -> list[str]:
     """Warnings of a whole evaluation, gravest first."""
     sentences = [TEST_OBJECT] if is_test_object else []
     for name, one in found.items():
-        sentences += [
-            f"{name}: {text}" for text in _of_run(one, comparisons[comparisons["a"] == name], level)
-        ]
+        sentences += [f"{name}: {text}" for text in _of_run(one, comparisons[comparisons["a"] == name])]
     return sentences + _of_workspace(found, ws)
 
 
-def _of_run(one: RunEvaluation, comparisons: pd.DataFrame, level: float) -> list[str]:
+def _of_run(one: RunEvaluation, comparisons: pd.DataFrame) -> list[str]:
     test = one.metrics["test"]
     said = []
     against_mean = comparisons[comparisons["b"] == "mean predictor"].iloc[0]
@@ -51,21 +49,21 @@ def _of_run(one: RunEvaluation, comparisons: pd.DataFrame, level: float) -> list
         said.append(
             f"only {test['n_subjects']} test subjects, so every figure is uncertain; read the intervals."
         )
-    if one.refused:
-        said.append(f"no age-bias correction. {one.refused}")
-    elif one.corrector.support_:
-        said.append(one.corrector.support_)
+    if one.calibration.refused:
+        said.append(f"no age-bias correction. {one.calibration.refused}")
+    elif one.calibration.corrector.support_:
+        said.append(one.calibration.corrector.support_)
     bias = test["gap_age_r"]
     if np.isfinite(bias["low"]) and (bias["high"] < 0 or bias["low"] > 0):
         said.append(
             f"the raw gap depends on age (r {bias['value']:.2f} [{bias['low']:.2f}, {bias['high']:.2f}] on "
             "test): do not compare raw gaps between people or groups of different age."
         )
-    if not one.intervals:
+    interval = one.calibration.interval
+    if interval is None:
         said.append("no validation or out-of-fold predictions, so there are no prediction intervals.")
-    elif one.intervals["plain"].support_:
-        said.append(one.intervals["plain"].support_)
-    said += [text for text in (_of_coverage(one, form, level) for form in one.intervals) if text]
+    else:
+        said += [text for text in (interval.support_, _of_coverage(one)) if text]
     kept = one.run.settings.get("settings", {}).get("keep", "best")
     if not one.run.folds and "val_mae" in one.run.history and kept == "best":
         said.append(
@@ -74,26 +72,33 @@ def _of_run(one: RunEvaluation, comparisons: pd.DataFrame, level: float) -> list
     return said
 
 
-def _of_coverage(one: RunEvaluation, form: str, level: float) -> str:
+def _of_coverage(one: RunEvaluation) -> str:
     """A sentence where test coverage is lower than chance in calibration and test scans explains
     (beta-binomial, 2.5 %)."""
     from scipy import stats
 
-    row = one.coverage[(one.coverage["group"] == "all") & (one.coverage["form"] == form)].iloc[0]
-    n = one.intervals[form].n_calibration_
+    row = one.coverage[one.coverage["group"] == "all"].iloc[0]
+    n, level = one.calibration.interval.n_calibration_, one.calibration.interval.level
     k = int(np.ceil((n + 1) * level - 1e-9))
     inside = round(row["coverage"] * row["n"])
     if k > n or stats.betabinom.cdf(inside, row["n"], k, n + 1 - k) >= 0.025:
         return ""
     return (
-        f"{form} intervals hold {row['coverage']:.0%} of the test ages [{row['coverage_low']:.0%}, "
+        f"prediction intervals hold {row['coverage']:.0%} of the test ages [{row['coverage_low']:.0%}, "
         f"{row['coverage_high']:.0%}], fewer than the {level:.0%} they promise and than chance explains: "
         "calibration and test subjects differ."
     )
 
 
 def _of_workspace(found: dict[str, RunEvaluation], ws: Workspace) -> list[str]:
-    said = []
+    cohort = ws.read("cohort.csv")
+    control, said = judge_controls(cohort), []
+    if (control == "yes").any() and (control == "no").any() and "diagnosis" in cohort:
+        known, others = (count_diagnoses(cohort[control == verdict]) for verdict in ("yes", "no"))
+        said.append(
+            f"Controls are those with the diagnosis {known}; the others ({others}) take no part in bias "
+            "correction and site offset. Where that is wrong, set control_words in notebook 01."
+        )
     stores = {name: one.run.settings.get("fingerprint") for name, one in found.items()}
     if len({str(value) for value in stores.values() if value}) > 1:
         said.append(

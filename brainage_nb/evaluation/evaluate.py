@@ -56,9 +56,9 @@ class Evaluation:
         each = self.runs.items()
         return raw | {
             "_age_free_corrected": {
-                name: found.corrected or {"refused": found.refused} for name, found in each
+                name: found.corrected or {"refused": found.calibration.refused} for name, found in each
             },
-            "_calibration": {name: _calibration(found) for name, found in each},
+            "_calibration": {name: found.calibration.to_dict() for name, found in each},
             "_coverage": {name: found.coverage.to_dict("records") for name, found in each},
             "_groups": {name: found.groups.to_dict("records") for name, found in each},
             "_diagnosis": {name: found.diagnosis.to_dict("records") for name, found in each},
@@ -127,7 +127,7 @@ def evaluate_runs(
         comparisons=comparisons,
         is_test_object=is_test_object,
         level=level,
-        warnings=cautions(found, comparisons, ws, is_test_object=is_test_object, level=level),
+        warnings=cautions(found, comparisons, ws, is_test_object=is_test_object),
         parameters={"runs": names, "level": level} | bootstrap,
     )
 
@@ -180,7 +180,6 @@ def headline_table(results: dict[str, Any], split: str = "test") -> pd.DataFrame
         "r2": "R²",
         "slope": "slope",
         "gap_age_r": "gap-age r",
-        "mae_over_range": "MAE / age range",
     }
     runs = {
         name: parts[split] for name, parts in results.items() if not name.startswith("_") and split in parts
@@ -191,11 +190,3 @@ def headline_table(results: dict[str, Any], split: str = "test") -> pd.DataFrame
         for name, figures in runs.items()
     }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis(f"run, {split}")
-
-
-def _calibration(found: RunEvaluation) -> dict[str, Any]:
-    """What a bundle needs to correct and to give intervals, as plain JSON values."""
-    bias = found.corrector.to_dict() if found.corrector else None
-    return {"bias": bias, "refused": found.refused} | {
-        form: one.to_dict() for form, one in found.intervals.items()
-    }

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from brainage_nb.evaluation.bias import AgeBiasCorrector
+from brainage_nb.cohort.rules import judge_controls
+from brainage_nb.evaluation.bias import AgeBiasCorrector, CorrectionRefused
 from brainage_nb.evaluation.metrics import flat, mean_with_interval, regression_metrics
-from brainage_nb.evaluation.runs import is_control
+from brainage_nb.evaluation.runs import controls_of
 
 FEWEST_FOR_LINE = 20  # calibration subjects below which only an offset is fitted, not a slope
 
@@ -33,7 +34,8 @@ class ExternalEvaluation:
     metrics : dict
         Raw figures of all external scans. `mean_predictor_mae` is of the *training* cohort's mean age.
     offsets : DataFrame
-        Mean gap of controls by site: `site, value, low, high, n, n_subjects` (years).
+        Mean gap of controls by site: `site, value, low, high, n, n_subjects` (years). Empty where nobody is
+        known to be a control; a warning then says why.
     calibration : dict
         How it was calibrated: `kind` (`offset` or `line`), `n_subjects`, `subjects` (their names) and the
         fitted numbers.
@@ -105,7 +107,7 @@ def evaluate_external(
     ----------
     predictions : DataFrame
         A row a scan: `scan_id, subject_id, age, predicted_age` (raw, years) and, where known, `site,
-        diagnosis`.
+        diagnosis, control`.
     reference_age : float
         Mean age of the training subjects, years.
     trained_ages : (float, float)
@@ -121,11 +123,20 @@ def evaluate_external(
     bootstrap = {"n_bootstrap": n_bootstrap, "seed": seed}
     rows = predictions.reset_index(drop=True)
     rows["gap"] = rows["predicted_age"] - rows["age"]
+    rows["control"] = judge_controls(rows)
     rows["calibrates"] = rows["subject_id"].isin(set(calibrate_on))
-    calibration, rest = {}, pd.DataFrame()
-    if len(calibrate_on):
-        calibration = _calibrate(rows, calibrate_on)
-        rest = _rest_figures(rows[~rows["calibrates"]], reference_age, bootstrap)
+    calibration, rest, offsets = {}, pd.DataFrame(), pd.DataFrame()
+    warnings = age_range_warnings(rows["age"], trained_ages)
+    try:
+        offsets = site_offsets(rows, **bootstrap)
+        if lost := sorted(set(_sites(rows)) - set(offsets.get("site", ()))):
+            warnings.append(f"No offset of {', '.join(lost)}: there are no controls.")
+        if len(calibrate_on):
+            calibration = _calibrate(rows, calibrate_on)
+            rest = _rest_figures(rows[~rows["calibrates"]], reference_age, bootstrap)
+    except CorrectionRefused as refused:
+        lost = ["site offset"] * offsets.empty + ["calibration"] * bool(len(calibrate_on))
+        warnings.append(f"No {' and no '.join(lost)}. {refused}")
     return ExternalEvaluation(
         metrics=regression_metrics(
             rows["age"],
@@ -134,24 +145,27 @@ def evaluate_external(
             reference_age=reference_age,
             **bootstrap,
         ),
-        offsets=site_offsets(rows, **bootstrap),
+        offsets=offsets,
         calibration=calibration,
         rest=rest,
         predictions=rows,
-        warnings=age_range_warnings(rows["age"], trained_ages),
+        warnings=warnings,
     )
 
 
 def site_offsets(rows: pd.DataFrame, *, n_bootstrap: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Mean raw gap of controls at each site, in years: what a new scanner adds, mixed with age bias."""
-    controls = rows[is_control(rows)]
-    sites = controls["site"] if "site" in controls else pd.Series("all", index=controls.index)
-    table = []
-    for site, part in controls.groupby(sites.fillna("").replace("", "not known")):
+    controls, table = controls_of(rows), []
+    for site, part in controls.groupby(_sites(controls)):
         gap = part["predicted_age"] - part["age"]
         offset = mean_with_interval(gap, part["subject_id"].to_numpy(), n_bootstrap=n_bootstrap, seed=seed)
         table.append({"site": site} | offset)
     return pd.DataFrame(table)
+
+
+def _sites(rows: pd.DataFrame) -> pd.Series:
+    sites = rows["site"] if "site" in rows else pd.Series("all", index=rows.index)
+    return sites.fillna("").astype(str).replace("", "not known")
 
 
 def age_range_warnings(age: np.ndarray, trained_ages: tuple[float, float]) -> list[str]:
@@ -174,7 +188,7 @@ def _calibrate(rows: pd.DataFrame, names: Collection[str]) -> dict[str, Any]:
             f"{len(unknown)} calibration subjects are not in this cohort (first: {unknown[:5]})."
         )
     chosen = rows[rows["calibrates"]]
-    ill = sorted(chosen.loc[~is_control(rows)[chosen.index], "subject_id"].unique())
+    ill = sorted(chosen.loc[~chosen.index.isin(controls_of(chosen).index), "subject_id"].unique())
     if ill:
         raise ValueError(
             f"{len(ill)} calibration subjects are not controls (first: {ill[:5]}); name controls only."

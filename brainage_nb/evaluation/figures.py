@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from brainage_nb.cohort.cleaning_plots import age_histogram
 from brainage_nb.evaluation import plots
 from brainage_nb.evaluation.evaluate import Evaluation
 from brainage_nb.evaluation.external import ExternalEvaluation
@@ -33,7 +34,7 @@ def draw_figures(evaluation: Evaluation) -> list[ReportFigure]:
     """Every figure that has data, in the order of the report."""
     ws = evaluation.workspace
     figure, ax = plots.new_figure(width=5.6, height=3.4)
-    plots.age_histogram(ws.read("splits.csv"), ax=ax)
+    age_histogram(ax, ws.read("splits.csv"), by="split")
     drawn = [
         ReportFigure(
             "age_by_split",
@@ -43,7 +44,7 @@ def draw_figures(evaluation: Evaluation) -> list[ReportFigure]:
         )
     ]
     for name, found in evaluation.runs.items():
-        drawn += list(_of_run(name, found, evaluation.level))
+        drawn += list(_of_run(name, found))
     figure, ax = plots.new_figure(width=6.2, height=1.3 + 0.45 * len(evaluation.runs))
     plots.estimates(
         models_table(evaluation),
@@ -57,7 +58,7 @@ def draw_figures(evaluation: Evaluation) -> list[ReportFigure]:
         "is better."
     )
     drawn.append(ReportFigure("models_compared", "models", figure, caption))
-    return drawn + [_external(name, found) for name, found in evaluation.external.items()]
+    return drawn + [draw_external(name, found) for name, found in evaluation.external.items()]
 
 
 def models_table(evaluation: Evaluation) -> pd.DataFrame:
@@ -74,11 +75,12 @@ def models_table(evaluation: Evaluation) -> pd.DataFrame:
     )
 
 
-def _of_run(name: str, found: RunEvaluation, level: float) -> Iterator[ReportFigure]:
+def _of_run(name: str, found: RunEvaluation) -> Iterator[ReportFigure]:
     drawers = (_training, _predicted, _gaps, _intervals, _groups, _diagnosis, _planted)
     for draw in drawers:
-        drawn = draw(name, found, level) if draw is _intervals else draw(name, found)
+        drawn = draw(name, found)
         if drawn is not None:
+            drawn.figure.suptitle(name, fontsize=10, fontweight="bold")  # several runs have the same figures
             yield drawn
 
 
@@ -97,12 +99,12 @@ def _training(name: str, found: RunEvaluation) -> ReportFigure | None:
         return None
     figure, axes = plots.new_figure(len(panels), width=3.6, height=2.9)
     for ax, (columns, label) in zip(np.atleast_1d(axes), panels, strict=True):
-        plots.training_curve(history, columns, title=f"{name}: {label} by epoch", ylabel=label, ax=ax)
+        plots.training_curve(history, columns, title=f"{label} by epoch", ylabel=label, ax=ax)
     return ReportFigure(
         f"training_{name}",
         "training",
         figure,
-        "How the run learned. The epoch with the lowest validation MAE is the one in use.",
+        f"{name}: how the run learned.",
     )
 
 
@@ -113,21 +115,23 @@ def _predicted(name: str, found: RunEvaluation) -> ReportFigure:
         rows["age"].to_numpy(),
         rows["predicted_age"].to_numpy(),
         found.metrics["test"],
-        name=f"{name}, test, raw",
+        name="test, raw",
         reference_age=found.run.reference_age,
-        interval=(rows["plain_low"].to_numpy(), rows["plain_high"].to_numpy()),
+        interval=(rows["low"].to_numpy(), rows["high"].to_numpy()),
+        **({"level": found.calibration.interval.level} if found.calibration.interval else {}),
         ax=ax,
     )
     return ReportFigure(
         f"predicted_vs_true_{name}",
         "accuracy",
         figure,
-        "Raw predicted age of test scans against true age. Dots on the black line are right; the dashed line "
-        "is what predicting the mean training age for everyone gives.",
+        f"{name}: raw predicted age of test scans against true age. Dots on the black line are right; the "
+        "dashed line is what predicting the mean training age for everyone gives.",
     )
 
 
-def _external(name: str, found: ExternalEvaluation) -> ReportFigure:
+def draw_external(name: str, found: ExternalEvaluation) -> ReportFigure:
+    """The figure of another cohort, by its name."""
     figure, ax = plots.new_figure(width=5.0, height=5.0)
     rows = found.predictions
     plots.predicted_vs_true(
@@ -141,7 +145,7 @@ def _external(name: str, found: ExternalEvaluation) -> ReportFigure:
 def _gaps(name: str, found: RunEvaluation) -> ReportFigure:
     rows = found.rows[found.rows["split"] == "test"]
     panels = [("gap", "raw gap", plots.BLUE)]
-    if found.corrector:
+    if found.calibration.corrector:
         panels += [
             ("corrected_gap", "gap of age-free\ncorrected prediction", plots.PURPLE),
             ("adjusted_gap", "gap adjusted\nby true age", plots.GREEN),
@@ -164,23 +168,27 @@ def _gaps(name: str, found: RunEvaluation) -> ReportFigure:
         figure,
         f"{name}, test scans: predicted minus true age against true age. A sloping red line is age bias of "
         "the model."
-        + ("" if found.corrector else " The correction was refused, so only the raw gap is shown."),
+        + (
+            ""
+            if found.calibration.corrector
+            else " The correction was refused, so only the raw gap is shown."
+        ),
     )
 
 
-def _intervals(name: str, found: RunEvaluation, level: float) -> ReportFigure | None:
-    plain = found.coverage[found.coverage["form"] == "plain"]
-    if not found.intervals or not np.isfinite(plain["mean_width"]).all():
+def _intervals(name: str, found: RunEvaluation) -> ReportFigure | None:
+    interval = found.calibration.interval
+    if interval is None or interval.support_:
         return None
     figure, axes = plots.new_figure(2, width=3.8, height=3.1)
-    plots.coverage_by_age(plain, level, ax=axes[0])
+    plots.coverage_by_age(found.coverage, interval.level, ax=axes[0])
     plots.calibration(found.curve, ax=axes[1])
     return ReportFigure(
         f"intervals_{name}",
         "intervals",
         figure,
-        f"{name}: left, the share of test scans whose true age lies in its {level:.0%} interval, by age, "
-        "with the uncertainty of that share; right, the same for other levels.",
+        f"{name}: left, the share of test scans whose true age lies in its {interval.level:.0%} interval, by "
+        "age, with the uncertainty of that share; right, the same for other levels.",
     )
 
 
@@ -198,7 +206,7 @@ def _groups(name: str, found: RunEvaluation) -> ReportFigure:
     figure, ax = plots.new_figure(width=6.2, height=1.3 + 0.27 * len(table))
     plots.estimates(
         table,
-        title=f"{name}: raw MAE on test by group",
+        title="Raw MAE on test by group",
         xlabel="MAE [years]",
         reference="mean predictor",
         ax=ax,
@@ -228,7 +236,7 @@ def _diagnosis(name: str, found: RunEvaluation) -> ReportFigure | None:
     n_controls, adjusted_for = table["n_controls"].iloc[0], table["adjusted_for"].iloc[0]
     plots.estimates(
         shown,
-        title=f"{name}: gap beyond that of {n_controls} controls, adjusted for {adjusted_for}",
+        title=f"Gap beyond that of {n_controls} controls, adjusted for {adjusted_for}",
         xlabel="difference in gap [years]",
         zero=True,
         ax=ax,

@@ -8,9 +8,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from brainage_nb.evaluation.runs import CONTROL_WORDS
+from brainage_nb.cohort.rules import judge_controls
 
 FEWEST = 3  # subjects a diagnosis needs to be compared at all
+CONTROLS = "(controls)"  # all of them together, however their diagnosis is written
 
 
 def diagnosis_differences(rows: pd.DataFrame, gap: str = "gap", controls: str | None = None) -> pd.DataFrame:
@@ -28,7 +29,7 @@ def diagnosis_differences(rows: pd.DataFrame, gap: str = "gap", controls: str | 
     gap : str
         Column to compare.
     controls : str, optional
-        The diagnosis to compare with; by default the one called control, healthy, CN, HC or alike.
+        The diagnosis to compare with; by default all controls (`judge_controls`), in any spelling.
 
     Returns
     -------
@@ -38,10 +39,16 @@ def diagnosis_differences(rows: pd.DataFrame, gap: str = "gap", controls: str | 
         nothing to compare.
     """
     rows = rows[rows["diagnosis"].fillna("").astype(str) != ""] if "diagnosis" in rows else rows.iloc[:0]
-    counts = rows.groupby("diagnosis")["subject_id"].nunique() if len(rows) else pd.Series(dtype=int)
-    named = _controls_of(counts, controls)
+    if not len(rows):
+        return pd.DataFrame()
+    if controls is None:
+        named = CONTROLS
+        rows = rows.assign(diagnosis=rows["diagnosis"].mask(judge_controls(rows) == "yes", CONTROLS))
+    else:
+        named = _checked_name(rows, controls)
+    counts = rows.groupby("diagnosis")["subject_id"].nunique()
     others = [name for name in counts.index if name != named and counts[name] >= FEWEST]
-    if named is None or counts[named] < FEWEST or not others:
+    if counts.get(named, 0) < FEWEST or not others:
         return pd.DataFrame()
     rows = rows[rows["diagnosis"].isin([named, *others])].reset_index(drop=True)
     covariates = ["age", *(name for name in ("sex", "site") if _varies(rows, name))]
@@ -63,15 +70,11 @@ def diagnosis_differences(rows: pd.DataFrame, gap: str = "gap", controls: str | 
     )
 
 
-def _controls_of(counts: pd.Series, controls: str | None) -> str | None:
-    if controls is not None:
-        if controls not in counts.index:
-            raise ValueError(
-                f"controls = {controls!r} is not a diagnosis here; there are {list(counts.index)}."
-            )
-        return controls
-    known = [name for name in counts.index if str(name).strip().lower() in CONTROL_WORDS]
-    return max(known, key=lambda name: counts[name]) if known else None
+def _checked_name(rows: pd.DataFrame, controls: str) -> str:
+    if controls not in set(rows["diagnosis"]):
+        known = sorted(rows["diagnosis"].unique())
+        raise ValueError(f"controls = {controls!r} is not a diagnosis here; there are {known}.")
+    return controls
 
 
 def _varies(rows: pd.DataFrame, name: str) -> bool:

@@ -1,4 +1,5 @@
-"""Prediction intervals that hold the true age in a stated share of people (conformal), and how well they do.
+"""Prediction intervals that hold the true age in a stated share of people (conformal), and how well they do;
+and the one place where a run's bias correction and interval are fitted, for its report and its bundle alike.
 
 They widen nothing to look safe and promise nothing from few subjects: where the calibration subjects cannot
 support the level, the interval is infinite and says so.
@@ -6,58 +7,112 @@ support the level, the interval is infinite and says so.
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from brainage_nb.evaluation.bias import CorrectionRefused
+from brainage_nb.evaluation.bias import AgeBiasCorrector, CorrectionRefused
 from brainage_nb.evaluation.metrics import age_bins
 
+if TYPE_CHECKING:
+    from brainage_nb.evaluation.runs import Run
+
 LEVEL = 0.9
-_DIFFICULTY_FOLDS = 5
+HELD_OUT, OUT_OF_FOLD = "validation", "out-of-fold"
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a run's held-out predictions say about its predictions of new people.
+
+    Attributes
+    ----------
+    corrector : AgeBiasCorrector or None
+        None where the correction was refused; `refused` then says why.
+    refused : str
+    interval : ConformalInterval or None
+        None where nothing was held out.
+    """
+
+    corrector: AgeBiasCorrector | None
+    refused: str
+    interval: ConformalInterval | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values under the names they have in a bundle."""
+        return {
+            "correction": self.corrector.to_dict() if self.corrector else None,
+            "correction_refused": self.refused,
+            "interval": self.interval.to_dict() if self.interval else None,
+        }
+
+
+def calibrate(run: Run, level: float = LEVEL) -> Calibration:
+    """Fit the bias correction on a run's calibration controls and the interval on all its calibration scans.
+
+    Calibration scans are validation, or out-of-fold where folds were run. Test scans take no part.
+    """
+    corrector, reason = None, ""
+    try:
+        controls = run.calibration_rows()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what few subjects support is kept in the fitted corrector
+            corrector = AgeBiasCorrector().fit(
+                controls["predicted_age"],
+                controls["age"],
+                controls["split"],
+                subject_id=controls["subject_id"].to_numpy(),
+            )
+    except CorrectionRefused as refused:
+        reason = str(refused)
+    rows = run.calibration_rows(controls_only=False)
+    interval = ConformalInterval(level, OUT_OF_FOLD if run.folds else HELD_OUT)
+    fitted = interval.fit(rows["predicted_age"], rows["age"], rows["split"]) if len(rows) else None
+    return Calibration(corrector, reason, fitted)
 
 
 class ConformalInterval:
-    """Split-conformal interval around a predicted age (Vovk 2005; Lei et al. 2018).
+    """Split-conformal interval around a predicted age (Vovk 2005; Lei et al. 2018): one width for everybody.
 
-    Half-width: the k-th smallest absolute error of the calibration subjects, k = ceil((n + 1) * level);
-    infinite where k > n. The plain form gives everybody the same width. The scaled form divides each error by
-    how hard that scan is expected to be and multiplies back, so that easy scans get narrower intervals.
+    Half-width: the k-th smallest absolute error of the calibration scans, k = ceil((n + 1) * level); infinite
+    where k > n. With `kind` out-of-fold, each error is that of the one fold's model that had not seen the
+    scan, while the interval stands around the mean of all folds' models. That mean errs no more on average,
+    so the interval tends to hold at least `level`; no theorem promises it.
 
     Parameters
     ----------
     level : float
         Share of people whose true age the interval should hold.
-    scaled : bool
-        Scale by difficulty. Difficulty is given (such as the spread of an ensemble, years) or, where it is
-        not, learned as the size of the error at each predicted age; it never uses the true age of the scan at
-        hand.
+    kind : {"validation", "out-of-fold"}
+        Which scans calibrate it.
 
     Attributes
     ----------
     quantile_ : float
-        Years (plain) or multiples of the difficulty (scaled).
+        Half the width, years.
     n_calibration_ : int
         Scans behind it.
     support_ : str
         Why the interval is infinite; empty where it is not.
     """
 
-    def __init__(self, level: float = LEVEL, *, scaled: bool = False):
+    def __init__(self, level: float = LEVEL, kind: str = HELD_OUT):
         if not 0 < level < 1:
             raise ValueError(f"level = {level}: give a share between 0 and 1, such as 0.9.")
-        self.level, self.scaled = level, scaled
+        self.level, self.kind = level, kind
+
+    @property
+    def title(self) -> str:
+        """Level and kind in words."""
+        return f"{self.level:.0%} conformal interval, calibrated on {self.n_calibration_} {self.kind} scans"
 
     def fit(
-        self,
-        predicted: np.ndarray,
-        age: np.ndarray,
-        split: np.ndarray | str | None = None,
-        *,
-        difficulty: np.ndarray | None = None,
+        self, predicted: np.ndarray, age: np.ndarray, split: np.ndarray | str | None = None
     ) -> ConformalInterval:
-        """Calibrate on scans the model did not train on: validation, or out-of-fold train and validation.
+        """Calibrate on scans the model did not train on.
 
         Parameters
         ----------
@@ -65,8 +120,6 @@ class ConformalInterval:
             Years.
         split : array (n,) or str, optional
             Part of each scan; any `test` is refused.
-        difficulty : array (n,), optional
-            Positive; used by the scaled form only, and then needed by `predict` too.
 
         Raises
         ------
@@ -77,26 +130,13 @@ class ConformalInterval:
             raise CorrectionRefused(
                 "Test scans cannot calibrate an interval whose coverage is then measured on them."
             )
-        predicted, age = np.asarray(predicted, dtype=float), np.asarray(age, dtype=float)
-        error = np.abs(age - predicted)
-        self.learned_ = self.scaled and difficulty is None
-        self.difficulty_, self.floor_ = None, 0.0
-        if self.learned_:
-            expected, self.difficulty_ = _learned_difficulty(predicted, error)
-            error = error / expected
-        elif self.scaled:
-            self.floor_ = 0.1 * float(
-                np.median(difficulty)
-            )  # a spread near zero must not promise a width near zero
-            error = error / np.maximum(difficulty, self.floor_)
+        error = np.abs(np.asarray(age, dtype=float) - np.asarray(predicted, dtype=float))
         self.n_calibration_ = len(error)
         self.quantile_ = conformal_quantile(error, self.level)
         self.support_ = _say_support(self.n_calibration_, self.level)
         return self
 
-    def predict(
-        self, predicted: np.ndarray, difficulty: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper end (n,) of each interval in years; infinite where the calibration cannot support
         the level."""
         if not hasattr(self, "quantile_"):
@@ -104,74 +144,25 @@ class ConformalInterval:
                 "ConformalInterval is not fitted; call fit(predicted, age, split) on validation scans."
             )
         predicted = np.asarray(predicted, dtype=float)
-        half = self.quantile_ * self._difficulty_of(predicted, difficulty)
-        return predicted - half, predicted + half
+        return predicted - self.quantile_, predicted + self.quantile_
 
     def to_dict(self) -> dict[str, Any]:
         """Everything `from_dict` needs, as plain JSON values (an infinite quantile as None)."""
         return {
             "level": self.level,
-            "scaled": self.scaled,
+            "kind": self.kind,
             "quantile": self.quantile_ if np.isfinite(self.quantile_) else None,
             "n_calibration": self.n_calibration_,
             "support": self.support_,
-            "learned": self.learned_,
-            "difficulty": self.difficulty_,
-            "floor": self.floor_,
         }
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> ConformalInterval:
-        """A calibrated interval from `to_dict`."""
-        self = cls(content["level"], scaled=content["scaled"])
+        """A calibrated interval from `to_dict`; bundles of the first release name no kind."""
+        self = cls(content["level"], content.get("kind", "held-out"))
         self.quantile_ = np.inf if content["quantile"] is None else content["quantile"]
         self.n_calibration_, self.support_ = content["n_calibration"], content["support"]
-        self.learned_, self.difficulty_, self.floor_ = (
-            content[key] for key in ("learned", "difficulty", "floor")
-        )
         return self
-
-    def _difficulty_of(self, predicted: np.ndarray, difficulty: np.ndarray | None) -> np.ndarray:
-        if self.learned_:
-            return np.interp(predicted, self.difficulty_["predicted_age"], self.difficulty_["error"])
-        if not self.scaled:
-            return np.ones(len(predicted))
-        if difficulty is None:
-            raise ValueError("This interval was scaled by a given difficulty; give it for these scans too.")
-        return np.maximum(np.asarray(difficulty, dtype=float), self.floor_)
-
-
-def cv_plus_interval(
-    member_predictions: np.ndarray,
-    out_of_fold: np.ndarray,
-    age: np.ndarray,
-    fold: np.ndarray,
-    level: float = LEVEL,
-) -> tuple[np.ndarray, np.ndarray]:
-    """CV+ interval of new scans from fold models (Barber et al. 2021, jackknife+ where every fold is one
-    subject).
-
-    Parameters
-    ----------
-    member_predictions : array (n_new, n_folds)
-        Years; column k holds what fold k's model says.
-    out_of_fold, age : array (n,)
-        Out-of-fold predictions of train and validation and true ages, years.
-    fold : array (n,) of int
-        Which column of `member_predictions` belongs to the model that made each out-of-fold prediction.
-
-    Returns
-    -------
-    low, high : array (n_new,)
-        Years; infinite where n is too small for the level.
-    """
-    members = np.asarray(member_predictions, dtype=float)[:, np.asarray(fold, dtype=int)]
-    error = np.abs(np.asarray(age, dtype=float) - np.asarray(out_of_fold, dtype=float))
-    n = len(error)
-    k = int(np.ceil((n + 1) * level - 1e-9))
-    if k > n:
-        return np.full(len(members), -np.inf), np.full(len(members), np.inf)
-    return np.sort(members - error, axis=1)[:, n - k], np.sort(members + error, axis=1)[:, k - 1]
 
 
 def conformal_quantile(error: np.ndarray, level: float = LEVEL) -> float:
@@ -211,37 +202,6 @@ def _coverage_row(name: str, part: pd.DataFrame) -> dict[str, Any]:
         "coverage_high": float(share.high),
         "mean_width": float(part["width"].mean()),
     }
-
-
-def _learned_difficulty(
-    predicted: np.ndarray, error: np.ndarray
-) -> tuple[np.ndarray, dict[str, list[float]]]:
-    """Expected error of each calibration scan, from the other folds' scans, and the curve over all of them.
-
-    Errors scaled by a curve that saw them would look smaller than those of new scans, hence the folds.
-    """
-    n = len(error)
-    fold = np.empty(n, dtype=int)
-    fold[np.argsort(predicted, kind="stable")] = np.arange(n) % _DIFFICULTY_FOLDS
-    expected = np.ones(n)
-    for k in range(_DIFFICULTY_FOLDS):
-        inside, outside = fold == k, fold != k
-        if inside.any() and outside.any():
-            curve = _error_curve(predicted[outside], error[outside])
-            expected[inside] = np.interp(predicted[inside], curve["predicted_age"], curve["error"])
-    return expected, _error_curve(predicted, error)
-
-
-def _error_curve(predicted: np.ndarray, error: np.ndarray) -> dict[str, list[float]]:
-    """Mean absolute error around each predicted age, smoothed (Gaussian, half the spread of predictions), on
-    25 points."""
-    points = np.linspace(predicted.min(), predicted.max(), 25)
-    bandwidth = max(0.5 * float(predicted.std()), 1e-6)
-    weight = np.exp(-0.5 * ((points[:, None] - predicted) / bandwidth) ** 2)
-    overall = float(error.mean())
-    # Two scans' worth of the overall error steadies the ends, where few scans speak.
-    smooth = (weight @ error + 2 * overall) / (weight.sum(axis=1) + 2)
-    return {"predicted_age": points.tolist(), "error": np.maximum(smooth, 0.1 * overall + 1e-9).tolist()}
 
 
 def _say_support(n: int, level: float) -> str:

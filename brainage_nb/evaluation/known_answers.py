@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from brainage_nb.cohort.phantom_references import FEWEST_ATTAINABLE, attainable_ages
 from brainage_nb.evaluation.metrics import correlation_with_interval, mean_with_interval
-from brainage_nb.planted import ANATOMY, anatomy_regressions
 from brainage_nb.workspace import Workspace, read_csv
 
 FEWEST_TWICE = 10  # subjects with two sessions, below which a reliability means little
@@ -21,24 +21,31 @@ FEWEST_TWICE = 10  # subjects with two sessions, below which a reliability means
 
 def read_truth(workspace: Workspace, path: str | Path = "") -> pd.DataFrame | None:
     """The planted truth: from `path`, else `demo/truth.csv` (or another folder's) in the workspace; None
-    where there is none."""
-    if str(path):
-        return read_csv(path)
-    found = [
-        workspace.path("demo", "truth.csv"),
-        workspace.path("truth.csv"),
-        *sorted(workspace.root.glob("*/truth.csv")),
-    ]
-    return next((read_csv(place) for place in found if place.exists()), None)
+    where there is none.
+
+    With `attainable` (years, see `attainable_ages`) where there are people enough to fit it on.
+    """
+    places = [Path(path)] if str(path) else []
+    if not places:
+        places = [workspace.path("demo", "truth.csv"), workspace.path("truth.csv")]
+        places += sorted(workspace.root.glob("*/truth.csv"))
+    found = next((place for place in places if str(path) or place.exists()), None)
+    if found is None:
+        return None
+    truth = read_csv(found)
+    if truth["subject_id"].nunique() >= FEWEST_ATTAINABLE:
+        truth["attainable"] = attainable_ages(truth)
+    return truth
 
 
 def with_truth(rows: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """Rows that have a planted gap, with `planted_gap`, `brain_age` (years) and the planted anatomy.
+    """Rows that have a planted gap, with `planted_gap`, `brain_age` and, where the truth has it, `attainable`
+    (years).
 
     Matched by `scan_id`, or by subject and session where a scan goes by another name.
     """
     planted = truth.rename(columns={"gap": "planted_gap"})
-    found = ["planted_gap", "brain_age", *(name for name in ANATOMY if name in planted)]
+    found = [name for name in ("planted_gap", "brain_age", "attainable") if name in planted]
     by_scan = rows[["scan_id"]].merge(planted[["scan_id", *found]].drop_duplicates("scan_id"), how="left")
     keys = ["subject_id", "session_id"]
     by_session = rows[keys].merge(planted[[*keys, *found]].drop_duplicates(keys), on=keys, how="left")
@@ -85,32 +92,29 @@ def recovered_gap(
     return pd.DataFrame(table)
 
 
-def reference_errors(
-    rows: pd.DataFrame, training: pd.DataFrame, *, n_bootstrap: int = 2000, seed: int = 0
-) -> dict[str, dict[str, float]]:
-    """MAE (years) of the two references on the same test rows as ours.
+def reference_errors(rows: pd.DataFrame, *, n_bootstrap: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """MAE (years) of the two references of notebook 01 on the given scans.
 
     Parameters
     ----------
-    rows, training : DataFrame
-        Test rows and rows that the attainable regression is fitted on, both from `with_truth`.
+    rows : DataFrame
+        From `with_truth`: the test rows, or those of the whole cohort.
 
     Returns
     -------
     dict
-        `oracle`: knows the planted brain age. `attainable`: the best regression of age on the planted
-        anatomy, where the truth holds it. Each {"value", "low", "high", "n", "n_subjects"}.
+        `oracle`: knows the planted brain age and gives it as the age. `attainable`: the best regression of
+        age on the planted anatomy, where there are people enough. Each {"value", "low", "high", "n",
+        "n_subjects"}.
     """
     subjects = rows["subject_id"].to_numpy()
-    bootstrap = {"n_bootstrap": n_bootstrap, "seed": seed}
-    errors = {"oracle": mean_with_interval((rows["brain_age"] - rows["age"]).abs(), subjects, **bootstrap)}
-    anatomy = [name for name in ANATOMY if name in rows]
-    if anatomy and len(training) >= 5 * len(anatomy):
-        predicted = attainable_ages(training[anatomy], training["age"], rows[anatomy])
-        errors["attainable"] = mean_with_interval(
-            np.abs(predicted - rows["age"].to_numpy()), subjects, **bootstrap
+    return {
+        name: mean_with_interval(
+            (rows[column] - rows["age"]).abs(), subjects, n_bootstrap=n_bootstrap, seed=seed
         )
-    return errors
+        for name, column in (("oracle", "brain_age"), ("attainable", "attainable"))
+        if column in rows
+    }
 
 
 def two_session_reliability(
@@ -157,15 +161,3 @@ def icc(pairs: np.ndarray) -> float:
     error = (rest**2).sum() / ((n - 1) * (k - 1))
     below = between_people + (k - 1) * error + k * (between_sessions - error) / n
     return float((between_people - error) / below) if below > 0 else float("nan")
-
-
-def attainable_ages(train: pd.DataFrame, age: pd.Series, test: pd.DataFrame) -> np.ndarray:
-    """Ages (n_test,) in years by the regression on planted anatomy that does best in cross-validation on the
-    training rows, whose ages are `age`; both tables hold columns of `ANATOMY`.
-    """
-    from sklearn.model_selection import cross_val_score
-
-    models = anatomy_regressions()
-    x, y = train.to_numpy(), age.to_numpy()
-    scores = [cross_val_score(model, x, y, scoring="neg_mean_absolute_error").mean() for model in models]
-    return models[int(np.argmax(scores))].fit(x, y).predict(test.to_numpy())

@@ -18,7 +18,6 @@ METRICS = (
     "slope",
     "gap_age_r",
     "mean_gap",
-    "mae_over_range",
     "mean_predictor_mae",
 )
 
@@ -52,22 +51,41 @@ def regression_metrics(
     -------
     dict
         `n` (scans) and `n_subjects` as int; `mae`, `rmse`, `mean_gap`, `mean_predictor_mae` in years, `r`,
-        `r2`, `slope` (of predicted on true age), `gap_age_r` (of predicted minus true age with true age) and
-        `mae_over_range` (MAE over the age range of these scans, the form that can be compared between
-        cohorts) as {"value", "low", "high"}. NaN stands where a figure is not defined, as r is for constant
-        predictions.
+        `r2`, `slope` (of predicted on true age) and `gap_age_r` (of predicted minus true age with true age)
+        as {"value", "low", "high"}. NaN stands where a figure is not defined, as r is for constant
+        predictions. All of them depend on the age range of the scans (de Lange et al. 2022): compare models
+        on the same people only.
     """
     age, predicted = _checked(age, predicted)
     subjects = subject_codes(subject_id, len(age))
     columns = _moment_columns(age, predicted, reference_age)
-    age_range = float(np.ptp(age))
-    value = _figures(columns.sum(axis=0, keepdims=True), age_range)
-    draws = _figures(bootstrap_sums(columns, subjects, n_bootstrap, seed), age_range)
+    value = _figures(columns.sum(axis=0, keepdims=True))
+    draws = _figures(bootstrap_sums(columns, subjects, n_bootstrap, seed))
     counts = {"n": len(age), "n_subjects": int(subjects.max()) + 1}
     return counts | {name: value_with_interval(value[name][0], draws[name]) for name in METRICS}
 
 
-def metrics_by_split(predictions: pd.DataFrame, variant: str, reference_age: float) -> pd.DataFrame:
+def has_folds(predictions: pd.DataFrame) -> bool:
+    """Whether train and validation rows are out-of-fold predictions (columns `split, fold`)."""
+    return bool(((predictions["split"] != "test") & (predictions["fold"] >= 0)).any())
+
+
+def mean_training_age(predictions: pd.DataFrame) -> float:
+    """What the mean predictor says for everybody: the mean age in years of the training subjects.
+
+    A subject counts once, however many scans it has. With folds, validation subjects were trained on too.
+
+    Parameters
+    ----------
+    predictions : DataFrame
+        Columns `subject_id, split, fold, age`, as `predictions.csv`.
+    """
+    pool = ("train", "val") if has_folds(predictions) else ("train",)
+    rows = predictions[predictions["split"].isin(pool)]
+    return float(rows.groupby("subject_id")["age"].mean().mean())
+
+
+def metrics_by_split(predictions: pd.DataFrame, variant: str) -> pd.DataFrame:
     """The first figures of a run, a row a split, as text with 95 % subject-bootstrap intervals.
 
     Parameters
@@ -76,8 +94,6 @@ def metrics_by_split(predictions: pd.DataFrame, variant: str, reference_age: flo
         As `predictions.csv`; may be empty.
     variant : str
         Which rows count: the headline of the run's `settings.json`.
-    reference_age : float
-        Mean age of the training subjects, years.
     """
     titles = {"mae": "MAE [years]", "mean_predictor_mae": "mean predictor's MAE [years]", "r": "r"}
     rows = {}
@@ -87,7 +103,10 @@ def metrics_by_split(predictions: pd.DataFrame, variant: str, reference_age: flo
     ]:
         part = headline[headline["split"] == split]
         figures = regression_metrics(
-            part["age"], part["predicted_age"], part["subject_id"], reference_age=reference_age
+            part["age"],
+            part["predicted_age"],
+            part["subject_id"],
+            reference_age=mean_training_age(predictions),
         )
         rows[split] = {"scans": len(part)} | {
             title: with_interval(figures[key]) for key, title in titles.items()
@@ -233,7 +252,7 @@ def _moment_columns(age: np.ndarray, predicted: np.ndarray, reference_age: float
     return np.column_stack([np.ones(len(age)), np.abs(gap), gap**2, gap, a, p, a * a, p * p, a * p, away])
 
 
-def _figures(sums: np.ndarray, age_range: float) -> dict[str, np.ndarray]:
+def _figures(sums: np.ndarray) -> dict[str, np.ndarray]:
     """All metrics of each row of moment sums (draws, 10)."""
     with np.errstate(divide="ignore", invalid="ignore"):
         _, mae, mse, gap, a, p, aa, pp, ap, away = (sums / sums[:, :1]).T
@@ -251,7 +270,6 @@ def _figures(sums: np.ndarray, age_range: float) -> dict[str, np.ndarray]:
             "slope": cov / var_a,
             "gap_age_r": (cov - var_a) / np.sqrt(var_gap * var_a),
             "mean_gap": gap,
-            "mae_over_range": mae / age_range if age_range > 0 else np.full(len(mae), np.nan),
             "mean_predictor_mae": away,
         }
 

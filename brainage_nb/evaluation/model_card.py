@@ -27,7 +27,6 @@ FIGURES = {
     "r2": "R²",
     "slope": "slope of predicted on true age",
     "gap_age_r": "r, gap with true age",
-    "mae_over_range": "MAE / age range",
 }
 # Of `benchmarks/accuracy.py` and `benchmarks/steadiness.py`; the README has the tables.
 MEASURED = {
@@ -78,7 +77,6 @@ def templates(*, autoescape: bool = False) -> Any:
 def _content(evaluation: Evaluation, name: str, found: RunEvaluation) -> dict[str, Any]:
     ws, test, training = evaluation.workspace, found.metrics["test"], found.run.part("train")
     cohort = ws.read("cohort.csv")
-    plain = found.coverage[found.coverage["form"] == "plain"].iloc[0]
     return {
         "name": name,
         "when": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -94,11 +92,10 @@ def _content(evaluation: Evaluation, name: str, found: RunEvaluation) -> dict[st
         "figures": [(title, with_interval(test[key])) for key, title in FIGURES.items()],
         "splits": markdown(tables.splits_table(ws)),
         "groups": markdown(tables.groups_table(found)),
-        "corrector": found.corrector,
-        "refused": found.refused,
-        "interval": found.intervals.get("plain"),
-        "level": evaluation.level,
-        "coverage": plain,
+        "corrector": found.calibration.corrector,
+        "refused": found.calibration.refused,
+        "interval": found.calibration.interval,
+        "coverage": found.coverage.iloc[0],
         "diagnosed": "diagnosis" in found.run.predictions,
         "recipe_elsewhere": "" if evaluation.is_test_object else recipe_elsewhere(found.run.settings),
         "test_object": TEST_OBJECT if evaluation.is_test_object else "",

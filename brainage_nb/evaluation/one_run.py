@@ -3,16 +3,14 @@ nothing."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from brainage_nb.evaluation import intervals as conformal
-from brainage_nb.evaluation.bias import AgeBiasCorrector, CorrectionRefused
 from brainage_nb.evaluation.groups import diagnosis_differences
+from brainage_nb.evaluation.intervals import LEVEL, Calibration, calibrate, conformal_quantile, coverage
 from brainage_nb.evaluation.known_answers import (
     recovered_gap,
     reference_errors,
@@ -40,16 +38,14 @@ class RunEvaluation:
     run : Run
     metrics : dict
         split -> raw figures (`regression_metrics`).
-    corrector : AgeBiasCorrector or None
-        None where the correction was refused; `refused` then says why.
+    calibration : Calibration
+        Bias correction and prediction interval, as the run's bundle has them.
     corrected : dict
         split -> figures of the age-free corrected prediction. Kept apart from `metrics`.
     bias : DataFrame
         Slope and gap-age r before and after, on calibration and test scans.
-    intervals : dict
-        `plain`, `scaled` -> fitted ConformalInterval.
     coverage : DataFrame
-        On test, by form and age bin.
+        Of that interval on test, by age bin.
     curve : DataFrame
         Promised against observed share over many levels, on test.
     rows : DataFrame
@@ -65,11 +61,9 @@ class RunEvaluation:
 
     run: Run
     metrics: dict[str, dict[str, Any]]
-    corrector: AgeBiasCorrector | None = None
-    refused: str = ""
+    calibration: Calibration
     corrected: dict[str, dict[str, Any]] = field(default_factory=dict)
     bias: pd.DataFrame = field(default_factory=pd.DataFrame)
-    intervals: dict[str, conformal.ConformalInterval] = field(default_factory=dict)
     coverage: pd.DataFrame = field(default_factory=pd.DataFrame)
     curve: pd.DataFrame = field(default_factory=pd.DataFrame)
     rows: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -83,7 +77,7 @@ class RunEvaluation:
 def evaluate_run(
     run: Run,
     *,
-    level: float = conformal.LEVEL,
+    level: float = LEVEL,
     truth: pd.DataFrame | None = None,
     controls: str | None = None,
     n_bootstrap: int = 2000,
@@ -95,10 +89,10 @@ def evaluate_run(
             f"{run.name} has no test predictions, so there is nothing to evaluate honestly."
         )
     bootstrap = {"n_bootstrap": n_bootstrap, "seed": seed}
-    found = RunEvaluation(run=run, metrics=_metrics_of(run, run.predictions, bootstrap))
+    found = RunEvaluation(run, _metrics_of(run, run.predictions, bootstrap), calibrate(run, level))
     found.rows = run.predictions.assign(gap=run.predictions["predicted_age"] - run.predictions["age"])
     _correct(found, bootstrap)
-    _add_intervals(found, level)
+    _add_intervals(found)
     test = found.rows[found.rows["split"] == "test"]
     tables = [
         metrics_by_group(test, by, reference_age=run.reference_age, **bootstrap)
@@ -106,12 +100,12 @@ def evaluate_run(
         if _has(test, by)
     ]
     found.groups = pd.concat(tables, ignore_index=True)
-    fair_gap = "adjusted_gap" if found.corrector else "gap"
+    fair_gap = "adjusted_gap" if found.calibration.corrector else "gap"
     if _has(test, "diagnosis"):
         found.diagnosis = diagnosis_differences(test, fair_gap, controls)
     if truth is not None and len(known := with_truth(test, truth)) > 2:
         found.planted = known
-        found.known = _known_answers(known, truth, found, bootstrap)
+        found.known = _known_answers(known, truth, bootstrap)
     found.reliability = two_session_reliability(test, column=fair_gap, **bootstrap)
     return found
 
@@ -131,18 +125,10 @@ def _metrics_of(run: Run, rows: pd.DataFrame, bootstrap: dict[str, int]) -> dict
 
 
 def _correct(found: RunEvaluation, bootstrap: dict[str, int]) -> None:
-    rows, cal = found.rows, found.run.calibration_rows()
+    rows, corrector = found.rows, found.calibration.corrector
     rows["corrected_age"], rows["corrected_gap"], rows["adjusted_gap"] = np.nan, np.nan, np.nan
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `support_` goes into the report's warnings instead
-            corrector = AgeBiasCorrector().fit(
-                cal["predicted_age"], cal["age"], cal["split"], subject_id=cal["subject_id"].to_numpy()
-            )
-    except CorrectionRefused as refused:
-        found.refused = str(refused)
+    if corrector is None:
         return
-    found.corrector = corrector
     rows["corrected_age"] = corrector.transform(rows["predicted_age"])
     rows["corrected_gap"] = rows["corrected_age"] - rows["age"]
     rows["adjusted_gap"] = corrector.adjust_gap(rows["predicted_age"], rows["age"])
@@ -158,63 +144,31 @@ def _correct(found: RunEvaluation, bootstrap: dict[str, int]) -> None:
     ).reset_index()
 
 
-def _add_intervals(found: RunEvaluation, level: float) -> None:
-    cal, rows = found.run.calibration_rows(controls_only=False), found.rows
-    test = rows["split"] == "test"
-    tables = []
-    for form in ("plain", "scaled"):
-        interval = conformal.ConformalInterval(level, scaled=form == "scaled")
-        if len(cal):
-            interval.fit(cal["predicted_age"], cal["age"], cal["split"])
-            found.intervals[form] = interval
-            low, high = interval.predict(rows["predicted_age"])
-        else:
-            low, high = np.full(len(rows), -np.inf), np.full(len(rows), np.inf)
-        rows[f"{form}_low"], rows[f"{form}_high"] = low, high
-        if form == "plain" and (members := _fold_members(found.run, cal)) is not None:
-            low, high = conformal.cv_plus_interval(*members, level)
-            rows.loc[test, "plain_low"], rows.loc[test, "plain_high"] = low, high
-        part = rows[test]
-        tables.append(
-            conformal.coverage(part["age"], part[f"{form}_low"], part[f"{form}_high"]).assign(form=form)
-        )
-    found.coverage = pd.concat(tables, ignore_index=True)
-    found.curve = _calibration_curve(cal, rows[test])
-
-
-def _fold_members(run: Run, cal: pd.DataFrame) -> tuple[np.ndarray, ...] | None:
-    """(test predictions by fold, out-of-fold predictions, ages, folds) where every fold model predicted every
-    test scan."""
-    if not run.folds:
-        return None
-    test = run.members[(run.members["split"] == "test") & (run.members["fold"] >= 0)]
-    table = test.pivot_table(index="scan_id", columns="fold", values="predicted_age", aggfunc="mean")
-    table = table.reindex(run.part("test")["scan_id"])
-    if table.isna().any(axis=None) or not set(cal["fold"]) <= set(table.columns):
-        return None
-    fold = np.searchsorted(table.columns.to_numpy(), cal["fold"].to_numpy())
-    return table.to_numpy(), cal["predicted_age"].to_numpy(), cal["age"].to_numpy(), fold
+def _add_intervals(found: RunEvaluation) -> None:
+    rows, interval = found.rows, found.calibration.interval
+    rows["low"], rows["high"] = -np.inf, np.inf
+    if interval is not None:
+        rows["low"], rows["high"] = interval.predict(rows["predicted_age"])
+    test = rows[rows["split"] == "test"]
+    found.coverage = coverage(test["age"], test["low"], test["high"])
+    found.curve = _calibration_curve(found.run.calibration_rows(controls_only=False), test)
 
 
 def _calibration_curve(cal: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
     if not len(cal):
         return pd.DataFrame()
     error = np.abs(cal["predicted_age"] - cal["age"]).to_numpy()
-    half = np.array([conformal.conformal_quantile(error, level) for level in LEVELS])
+    half = np.array([conformal_quantile(error, level) for level in LEVELS])
     inside = np.abs(test["gap"].to_numpy()) <= half[:, None]
     return pd.DataFrame({"level": LEVELS, "coverage": inside.mean(axis=1), "n": len(test)})
 
 
-def _known_answers(
-    known: pd.DataFrame, truth: pd.DataFrame, found: RunEvaluation, bootstrap: dict[str, int]
-) -> dict[str, Any]:
+def _known_answers(known: pd.DataFrame, truth: pd.DataFrame, bootstrap: dict[str, int]) -> dict[str, Any]:
     kinds = {kind: column for kind, column in RECOVERED_KINDS.items() if known[column].notna().all()}
-    not_test = found.rows["split"] != "test"
-    training = with_truth(found.rows[not_test], truth)
     ours = mean_with_interval(known["gap"].abs(), known["subject_id"].to_numpy(), **bootstrap)
-    errors = reference_errors(known, training, **bootstrap)
     return {
-        "mae": {"ours": ours} | errors,
+        "mae": {"ours": ours} | reference_errors(known, **bootstrap),
+        "mae_whole_cohort": reference_errors(truth, **bootstrap),
         "recovered": recovered_gap(known, kinds, **bootstrap).to_dict("records"),
     }
 

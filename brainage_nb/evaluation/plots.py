@@ -29,7 +29,6 @@ BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = (
     "#CC79A7",
 )
 GREY = "#555555"
-SPLIT_COLOURS = {"train": SKY, "val": ORANGE, "test": BLUE}
 _TEXT, _SMALL = 9, 8  # points, at the printed size of the figure
 
 
@@ -65,6 +64,7 @@ def predicted_vs_true(
     name: str = "",
     reference_age: float | None = None,
     interval: tuple[np.ndarray, np.ndarray] | None = None,
+    level: float = 0.9,
     ax: Axes | None = None,
 ) -> Axes:
     """Predicted against true age with the identity line and what the mean predictor says.
@@ -81,13 +81,15 @@ def predicted_vs_true(
         Mean training age, years.
     interval : (low, high) of arrays (n,), optional
         Prediction intervals, drawn as thin lines where finite and few enough to be told apart.
+    level : float
+        Their level, for the legend.
     """
     ax = _axes(ax)
     age, predicted = np.asarray(age, dtype=float), np.asarray(predicted, dtype=float)
     ends = _limits(age, predicted)
     if interval is not None and np.isfinite(interval[0]).all() and len(age) <= 300:
-        ends = _limits(np.ravel(interval), predicted)
-        ax.vlines(age, *interval, color=SKY, lw=0.8, alpha=0.6, label="90 % interval", zorder=1)
+        ends = _limits(np.ravel(interval), age)
+        ax.vlines(age, *interval, color=SKY, lw=0.8, alpha=0.6, label=f"{level:.0%} interval", zorder=1)
     ax.scatter(age, predicted, color=BLUE, label="a scan", zorder=3, **_dots(len(age)))
     ax.plot(ends, ends, color="black", lw=1, label="predicted = true", zorder=2)
     if reference_age is not None:
@@ -151,25 +153,6 @@ def training_curve(
     ax.legend(fontsize=_SMALL, frameon=False)
     ax.xaxis.get_major_locator().set_params(integer=True)
     return _labelled(ax, title, "epoch", ylabel)
-
-
-def age_histogram(splits: pd.DataFrame, *, ax: Axes | None = None) -> Axes:
-    """Subjects by age and split (columns `subject_id, age, split`)."""
-    ax = _axes(ax)
-    people = splits.drop_duplicates("subject_id")
-    names = [name for name in SPLIT_COLOURS if (people["split"] == name).any()]
-    low, high = np.floor(people["age"].min() / 5) * 5, np.ceil((people["age"].max() + 0.01) / 5) * 5
-    ax.hist(
-        [people.loc[people["split"] == name, "age"] for name in names],
-        bins=np.arange(low, high + 5, 5),
-        stacked=True,
-        color=[SPLIT_COLOURS[name] for name in names],
-        label=[f"{name} (n = {(people['split'] == name).sum()})" for name in names],
-        edgecolor="white",
-        linewidth=0.5,
-    )
-    _legend_below(ax)
-    return _labelled(ax, f"Ages of {len(people)} subjects by split", "age [years]", "subjects")
 
 
 def coverage_by_age(coverage: pd.DataFrame, level: float, *, ax: Axes | None = None) -> Axes:

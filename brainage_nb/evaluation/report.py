@@ -37,8 +37,13 @@ PACKAGES = (
 )
 
 
-def write_report(evaluation: Evaluation, *, title: str = "Brain-age evaluation") -> list[Path]:
-    """Write the workspace's `evaluation/` folder.
+def write_report(
+    evaluation: Evaluation,
+    figures: list[ReportFigure] | None = None,
+    *,
+    title: str = "Brain-age evaluation",
+) -> list[Path]:
+    """Write the workspace's `evaluation/` folder; figures that were drawn already are taken as they are.
 
     Returns
     -------
@@ -46,7 +51,7 @@ def write_report(evaluation: Evaluation, *, title: str = "Brain-age evaluation")
         `results.json`, `predictions.csv`, `report.html`, `model_card.md` and the figures as PNG and SVG.
     """
     folder = evaluation.workspace.path("evaluation")
-    figures = draw_figures(evaluation)
+    figures = draw_figures(evaluation) if figures is None else figures
     written = [
         write_json(evaluation.results, folder / "results.json"),
         write_csv(evaluation.predictions, folder / "predictions.csv"),

@@ -12,19 +12,12 @@ from typing import Any
 
 import pandas as pd
 
+from brainage_nb.cohort.rules import count_diagnoses, judge_controls
+from brainage_nb.evaluation.bias import CorrectionRefused
+from brainage_nb.evaluation.intervals import LEVEL
+from brainage_nb.evaluation.metrics import has_folds, mean_training_age
 from brainage_nb.workspace import Workspace, open_workspace, read_csv, read_json
 
-CONTROL_WORDS = (
-    "control",
-    "controls",
-    "healthy",
-    "healthy control",
-    "hc",
-    "cn",
-    "nc",
-    "normal",
-    "nondemented",
-)
 OUT_OF_FOLD = "out_of_fold"
 
 
@@ -45,8 +38,8 @@ class Run:
         `history.csv`; empty where the run has none.
     predictions : DataFrame
         Headline rows, one a scan: `scan_id, subject_id, session_id, split, fold, age, predicted_age` and,
-        from the cohort, `sex, site, diagnosis, source` where known. `fold` >= 0 on train and validation rows
-        marks an out-of-fold prediction.
+        from the cohort, `control` ("yes", "no" or "") and, where known, `sex, site, diagnosis, source`.
+        `fold` >= 0 on train and validation rows marks an out-of-fold prediction.
     members : DataFrame
         All rows of `predictions.csv`, with every seed, fold and variant.
     """
@@ -60,15 +53,12 @@ class Run:
     @property
     def folds(self) -> bool:
         """Whether train and validation rows are out-of-fold predictions."""
-        rows = self.predictions
-        return bool(((rows["split"] != "test") & (rows["fold"] >= 0)).any())
+        return has_folds(self.predictions)
 
     @property
     def reference_age(self) -> float:
-        """Mean age in years of the training subjects: the mean predictor."""
-        pool = ("train", "val") if self.folds else ("train",)
-        rows = self.predictions[self.predictions["split"].isin(pool)]
-        return float(rows.groupby("subject_id")["age"].mean().mean())
+        """What the mean predictor says for everybody, in years (`mean_training_age`)."""
+        return mean_training_age(self.predictions)
 
     def part(self, split: str) -> pd.DataFrame:
         """Rows of `train`, `val` or `test`, or all out-of-fold rows (`out_of_fold`)."""
@@ -86,10 +76,10 @@ class Run:
         """Rows that may fit the bias correction and the interval: out-of-fold where folds were run, else
         validation.
 
-        Of controls only, where diagnoses are known and some name controls.
+        Of controls only (see `controls_of`), or of everybody.
         """
         rows = self.part(OUT_OF_FOLD if self.folds else "val")
-        return rows[is_control(rows)] if controls_only else rows
+        return controls_of(rows) if controls_only else rows
 
 
 def read_run(workspace: Workspace | Path | str, name: str) -> Run:
@@ -121,6 +111,12 @@ def list_runs(workspace: Workspace) -> list[str]:
     """Names of the runs that have predictions, oldest first."""
     found = sorted(workspace.path("runs").glob("*/predictions.csv"), key=lambda path: path.stat().st_mtime)
     return [path.parent.name for path in found]
+
+
+def reported_level(workspace: Workspace) -> float:
+    """The level of the prediction interval in the workspace's report; `LEVEL` before there is one."""
+    results = workspace.path("evaluation", "results.json")
+    return read_json(results)["_parameters"]["level"] if results.exists() else LEVEL
 
 
 def headline_rows(members: pd.DataFrame, variant: str) -> pd.DataFrame:
@@ -155,12 +151,22 @@ def headline_rows(members: pd.DataFrame, variant: str) -> pd.DataFrame:
     return rows
 
 
-def is_control(rows: pd.DataFrame) -> pd.Series:
-    """Which rows are controls: by diagnosis where it names any, else everybody."""
-    if "diagnosis" not in rows:
-        return pd.Series(True, index=rows.index)
-    control = rows["diagnosis"].fillna("").astype(str).str.strip().str.lower().isin(CONTROL_WORDS)
-    return control if control.any() else pd.Series(True, index=rows.index)
+def controls_of(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of controls (`control` is "yes"; everybody where there are no diagnoses).
+
+    Raises
+    ------
+    CorrectionRefused
+        There are diagnoses, and none of them is known to be a word for controls.
+    """
+    control = judge_controls(rows)
+    if len(rows) and (control == "").all():
+        raise CorrectionRefused(
+            f"None of the diagnoses is a known word for controls ({count_diagnoses(rows)}), and nothing is "
+            "fitted on patients. Set control_words to the word for controls in notebook 01 of that workspace "
+            "and run from there again (controls_only = False keeps the patients in the cohort)."
+        )
+    return rows[control == "yes"]
 
 
 def _known_variant(members: pd.DataFrame, variant: str) -> str:
@@ -177,7 +183,8 @@ def _known_variant(members: pd.DataFrame, variant: str) -> str:
 
 def _with_cohort(rows: pd.DataFrame, ws: Workspace) -> pd.DataFrame:
     cohort = ws.read("cohort.csv")
-    wanted = [name for name in ("scan_id", "sex", "site", "diagnosis", "source") if name in cohort]
+    cohort["control"] = judge_controls(cohort)
+    wanted = [name for name in ("scan_id", "sex", "site", "diagnosis", "source", "control") if name in cohort]
     cohort = cohort[wanted].drop_duplicates("scan_id")
     if "diagnosis" in cohort:
         cohort["diagnosis"] = cohort["diagnosis"].fillna("").astype(str)

@@ -149,13 +149,20 @@ def known_tables(evaluation: Evaluation) -> dict[str, dict[str, pd.DataFrame]]:
     for name, found in evaluation.runs.items():
         if not found.known:
             continue
+        cohort = found.known["mae_whole_cohort"]
         errors = found.known["mae"] | {"mean": found.metrics["test"]["mean_predictor_mae"]}
         words["mean"] = "mean predictor"
         recovered = pd.DataFrame(found.known["recovered"])
         tables[name] = {
             "errors": pd.DataFrame(
                 [
-                    {"who predicts": words[key], "MAE on test [years]": with_interval(errors[key])}
+                    {
+                        "who predicts": words[key],
+                        "MAE on test [years]": with_interval(errors[key]),
+                        "MAE on the whole cohort, as in notebook 01 [years]": with_interval(cohort[key])
+                        if key in cohort
+                        else "–",
+                    }
                     for key in ("mean", "ours", "attainable", "oracle")
                     if key in errors
                 ]
@@ -215,7 +222,7 @@ def flat_settings(settings: dict[str, Any], within: str = "") -> dict[str, str]:
 
 def bias_table(found: RunEvaluation) -> pd.DataFrame:
     """Slope and gap-age r before and after, as text; empty where the correction was refused."""
-    if not found.corrector:
+    if not found.calibration.corrector:
         return pd.DataFrame()
     table = found.bias.rename(columns={"split": "scans", "kind": "form", "gap_age_r": "gap-age r"})
     return table.assign(
@@ -224,17 +231,20 @@ def bias_table(found: RunEvaluation) -> pd.DataFrame:
 
 
 def coverage_table(found: RunEvaluation) -> pd.DataFrame:
-    """Coverage and width by age bin, both forms side by side, as text."""
-    forms = {form: part.reset_index(drop=True) for form, part in found.coverage.groupby("form", sort=False)}
-    table = forms["plain"][["group", "n"]].rename(columns={"group": "true age [years]", "n": "scans"})
-    for form, part in forms.items():
-        table[f"{form}: inside [%]"] = [
-            f"{100 * row.coverage:.0f} [{100 * row.coverage_low:.0f}, {100 * row.coverage_high:.0f}]"
-            for row in part.itertuples()
-        ]
-        widths = [f"{width:.1f}" if np.isfinite(width) else "infinite" for width in part["mean_width"]]
-        table[f"{form}: mean width [years]"] = widths
-    return table
+    """Coverage and width of the prediction interval by age bin, as text."""
+    rows = list(found.coverage.itertuples())
+    widths = [f"{row.mean_width:.1f}" if np.isfinite(row.mean_width) else "infinite" for row in rows]
+    return pd.DataFrame(
+        {
+            "true age [years]": [row.group for row in rows],
+            "scans": [row.n for row in rows],
+            "inside [%]": [
+                f"{100 * row.coverage:.0f} [{100 * row.coverage_low:.0f}, {100 * row.coverage_high:.0f}]"
+                for row in rows
+            ],
+            "width [years]": widths,
+        }
+    )
 
 
 def groups_table(found: RunEvaluation) -> pd.DataFrame:

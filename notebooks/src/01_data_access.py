@@ -61,7 +61,7 @@ subject_column = ""  # @param {type:"string"}
 age_column = ""  # @param {type:"string"}
 # unit of the ages: auto, years, months, weeks or days
 age_unit = "auto"  # @param ["auto", "years", "months", "weeks", "days"]
-# further words for controls in the table, parted by commas
+# words for controls in the table that are not known (healthy, HC, CTL, ...), parted by commas; 06 uses them too
 control_words = ""  # @param {type:"string"}
 # people in the demo cohort (source "demo")
 n_subjects = 220  # @param {type:"integer"}
@@ -147,9 +147,9 @@ plt.show()
 # %% [markdown]
 # ## What is planted in the demo cohort
 # A brain age (age plus a gap of a few years) drives four changes: ventricles widen, sulci open, grey and white matter
-# lose contrast, bright spots beside the ventricles darken. Each person departs from the rule a little, so that even
-# who reads every planted change without error is off by the attainable MAE; who knows the brain age itself, by the
-# oracle's. Other sources have nothing here.
+# lose contrast, bright spots beside the ventricles darken. Two references, each the mean over all scans: the oracle
+# knows the brain age and gives it as the age; the attainable regression sees the four changes, from which each person
+# departs a little, so it errs more. 06 shows both again, here and on the test scans. Other sources have nothing here.
 
 # %%
 if source == "demo":

@@ -71,7 +71,7 @@ more = ""  # @param {type:"string"}
 from IPython.display import Markdown
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from brainage_nb.apps.live_curve import LiveCurve, history_figure
+from brainage_nb.apps.live_curve import LiveCurve
 from brainage_nb.evaluation.metrics import metrics_by_split
 from brainage_nb.models.bundles.saving import current_bundle
 from brainage_nb.models.fitting.forecast import forecast
@@ -130,11 +130,12 @@ if not elsewhere:
     display(forecast(store, splits, ws.run(run), settings, fresh=fresh))
 
 # %%
-result = train(store, splits, ws.run(run), settings, fresh=fresh, on_epoch=LiveCurve())
+curve = LiveCurve()
+result = train(store, splits, ws.run(run), settings, fresh=fresh, on_epoch=curve)
 Markdown("\n".join(f"- {note}" for note in result.notes))
 
 # %%
-display(history_figure(result.history))
+curve.draw(result.history)  # the last epochs, in the same place
 result.history.tail()
 
 # %% [markdown]
@@ -145,8 +146,7 @@ result.history.tail()
 # %%
 if not result.complete:
     print("Not finished yet; everything is saved. Run this notebook again and it goes on from here.")
-reference_age = splits.loc[splits["split"] == "train", "age"].mean()
-figures = metrics_by_split(result.predictions, result.settings.get("variant", ""), reference_age)
+figures = metrics_by_split(result.predictions, result.settings.get("variant", ""))
 figures
 
 # %% [markdown]

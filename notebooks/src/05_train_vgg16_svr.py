@@ -210,12 +210,16 @@ pd.DataFrame(shown)
 
 # %%
 test = fitted.predictions.query("split == 'test'")
-mean_age = fitted.settings["reference_age"]
 figure, axes = plt.subplots(1, 2, figsize=(11, 5))
 for ax, (variant, part) in zip(axes, test.groupby("variant"), strict=True):
     name = f"{variant} fusion, test\n{fitted.settings['title']}"
     predicted_vs_true(
-        part["age"], part["predicted_age"], metrics[variant], name=name, reference_age=mean_age, ax=ax
+        part["age"],
+        part["predicted_age"],
+        metrics[variant],
+        name=name,
+        reference_age=fitted.reference_age,
+        ax=ax,
     )
 figure.tight_layout()
 plt.show()

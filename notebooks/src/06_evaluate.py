@@ -74,10 +74,11 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.evaluation import tables
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
-from brainage_nb.evaluation.figures import draw_figures
+from brainage_nb.evaluation.figures import draw_external, draw_figures
 from brainage_nb.evaluation.report import write_report
 from brainage_nb.models.bundle import current_bundle, load_bundle
 from brainage_nb.models.bundles.elsewhere import apply_elsewhere, named_subjects
+from brainage_nb.models.bundles.saving import update_bundle
 from brainage_nb.parameters import read_parameters
 from brainage_nb.workspace import open_workspace, session_summary
 
@@ -108,9 +109,9 @@ Markdown(
 # ## Predicted against true age, run by run
 
 # %%
-figures = {drawn.name: drawn for drawn in draw_figures(evaluation)}
-for name, drawn in figures.items():
-    if name.startswith("predicted"):
+figures = draw_figures(evaluation)
+for drawn in figures:
+    if drawn.section == "accuracy":
         display(drawn.figure)
 
 # %% [markdown]
@@ -120,8 +121,8 @@ for name, drawn in figures.items():
 # age: it adjusts a gap and is never an accuracy.
 
 # %%
-for name, drawn in figures.items():
-    if name.startswith("gap"):
+for drawn in figures:
+    if drawn.section == "bias":
         display(drawn.figure)
 
 # %%
@@ -131,11 +132,14 @@ for name, found in evaluation.runs.items():
 
 # %% [markdown]
 # ## How wide an interval must be
-# Conformal intervals promise their coverage for people like those they were fitted on, whatever the model.
+# A conformal interval promises its coverage for people like those it was calibrated on, whatever the model. One width
+# holds for everybody: the error that the stated share of calibration scans stays within. The last cell puts this
+# interval, at this `level`, into the bundle of each run, so that 07 and `predict` give what is checked here.
 
 # %%
 for name, found in evaluation.runs.items():
-    print(name)
+    interval = found.calibration.interval
+    print(f"{name}: {interval.title if interval else 'no interval, nothing was held out'}")
     display(tables.coverage_table(found))
 
 # %% [markdown]
@@ -149,11 +153,13 @@ tables.comparison_table(evaluation)
 
 # %% [markdown]
 # ## Known answers
-# On the demo cohort the truth is known, so the model can be checked against it. Other cohorts have nothing here.
+# On the demo cohort the truth is known, so the model can be checked against it. Oracle and attainable are those of
+# notebook 01: the oracle errs less over the whole cohort; on a few test scans chance may turn the two round. Other
+# cohorts have nothing here.
 
 # %%
-for name, drawn in figures.items():
-    if name.startswith("planted"):
+for drawn in figures:
+    if drawn.section == "known":
         display(drawn.figure)
 for name, known in tables.known_tables(evaluation).items():
     print(name)
@@ -165,23 +171,28 @@ for name, known in tables.known_tables(evaluation).items():
 # calibration reported on everybody else. People who took part in training are refused.
 
 # %%
-for place in filter(None, external.split(",")):
+places = [place.strip() for place in external.split(",") if place.strip()]
+names = [Path(place).name for place in places]
+for name, place in zip(names, places, strict=True):
     model = load_bundle(current_bundle(ws.run(external_run)))
-    evaluation.external[Path(place.strip()).name] = apply_elsewhere(
-        model, place.strip(), calibrate_on=named_subjects(calibrate_on), n_bootstrap=n_bootstrap, seed=seed
+    evaluation.external[name if names.count(name) == 1 else place] = apply_elsewhere(
+        model, place, calibrate_on=named_subjects(calibrate_on), n_bootstrap=n_bootstrap, seed=seed
     )
 
 # %%
 for name, found in evaluation.external.items():
     print(name, *found.warnings, sep="\n  ")
-    display(*tables.external_tables(found).values())
+    figures.append(draw_external(name, found))
+    display(figures[-1].figure, *tables.external_tables(found).values())
 
 # %% [markdown]
 # ## Report and model card
 # `report.html` is one file: send it to somebody who did not run this.
 
 # %%
-written = write_report(evaluation)
+written = write_report(evaluation, figures)
+for name, found in evaluation.runs.items():
+    print(f"{name}: {update_bundle(ws.run(name), found.calibration)}")
 print(f"Report: {ws.path('evaluation', 'report.html')}")
 
 # %%

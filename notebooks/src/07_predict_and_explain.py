@@ -100,7 +100,7 @@ pd.DataFrame(model.manifest["figures"]).map(
 
 # %% [markdown]
 # ## One scan, one age
-# The interval holds the true age of about nine in ten people like those it was calibrated on. Read the warnings
+# The interval holds the true age of about the stated share of people like those it was calibrated on. Read the warnings
 # first: outside the ages and kinds of scan the model knows, the number means nothing.
 
 # %%

@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 
-from brainage_nb.cohort.rules import CohortRules, apply_rules
+from brainage_nb.cohort.rules import CohortRules, apply_rules, judge_controls
+from brainage_nb.workspace import read_csv, write_csv
 
 
 def cohort(rows, **more):
@@ -46,10 +47,49 @@ def test_rules_that_are_switched_off_drop_nobody():
     assert list(ruled.summary["remark"][:2]) == ["switched off", "switched off"]
 
 
-@pytest.mark.parametrize("word", ["Control", "HC", "healthy control", "Nondemented", "CN", "non-demented"])
+CONTROLS = """
+    Control|CTL|HC|TD|HV|CN|NL|healthy control|Healthy_Control|HealthyControls|Cognitively normal|Nondemented
+    |non-demented|not demented|Typically Developing Children|No_Known_Disorder|cognitively unimpaired
+    |HC (young)|age- and sex-matched controls|normal aging|0: control|Control 2|Gesunde Kontrolle|témoin
+    |sujet sain|control sano|健常者|健康对照|контрольная группа|정상"""
+PATIENTS = """
+    AD|MCI|abnormal|uncontrolled|non-control|not healthy|not normal|Normal pressure hydrocephalus|AD control
+    |CU+|NT1|young|group 1|2|cognitively impaired|diseased control|healthy carrier|患者|disorder|conversion"""
+
+
+@pytest.mark.parametrize("word", [word.strip() for word in CONTROLS.split("|")])
 def test_common_words_for_controls_are_known(word):
     ruled = apply_rules(cohort([("A", "", 70), ("B", "", 70)], diagnosis=[word, "patient"]), CohortRules())
     assert list(ruled.cohort["subject_id"]) == ["A"]
+
+
+def test_words_that_only_hold_a_word_for_controls_are_patients():
+    words = [word.strip() for word in PATIENTS.split("|")]
+    frame = cohort([(f"S{n}", "", 50) for n in range(len(words) + 1)], diagnosis=[*words, "HC"])
+    assert apply_rules(frame, CohortRules()).cohort["diagnosis"].tolist() == ["HC"]
+
+
+@pytest.mark.parametrize(
+    "word, other", [("被験者A", "被験者B"), ("1", "11"), ("Gruppe Ä", "Gruppe B"), ("g-1", "G2")]
+)
+def test_the_users_words_are_those_alone_in_any_script(word, other):
+    frame = cohort([("A", "", 70), ("B", "", 70), ("C", "", 70)], diagnosis=[word, other, ""])
+    rules = CohortRules(controls_only=False, control_words=f"{word}, ")
+    assert apply_rules(frame, rules).cohort["control"].tolist() == ["yes", "no", "no"]
+
+
+def test_who_is_a_control_is_kept_with_the_cohort_and_read_again(tmp_path):
+    frame = cohort([("A", "", 70), ("B", "", 70)], diagnosis=["0", "1"])
+    ruled = apply_rules(frame, CohortRules(controls_only=False, control_words="0"))
+    again = read_csv(write_csv(ruled.cohort, tmp_path / "cohort.csv"))
+    assert judge_controls(again).tolist() == ["yes", "no"]
+    assert judge_controls(frame).tolist() == ["", ""]
+
+
+def test_who_was_rated_demented_is_no_control_even_where_the_rule_lets_them_stay():
+    frame = cohort([("A", "1", 70), ("A", "2", 71), ("B", "1", 70)], cdr=["0", "0.5", ""])
+    assert apply_rules(frame, CohortRules(max_cdr=1)).cohort["control"].tolist() == ["no", "no", "yes"]
+    assert "control" not in apply_rules(frame.drop(columns="cdr"), CohortRules()).cohort
 
 
 def test_groups_without_a_word_for_controls_drop_nobody_and_say_so():

@@ -1,9 +1,12 @@
 import numpy as np
 import pytest
 
+from brainage_nb.cohort.rules import CohortRules, apply_rules
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
-from brainage_nb.evaluation.runs import InconsistentRun
+from brainage_nb.evaluation.intervals import ConformalInterval
+from brainage_nb.evaluation.runs import InconsistentRun, read_run
 from brainage_nb.evaluation.tables import other_splits
+from brainage_nb.models.bundles.facts import facts_of_run
 from brainage_nb.workspace import MissingInput, read_csv, read_json, write_csv, write_json
 from tests.evaluation.fake_workspace import (
     cohort_frame,
@@ -53,7 +56,8 @@ def test_the_correction_is_fitted_on_validation_controls_only(demo):
     found = demo.runs["resnet18"]
     val = found.rows[(found.rows["split"] == "val") & (found.rows["diagnosis"] == "control")]
     slope, intercept = np.polyfit(val["age"], val["predicted_age"], 1)
-    assert [found.corrector.slope_, found.corrector.intercept_] == pytest.approx([slope, intercept])
+    fitted = found.calibration.corrector
+    assert [fitted.slope_, fitted.intercept_] == pytest.approx([slope, intercept])
 
 
 def test_planted_gaps_are_recovered_and_oracle_and_attainable_stand_beside_ours(demo):
@@ -101,17 +105,69 @@ def test_noise_is_said_to_be_no_better_than_the_mean_and_is_not_corrected(tmp_pa
     assert any("no age-bias correction" in text for text in found.warnings)
 
 
-def test_folds_calibrate_on_out_of_fold_rows_and_cover_with_fold_members(tmp_path):
-    scans = cohort_frame(400)
+@pytest.mark.parametrize("folds", [False, True])
+def test_the_interval_whose_coverage_is_reported_is_the_one_that_the_bundle_saves(tmp_path, folds):
+    scans = cohort_frame(120)
     ws = write_workspace(tmp_path, scans)
-    write_folded_run(ws, "folded", scans, n_folds=4, mean_rows=True)
-    found = evaluate_runs(ws, **FEW).runs["folded"]
-    assert found.corrector.n_subjects_ == (scans["split"] != "test").sum()
+    if folds:
+        write_folded_run(ws, "run", scans, n_folds=4, mean_rows=True)
+    else:
+        write_run(ws, "run", scans, simulated(scans))
+    assert facts_of_run(read_run(ws, "run"), ws)["interval"]["level"] == 0.9  # before there is a report
+    evaluation = evaluate_runs(ws, level=0.75, **FEW)
+    write_json(evaluation.results, ws.path("evaluation", "results.json"))
+    found = evaluation.runs["run"]
+    kept = ConformalInterval.from_dict(facts_of_run(read_run(ws, "run"), ws)["interval"])
     test = found.rows[found.rows["split"] == "test"]
-    assert (test["plain_high"] - test["plain_low"]).std() > 0.01  # CV+: each scan has its own members
-    everyone = found.coverage.query("group == 'all' and form == 'plain'").iloc[0]
-    assert everyone["coverage_high"] > 0.9
-    assert "out_of_fold" in found.metrics
+    assert np.array_equal(kept.predict(test["predicted_age"]), [test["low"], test["high"]])
+    assert found.coverage["mean_width"].to_numpy() == pytest.approx(2 * kept.quantile_)
+    n = int((scans["split"] != "test").sum() if folds else (scans["split"] == "val").sum())
+    kind = "out-of-fold" if folds else "validation"
+    assert kept.title == f"75% conformal interval, calibrated on {n} {kind} scans"
+    assert found.calibration.corrector.n_subjects_ == n
+    assert facts_of_run(read_run(ws, "run"), ws)["training"]["age_mean"] == found.run.reference_age
+
+
+SPELLINGS = [
+    "Control", "CTL", "TD", "HV", "Healthy_Control", "Cognitively normal", "healthy", "non-demented",
+    "HC (young)", "Gesunde Kontrolle",
+]  # fmt: skip
+
+
+def test_ten_spellings_of_controls_all_enter_the_correction_and_no_patient_does(tmp_path):
+    scans = cohort_frame(300, diagnosis=True)
+    ill = scans["diagnosis"] == "AD"
+    scans["diagnosis"] = np.where(ill, "AD", np.random.default_rng(0).choice(SPELLINGS, len(scans)))
+    ws = write_workspace(tmp_path, scans)
+    write_run(ws, "run", scans, simulated(scans))
+    val = scans[(scans["split"] == "val") & ~ill]
+    assert set(val["diagnosis"]) == set(SPELLINGS)
+    assert read_run(ws, "run").calibration_rows()["scan_id"].tolist() == val["scan_id"].tolist()
+    evaluation = evaluate_runs(ws, **FEW)
+    (said,) = [text for text in evaluation.warnings if text.startswith("Controls are those")]
+    counted, others = said.split("; the others (")
+    assert all(spelling in counted for spelling in SPELLINGS) and others.startswith(f"AD {ill.sum()})")
+    found = evaluation.runs["run"]
+    assert found.calibration.corrector.n_subjects_ == len(val)
+    (row,) = found.diagnosis.to_dict("records")
+    assert row["diagnosis"] == "AD" and row["n_controls"] == ((scans["split"] == "test") & ~ill).sum()
+
+
+def test_unknown_diagnoses_refuse_the_correction_until_the_cohort_says_who_is_a_control(tmp_path):
+    scans = cohort_frame(200, diagnosis=True).replace({"diagnosis": {"control": "0", "AD": "1"}})
+    ws = write_workspace(tmp_path, scans)
+    write_run(ws, "run", scans, simulated(scans))
+    found = evaluate_runs(ws, **FEW)
+    assert found.runs["run"].calibration.corrector is None
+    (said,) = [text for text in found.warnings if "no age-bias correction" in text]
+    assert "(0 23, 1 7)" in said and "Set control_words" in said
+    assert found.runs["run"].calibration.interval and found.runs["run"].diagnosis.empty
+    cohort = scans.assign(scan_id=scans["scan_id"], image="")
+    ruled = apply_rules(cohort, CohortRules(controls_only=False, control_words="0"))
+    write_csv(ruled.cohort, ws.path("cohort.csv"))
+    rows = read_run(ws, "run").calibration_rows()
+    assert set(rows["diagnosis"]) == {"0"} and set(rows["split"]) == {"val"}
+    assert evaluate_runs(ws, **FEW).runs["run"].diagnosis["diagnosis"].tolist() == ["1"]
 
 
 def test_out_of_fold_rows_are_not_called_seen_in_training(tmp_path):
@@ -128,7 +184,7 @@ def test_few_validation_subjects_give_warnings_and_infinite_intervals(tmp_path):
     write_run(ws, "small", scans, simulated(scans))
     found = evaluate_runs(ws, **FEW)
     text = " ".join(found.warnings)
-    assert np.isinf(found.predictions["plain_high"]).all()
+    assert np.isinf(found.predictions["high"]).all()
     for part in ("fewer than 40", "nothing is promised", "only 6 test subjects"):
         assert part in text
 

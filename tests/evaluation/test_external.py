@@ -74,3 +74,40 @@ def test_people_the_model_was_trained_on_are_refused_by_name():
         refuse_trained_on(["a", "b"], [False, True])
     with pytest.raises(ValueError, match="2 image files with 1 answers"):
         refuse_trained_on(["a", "b"], [True], "image files")
+
+
+SPELLINGS = [
+    "CTL",
+    "TD",
+    "HV",
+    "Healthy_Control",
+    "Cognitively normal",
+    "HC",
+    "control",
+    "Nondemented",
+    "NL",
+    "témoin",
+]
+
+
+def test_ten_spellings_of_controls_enter_the_offset_and_no_patient_does():
+    rows = external()
+    ill = rows["diagnosis"] == "AD"
+    rows["diagnosis"] = np.where(ill, "AD", np.resize(SPELLINGS, len(rows)))
+    rows.loc[ill, "predicted_age"] += 20
+    found = evaluate_external(rows, **KNOWN)
+    assert found.offsets["n"].sum() == 90 and found.offsets["value"].max() < 7.5
+
+
+def test_without_a_known_word_for_controls_there_is_no_offset_and_no_calibration_but_the_figures():
+    rows = external().replace({"diagnosis": {"control": "G1", "AD": "G2"}})
+    found = evaluate_external(rows, calibrate_on=["x0", "x1"], **KNOWN)
+    assert found.offsets.empty and not found.calibration and found.metrics["n"] == 120
+    assert found.warnings[0].startswith("No site offset and no calibration. None of the diagnoses")
+    assert "G1 90, G2 30" in found.warnings[0] and "control_words" in found.warnings[0]
+
+
+def test_a_site_without_controls_is_named():
+    rows = external()
+    rows.loc[rows["site"] == "B", "diagnosis"] = "AD"
+    assert evaluate_external(rows, **KNOWN).warnings == ["No offset of B: there are no controls."]

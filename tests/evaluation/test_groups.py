@@ -53,3 +53,9 @@ def test_nothing_is_compared_without_controls_or_with_too_few_patients():
 def test_unknown_controls_are_refused_with_the_known_diagnoses():
     with pytest.raises(ValueError, match=r"'HC'.*\['AD', 'CN'\]"):
         diagnosis_differences(patients(), controls="HC")
+
+
+def test_controls_in_two_spellings_are_one_group():
+    rows, once = patients(), diagnosis_differences(patients())
+    rows.loc[(rows["diagnosis"] == "CN") & (rows.index % 2 == 0), "diagnosis"] = "healthy control"
+    pd.testing.assert_frame_equal(diagnosis_differences(rows), once)

@@ -2,8 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from brainage_nb.cohort.phantom_references import attainable_mae, oracle_mae
 from brainage_nb.evaluation.known_answers import (
-    ANATOMY,
     icc,
     read_truth,
     recovered_gap,
@@ -48,19 +48,23 @@ def test_a_gap_recovered_at_half_size_has_slope_one_half(scans):
     assert found.loc["b", "slope_low"] < 0.5 < found.loc["b", "slope_high"] < 0.6
 
 
-def test_the_oracle_knows_the_gap_and_the_attainable_lies_between_it_and_the_mean(scans):
-    truth = truth_of(scans)
-    rows = with_truth(scans[scans["split"] == "test"], truth)
-    training = with_truth(scans[scans["split"] == "train"], truth)
-    errors = reference_errors(rows, training, n_bootstrap=100)
-    assert errors["oracle"]["value"] == pytest.approx(rows["planted_gap"].abs().mean())
-    assert errors["oracle"]["value"] < errors["attainable"]["value"] < 6
+def test_oracle_and_attainable_are_those_of_notebook_01_on_the_cohort_and_on_any_part_of_it(tmp_path, scans):
+    truth = read_truth(write_workspace(tmp_path, scans, demo=True))
+    everybody = reference_errors(with_truth(scans, truth), n_bootstrap=100)
+    assert everybody["oracle"]["value"] == pytest.approx(oracle_mae(truth))
+    assert everybody["attainable"]["value"] == pytest.approx(attainable_mae(truth))
+    assert everybody["oracle"]["value"] < everybody["attainable"]["value"] < 6
+    test = with_truth(scans[scans["split"] == "test"], truth)
+    assert test["attainable"].tolist() == pytest.approx(
+        truth.set_index("scan_id").loc[test["scan_id"], "attainable"].tolist()
+    )
+    assert reference_errors(test, n_bootstrap=100)["attainable"]["n"] == len(test)
 
 
-def test_the_anatomy_is_that_of_the_known_answer_cohort():
-    from brainage_nb.cohort.phantom_subject import INDIVIDUAL_SD
-
-    assert tuple(INDIVIDUAL_SD) == ANATOMY
+def test_a_cohort_too_small_for_the_regression_keeps_its_oracle(tmp_path):
+    few = cohort_frame(12)
+    truth = read_truth(write_workspace(tmp_path, few, demo=True))
+    assert set(reference_errors(with_truth(few, truth), n_bootstrap=10)) == {"oracle"}
 
 
 def test_icc_equals_the_published_example():

@@ -39,6 +39,11 @@ def test_predicted_against_true_names_n_mae_and_r_and_draws_both_references(ax, 
 def test_intervals_are_drawn_inside_the_axes_and_left_out_where_infinite(ax, made):
     age, predicted = made
     metrics = regression_metrics(age, predicted, n_bootstrap=0)
+    narrow = plots.new_figure()[1]
+    ends = (0 * predicted + 50 - 1, 0 * predicted + 50 + 1)
+    plots.predicted_vs_true(age, 0 * predicted + 50, metrics, interval=ends, level=0.7, ax=narrow)
+    assert narrow.get_xlim()[0] < age.min() and narrow.get_xlim()[1] > age.max()  # nobody is cut off
+    assert "70% interval" in [text.get_text() for text in narrow.get_legend().get_texts()]
     plots.predicted_vs_true(age, predicted, metrics, interval=(predicted - 30, predicted + 30), ax=ax)
     assert ax.get_ylim()[1] > (predicted + 30).max() and len(ax.collections) == 2
     other = plots.new_figure()[1]
@@ -65,15 +70,6 @@ def test_training_curves_of_folds_are_one_legend_entry(ax):
     plots.training_curve(history, ["train_loss", "val_loss"], title="loss", ylabel="loss", ax=ax)
     assert len(ax.get_lines()) == 4
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["train loss", "val loss"]
-
-
-def test_the_age_histogram_counts_a_subject_once(ax):
-    splits = pd.DataFrame(
-        {"subject_id": ["a", "a", "b"], "age": [30.0, 31.0, 60.0], "split": ["train", "train", "test"]}
-    )
-    plots.age_histogram(splits, ax=ax)
-    assert "2 subjects" in ax.get_title()
-    assert sum(bar.get_height() for bar in ax.patches) == 2
 
 
 def test_coverage_estimates_and_planted_gaps_are_drawn(made):

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 from brainage_nb.evaluation.external import evaluate_external
+from brainage_nb.evaluation.figures import draw_figures
 from brainage_nb.evaluation.model_card import MEASURED, NOT_SHOWN, model_card
 from brainage_nb.evaluation.report import as_html_table, evaluate_runs, write_report
 from brainage_nb.evaluation.tables import dropped_table, flat_settings
@@ -35,6 +36,33 @@ def test_every_file_of_the_contract_is_written(folder):
     }
     figures = sorted(path.name for path in (folder / "figures").iterdir())
     assert len(figures) == 2 * 9 and "predicted_vs_true_resnet18.svg" in figures
+
+
+def test_every_figure_of_a_run_carries_its_name_and_none_is_drawn_twice(tmp_path, monkeypatch):
+    scans = cohort_frame(160, diagnosis=True)
+    ws = write_workspace(tmp_path, scans, demo=True)
+    for name in ("one", "two"):
+        write_run(ws, name, scans, simulated(scans))
+    evaluation = evaluate_runs(ws, n_bootstrap=20)
+    figures = draw_figures(evaluation)
+    named = [drawn for drawn in figures if drawn.name.endswith(("_one", "_two"))]
+    assert len(named) == 2 * 7
+    for drawn in named:
+        name = drawn.name.rpartition("_")[2]
+        assert drawn.figure.get_suptitle() == name and drawn.caption.startswith(f"{name}")
+    monkeypatch.setattr("brainage_nb.evaluation.report.draw_figures", lambda evaluation: 1 / 0)
+    monkeypatch.setattr("brainage_nb.evaluation.report.save_figure", lambda figure, path: _saved(path))
+    page = next(path for path in write_report(evaluation, figures) if path.name == "report.html")
+    shown = re.findall(r'<figure id="([^"]+)"', page.read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(drawn.name for drawn in figures)
+
+
+def _saved(path):
+    made = [path.with_suffix(ending) for ending in (".png", ".svg")]
+    for file in made:
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(b"")
+    return made
 
 
 def test_results_can_be_read_back_with_each_metric_as_value_low_high(folder):
@@ -127,7 +155,7 @@ def test_what_has_no_data_is_said_in_a_line_instead_of_an_empty_figure(tmp_path)
     names = {path.stem for path in ws.path("evaluation", "figures").iterdir()}
     assert not [name for name in names if name.startswith(("training", "diagnosis", "planted", "intervals"))]
     assert "cannot support a 90% interval" in text
-    assert np.isinf(pd.read_csv(ws.path("evaluation", "predictions.csv"))["plain_high"]).all()
+    assert np.isinf(pd.read_csv(ws.path("evaluation", "predictions.csv"))["high"]).all()
 
 
 def test_what_was_dropped_is_counted_with_an_example(tmp_path, page):

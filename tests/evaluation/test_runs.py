@@ -2,7 +2,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainage_nb.evaluation.runs import InconsistentRun, headline_rows, is_control, list_runs, read_run
+from brainage_nb.evaluation.bias import CorrectionRefused
+from brainage_nb.evaluation.metrics import mean_training_age, metrics_by_split
+from brainage_nb.evaluation.runs import InconsistentRun, controls_of, headline_rows, list_runs, read_run
 from brainage_nb.workspace import MissingInput, write_csv
 from tests.evaluation.fake_workspace import (
     cohort_frame,
@@ -104,8 +106,21 @@ def test_a_missing_run_names_the_notebook_that_makes_it(tmp_path, scans):
         read_run(write_workspace(tmp_path, scans), "nothing")
 
 
-def test_controls_are_known_by_their_usual_names_and_everybody_counts_where_none_is_named():
-    rows = pd.DataFrame({"diagnosis": ["Control", "AD", "", "HC"]})
-    assert is_control(rows).tolist() == [True, False, False, True]
-    assert is_control(pd.DataFrame({"diagnosis": ["", ""]})).all()
-    assert is_control(pd.DataFrame({"age": [1, 2]})).all()
+def test_controls_are_those_of_the_cohort_rules_and_everybody_counts_without_diagnoses():
+    rows = pd.DataFrame({"diagnosis": ["Control", "AD", "", "CTL"], "subject_id": list("abcd")})
+    assert controls_of(rows).index.tolist() == [0, 3]
+    assert len(controls_of(rows.assign(diagnosis=""))) == 4
+    assert len(controls_of(rows.drop(columns="diagnosis"))) == 4
+
+
+def test_diagnoses_without_a_word_for_controls_are_refused_by_name():
+    with pytest.raises(CorrectionRefused, match=r"G1 2, G2 1.*Set control_words .* notebook 01"):
+        controls_of(pd.DataFrame({"diagnosis": ["G1", "G2", "G1"], "subject_id": list("abc")}))
+
+
+def test_the_mean_predictor_counts_a_subject_once(tmp_path):
+    rows = pd.DataFrame({"subject_id": ["a", "a", "a", "b"], "age": [30.0, 30, 30, 60], "split": "train"})
+    rows = rows.assign(fold=-1, scan_id=list("1234"), variant="single", predicted_age=45.0)
+    assert mean_training_age(rows) == 45
+    shown = metrics_by_split(rows, "single")["mean predictor's MAE [years]"]
+    assert shown["train"].startswith("15.00")

@@ -8,10 +8,12 @@ import pandas as pd
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from brainage_nb.models.bundle import BundleError, load_bundle, save_bundle
+from brainage_nb.evaluation.evaluate import evaluate_runs
+from brainage_nb.models.bundle import BundleError, current_bundle, load_bundle, save_bundle
 from brainage_nb.models.bundles.files import zip_bundle
 from brainage_nb.models.bundles.members import SvrModel, arrays_of, network_from, precision_check
 from brainage_nb.models.bundles.prediction import Failure
+from brainage_nb.models.bundles.saving import update_bundle
 from brainage_nb.models.settings import RECIPES
 from brainage_nb.models.training import TrainingSettings, train
 from brainage_nb.volumes.scans import ScanError
@@ -244,9 +246,36 @@ def test_interval_and_correction_come_from_validation_rows_alone(trained, saved)
     assert "few_calibration_subjects" in [caution.code for caution in result.warnings]
 
 
+def test_the_bundle_takes_the_interval_of_the_report_and_keeps_it_when_saved_again(trained, tmp_path):
+    ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
+    bundle = save_bundle(ws.run("resnet18"))
+    copied = shutil.copytree(bundle, tmp_path / "elsewhere")
+    found = evaluate_runs(ws, "resnet18", level=0.5, n_bootstrap=20)
+    write_json(found.results, ws.path("evaluation", "results.json"))
+    calibration = found.runs["resnet18"].calibration
+    assert "copies made before keep their own (90%)" in update_bundle(ws.run("resnet18"), calibration)
+    row = found.predictions.set_index("scan_id").loc["017"]
+    result = load_bundle(bundle).predict(ws.path("17.nii"))
+    assert (result.low, result.high) == pytest.approx((row["low"], row["high"]), abs=1e-3)
+    assert result.level == 0.5 and load_bundle(copied).interval.level == 0.9
+    assert "50% conformal interval" in (bundle / "README.md").read_text()
+    said = update_bundle(ws.run("resnet18"), calibration)
+    assert said == "the bundle gives this 50% conformal interval, calibrated on 5 validation scans"
+    shutil.rmtree(bundle)
+    assert "no bundle" in update_bundle(ws.run("resnet18"), calibration) and not bundle.exists()
+    again = load_bundle(current_bundle(ws.run("resnet18")))
+    assert again.interval.to_dict() == calibration.interval.to_dict()
+
+
 def test_the_card_states_figures_licence_and_use(saved):
     card = (saved / "README.md").read_text()
-    for said in ("15 people", "mean predictor", "CC BY 4.0", "not a medical device"):
+    for said in (
+        "15 people",
+        "mean predictor",
+        "90% conformal interval, calibrated on 5 validation scans",
+        "CC BY 4.0",
+        "not a medical device",
+    ):
         assert said in card
 
 
@@ -409,7 +438,7 @@ def changed(bundle, target, **changes):
         ({"preprocessing": {}}, "settings"),
         ({"preprocessing": SETTINGS.to_json() | {"fingerprint": "other"}}, "other steps"),
         ({"training": None}, "bundle.json"),
-        ({"interval": {"level": 0.9}}, "scaled"),
+        ({"interval": {"level": 0.9}}, "quantile"),
         ({"correction": {"slope": 1}}, "intercept"),
         ({"reference": {}}, "likeness"),
         ({"seen": {"salt": "not hex"}}, "bundle.json"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from brainage_nb.cohort.rules import judge_controls
 from brainage_nb.evaluation.external import ExternalEvaluation, evaluate_external, refuse_trained_on
 from brainage_nb.models.bundles.prediction import KINDS, Prediction
 from brainage_nb.volumes.scans import SCAN_FLAGS
@@ -19,7 +20,7 @@ from brainage_nb.workspace import Workspace, open_workspace
 if TYPE_CHECKING:
     from brainage_nb.models.bundle import Bundle
 
-ABOUT = ("scan_id", "subject_id", "session_id", "age", "sex", "site", "diagnosis")
+ABOUT = ("scan_id", "subject_id", "session_id", "age", "sex", "site", "diagnosis", "control")
 
 
 def named_subjects(text: str) -> list[str]:
@@ -76,6 +77,7 @@ def apply_elsewhere(
 def kept_scans(ws: Workspace) -> pd.DataFrame:
     """The scans of a workspace that cleaning kept, with all that `cohort.csv` knows of them."""
     cohort, cleaning = ws.read("cohort.csv"), ws.read("cleaning.csv")
+    cohort["control"] = judge_controls(cohort)
     return cohort[cohort["scan_id"].isin(cleaning.loc[cleaning["kept"], "scan_id"])].reset_index(drop=True)
 
 

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from brainage_nb.evaluation.bias import AgeBiasCorrector, CorrectionRefused
-from brainage_nb.evaluation.intervals import LEVEL, ConformalInterval
+from brainage_nb.evaluation.intervals import calibrate
 from brainage_nb.evaluation.metrics import regression_metrics
-from brainage_nb.evaluation.runs import OUT_OF_FOLD, Run
+from brainage_nb.evaluation.runs import OUT_OF_FOLD, Run, reported_level
 from brainage_nb.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -50,17 +48,15 @@ def facts_of_run(run: Run, workspace: Workspace) -> dict[str, Any]:
     """Manifest entries `training, correction, interval, figures, position, seen, seen_before`, all from the
     run's own files.
 
-    Correction and interval come from out-of-fold rows where folds were run, else from validation rows; test
-    rows only give figures.
+    Correction and interval are those of the evaluation (`calibrate`), at the level of the workspace's report
+    where there is one; test rows only give figures.
     """
     learning = training_rows(run)
-    correction, refused = _correction(run)
     cleaning = _cleaning(workspace)
     return {
-        "training": _training(learning, cleaning) | {"skull_stripped": _skull_stripped(learning, workspace)},
-        "correction": correction,
-        "correction_refused": refused,
-        "interval": _interval(run),
+        "training": _training(learning, cleaning)
+        | {"age_mean": run.reference_age, "skull_stripped": _skull_stripped(learning, workspace)},
+        **calibrate(run, reported_level(workspace)).to_dict(),
         "figures": _figures(run),
         "position": _position(run),
         "seen": _seen(learning, cleaning),
@@ -82,7 +78,6 @@ def _training(rows: pd.DataFrame, cleaning: pd.DataFrame) -> dict[str, Any]:
         "n_scans": len(rows),
         "age_low": float(age.min()),
         "age_high": float(age.max()),
-        "age_mean": float(age.mean()),
         "age_edges": edges,
         "age_counts": np.histogram(age, edges)[0],
         "voxel_mm": _voxel_range(rows, cleaning),
@@ -117,29 +112,6 @@ def _skull_stripped(rows: pd.DataFrame, workspace: Workspace) -> bool | None:
         except ScanError:  # scans need not lie where they lay in training
             continue
     return bool(np.mean(seen) > 0.5) if seen else None
-
-
-def _correction(run: Run) -> tuple[dict[str, Any] | None, str]:
-    rows = run.calibration_rows()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what few subjects support is kept in the fitted corrector
-            fitted = AgeBiasCorrector().fit(
-                rows["predicted_age"], rows["age"], rows["split"], subject_id=rows["subject_id"].to_numpy()
-            )
-    except CorrectionRefused as refused:
-        return None, str(refused)
-    return fitted.to_dict(), ""
-
-
-def _interval(run: Run) -> dict[str, Any] | None:
-    """The plain split-conformal interval of the raw prediction. The scaled forms of the evaluation need
-    more.
-    """
-    rows = run.calibration_rows(controls_only=False)
-    if rows.empty:
-        return None
-    return ConformalInterval(LEVEL).fit(rows["predicted_age"], rows["age"], rows["split"]).to_dict()
 
 
 def _figures(run: Run) -> dict[str, Any]:

@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from brainage_nb.evaluation.intervals import ConformalInterval
+from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.models.bundles.facts import facts_of_run, training_rows
-from brainage_nb.models.bundles.files import write_bundle
+from brainage_nb.models.bundles.files import CARD as CARD_FILE
+from brainage_nb.models.bundles.files import MANIFEST, write_bundle
 from brainage_nb.models.bundles.members import (
     HALF_PRECISION_YEARS,
     RESNET,
@@ -32,9 +35,10 @@ from brainage_nb.models.bundles.reference import FILE as REFERENCE_FILE
 from brainage_nb.models.bundles.reference import Reference
 from brainage_nb.models.resnet import outputs_of
 from brainage_nb.models.views import averaging_of
-from brainage_nb.workspace import open_workspace, read_json, version_of
+from brainage_nb.workspace import open_workspace, read_json, version_of, write_json, write_text
 
 if TYPE_CHECKING:
+    from brainage_nb.evaluation.intervals import Calibration
     from brainage_nb.evaluation.runs import Run
     from brainage_nb.volumes.store import VolumeStore
 
@@ -45,7 +49,7 @@ PACKAGES = ("brainage-nb", "torch", "numpy", "nibabel", "scipy", "safetensors")
 def save_bundle(
     run_folder: Path | str, target: Path | str | None = None, *, licence: str = "not stated by the makers"
 ) -> Path:
-    """Write the bundle of a finished run.
+    """Write the bundle of a finished run, its interval at the level of the workspace's report (90 % before).
 
     Weights are rounded to half precision where no age of the checked training scans moves by 0.01 years or
     more; the manifest says which, and how far they moved.
@@ -96,11 +100,32 @@ def save_bundle(
 
 def current_bundle(run_folder: Path | str) -> Path:
     """The bundle of a run: the one there, or saved now where there is none or the run was trained again."""
-    bundle = Path(run_folder) / "bundle"
-    made, predicted = bundle / "bundle.json", Path(run_folder) / "predictions.csv"
-    if made.exists() and (not predicted.exists() or made.stat().st_mtime >= predicted.stat().st_mtime):
-        return bundle
-    return save_bundle(run_folder)
+    return Path(run_folder) / "bundle" if _is_current(run_folder) else save_bundle(run_folder)
+
+
+def update_bundle(run_folder: Path | str, calibration: Calibration) -> str:
+    """Give a run's bundle the correction and interval of its evaluation, and say what it gives now.
+
+    Copies of the bundle made before keep theirs; `bundle.json` and card say at which level.
+    """
+    place, evaluated = Path(run_folder) / "bundle", calibration.to_dict()
+    gives = f"gives this {calibration.interval.title}" if calibration.interval else "gives no interval"
+    if not _is_current(run_folder):
+        return f"no bundle of this training yet; the next one {gives}"
+    manifest = read_json(place / MANIFEST)
+    if evaluated.items() <= manifest.items():
+        return f"the bundle {gives}"
+    before = manifest["interval"] or {"level": 0}
+    manifest |= evaluated
+    write_json(manifest, place / MANIFEST)
+    write_text(card_of(manifest), place / CARD_FILE)
+    return f"the bundle now {gives}; copies made before keep their own ({before['level']:.0%})"
+
+
+def _is_current(run_folder: Path | str) -> bool:
+    """Whether the run has a bundle, made after its predictions."""
+    made, predicted = Path(run_folder) / "bundle" / MANIFEST, Path(run_folder) / "predictions.csv"
+    return made.exists() and (not predicted.exists() or made.stat().st_mtime >= predicted.stat().st_mtime)
 
 
 def evenly(items: Sequence[str], n: int) -> list[str]:
@@ -188,8 +213,8 @@ def card_of(manifest: Mapping[str, Any]) -> str:
     """The bundle's README.md: what it is, from whom it learned, how good it is, what it is not for."""
     training = manifest["training"]
     rows = [
-        f"| {split.replace('_', ' ')} | {figures['n']} | {_with_interval(figures['mae'])} | "
-        f"{_with_interval(figures['r'])} | {_with_interval(figures['mean_predictor_mae'])} |"
+        f"| {split.replace('_', ' ')} | {figures['n']} | {with_interval(figures['mae'])} | "
+        f"{with_interval(figures['r'])} | {with_interval(figures['mean_predictor_mae'])} |"
         for split, figures in manifest["figures"].items()
     ]
     return CARD.format(
@@ -202,15 +227,19 @@ def card_of(manifest: Mapping[str, Any]) -> str:
         high=training["age_high"],
         demo=DEMO if set(training.get("source", {})) == {"demo"} else "",
         rows="\n".join(rows),
+        interval=_interval_line(manifest),
         licence=manifest["licence"],
         notice=NOT_A_DEVICE,
     )
 
 
-def _with_interval(figure: Mapping[str, Any]) -> str:
-    if figure["low"] is None or figure["low"] != figure["low"]:
-        return f"{figure['value']:.2f}"
-    return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
+def _interval_line(manifest: Mapping[str, Any]) -> str:
+    if not manifest["interval"]:
+        return "It gives no prediction interval: nothing was held out to calibrate one."
+    interval = ConformalInterval.from_dict(manifest["interval"])
+    return f"It gives a {interval.title}. " + (
+        interval.support_ or f"Half its width is {interval.quantile_:.1f} years."
+    )
 
 
 DEMO = """
@@ -229,6 +258,8 @@ Validation scans may have chosen the epoch, so their figures may flatter; test s
 | part | n | MAE | r | MAE of the mean predictor |
 |---|---|---|---|---|
 {rows}
+
+{interval}
 
     from brainage_nb.models.bundle import load_bundle
     load_bundle("bundle").predict("scan.nii.gz", age=54.0)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from brainage_nb.evaluation.metrics import regression_metrics
+from brainage_nb.evaluation.metrics import mean_training_age, regression_metrics
 from brainage_nb.models.vgg.cache import FeatureCache
 from brainage_nb.models.vgg.fusion import EARLY, LATE, EarlyFusion, LateFusion, fit_early, fit_late
 from brainage_nb.models.vgg.linear_svr import GRID
@@ -64,10 +64,15 @@ class VggRun:
         }
         return pd.DataFrame(rows).fillna("")
 
+    @property
+    def reference_age(self) -> float:
+        """What the mean predictor says for everybody, years."""
+        return mean_training_age(self.predictions)
+
     def accuracy(self, split: str = "test", *, n_bootstrap: int = 2000) -> dict[str, dict[str, Any]]:
         """`regression_metrics` of both fusions on one split; the mean predictor says the training mean."""
         rows = self.predictions[self.predictions["split"] == split]
-        known = {"reference_age": self.settings["reference_age"], "n_bootstrap": n_bootstrap}
+        known = {"reference_age": self.reference_age, "n_bootstrap": n_bootstrap}
         return {
             variant: regression_metrics(part["age"], part["predicted_age"], part["subject_id"], **known)
             for variant, part in rows.groupby("variant")
@@ -120,7 +125,6 @@ def train_vgg_svr(
     settings = _settings(cache, network, variant, early, late, inputs)
     settings["n_scans"] = {name: int(n) for name, n in scans["split"].value_counts().items()}
     settings["n_left_out"] = int(left_out["scan_id"].nunique())
-    settings["reference_age"] = late.fusion.centre
     model = VggSvr(early, late, network, cache.settings, cache.facts["spacing_mm"], variant, settings)
     grid = pd.concat([early.grid.assign(variant=EARLY), late.grid.assign(variant=LATE)])
     run = VggRun(folder, rows[~lost], grid, late.by_position, late.rules, left_out, settings, False, [])
