@@ -153,8 +153,7 @@ def _not_a_t1_head(scan: Any, rules: CleaningRules) -> Iterator[Finding]:
 
 def _flags(scan: Any, rules: CleaningRules) -> Iterator[Finding]:
     """What is odd about a kept scan, and what is assumed."""
-    for code in scan.file_flags:
-        yield code, _capital(FLAGS[code]) + "."
+    yield from scan.file_flags.items()
     if scan.skull_stripped:
         yield (
             "skull_stripped",

@@ -167,10 +167,9 @@ def tissues_in(
 
 
 def _brain(image: Any, settings: PreprocessingSettings) -> Any:
-    from .brain import brain_or_error, mask_beside
+    from .brain import brain_or_error
 
-    path = image.extra.get("path")
-    return brain_or_error(image, mask_beside(path) if path and settings.found_masks else None)
+    return brain_or_error(image, found_masks=settings.found_masks)
 
 
 def _cube(image: Any, grid: np.ndarray, settings: PreprocessingSettings) -> np.ndarray:

@@ -69,8 +69,6 @@ folds = 0  # @param {type:"integer"}
 seed = 1  # @param {type:"integer"}
 # voxels; a header that claims more is refused unopened
 max_voxels = 400000000  # @param {type:"integer"}
-# share of NaN or infinite voxels above which a scan is dropped
-max_nonfinite_fraction = 0.5  # @param {type:"number"}
 # voxels; fewer along any axis is too small
 min_voxels_per_axis = 16  # @param {type:"integer"}
 # mm; shortest possible edge of a voxel
