@@ -234,8 +234,9 @@ def test_the_preview_draws_brains_and_says_why_one_is_not_drawn(tmp_path, tilted
 
     nib.save(tilted[0], tmp_path / "good.nii.gz")
     nib.save(shuffled(tilted[0]), tmp_path / "bad.nii.gz")
-    table, figure = brain_preview({name: tmp_path / f"{name}.nii.gz" for name in ("good", "bad")}, BEST)
-    assert table["problems"].str.len().gt(0).tolist() == [False, True]
+    names = ("good", "bad", "gone")
+    table, figure = brain_preview({name: tmp_path / f"{name}.nii.gz" for name in names}, BEST)
+    assert table["problems"].str.len().gt(0).tolist() == [False, True, True]
     assert [ax.get_title() for ax in figure.axes] == ["good", "", ""]  # three planes of the good one
     for ax in figure.axes:
         (contour,) = ax.collections
