@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from brainage_nb.volumes.heads import coarse_picture, find_head, head_mask
-from brainage_nb.volumes.scans import ScanError, load_scan, placement, read_header, voxel_sizes
+from brainage_nb.volumes.scans import ScanError, load_scan, placement, read_header, voxel_file, voxel_sizes
 from brainage_nb.workspace import n_workers, sha256_of
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def inspect_scan(path: str | Path, rules: CleaningRules) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     try:
         facts |= _header_facts(path)
-        facts["sha256"] = sha256_of(path) if path.is_file() else ""
+        facts["sha256"] = sha256_of(voxel_file(path)) if path.is_file() else ""
         image = load_scan(path, max_voxels=rules.max_voxels)
         facts |= _geometry(image.shape, image.affine) | _content(image) | _head(image)
     except ScanError as error:

@@ -41,7 +41,7 @@ from brainage_nb.models.bundles.reference import FILE as REFERENCE_FILE
 from brainage_nb.models.bundles.reference import Reference
 from brainage_nb.models.bundles.saving import current_bundle, save_bundle
 from brainage_nb.models.devices import working_device
-from brainage_nb.volumes.scans import ScanError
+from brainage_nb.volumes.scans import ScanError, voxel_file
 from brainage_nb.workspace import n_workers, sha256_of
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Bundle:
 
     def trained_on_files(self, files: Sequence[Path | str]) -> list[bool]:
         """Which of these files, byte for byte, were among the training scans."""
-        return among([sha256_of(file) for file in files], all_seen(self.manifest), "images")
+        return among([sha256_of(voxel_file(file)) for file in files], all_seen(self.manifest), "images")
 
     def _result(self, scan: Path, age: float | None) -> Prediction | Failure:
         try:

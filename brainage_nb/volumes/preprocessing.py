@@ -72,10 +72,14 @@ def preprocess(
     """
     settings = settings or PreprocessingSettings()
     image = _loaded(scan)
-    grid = _grid(image, settings)
-    if settings.grey_matter:
-        return _grey_cube(image, grid, settings)
-    return _scaled(_cube(image, grid, settings), image, grid, settings)
+    try:
+        grid = _grid(image, settings)
+        if settings.grey_matter:
+            return _grey_cube(image, grid, settings)
+        return _scaled(_cube(image, grid, settings), image, grid, settings)
+    except ScanError as error:  # what was odd about the file may say why
+        flags = image.extra.get("flags", {})
+        raise ScanError(error.code, " ".join([error.sentence, *flags.values()])) from error
 
 
 def as_stored(volume: np.ndarray) -> np.ndarray:

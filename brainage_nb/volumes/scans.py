@@ -127,6 +127,15 @@ def voxel_sizes(affine: np.ndarray) -> np.ndarray:
     return np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(axis=0))
 
 
+def voxel_file(path: str | Path) -> Path:
+    """The file whose content tells one scan from another: of a pair the `.img`, as many headers are alike."""
+    try:
+        voxels = _halves(Path(path))[1]
+    except (ScanError, OSError, EOFError, zlib.error):  # load_scan says what is wrong
+        return Path(path)
+    return voxels if voxels.is_file() else Path(path)
+
+
 def read_header(path: str | Path) -> tuple[Any, dict[str, str]]:
     """A file's nibabel header, repaired where that is safe, and flags as `load_scan` gives; reads no voxel.
 

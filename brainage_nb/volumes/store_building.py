@@ -18,6 +18,7 @@ import numpy as np
 from ..cluster import ClusterError, in_order, open_cluster
 from ..workspace import n_workers, read_json, sha256_of, write_json, write_text
 from .preprocessing import PreprocessingSettings, ScanError, as_stored, load_scan, preprocess
+from .scans import voxel_file
 from .staging import StoreMirror
 from .store import VolumeStore
 from .store_files import StoreWriter
@@ -104,7 +105,9 @@ def build_store(
     home.mkdir(parents=True, exist_ok=True)
     if not (home / "preprocessing.json").exists():
         write_json(settings.to_json(), home / "preprocessing.json")
-    paths = {scan: Path(resolve(image)) for scan, image in zip(scans["scan_id"], scans["image"], strict=True)}
+    paths = {
+        scan: voxel_file(resolve(image)) for scan, image in zip(scans["scan_id"], scans["image"], strict=True)
+    }
     mirror = StoreMirror(home, scratch) if scratch else None
     if mirror is not None:
         mirror.fetch()

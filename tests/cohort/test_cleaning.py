@@ -86,6 +86,13 @@ def test_a_scan_is_dropped_with_one_reason_that_names_what_was_found_and_the_lim
         assert words.lower() in row["detail"].lower()
 
 
+def test_a_scan_dropped_for_its_size_says_what_was_odd_about_its_header():
+    flags = {"header_disagrees": "The sform says 1 mm, the qform 2.5 mm."}
+    row = outcome({"field_of_view_mm": (84.0, 103.0, 64.0), "file_flags": flags})
+    assert (row["reason"], row["flags"]) == ("field_of_view", "")
+    assert row["detail"].endswith("an animal? The sform says 1 mm, the qform 2.5 mm.")
+
+
 def test_a_float_scan_with_mildly_negative_values_is_kept():
     assert outcome({"intensity_p1": -610.0, "intensity_p99": 30000.0})["kept"]
     assert outcome({"intensity_p1": -1.1, "intensity_p99": 3.0})["kept"]

@@ -109,6 +109,14 @@ def test_a_header_that_disagrees_or_is_in_metres_is_kept_and_flagged_in_its_own_
     assert "The header's unit is the metre" in table["detail"]["b"]
 
 
+def test_pairs_with_equal_headers_are_told_apart_by_their_voxels(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        nib.save(nib.Nifti1Pair(head(seed=seed), AFFINE), tmp_path / f"{name}.img")
+    assert (tmp_path / "a.hdr").read_bytes() == (tmp_path / "b.hdr").read_bytes()
+    one, other = (inspect_scan(tmp_path / f"{name}.hdr", RULES) for name in "ab")
+    assert one["sha256"] != other["sha256"]
+
+
 def test_what_is_dropped_is_described_in_mm_too(tmp_path):
     image = nib.Nifti1Image(np.stack([head(), head()], axis=-1), np.diag([0.006, 0.005, 0.006, 1.0]))
     image.header.set_xyzt_units("meter")

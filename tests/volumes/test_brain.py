@@ -93,6 +93,13 @@ def test_what_is_no_upright_brain_is_refused_and_says_why(spoilt):
     assert error.value.code == "brain_not_found"
 
 
+def test_a_scan_without_a_brain_says_what_was_odd_about_its_header():
+    image = ball(head(pose())[0])
+    image.extra["flags"] = {"header_disagrees": "The sform says 3 mm, the qform 1 mm."}
+    with pytest.raises(ScanError, match=r"Look at the scan\. The sform says 3 mm, the qform 1 mm\.$"):
+        preprocess(image, REGISTERED)
+
+
 def test_a_child_of_half_the_size_is_refused_for_its_size():
     image = head(pose(scale=(0.5, 0.5, 0.5)))[0]
     brain = find_brain(image)
