@@ -98,8 +98,8 @@ def _reasons(scan: Any, rules: CleaningRules) -> Iterator[Finding]:
     if scan.error:
         yield scan.error, scan.error_detail
         return
-    yield from _impossible_geometry(scan, rules)
-    yield from _not_a_t1_head(scan, rules)
+    for code, said in (*_impossible_geometry(scan, rules), *_not_a_t1_head(scan, rules)):
+        yield code, " ".join([said, *scan.file_flags.values()])  # the header may say why
     if not np.isfinite(scan.age):
         yield "no_age", "The table gives this scan no age that can be used."
     elif not rules.min_age <= scan.age <= rules.max_age:
@@ -153,8 +153,7 @@ def _not_a_t1_head(scan: Any, rules: CleaningRules) -> Iterator[Finding]:
 
 def _flags(scan: Any, rules: CleaningRules) -> Iterator[Finding]:
     """What is odd about a kept scan, and what is assumed."""
-    for code in scan.file_flags:
-        yield code, _capital(FLAGS[code]) + "."
+    yield from scan.file_flags.items()
     if scan.skull_stripped:
         yield (
             "skull_stripped",

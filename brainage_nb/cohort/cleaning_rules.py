@@ -49,8 +49,6 @@ class CleaningRules:
     ----------
     max_voxels : int
         Most voxels a header may claim before the file is refused unopened.
-    max_nonfinite_fraction : float
-        Largest share of NaN or infinite voxels (fewer are read as background).
     min_voxels_per_axis : int
         Fewest voxels along each axis.
     min_voxel_mm, max_voxel_mm : float
@@ -92,7 +90,6 @@ class CleaningRules:
     """
 
     max_voxels: int = MAX_VOXELS
-    max_nonfinite_fraction: float = 0.5
     min_voxels_per_axis: int = 16
     min_voxel_mm: float = 0.2
     max_voxel_mm: float = 7.0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr", ".img.gz", ".img")
+IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr.gz", ".hdr", ".img.gz", ".img")
 COLUMNS = ["image", "stem", "folders", "subject_hint", "session_hint", "run_hint", "site_hint", "contrast"]
 
 _T1_WORDS = {"t1", "t1w", "t1weighted", "mprage", "mpr", "mp2rage", "spgr", "fspgr", "bravo", "tfe", "unit1"}
@@ -148,7 +148,8 @@ def _walk(folder: Path) -> tuple[list[Path], Counter[str]]:
 
 def _is_second_half(name: str, names: set[str]) -> bool:
     """Whether a file is the `.img` of a `.hdr`/`.img` pair: the pair is one image, named by its header."""
-    return name.lower().endswith((".img", ".img.gz")) and f"{image_stem(name)}.hdr" in names
+    headers = {f"{image_stem(name)}{ending}" for ending in (".hdr", ".hdr.gz", ".HDR", ".HDR.gz", ".HDR.GZ")}
+    return name.lower().endswith((".img", ".img.gz")) and bool(headers & names)
 
 
 def _described(path: Path, folder: Path) -> tuple[str, ...]:

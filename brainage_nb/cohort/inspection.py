@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from brainage_nb.volumes.heads import coarse_picture, find_head, head_mask
-from brainage_nb.volumes.scans import ScanError, load_scan, voxel_sizes
+from brainage_nb.volumes.scans import ScanError, load_scan, placement, read_header, voxel_file, voxel_sizes
 from brainage_nb.workspace import n_workers, sha256_of
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ FACTS = {
     "scan_id": "the scan",
     "error": "code of what kept it from being measured, empty where nothing did",
     "error_detail": "the same as a sentence",
-    "file_flags": "tuple of codes: what was taken for granted while reading",
+    "file_flags": "what was taken for granted while reading: code to sentence",
     "shape": "voxels along each axis as stored",
     "voxel_mm": "edge lengths of a voxel [mm], from the affine",
     "field_of_view_mm": "shape x voxel_mm [mm]",
@@ -144,8 +145,8 @@ def inspect_scan(path: str | Path, rules: CleaningRules) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     try:
         facts |= _header_facts(path)
-        facts["sha256"] = sha256_of(path) if path.is_file() else ""
-        image = load_scan(path, max_nonfinite=rules.max_nonfinite_fraction, max_voxels=rules.max_voxels)
+        facts["sha256"] = sha256_of(voxel_file(path)) if path.is_file() else ""
+        image = load_scan(path, max_voxels=rules.max_voxels)
         facts |= _geometry(image.shape, image.affine) | _content(image) | _head(image)
     except ScanError as error:
         facts |= {"error": error.code, "error_detail": error.sentence}
@@ -159,15 +160,13 @@ def inspect_scan(path: str | Path, rules: CleaningRules) -> dict[str, Any]:
 
 def _header_facts(path: Path) -> dict[str, Any]:
     """What the header says, without touching the voxels, so that it is known of dropped scans too."""
-    import nibabel as nib
-
-    try:
-        image = nib.load(path)
-        shape = tuple(int(n) for n in image.shape)
-        facts = {"shape": shape, "dtype": str(image.get_data_dtype())}
-        return facts | (_geometry(shape, image.affine) if len(shape) >= 3 else {})
-    except Exception:  # load_scan says what is wrong with the file, in better words
-        return {}
+    facts: dict[str, Any] = {}
+    with suppress(Exception):  # load_scan says what is wrong with the file
+        header, flags = read_header(path)
+        shape = tuple(int(n) for n in header.get_data_shape())
+        facts |= {"shape": shape, "dtype": str(header.get_data_dtype())}
+        facts |= _geometry(shape, placement(header, path, flags)) if len(shape) >= 3 else {}
+    return facts
 
 
 def _geometry(shape: tuple[int, ...], affine: np.ndarray) -> dict[str, Any]:
@@ -191,7 +190,7 @@ def _content(image: Any) -> dict[str, Any]:
     low, middle, high = np.percentile(sample, [1, 50, 99])
     bright = sample > low + BRIGHT * (high - low)
     return {
-        "file_flags": tuple(image.extra["flags"]),
+        "file_flags": image.extra["flags"],
         "nonfinite_fraction": round(image.extra["nonfinite_fraction"], 4),
         "intensity_p1": float(low),
         "intensity_p50": float(middle),

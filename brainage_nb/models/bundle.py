@@ -41,7 +41,7 @@ from brainage_nb.models.bundles.reference import FILE as REFERENCE_FILE
 from brainage_nb.models.bundles.reference import Reference
 from brainage_nb.models.bundles.saving import current_bundle, save_bundle
 from brainage_nb.models.devices import working_device
-from brainage_nb.volumes.scans import SCAN_FLAGS, ScanError
+from brainage_nb.volumes.scans import ScanError, voxel_file
 from brainage_nb.workspace import n_workers, sha256_of
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class Bundle:
 
     def trained_on_files(self, files: Sequence[Path | str]) -> list[bool]:
         """Which of these files, byte for byte, were among the training scans."""
-        return among([sha256_of(file) for file in files], all_seen(self.manifest), "images")
+        return among([sha256_of(voxel_file(file)) for file in files], all_seen(self.manifest), "images")
 
     def _result(self, scan: Path, age: float | None) -> Prediction | Failure:
         try:
@@ -173,7 +173,7 @@ class Bundle:
             volume = as_stored(preprocess(image, self.settings))
         except MemoryError:
             raise ScanError("too_large", f"{scan.name} does not fit into memory.") from None
-        cautions = [Caution(code, f"{SCAN_FLAGS[code].capitalize()}.") for code in image.extra["flags"]]
+        cautions = [Caution(*flag) for flag in image.extra["flags"].items()]
         training = self.manifest["training"]
         cautions += voxel_cautions(voxel_sizes(image.affine), training["voxel_mm"])
         cautions += head_cautions(find_head(image), trained_stripped=training["skull_stripped"])

@@ -6,6 +6,7 @@ brain stem: brain, ventricles and the fluid around them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ from .warping import bend, even_brightness
 if TYPE_CHECKING:
     import nibabel as nib
 
-VERSION = 1  # raised whenever the same scan gives another brain than before; part of fingerprints
+VERSION = 2  # raised whenever the same scan gives another brain than before; part of fingerprints
 FINE_MM = 2.0  # grid on which the template is bent
 MARGIN_MM = 3.0  # the template's mask ends at the cortex; the skull begins about this much farther out
 # What a brain found rightly looks like. Correlation: 242 looks at scans of adults gave 0.36 and more;
@@ -31,7 +32,13 @@ MARGIN_MM = 3.0  # the template's mask ends at the cortex; the skull begins abou
 LOWEST_CORRELATION = 0.32
 SCALES = (0.72, 1.20)  # stretch of the template along its main axes
 VOLUME_L = (0.85, 3.0)  # MNI152 itself, larger than most, has 2.2
-LOWEST_AGREEMENT = 0.80  # Dice of the affine and the bent mask, or of a mask from elsewhere
+LOWEST_AGREEMENT = 0.80  # Dice of the bent mask with the affine one, or with one from elsewhere
+# What other tools call a brain mask (BIDS, FSL, HD-BET, SynthStrip, ANTs); of a lesion, say, is none.
+MASK_NAMES = (
+    *("desc-brain_mask", "brain_mask", "brainmask", "brain-mask", "bet_mask", "hdbet_mask", "hd-bet_mask"),
+    *("synthstrip_mask", "BrainExtractionMask"),
+)
+MASKED_BY_FREESURFER = ("T1", "nu", "orig", "rawavg")  # what lies in one space with its brainmask.mgz
 N4_SHRINK_MM, N4_ROUNDS = 4.0, (40, 30, 20)
 
 
@@ -86,37 +93,36 @@ class Brain:
         )
 
 
-def find_brain(image: nib.spatialimages.SpatialImage, mask: str | Path | None = None) -> Brain:
+def find_brain(image: nib.spatialimages.SpatialImage, *, found_masks: bool = False) -> Brain:
     """Find the brain; the answer is kept in `image.extra`.
 
     Parameters
     ----------
     image : nibabel image
         As `load_scan` gives it.
-    mask : path, optional
-        A brain mask or a stripped scan of the same head by another tool, on any grid of the same world; it
-        replaces the mask found here, which then checks it.
+    found_masks : bool
+        Whether a mask that another tool left for the scan (`mask_beside`) replaces the one found here, if the
+        two agree; if not, the flag `mask_not_taken` in `image.extra["flags"]` says why.
 
     Returns
     -------
     Brain
         Look at `problems` before using it; `brain_or_error` does.
     """
-    key = ("brain", str(mask or ""))
+    key = ("brain", found_masks)
     if key not in image.extra:
         with one_thread():
-            image.extra[key] = _find(image, mask)
+            image.extra[key] = _find(image, found_masks)
     return image.extra[key]
 
 
-def brain_or_error(image: nib.spatialimages.SpatialImage, mask: str | Path | None = None) -> Brain:
+def brain_or_error(image: nib.spatialimages.SpatialImage, *, found_masks: bool = False) -> Brain:
     """`find_brain`, and ScanError (`brain_not_found`) with the reasons where it cannot be trusted."""
-    brain = find_brain(image, mask)
+    brain = find_brain(image, found_masks=found_masks)
     if brain.problems:
         raise ScanError(
             "brain_not_found",
-            f"No brain was found that could be trusted: {'; '.join(brain.problems)}. Look at the scan, or "
-            "give a brain mask made by another tool.",
+            f"No brain was found that could be trusted: {'; '.join(brain.problems)}. Look at the scan.",
         )
     return brain
 
@@ -124,20 +130,14 @@ def brain_or_error(image: nib.spatialimages.SpatialImage, mask: str | Path | Non
 def mask_beside(scan: str | Path) -> Path | None:
     """A brain mask that another tool left for a scan: beside it, or in BIDS derivatives.
 
-    `NAME_desc-brain_mask` (BIDS, fMRIPrep; in the scan's own space), `NAME_brain_mask`, `NAME_mask`,
-    `NAME_bet_mask` (HD-BET), `NAME_synthstrip_mask`, and FreeSurfer's `brainmask.mgz` beside an `.mgz`.
+    `NAME_<one of MASK_NAMES>`, in derivatives `desc-brain_mask` in the scan's own space, and FreeSurfer's
+    `brainmask.mgz` beside its `T1.mgz`.
     """
     scan = Path(scan)
     if scan.suffix == ".mgz":
         found = scan.with_name("brainmask.mgz")
-        return found if found.is_file() and found != scan else None
-    stem = scan.name.removesuffix(".gz").removesuffix(".nii")
-    for part in ("desc-brain_mask", "brain_mask", "mask", "bet_mask", "synthstrip_mask"):
-        for name in {stem, stem.removesuffix("_T1w")}:
-            for ending in (".nii.gz", ".nii"):
-                if (beside := scan.with_name(f"{name}_{part}{ending}")).is_file():
-                    return beside
-    return _in_derivatives(scan, stem)
+        return found if found.is_file() and scan.stem in MASKED_BY_FREESURFER else None
+    return _beside(scan, MASK_NAMES) or _in_derivatives(scan)
 
 
 def without_bias(image: nib.spatialimages.SpatialImage, brain: Brain) -> np.ndarray:
@@ -158,7 +158,7 @@ def without_bias(image: nib.spatialimages.SpatialImage, brain: Brain) -> np.ndar
     return (array / np.exp(field)).astype(np.float32)
 
 
-def _find(image: nib.spatialimages.SpatialImage, mask: str | Path | None) -> Brain:
+def _find(image: nib.spatialimages.SpatialImage, found_masks: bool) -> Brain:
     array = np.asanyarray(image.dataobj, dtype=np.float32)
     onto = template(FINE_MM)
     alignment = align(array, image.affine, np.array(find_head(image).centre_mm))
@@ -166,13 +166,18 @@ def _find(image: nib.spatialimages.SpatialImage, mask: str | Path | None) -> Bra
     depth, correlation = bend(even_brightness(scan, onto), onto)
     depth = depth - MARGIN_MM
     agreement, source = _dice(depth < 0, onto.depth_mm < MARGIN_MM), "template"
-    if mask is not None:
-        own, source = depth, str(mask)
-        depth = _depth_of(mask, alignment, onto)
-        agreement = _dice(depth < 0, own < 0)
     voxel_l = abs(np.linalg.det((alignment.to_scan @ onto.affine)[:3, :3])) / 1e6
+    scan_file = image.extra.get("path") if found_masks else None
+    if mask := scan_file and (mask_beside(scan_file) or _beside(scan_file, ("mask",))):
+        try:
+            depth, agreement = _mask_of_the_same_brain(mask, alignment, onto, depth, voxel_l)
+            source = str(mask)
+        except ScanError as error:
+            image.extra["flags"]["mask_not_taken"] = (
+                f"{mask.name} was not taken as the brain mask, the brain was found without: {error.sentence}"
+            )
     volume = float((depth < 0).sum() * voxel_l)
-    problems = _problems(alignment, correlation, agreement, volume, source)
+    problems = _problems(alignment, correlation, agreement, volume)
     return Brain(depth, alignment, correlation, agreement, volume, source, problems)
 
 
@@ -181,9 +186,7 @@ def _on_template(array: np.ndarray, affine: np.ndarray, alignment: Alignment, on
     return resample(array, affine, grid, len(onto.brain), smoothing_sd(voxel_sizes(affine), FINE_MM))
 
 
-def _problems(
-    alignment: Alignment, correlation: float, agreement: float, volume: float, source: str
-) -> tuple[str, ...]:
+def _problems(alignment: Alignment, correlation: float, agreement: float, volume: float) -> tuple[str, ...]:
     """Sentences on what is not as in a brain found rightly; each with value and bound."""
     found = []
     if not correlation >= LOWEST_CORRELATION:
@@ -196,12 +199,37 @@ def _problems(
     if not VOLUME_L[0] <= volume <= VOLUME_L[1]:
         found.append(f"it holds {volume:.2f} litres ({VOLUME_L[0]} to {VOLUME_L[1]})")
     if not agreement >= LOWEST_AGREEMENT:
-        other = "template's affine mask" if source == "template" else f"mask {Path(source).name}"
-        found.append(f"it and the {other} overlap by {agreement:.2f} only (at least {LOWEST_AGREEMENT})")
+        other = "the template's affine mask"
+        found.append(f"it and {other} overlap by {agreement:.2f} only (at least {LOWEST_AGREEMENT})")
     return tuple(found)
 
 
-def _depth_of(mask: str | Path, alignment: Alignment, onto: Template) -> np.ndarray:
+def _mask_of_the_same_brain(
+    mask: Path, alignment: Alignment, onto: Template, own: np.ndarray, voxel_l: float
+) -> tuple[np.ndarray, float]:
+    """Signed distance of a mask file and its Dice with the brain found here (its signed distance is `own`).
+
+    Raises
+    ------
+    ScanError
+        Its name does not say that it is of the brain, it cannot be read, it has not the size of a brain, or
+        the two overlap too little.
+    """
+    if not re.search(rf"({'|'.join(MASK_NAMES)})\.", mask.name):
+        raise ScanError("mask_not_taken", "its name does not say that it is one (as …_brain_mask would).")
+    depth = _depth_of(mask, alignment, onto)
+    overlap, volume = _dice(depth < 0, own < 0), float((depth < 0).sum() * voxel_l)
+    if overlap < LOWEST_AGREEMENT or not VOLUME_L[0] <= volume <= VOLUME_L[1]:
+        low, high = VOLUME_L
+        raise ScanError(
+            "mask_not_taken",
+            f"it holds {volume:.2f} litres (expected {low} to {high}) and overlaps the brain in the scan by "
+            f"{overlap:.2f} (at least {LOWEST_AGREEMENT}).",
+        )
+    return depth, overlap
+
+
+def _depth_of(mask: Path, alignment: Alignment, onto: Template) -> np.ndarray:
     """Signed distance of a mask file (above 0 is brain) on the template's grid."""
     from scipy import ndimage
 
@@ -213,15 +241,30 @@ def _depth_of(mask: str | Path, alignment: Alignment, onto: Template) -> np.ndar
     return (np.where(inside, 0.5 - inner, outer - 0.5) * onto.spacing_mm).astype(np.float32)
 
 
-def _in_derivatives(scan: Path, stem: str) -> Path | None:
+def _beside(scan: Path, parts: tuple[str, ...]) -> Path | None:
+    """The first of `NAME_<part>.nii.gz` or `.nii` that lies beside a scan; NAME with or without `_T1w`."""
+    stem = _stem(scan)
+    for part in parts:
+        for name in (stem, stem.removesuffix("_T1w")):
+            for ending in (".nii.gz", ".nii"):
+                if (beside := scan.with_name(f"{name}_{part}{ending}")).is_file():
+                    return beside
+    return None
+
+
+def _stem(scan: Path) -> str:
+    return re.sub(r"\.(nii|hdr|img)(\.gz)?$", "", scan.name, flags=re.IGNORECASE)
+
+
+def _in_derivatives(scan: Path) -> Path | None:
     """`derivatives/*/<the same folders>/<stem less _T1w>_desc-brain_mask` of the scan's data set."""
     for root in scan.parents[:5]:
         if not (root / "derivatives").is_dir():
             continue
         inner = scan.parent.relative_to(root)
-        name = stem.removesuffix("_T1w")
+        name = _stem(scan).removesuffix("_T1w")
         for space in ("", "_space-T1w"):  # the scan's own name: run-1 is not run-10, nor another acquisition
-            if found := sorted((root / "derivatives").glob(f"*/{inner}/{name}{space}_desc-brain*_mask.nii*")):
+            if found := sorted((root / "derivatives").glob(f"*/{inner}/{name}{space}_desc-brain_mask.nii*")):
                 return found[0]
     return None
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .brain import find_brain, mask_beside
+from .brain import find_brain
 from .pictures import PLANES, plane, show_plane
 from .preprocessing import grid_affine, preprocess
 from .recipes import PreprocessingSettings
-from .scans import load_scan
+from .scans import ScanError, load_scan
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,8 @@ def brain_preview(
     Returns
     -------
     table : DataFrame
-        A row a scan: quality (0 to 1), correlation, agreement, litres, where the mask is from, problems.
+        A row a scan: quality (0 to 1), correlation, agreement, litres, where the mask is from, problems, and
+        why a mask beside it was not taken.
     figure : Figure
         A row a plane, a column a scan.
     """
@@ -49,8 +50,12 @@ def brain_preview(
     rows, drawn = [], []
     plain = replace(settings, brain_only=False, n4=False, grey_matter=False)
     for title, path in scans.items():
-        image = load_scan(path)
-        brain = find_brain(image, mask_beside(path) if settings.found_masks else None)
+        try:
+            image = load_scan(path)
+        except ScanError as error:
+            rows.append({"scan": title, "problems": str(error)})
+            continue
+        brain = find_brain(image, found_masks=settings.found_masks)
         rows.append(
             {
                 "scan": title,
@@ -60,6 +65,7 @@ def brain_preview(
                 "litres": brain.volume_l,
                 "mask": "template" if brain.source == "template" else Path(brain.source).name,
                 "problems": "; ".join(brain.problems),
+                "note": image.extra["flags"].get("mask_not_taken", ""),
             }
         )
         if not brain.problems:

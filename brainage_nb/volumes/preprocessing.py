@@ -72,10 +72,14 @@ def preprocess(
     """
     settings = settings or PreprocessingSettings()
     image = _loaded(scan)
-    grid = _grid(image, settings)
-    if settings.grey_matter:
-        return _grey_cube(image, grid, settings)
-    return _scaled(_cube(image, grid, settings), image, grid, settings)
+    try:
+        grid = _grid(image, settings)
+        if settings.grey_matter:
+            return _grey_cube(image, grid, settings)
+        return _scaled(_cube(image, grid, settings), image, grid, settings)
+    except ScanError as error:  # what was odd about the file may say why
+        flags = image.extra.get("flags", {})
+        raise ScanError(error.code, " ".join([error.sentence, *flags.values()])) from error
 
 
 def as_stored(volume: np.ndarray) -> np.ndarray:
@@ -167,10 +171,9 @@ def tissues_in(
 
 
 def _brain(image: Any, settings: PreprocessingSettings) -> Any:
-    from .brain import brain_or_error, mask_beside
+    from .brain import brain_or_error
 
-    path = image.extra.get("path")
-    return brain_or_error(image, mask_beside(path) if path and settings.found_masks else None)
+    return brain_or_error(image, found_masks=settings.found_masks)
 
 
 def _cube(image: Any, grid: np.ndarray, settings: PreprocessingSettings) -> np.ndarray:

@@ -5,9 +5,12 @@ Whether a readable scan is good enough for a cohort (size, voxel size, content) 
 
 from __future__ import annotations
 
-import gzip
 import io
+import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,22 +30,33 @@ SCAN_ERRORS = {
     "not_3d": "the image is not three-dimensional",
     "not_scalar": "a voxel holds a complex number or a colour, not one intensity",
     "bad_affine": "the header gives no usable voxel size or orientation",
-    "not_finite": "too many voxels are NaN or infinite",
+    "not_finite": "too few voxels are numbers (not NaN or infinite) to show a head",
     "blank": "every voxel has the same value",
 }
 # What was taken for granted about a scan that can be used.
 SCAN_FLAGS = {
     "no_affine": "the header gives no orientation; the format's default is assumed (x leftwards, y forwards, "
     "z upwards)",
+    "header_disagrees": "the header gives two sizes or orientations that disagree",
+    "unit_not_mm": "the header's unit of length is not the millimetre",
     "one_volume_4d": "a 4-D image with one volume, taken as 3-D",
     "sheared": "the voxel axes are not at right angles to each other",
     "some_not_finite": "NaN or infinite voxels, taken as background",
+    "mask_not_taken": "a mask beside the scan was not taken as its brain mask",
 }
-GZIP_MAGIC = b"\x1f\x8b"
-HEADER_READ = 4096  # bytes; every header read here is shorter
+GZIP_MAGIC, MGH_MAGIC = b"\x1f\x8b", b"\x00\x00\x00\x01"
+HEADER_READ = 4096  # bytes; every header read here is shorter, but for its extensions, which nothing needs
+CHUNK = 2**20  # bytes read or unpacked at once
 # More than any head scan has (0.3 mm: 600 x 800 x 800); guards against a file made to fill the memory.
 MAX_VOXELS = 400_000_000
 SLACK_BYTES = 2**24  # what may follow the voxels: a FreeSurfer footer, padding
+MAX_OFFSET = 2**26  # bytes before the voxels: a header and its extensions
+UNITS = {1: ("metre", 1000.0), 2: ("millimetre", 1.0), 3: ("micron", 0.001)}  # codes of NIfTI, in mm
+EXTENT_MM = (1.0, 5000.0)  # an image's longest edge; any other is a wrong unit
+ROUNDING = 0.01  # a quaternion longer than 1 by no more is a rotation, rounded
+SAME_SIZE, SAME_DEGREES = 0.005, 2.0  # up to here sizes (relative) and axes of two affines agree
+MANY = 0.5  # share of NaN or infinite voxels from which what is left must have the size of a brain
+LEAST_HEAD_ML = 500.0
 
 
 class ScanError(ValueError):
@@ -64,56 +78,48 @@ class ScanError(ValueError):
         return ScanError, (self.code, self.sentence)
 
 
-def load_scan(
-    path: str | Path, *, max_nonfinite: float = 0.5, max_voxels: int = MAX_VOXELS
-) -> nib.spatialimages.SpatialImage:
+def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatialimages.SpatialImage:
     """Read a scan whole and check that it is one volume of real intensities.
 
-    NIfTI-1/2 (`.nii`, `.nii.gz`, `.hdr`/`.img`), FreeSurfer (`.mgh`, `.mgz`);
-    whether a file is compressed, and which of these it is, is seen from its content, not from its name.
+    NIfTI-1/2 (`.nii`), pairs of NIfTI or Analyze (`.hdr` and `.img`), FreeSurfer (`.mgh`, `.mgz`); whether a
+    file is compressed, and which of these it is, is seen from its content.
 
     Parameters
     ----------
     path : path
-        The file.
-    max_nonfinite : float
-        Largest share of NaN or infinite voxels; fewer are set to 0.
+        The file; of a pair either half.
     max_voxels : int
         Most voxels a header may claim. It is read first, and no more is decompressed than it claims.
 
     Returns
     -------
     nibabel image
-        3-D, in memory, with the file's affine and header; `image.dataobj` is a float32 array, scaled by slope
-        and intercept. `image.extra["flags"]` lists codes of `SCAN_FLAGS`, `image.extra["nonfinite_fraction"]`
-        the share of voxels that were NaN or infinite, `image.extra["path"]` the file.
+        3-D, in memory, affine in mm; `image.dataobj` is a float32 array, scaled by slope and intercept, NaN
+        and infinite voxels set to background. `image.extra["flags"]` maps codes of `SCAN_FLAGS` to a sentence
+        on this scan, `image.extra["nonfinite_fraction"]` is the share of voxels that were NaN or infinite,
+        `image.extra["path"]` the file.
 
     Raises
     ------
     ScanError
-        With a code of `SCAN_ERRORS`.
+        With a code of `SCAN_ERRORS`, whatever goes wrong (but MemoryError stays what it is).
     """
+    import nibabel as nib
+
     path = Path(path)
-    if not path.is_file():
-        raise ScanError("missing", f"{path} does not exist or is not a file.")
-    image = _opened(path, max_voxels)
-    _check_header(image, path, max_voxels)
-    array = _voxels(image, path)
-    flags = ["one_volume_4d"] if array.ndim > 3 else []
-    array = array.reshape(array.shape[:3], order="A")
-    affine = _checked_affine(image, path)
-    flags += _affine_flags(image, affine)
-    finite = np.isfinite(array)
-    bad = 1.0 - np.count_nonzero(finite) / array.size
-    if bad > max_nonfinite:
-        raise ScanError("not_finite", f"{path.name}: {bad:.0%} of the voxels are NaN or infinite.")
-    if bad:
-        array[~finite] = 0.0
-        flags.append("some_not_finite")
-    if array.min() == array.max():
-        raise ScanError("blank", f"{path.name}: every voxel is {array.flat[0]:g}; expected a head.")
-    facts = {"flags": tuple(flags), "nonfinite_fraction": float(bad), "path": path}
-    return _in_memory(array, affine, image, facts)
+    with _any_error_as_reason(path):
+        header, flags = read_header(path)
+        _check_header(header, path, max_voxels)
+        affine = placement(header, path, flags)
+        array = _voxels(header, path)
+        if array.ndim > 3:
+            flags["one_volume_4d"] = _meaning("one_volume_4d")
+        array = array.reshape(array.shape[:3], order="A")
+        bad = _fill_nonfinite(array, affine, path, flags)
+        if array.min() == array.max():
+            raise ScanError("blank", f"{path.name}: every voxel is {array.flat[0]:g}; expected a head.")
+    extra = {"flags": flags, "nonfinite_fraction": bad, "path": path}
+    return nib.Nifti1Image(array, affine, extra=extra)
 
 
 def voxel_sizes(affine: np.ndarray) -> np.ndarray:
@@ -121,34 +127,83 @@ def voxel_sizes(affine: np.ndarray) -> np.ndarray:
     return np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(axis=0))
 
 
-def _opened(path: Path, max_voxels: int) -> Any:
-    """The image, not yet decoded; bytes of a compressed file are already decompressed."""
-    import nibabel as nib
-
-    with open(path, "rb") as stream:
-        start = stream.read(HEADER_READ)
-    if not start:
-        raise ScanError("truncated", f"{path.name} is empty; copy the file again.")
-    if b"/annex/objects/" in start or start.startswith(b"version https://git-lfs"):
-        raise ScanError("unreadable", f"{path.name} is a git-annex or Git LFS link; fetch the scan itself.")
+def voxel_file(path: str | Path) -> Path:
+    """The file whose content tells one scan from another: of a pair the `.img`, as many headers are alike."""
     try:
-        if start.startswith(GZIP_MAGIC):
-            return _from_bytes(_decompressed(path, max_voxels), path)
-        if path.suffix in (".hdr", ".img"):
-            return nib.load(path)
-        _claimed_bytes(start, path, max_voxels)
-        return _from_bytes(path.read_bytes(), path)
-    except ScanError:
+        voxels = _halves(Path(path))[1]
+    except (ScanError, OSError, EOFError, zlib.error):  # load_scan says what is wrong
+        return Path(path)
+    return voxels if voxels.is_file() else Path(path)
+
+
+def read_header(path: str | Path) -> tuple[Any, dict[str, str]]:
+    """A file's nibabel header, repaired where that is safe, and flags as `load_scan` gives; reads no voxel.
+
+    Raises
+    ------
+    ScanError
+        As `load_scan`.
+    """
+    path = Path(path)
+    with _any_error_as_reason(path):
+        if not path.is_file():
+            raise ScanError("missing", f"{path} does not exist or is not a file.")
+        first, second = _halves(path)
+        start = _start(first)
+        if not start:
+            raise ScanError("truncated", f"{path.name} is empty; copy the file again.")
+        if b"/annex/objects/" in start or start.startswith(b"version https://git-lfs"):
+            raise ScanError(
+                "unreadable", f"{path.name} is a git-annex or Git LFS link; fetch the scan itself."
+            )
+        kind, length = _kind(start, path, pair=first != second)
+        header = kind.from_fileobj(io.BytesIO(start[:length]), check=False)
+        flags = _repair(header, path)
+        if start[:4] == MGH_MAGIC and not any(start[28:30]):  # nibabel has put the format's default in place
+            flags["no_affine"] = _meaning("no_affine")
+        header.check_fix()
+    return header, flags
+
+
+def placement(header: Any, path: Path, flags: dict[str, str]) -> np.ndarray:
+    """Affine (4, 4) from voxels to the world in mm; `flags` gains what it was read against.
+
+    As in nibabel the sform counts before the qform.
+
+    Raises
+    ------
+    ScanError
+        `bad_affine`.
+    """
+    stated = _stated_affines(header, path)
+    affine = next(iter(stated.values()), header.get_best_affine())
+    volume = abs(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else 0.0
+    if volume < 1e-9 * np.prod(voxel_sizes(affine)) or not volume:
+        raise ScanError("bad_affine", f"{path.name}: the affine is singular or not finite; repair it.")
+    if not stated:
+        flags["no_affine"] = _meaning("no_affine")
+    factor = _mm_factor(affine, header, path, flags)
+    scale = np.diag([factor] * 3 + [1.0])
+    _compare({name: scale @ one for name, one in stated.items()}, factor * _zooms(header), flags)
+    affine = scale @ affine
+    axes = affine[:3, :3] / voxel_sizes(affine)
+    if np.abs(axes.T @ axes - np.eye(3)).max() > 0.01:  # about half a degree
+        flags["sheared"] = _meaning("sheared")
+    return affine
+
+
+@contextmanager
+def _any_error_as_reason(path: Path) -> Iterator[None]:
+    """Whatever is raised while a file is read becomes its ScanError."""
+    try:
+        yield
+    except (ScanError, MemoryError):
         raise
-    except FileNotFoundError as error:
-        raise _header_only(path, error) from error
+    except (EOFError, zlib.error) as error:
+        said = f"{path.name}: the compressed data end early or are damaged; copy the file again."
+        raise ScanError("truncated", said) from error
     except Exception as error:  # nibabel raises many kinds on broken files
         raise ScanError("unreadable", f"{path.name} cannot be read as an image ({_said(error)}).") from error
-
-
-def _header_only(path: Path, error: FileNotFoundError) -> ScanError:
-    missing = Path(error.filename).name if error.filename else "the file with the voxels"
-    return ScanError("header_only", f"{path.name} is a header only: {missing} is missing.")
 
 
 def _said(error: Exception) -> str:
@@ -156,66 +211,149 @@ def _said(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
-def _decompressed(path: Path, max_voxels: int) -> bytes:
-    """Content of a gzip file (one or several members), checksums verified; at most what its header claims."""
-    try:
-        with gzip.open(path) as stream:
-            start = stream.read(HEADER_READ)
-            limit = _claimed_bytes(start, path, max_voxels) + SLACK_BYTES
-            stream.seek(0)
-            content = stream.read(limit + 1)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        said = f"{path.name}: the compressed data end early or are damaged; copy the file again."
-        raise ScanError("truncated", said) from error
-    if len(content) > limit:
-        raise ScanError("unreadable", f"{path.name} unpacks to far more than its header claims.")
+def _meaning(code: str) -> str:
+    return f"{SCAN_FLAGS[code][:1].upper()}{SCAN_FLAGS[code][1:]}."
+
+
+# --- bytes ----------------------------------------------------------------------------------------------
+
+
+def _halves(path: Path) -> tuple[Path, Path]:
+    """The file with the header and the file with the voxels: one, or the halves of a pair."""
+    ending = re.search(r"\.(hdr|img)(\.gz)?$", path.name, re.IGNORECASE)
+    start = _start(path) if ending else b""
+    if not ending or start[344:347] == b"n+1" or start[4:7] == b"n+2":
+        return path, path
+    is_header = ending[1].lower() == "hdr"
+    other = "img" if is_header else "hdr"
+    endings = (other, f"{other}.gz", other.upper(), f"{other.upper()}.gz", f"{other.upper()}.GZ")
+    places = [path.with_name(f"{path.name[: ending.start()]}.{name}") for name in endings]
+    partner = next((place for place in places if place.is_file()), places[0])
+    if is_header:
+        return path, partner
+    if not partner.is_file():
+        raise ScanError("unreadable", f"{path.name} holds voxels only: its header {partner.name} is missing.")
+    return partner, path
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Content of a file, unpacked where it is compressed (also twice), in pieces of at most `CHUNK`."""
+    with open(path, "rb") as stream:
+        pieces = iter(lambda: stream.read(CHUNK), b"")
+        for _ in range(3):
+            first = next(pieces, b"")
+            pieces = chain([first], pieces)
+            if not first.startswith(GZIP_MAGIC):
+                break
+            pieces = _unpacked(pieces)
+        yield from pieces
+
+
+def _unpacked(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Content of a gzip stream, checksums verified; as gunzip does, several members are one content, and
+    bytes after the last are passed over.
+    """
+    packed = next(pieces)
+    while packed.startswith(GZIP_MAGIC):
+        member = zlib.decompressobj(wbits=31)
+        while not member.eof:
+            piece = member.decompress(packed, CHUNK)
+            packed = member.unconsumed_tail
+            if piece:
+                yield piece
+            elif not packed and not member.eof:
+                packed = next(pieces, b"")
+                if not packed:
+                    raise EOFError
+        packed = (member.unused_data + next(pieces, b"")).lstrip(b"\0")
+
+
+def _start(path: Path) -> bytes:
+    """The first bytes of a file's content."""
+    start, pieces = b"", _pieces(path)
+    while len(start) < HEADER_READ and (piece := next(pieces, b"")):
+        start += piece
+    return start[:HEADER_READ]
+
+
+def _content(path: Path, limit: int) -> io.BytesIO:
+    """A file's whole content; refused where it is longer than `limit`."""
+    content = io.BytesIO()
+    for piece in _pieces(path):
+        content.write(piece)
+        if content.tell() > limit:
+            raise ScanError("unreadable", f"{path.name} holds far more than its header claims.")
     return content
 
 
-def _claimed_bytes(start: bytes, path: Path, max_voxels: int) -> int:
-    """Size of the whole image by its header, from the first bytes of the file; refused where absurd."""
-    image_class = _kind(start, path)
-    header = image_class.header_class.from_fileobj(io.BytesIO(start), check=False)
-    shape = header.get_data_shape()
-    _refuse_absurd(shape, path, max_voxels)
-    offset = int(header.get_data_offset())
-    return offset + int(np.prod(shape, dtype=float)) * header.get_data_dtype().itemsize
+def _kind(start: bytes, path: Path, *, pair: bool) -> tuple[Any, int]:
+    """nibabel's class for a header, told from how it begins, and the bytes to give to it: no extensions."""
+    import nibabel as nib
+
+    size = {int.from_bytes(start[:4], order) for order in ("little", "big")} & {348, 540}
+    pairs = (nib.Nifti1Pair, nib.Nifti2Pair, nib.Spm2AnalyzeImage, nib.Spm99AnalyzeImage, nib.AnalyzeImage)
+    for kind in pairs if pair else ():
+        if kind.header_class.may_contain_header(start):
+            return kind.header_class, min(size, default=348)
+    if size and not pair:
+        return (nib.Nifti1Header if 348 in size else nib.Nifti2Header), min(size)
+    if start[:4] == MGH_MAGIC:
+        return nib.MGHImage.header_class, HEADER_READ
+    raise ScanError("unreadable", f"{path.name} is neither a NIfTI nor a FreeSurfer (MGH) image.")
 
 
-def _refuse_absurd(shape: tuple[int, ...], path: Path, max_voxels: int) -> None:
+# --- header ---------------------------------------------------------------------------------------------
+
+
+def _repair(header: Any, path: Path) -> dict[str, str]:
+    """Mend what is safe to mend before nibabel checks the header, and give flags for what is not."""
+    keys = header.keys()
+    if getattr(header, "is_single", False) and header["vox_offset"] < header.single_vox_offset:
+        header["vox_offset"] = header.single_vox_offset
+    has_sform = "sform_code" in keys and header["sform_code"] != 0
+    edges = header["pixdim"][1 : 1 + min(3, int(header["dim"][0]))] if "pixdim" in keys else np.ones(3)
+    if not (np.isfinite(edges) & (edges != 0)).all():
+        if not has_sform:
+            said = f"pixdim says {_by(edges)}, which is no size of a voxel; repair the header"
+            raise ScanError("bad_affine", f"{path.name}: {said}.")
+        header["pixdim"][1:4] = voxel_sizes(header.get_sform())  # no size was stated, so none disagrees
+    if "qform_code" not in keys or header["qform_code"] == 0:
+        return {}
+    parts = ("quatern_b", "quatern_c", "quatern_d")
+    length = float(np.sqrt(sum(float(header[part]) ** 2 for part in parts)))
+    if length <= 1:
+        return {}
+    if length <= 1 + ROUNDING:
+        for part in parts:
+            header[part] = float(header[part]) / length
+        return {}
+    said = f"the qform is no rotation (its quaternion has length {length:.3g})"
+    if not has_sform:
+        raise ScanError("bad_affine", f"{path.name}: {said}; repair the header.")
+    header["qform_code"] = 0
+    return {"header_disagrees": f"In the header {said}; the sform was used."}
+
+
+def _refuse_absurd(header: Any, path: Path, max_voxels: int) -> None:
+    shape, offset = header.get_data_shape(), header.get_data_offset()
     if np.prod(shape, dtype=float) > max_voxels:
         claimed = " x ".join(str(int(n)) for n in shape)
         raise ScanError(
             "too_large", f"{path.name} claims {claimed} voxels; at most {max_voxels:,} in all are opened."
         )
+    if offset > MAX_OFFSET:
+        raise ScanError("unreadable", f"{path.name}: by its header the voxels begin at byte {offset:,}.")
 
 
-def _from_bytes(content: bytes, path: Path) -> Any:
-    """Decode decompressed bytes."""
-    return _kind(content, path).from_bytes(content)
-
-
-def _kind(content: bytes, path: Path) -> Any:
-    """NIfTI-1, NIfTI-2 or MGH, told apart by how the file begins."""
-    import nibabel as nib
-
-    size = {int.from_bytes(content[:4], order) for order in ("little", "big")}
-    if size & {348, 540}:
-        return nib.Nifti1Image if 348 in size else nib.Nifti2Image
-    if content[:4] == b"\x00\x00\x00\x01":
-        return nib.MGHImage
-    raise ScanError("unreadable", f"{path.name} is neither a NIfTI nor a FreeSurfer (MGH) image.")
-
-
-def _check_header(image: Any, path: Path, max_voxels: int) -> None:
-    shape = tuple(int(n) for n in image.shape)
-    _refuse_absurd(shape, path, max_voxels)
-    keys = getattr(image.header, "keys", tuple)()
-    if "intent_code" in keys and 3000 <= int(image.header["intent_code"]) < 3100:  # CIFTI-2
+def _check_header(header: Any, path: Path, max_voxels: int) -> None:
+    _refuse_absurd(header, path, max_voxels)
+    shape = tuple(int(n) for n in header.get_data_shape())
+    keys = header.keys()
+    if "intent_code" in keys and 3000 <= int(header["intent_code"]) < 3100:  # CIFTI-2
         raise ScanError(
             "not_volume", f"{path.name} holds surface or connectivity data {shape}, not a volume."
         )
-    dtype = image.get_data_dtype()
+    dtype = header.get_data_dtype()
     if dtype.names or dtype.kind == "c":
         kind = "colours" if dtype.names else "complex numbers"
         raise ScanError("not_scalar", f"{path.name}: voxels are {kind}; expected one intensity each.")
@@ -223,41 +361,133 @@ def _check_header(image: Any, path: Path, max_voxels: int) -> None:
         raise ScanError("not_3d", f"{path.name} has shape {shape}; expected one 3-D volume.")
 
 
-def _voxels(image: Any, path: Path) -> np.ndarray:
+def _zooms(header: Any) -> np.ndarray:
+    """Edge lengths of a voxel as the header lists them, in its unit."""
+    return np.asarray(header.get_zooms()[:3], dtype=float)
+
+
+def _stated_affines(header: Any, path: Path) -> dict[str, np.ndarray]:
+    """Every affine the header gives, by its name; the one that counts first."""
+    keys = header.keys()
+    if "Mdc" in keys:
+        return {"affine": header.get_affine()}
+    if "sform_code" not in keys:
+        mat = path.with_name(re.sub(r"\.(hdr|img)(\.gz)?$", ".mat", path.name, flags=re.IGNORECASE))
+        return {mat.name: _affine_of_spm(header, mat)} if mat.is_file() else {}
+    found = {}
+    for name, of in (("sform", header.get_sform), ("qform", header.get_qform)):
+        affine, code = of(coded=True)
+        if affine is not None:
+            found[f"the {name} (code {code})"] = affine
+    return found
+
+
+def _affine_of_spm(header: Any, mat: Path) -> np.ndarray:
+    """What SPM keeps beside an Analyze pair."""
+    import nibabel as nib
+
+    contents = {"header": header.binaryblock, "image": b"", "mat": mat.read_bytes()}
+    files = {name: nib.FileHolder(fileobj=io.BytesIO(content)) for name, content in contents.items()}
+    return nib.Spm99AnalyzeImage.from_file_map(files).affine
+
+
+def _mm_factor(affine: np.ndarray, header: Any, path: Path, flags: dict[str, str]) -> float:
+    """What turns the header's lengths into mm: by its unit, unless that can only be wrong."""
+    keys = header.keys()
+    code = int(header["xyzt_units"]) & 7 if "xyzt_units" in keys else 2
+    unit, factor = UNITS.get(code, ("unknown", 1.0))
+    edges = voxel_sizes(affine)
+    extent = float((edges * header.get_data_shape()[:3]).max())
+    possible = [used for used in (factor, 1.0) if EXTENT_MM[0] <= extent * used <= EXTENT_MM[1]]
+    if not possible:
+        raise ScanError(
+            "bad_affine",
+            f"{path.name}: voxels of {_by(edges)} make an image {extent:.3g} long (header's unit: {unit}), "
+            "which is no head. Correct the header: voxel sizes, or xyzt_units (1 metre, 2 mm, 3 micron).",
+        )
+    if factor != 1:
+        why = f", but an image of {extent:.3g} {unit}s is no head" if possible[0] == 1 else ""
+        flags["unit_not_mm"] = (
+            f"The header's unit is the {unit}{why}: voxels of {_by(edges)} were read as "
+            f"{_by(edges * possible[0])} mm."
+        )
+    return possible[0]
+
+
+def _compare(stated: dict[str, np.ndarray], zooms: np.ndarray, flags: dict[str, str]) -> None:
+    """Flag affines (in mm; the first is used) and voxel sizes that disagree in more than rounding."""
+    if not stated:
+        return
+    used, *others = stated.values()
+    differ = [] if np.allclose(voxel_sizes(used), zooms, rtol=SAME_SIZE, atol=0) else ["size"]
+    for other in others:
+        cosines = (_directions(used) * _directions(other)).sum(axis=0)
+        degrees = float(np.degrees(np.arccos(np.clip(cosines.min(), -1, 1))))
+        if degrees > SAME_DEGREES:
+            differ.append(f"axes (up to {degrees:.0f} degrees apart)")
+        if np.linalg.det(used[:3, :3]) * np.linalg.det(other[:3, :3]) < 0:
+            differ.append("side (one mirrors the other)")
+    if differ:
+        says = [f"{name} says {_by(voxel_sizes(one))} mm, {_axes(one)}" for name, one in stated.items()]
+        flags["header_disagrees"] = (
+            f"The header disagrees with itself in {' and '.join(differ)}: {'; '.join(says)}; pixdim says "
+            f"{_by(zooms)} mm. Used was {next(iter(stated))}; check which is right."
+        )
+
+
+def _directions(affine: np.ndarray) -> np.ndarray:
+    """Unit vectors (3, 3), a column a voxel axis, at right angles as a qform can only have them."""
+    left, _, right = np.linalg.svd(affine[:3, :3] / voxel_sizes(affine))
+    return left @ right
+
+
+def _axes(affine: np.ndarray) -> str:
+    """The anatomical directions in which the voxel axes grow, such as RAS."""
+    import nibabel as nib
+
+    return "".join(axis or "?" for axis in nib.aff2axcodes(affine))
+
+
+def _by(lengths: np.ndarray) -> str:
+    return " x ".join(f"{length:.4g}" for length in lengths)
+
+
+# --- voxels ---------------------------------------------------------------------------------------------
+
+
+def _voxels(header: Any, path: Path) -> np.ndarray:
+    """All voxels as float32, scaled."""
+    from nibabel.arrayproxy import ArrayProxy
+
+    place = _halves(path)[1]
+    if not place.is_file():
+        raise ScanError("header_only", f"{path.name} is a header only: {place.name} is missing.")
+    n_bytes = int(np.prod(header.get_data_shape(), dtype=float)) * header.get_data_dtype().itemsize
+    content = _content(place, header.get_data_offset() + n_bytes + SLACK_BYTES)
     try:
-        return image.get_fdata(dtype=np.float32, caching="unchanged")
-    except FileNotFoundError as error:
-        raise _header_only(path, error) from error
-    except (EOFError, OSError, zlib.error, ValueError) as error:
+        return np.asanyarray(ArrayProxy(content, header), dtype=np.float32)
+    except (OSError, ValueError) as error:
         raise ScanError("truncated", f"{path.name}: voxels are missing ({_said(error)}).") from error
 
 
-def _checked_affine(image: Any, path: Path) -> np.ndarray:
-    affine = np.asarray(image.affine, dtype=float)
-    volume = abs(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else 0.0
-    if volume < 1e-9 * max(1.0, np.prod(voxel_sizes(affine))):
-        raise ScanError("bad_affine", f"{path.name}: the affine is singular or not finite; repair it.")
-    return affine
+def _fill_nonfinite(array: np.ndarray, affine: np.ndarray, path: Path, flags: dict[str, str]) -> float:
+    """Set voxels that are NaN or infinite to background, in place, and give their share.
 
+    Most of a stripped scan may be NaN, so a share says little: what is left must be as large as a brain.
+    """
+    from scipy import ndimage
 
-def _affine_flags(image: Any, affine: np.ndarray) -> list[str]:
-    flags = []
-    header = image.header
-    if "sform_code" in getattr(header, "keys", tuple)():
-        if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
-            flags.append("no_affine")
-    elif type(image).__name__.startswith(("Analyze", "Spm")):
-        flags.append("no_affine")
-    axes = affine[:3, :3] / voxel_sizes(affine)
-    if np.abs(axes.T @ axes - np.eye(3)).max() > 0.01:  # about half a degree
-        flags.append("sheared")
-    return flags
-
-
-def _in_memory(array: np.ndarray, affine: np.ndarray, image: Any, extra: dict[str, Any]) -> Any:
-    import nibabel as nib
-
-    header = image.header if isinstance(image, nib.Nifti1Image) else None
-    made = nib.Nifti1Image(array, affine, header, extra=extra)
-    made.header.set_data_dtype(np.float32)
-    return made
+    finite = np.isfinite(array)
+    bad = 1.0 - np.count_nonzero(finite) / array.size
+    if bad > MANY:
+        left_ml = np.count_nonzero(ndimage.binary_opening(finite)) * np.prod(voxel_sizes(affine)) / 1000
+        if left_ml < LEAST_HEAD_ML:
+            raise ScanError(
+                "not_finite",
+                f"{path.name}: {bad:.0%} of the voxels are NaN or infinite; what is left, {left_ml:.0f} ml "
+                f"without gaps, is no head (at least {LEAST_HEAD_ML:.0f} ml).",
+            )
+    if bad:
+        array[~finite] = min(0.0, np.percentile(array[finite], 1))  # 0 is no background of z-scores
+        flags["some_not_finite"] = f"{bad:.1%} of the voxels are NaN or infinite, taken as background."
+    return float(bad)

@@ -17,7 +17,8 @@ import numpy as np
 
 from ..cluster import ClusterError, in_order, open_cluster
 from ..workspace import n_workers, read_json, sha256_of, write_json, write_text
-from .preprocessing import PreprocessingSettings, ScanError, as_stored, preprocess
+from .preprocessing import PreprocessingSettings, ScanError, as_stored, load_scan, preprocess
+from .scans import voxel_file
 from .staging import StoreMirror
 from .store import VolumeStore
 from .store_files import StoreWriter
@@ -104,7 +105,9 @@ def build_store(
     home.mkdir(parents=True, exist_ok=True)
     if not (home / "preprocessing.json").exists():
         write_json(settings.to_json(), home / "preprocessing.json")
-    paths = {scan: Path(resolve(image)) for scan, image in zip(scans["scan_id"], scans["image"], strict=True)}
+    paths = {
+        scan: voxel_file(resolve(image)) for scan, image in zip(scans["scan_id"], scans["image"], strict=True)
+    }
     mirror = StoreMirror(home, scratch) if scratch else None
     if mirror is not None:
         mirror.fetch()
@@ -112,8 +115,9 @@ def build_store(
     writer = StoreWriter(home, settings.size, mirror)
     todo = [scan for scan in paths if not writer.has(scan, paths[scan])]
     with _preprocessed([paths[scan] for scan in todo], settings, n_workers(n_jobs), cluster) as results:
-        failed = _fill(writer, todo, results)
+        failed, notes = _fill(writer, todo, results)
     note = _note(Path(folder), settings, len(todo) - len(failed), len(paths) - len(todo), len(failed))
+    note += f" Masks beside {len(notes)} scans were not taken, such as {notes[0]}" if notes else ""
     write_text(settings.fingerprint + "\n", Path(folder) / "current")
     table = pd.DataFrame(failed, columns=["scan_id", "code", "reason"])
     table.insert(1, "image", [str(paths[scan]) for scan in table["scan_id"]])
@@ -127,11 +131,15 @@ def build_store(
     )
 
 
-def _fill(writer: StoreWriter, todo: list[str], results: Iterable) -> list[tuple[str, str, str]]:
-    """Write what was preprocessed, in the table's order; give (scan_id, code, reason) of what failed."""
+def _fill(
+    writer: StoreWriter, todo: list[str], results: Iterable
+) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """Write what was preprocessed, in the table's order; give (scan_id, code, reason) of what failed, and the
+    notes on the others.
+    """
     from tqdm import tqdm
 
-    failed = []
+    failed, notes = [], []
     try:
         bar = tqdm(zip(todo, results, strict=True), "preprocessing", len(todo), unit="scan", disable=not todo)
         for scan, result in bar:
@@ -142,10 +150,12 @@ def _fill(writer: StoreWriter, todo: list[str], results: Iterable) -> list[tuple
             elif isinstance(result, Exception):
                 raise result
             else:
-                writer.add(scan, *result)
+                *row, note = result
+                writer.add(scan, *row)
+                notes += [f"{scan}: {note}"] if note else []
     finally:
         writer.close()
-    return failed
+    return failed, notes
 
 
 @contextmanager
@@ -167,13 +177,15 @@ def _preprocessed(
         yield pool(delayed(_one)(*task) for task in tasks)
 
 
-def _one(path: Path, settings: PreprocessingSettings) -> tuple[np.ndarray, dict] | ScanError:
-    """One scan's row and what its file was, or why there is none."""
+def _one(path: Path, settings: PreprocessingSettings) -> tuple[np.ndarray, dict, str] | ScanError:
+    """One scan's row, what its file was and a note on it, or why there is none."""
     try:
         found = path.stat()
-        volume = as_stored(preprocess(path, settings))
+        image = load_scan(path)
+        volume = as_stored(preprocess(image, settings))
         source = {"source_bytes": found.st_size, "source_mtime_ns": found.st_mtime_ns}
-        return volume, source | {"source_sha256": sha256_of(path)}
+        note = image.extra["flags"].get("mask_not_taken", "")
+        return volume, source | {"source_sha256": sha256_of(path)}, note
     except ScanError as error:
         return error
     except MemoryError:

@@ -12,7 +12,7 @@ from brainage_nb.cohort.inspection import FACTS
 GOOD = {
     "error": "",
     "error_detail": "",
-    "file_flags": (),
+    "file_flags": {},
     "shape": (180, 240, 200),
     "voxel_mm": (1.0, 1.0, 1.0),
     "field_of_view_mm": (180.0, 240.0, 200.0),
@@ -86,6 +86,13 @@ def test_a_scan_is_dropped_with_one_reason_that_names_what_was_found_and_the_lim
         assert words.lower() in row["detail"].lower()
 
 
+def test_a_scan_dropped_for_its_size_says_what_was_odd_about_its_header():
+    flags = {"header_disagrees": "The sform says 1 mm, the qform 2.5 mm."}
+    row = outcome({"field_of_view_mm": (84.0, 103.0, 64.0), "file_flags": flags})
+    assert (row["reason"], row["flags"]) == ("field_of_view", "")
+    assert row["detail"].endswith("an animal? The sform says 1 mm, the qform 2.5 mm.")
+
+
 def test_a_float_scan_with_mildly_negative_values_is_kept():
     assert outcome({"intensity_p1": -610.0, "intensity_p99": 30000.0})["kept"]
     assert outcome({"intensity_p1": -1.1, "intensity_p99": 3.0})["kept"]
@@ -102,8 +109,8 @@ def test_an_age_is_missing_impossible_or_fine(age, reason):
 @pytest.mark.parametrize(
     ("change", "flag", "said"),
     [
-        ({"file_flags": ("no_affine",)}, "no_affine", "assumed"),
-        ({"file_flags": ("one_volume_4d",)}, "one_volume_4d", "taken as 3-D"),
+        ({"file_flags": {"no_affine": "A default is assumed."}}, "no_affine", "assumed"),
+        ({"file_flags": {"one_volume_4d": "It was taken as 3-D."}}, "one_volume_4d", "taken as 3-D"),
         ({"head_ml": 1400.0, "skull_stripped": True}, "skull_stripped", "1400 ml"),
         ({"edge_fractions": (0.0, 0.1, 0.0, 0.0, 0.6)}, "head_cut_off", "head: top (60% of"),
         ({"bottom_cut": True}, "head_cut_off", "bottom"),
@@ -134,7 +141,7 @@ def test_a_note_of_the_table_about_an_age_is_passed_on():
 
 
 def test_two_flags_stand_beside_each_other():
-    row = outcome({"file_flags": ("sheared",), "n_values": 20})
+    row = outcome({"file_flags": {"sheared": "Sheared."}, "n_values": 20})
     assert row["flags"] == "sheared;few_values"
 
 
@@ -222,7 +229,7 @@ def test_facts_of_another_cohort_are_refused():
 def test_counts_name_every_code_with_its_meaning():
     changes = {
         0: {"error": "blank", "error_detail": "blank"},
-        1: {"n_values": 9, "file_flags": ("no_affine",)},
+        1: {"n_values": 9, "file_flags": {"no_affine": "Assumed."}},
         2: {"n_values": 9},
     }
     counts = counts_by_reason(clean(cohort_of(5), facts_of(5, changes)))

@@ -30,6 +30,13 @@ def test_images_are_found_at_any_depth_and_by_any_ending(folder):
     assert sorted(stems(images)) == ["a", "b", "c", "d", "e", "f"]
 
 
+@pytest.mark.parametrize("names", [("a.hdr.gz", "a.img.gz"), ("A.HDR", "A.IMG"), ("a.hdr", "a.img.gz")])
+def test_a_pair_is_one_image_named_by_its_header(folder, names):
+    images = folder(*names)
+    assert [path.rsplit("/", 1)[1] for path in images["image"]] == [names[0]]
+    assert stems(images) == [names[0][0]]
+
+
 def test_hidden_files_and_those_of_macos_are_passed_over(folder):
     assert stems(folder("a.nii", "._a.nii", ".git/b.nii", "__MACOSX/c.nii", ".hidden.nii")) == ["a"]
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from brainage_nb.cohort.cleaning import clean
 from brainage_nb.cohort.cleaning_rules import CleaningRules
 from brainage_nb.cohort.inspection import FACTS, each_in_parallel, inspect_scan, inspect_scans
 
@@ -86,6 +87,42 @@ def test_a_header_that_claims_30000_cubed_is_refused_without_taking_memory(tmp_p
     assert facts["error"] == "too_large"
     assert "30000 x 30000 x 30000" in facts["error_detail"]
     assert peak < 5e6
+
+
+def test_a_header_that_disagrees_or_is_in_metres_is_kept_and_flagged_in_its_own_words(tmp_path):
+    image = nib.Nifti1Image(head(), AFFINE)
+    image.set_sform(np.diag([-6.6, 5.5, 6.6, 1.0]), code=2)
+    nib.save(image, tmp_path / "a.nii.gz")
+    metres = np.diag([0.001, 0.001, 0.001, 1.0]) @ AFFINE
+    image = nib.Nifti1Image(head(seed=1), metres)
+    image.header.set_xyzt_units("meter")
+    nib.save(image, tmp_path / "b.nii.gz")
+    ids = ["a", "b"]
+    cohort = pd.DataFrame({"scan_id": ids, "subject_id": ids, "session_id": "", "image": ids, "age": 40.0})
+    facts = inspect_scans(cohort, lambda image: tmp_path / f"{image}.nii.gz", RULES)
+    assert facts["voxel_mm"].tolist() == [(6.6, 5.5, 6.6), (6.0, 5.0, 6.0)]
+    table = clean(cohort, facts).set_index("scan_id")
+    assert table["kept"].all()
+    assert "header_disagrees" in table["flags"]["a"]
+    assert "the sform (code 2) says 6.6 x 5.5 x 6.6 mm, LAS" in table["detail"]["a"]
+    assert "unit_not_mm" in table["flags"]["b"]
+    assert "The header's unit is the metre" in table["detail"]["b"]
+
+
+def test_pairs_with_equal_headers_are_told_apart_by_their_voxels(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        nib.save(nib.Nifti1Pair(head(seed=seed), AFFINE), tmp_path / f"{name}.img")
+    assert (tmp_path / "a.hdr").read_bytes() == (tmp_path / "b.hdr").read_bytes()
+    one, other = (inspect_scan(tmp_path / f"{name}.hdr", RULES) for name in "ab")
+    assert one["sha256"] != other["sha256"]
+
+
+def test_what_is_dropped_is_described_in_mm_too(tmp_path):
+    image = nib.Nifti1Image(np.stack([head(), head()], axis=-1), np.diag([0.006, 0.005, 0.006, 1.0]))
+    image.header.set_xyzt_units("meter")
+    nib.save(image, tmp_path / "series.nii.gz")
+    facts = inspect_scan(tmp_path / "series.nii.gz", RULES)
+    assert (facts["error"], facts["voxel_mm"]) == ("not_3d", (6.0, 5.0, 6.0))
 
 
 def test_a_tilted_affine_is_measured_in_degrees(tmp_path):

@@ -3,6 +3,7 @@ import shutil
 import warnings
 from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -387,6 +388,18 @@ def test_odd_voxels_and_ages_out_of_range_are_noticed(tiny, tmp_path):
 
 
 # --- hostile scans --------------------------------------------------------------------------------------
+
+
+def test_a_header_that_disagrees_with_itself_is_warned_of_with_what_it_says(tiny, tmp_path):
+    image = nib.load(write_scan(tmp_path / "a.nii"))
+    image.set_qform(image.affine, code=1)
+    image.set_sform(np.diag([-1.1, 1.1, 1.1, 1.0]) @ image.affine, code=1)
+    nib.save(image, tmp_path / "b.nii")
+    found = {
+        caution.code: caution.sentence for caution in load_bundle(tiny).predict(tmp_path / "b.nii").warnings
+    }
+    for words in ("size", "side", "sform", "qform", "pixdim", "Used was the sform"):
+        assert words in found["header_disagrees"]
 
 
 def test_a_header_that_claims_too_much_is_refused_before_it_is_read(tiny, tmp_path):

@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from brainage_nb.volumes.brain import brain_or_error, find_brain, mask_beside, without_bias
+from brainage_nb.volumes.brain import (
+    FINE_MM,
+    _mask_of_the_same_brain,
+    brain_or_error,
+    find_brain,
+    mask_beside,
+    without_bias,
+)
+from brainage_nb.volumes.mni import template
 from brainage_nb.volumes.preprocessing import PreprocessingSettings, brain_inside, preprocess
 from brainage_nb.volumes.recipes import list_changes
 from brainage_nb.volumes.scans import ScanError, load_scan
@@ -86,6 +94,13 @@ def test_what_is_no_upright_brain_is_refused_and_says_why(spoilt):
     assert error.value.code == "brain_not_found"
 
 
+def test_a_scan_without_a_brain_says_what_was_odd_about_its_header():
+    image = ball(head(pose())[0])
+    image.extra["flags"] = {"header_disagrees": "The sform says 3 mm, the qform 1 mm."}
+    with pytest.raises(ScanError, match=r"Look at the scan\. The sform says 3 mm, the qform 1 mm\.$"):
+        preprocess(image, REGISTERED)
+
+
 def test_a_child_of_half_the_size_is_refused_for_its_size():
     image = head(pose(scale=(0.5, 0.5, 0.5)))[0]
     brain = find_brain(image)
@@ -122,21 +137,54 @@ def test_masks_of_other_tools_are_found_by_their_names(tmp_path):
     assert mask_beside(tmp_path / "T1.mgz") == tmp_path / "brainmask.mgz"
 
 
-def test_a_mask_beside_the_scan_replaces_ours_and_a_wrong_one_is_refused(tmp_path, tilted):
+@pytest.mark.parametrize("part", ["mask", "lesion_mask", "roi", "label-lesion_mask", "desc-brainstem_mask"])
+def test_a_mask_whose_name_does_not_mean_the_brain_is_none(tmp_path, part):
+    scan = tmp_path / "sub-01" / "sub-01_T1w.nii.gz"
+    derived = tmp_path / "derivatives" / "tool" / "sub-01"
+    for folder in (scan.parent, derived):
+        folder.mkdir(parents=True)
+        (folder / f"sub-01_{part}.nii.gz").touch()
+        (folder / f"sub-01_T1w_{part}.nii.gz").touch()
+    (tmp_path / "brainmask.mgz").touch()
+    assert mask_beside(scan) is None
+    assert mask_beside(tmp_path / "subject7.mgz") is None  # one brainmask.mgz beside many people's scans
+
+
+def test_a_brain_mask_beside_the_scan_replaces_ours(tmp_path, tilted):
     image, inside, _ = tilted
     smaller = gaussian_filter(inside.astype(np.float32), 1.5) > 0.7
     nib.save(image, tmp_path / "a.nii.gz")
-    nib.save(nib.Nifti1Image(smaller.astype(np.uint8), image.affine), tmp_path / "a_mask.nii.gz")
+    nib.save(nib.Nifti1Image(smaller.astype(np.uint8), image.affine), tmp_path / "a_brain_mask.nii.gz")
     scan = load_scan(tmp_path / "a.nii.gz")
     grid_mask = brain_inside(scan, BEST)
-    taken = brain_or_error(scan, tmp_path / "a_mask.nii.gz")
-    assert taken.source.endswith("a_mask.nii.gz")
+    taken = brain_or_error(scan, found_masks=True)
+    assert taken.source.endswith("a_brain_mask.nii.gz")
+    assert scan.extra["flags"] == {}
     assert dice(taken.mask_on(image.affine, image.shape), smaller) > 0.97
     assert grid_mask.sum() < 0.97 * brain_inside(image, BEST).sum()
-    moved = nib.Nifti1Image(np.roll(inside, 20, axis=1).astype(np.uint8), image.affine)
-    nib.save(moved, tmp_path / "a_mask.nii.gz")
-    with pytest.raises(ScanError, match=r"overlap by 0\.\d+ only"):
-        preprocess(tmp_path / "a.nii.gz", BEST)
+
+
+def test_a_mask_that_cannot_be_the_brains_is_not_taken_and_it_is_said(tmp_path, tilted):
+    image, inside, brain = tilted
+    lesion, nothing = np.zeros_like(inside), np.zeros_like(inside)
+    lesion[40:44, 40:44, 40:44] = True
+    voxel_l = brain.volume_l / np.count_nonzero(brain.depth_mm < 0)
+    for name, mask, words in [
+        ("a_mask", inside, "its name"),
+        ("a_brain_mask", np.roll(inside, 20, axis=1), "overlaps the brain"),
+        ("a_brain_mask", lesion, "0.00 litres"),
+        ("a_brain_mask", nothing, "every voxel is 0"),
+    ]:
+        path = tmp_path / f"{name}.nii.gz"
+        nib.save(nib.Nifti1Image(mask.astype(np.uint8), image.affine), path)
+        with pytest.raises(ScanError, match=words):
+            _mask_of_the_same_brain(path, brain.alignment, template(FINE_MM), brain.depth_mm, voxel_l)
+    nib.save(image, tmp_path / "a.nii.gz")
+    scan = load_scan(tmp_path / "a.nii.gz")
+    found = find_brain(scan, found_masks=True)
+    assert (found.source, found.problems) == ("template", ())
+    assert np.allclose(found.depth_mm, brain.depth_mm, atol=1e-3)
+    assert scan.extra["flags"]["mask_not_taken"].startswith("a_brain_mask.nii.gz was not taken")
 
 
 def test_with_the_template_a_tilted_head_gives_the_same_volume(tilted):
@@ -204,8 +252,9 @@ def test_the_preview_draws_brains_and_says_why_one_is_not_drawn(tmp_path, tilted
 
     nib.save(tilted[0], tmp_path / "good.nii.gz")
     nib.save(shuffled(tilted[0]), tmp_path / "bad.nii.gz")
-    table, figure = brain_preview({name: tmp_path / f"{name}.nii.gz" for name in ("good", "bad")}, BEST)
-    assert table["problems"].str.len().gt(0).tolist() == [False, True]
+    names = ("good", "bad", "gone")
+    table, figure = brain_preview({name: tmp_path / f"{name}.nii.gz" for name in names}, BEST)
+    assert table["problems"].str.len().gt(0).tolist() == [False, True, True]
     assert [ax.get_title() for ax in figure.axes] == ["good", "", ""]  # three planes of the good one
     for ax in figure.axes:
         (contour,) = ax.collections
