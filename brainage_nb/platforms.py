@@ -205,9 +205,13 @@ def n_workers(requested: int = 0) -> int:
 
 
 def session_summary(root: Path | str = ".") -> pd.DataFrame:
-    """What this session runs on: platform, workspace, device, memory, disk, versions. One row a fact."""
+    """What this session runs on: platform, workspace, device, memory, disk, versions. One row a fact.
+
+    From then on tables show long cells whole, so that no reason is cut.
+    """
     import pandas as pd
 
+    pd.set_option("display.max_colwidth", None)
     facts = {
         "platform": platform(),
         "workspace": str(root),

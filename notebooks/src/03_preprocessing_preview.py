@@ -95,7 +95,7 @@ from brainage_nb.volumes.brain_pictures import brain_preview
 from brainage_nb.volumes.pictures import montage, steps_figure
 from brainage_nb.volumes.preprocessing import PreprocessingSettings, ScanError, preprocessing_steps
 from brainage_nb.volumes.store_building import build_store
-from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary
+from brainage_nb.workspace import open_workspace, resolved_parameters, session_summary, write_csv
 
 set_matplotlib_formats("png")  # figures appear in their cells
 parameters = resolved_parameters(globals())
@@ -147,14 +147,15 @@ found
 # %% [markdown]
 # ## All scans
 # Each volume is written once, in half precision, with its checksum. Run this cell again after an interruption: it goes
-# on with the scans that are missing.
+# on with the scans that are missing. Scans that give no volume are listed in `scans_without_volume.csv`, with the reason.
 
 # %%
 report = build_store(scans, ws.path("volumes"), settings, ws.resolve, scratch=ws.scratch, cluster=cluster)
 print(report.note)
 
 # %%
-print(f"{len(report.failed)} scans gave no volume")
+without_volume = write_csv(report.failed, ws.path("scans_without_volume.csv"))
+print(f"{len(report.failed)} scans gave no volume; the reasons are in {without_volume}")
 report.failed
 
 # %% [markdown]
@@ -184,6 +185,6 @@ montage(
 ws.finish(
     "03_preprocessing_preview",
     parameters,
-    written=[ws.path("volumes", store.fingerprint), ws.path("volumes", "current")],
+    written=[ws.path("volumes", store.fingerprint), ws.path("volumes", "current"), without_volume],
     figures={"volumes": len(store.scan_ids), "scans without a volume": len(report.failed)},
 )

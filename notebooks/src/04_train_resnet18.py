@@ -136,7 +136,7 @@ noise_sd = 0.1  # @param {type:"number"}
 from IPython.display import Markdown
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from brainage_nb.apps.live_curve import LiveCurve, history_figure
+from brainage_nb.apps.live_curve import LiveCurve
 from brainage_nb.evaluation.metrics import metrics_by_split
 from brainage_nb.models.bundles.saving import current_bundle
 from brainage_nb.models.fitting.forecast import forecast
@@ -194,11 +194,17 @@ if cluster in ("", "local"):
     display(forecast(store, splits, ws.run(run), settings, fresh=fresh))
 
 # %%
-result = train(store, splits, ws.run(run), settings, fresh=fresh, on_epoch=LiveCurve())
+curve = LiveCurve()
+result = train(store, splits, ws.run(run), settings, fresh=fresh, on_epoch=curve)
 Markdown("\n".join(f"- {note}" for note in result.notes))
 
+# %% [markdown]
+# The validation error mostly lies below the training error: training scans are varied at random and predicted while
+# the weights still move, validation scans are predicted as they are, by averaged weights. With `distribution` the
+# training loss is how far the curve of ages is off, no years: compare the errors, not the losses.
+
 # %%
-display(history_figure(result.history))
+curve.draw(result.history)
 result.history.tail()
 
 # %% [markdown]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.models.bundles.facts import facts_of_run, training_rows
 from brainage_nb.models.bundles.files import write_bundle
 from brainage_nb.models.bundles.members import (
@@ -188,8 +189,8 @@ def card_of(manifest: Mapping[str, Any]) -> str:
     """The bundle's README.md: what it is, from whom it learned, how good it is, what it is not for."""
     training = manifest["training"]
     rows = [
-        f"| {split.replace('_', ' ')} | {figures['n']} | {_with_interval(figures['mae'])} | "
-        f"{_with_interval(figures['r'])} | {_with_interval(figures['mean_predictor_mae'])} |"
+        f"| {split.replace('_', ' ')} | {figures['n']} | {with_interval(figures['mae'])} | "
+        f"{with_interval(figures['r'])} | {with_interval(figures['mean_predictor_mae'])} |"
         for split, figures in manifest["figures"].items()
     ]
     return CARD.format(
@@ -205,12 +206,6 @@ def card_of(manifest: Mapping[str, Any]) -> str:
         licence=manifest["licence"],
         notice=NOT_A_DEVICE,
     )
-
-
-def _with_interval(figure: Mapping[str, Any]) -> str:
-    if figure["low"] is None or figure["low"] != figure["low"]:
-        return f"{figure['value']:.2f}"
-    return f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
 
 
 DEMO = """
