@@ -12,6 +12,8 @@ from typing import Any
 
 import pandas as pd
 
+from brainage_nb.workspace import MARKER
+
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr", ".img.gz", ".img")
 COLUMNS = ["image", "stem", "folders", "subject_hint", "session_hint", "run_hint", "site_hint", "contrast"]
 
@@ -59,7 +61,7 @@ _PRODUCTS = (
     "lesionmask firstseg origsegs outskin outskull inskull wmparc ribbon thickness synthseg posterior | "
     "orig rawavg nu restore biascorr biascorrected corrected bfc n3 n4 n4corrected unifize denoised sanlm "
     "preproc preprocessed processed norm normalized normalised defaced reorient reoriented orig2std "
-    "fullfov robustfov crop cropped tilt resampled conformed 1mm 2mm iso rigid reg registered coreg "
+    "fullfov robustfov crop cropped eq tilt resampled conformed 1mm 2mm iso rigid reg registered coreg "
     "aligned flirt fnirt warped lin nonlin linear nonlinear affine std to mni mni152 template talairach "
     "synthsr bet brain extracted skullstripped skullstrip stripped noskull deskulled masked hdbet "
     "synthstrip finalsurfs smooth smoothed fast bias field skull overlay gm wm csf prob tissue "
@@ -68,11 +70,13 @@ _PRODUCTS = (
 _MAP_WORDS, _PICTURE_WORDS = (words.split() for words in _PRODUCTS.split("|"))
 _MAP_WORDS = _LABEL_WORDS | set(_MAP_WORDS)
 _PICTURE_WORDS = {word: place for place, word in enumerate(_PICTURE_WORDS)}
-_MADE_BY_ANTS = re.compile(
+_MADE_BY_ANTS_OR_FIRST = re.compile(
     r"[-_.]?(?:(?<!T)\d)?((?:BrainExtraction|BrainSegmentation|CorticalThickness|ExtractedBrain|BrainNormalizedTo"
-    r"|SubjectTo|TemplateTo)[A-Za-z0-9]*|(?:Inverse)?Warp(?:ed)?|GenericAffine)$"
+    r"|SubjectTo|TemplateTo)[A-Za-z0-9]*|(?:Inverse)?Warp(?:ed)?|GenericAffine"
+    r"|(?:[LR]_)?(?:Accu|Amyg|BrStem|Caud|Hipp|Pall|Puta|Thal)_(?:first|corr))$"
 )
 _ANTS_PICTURE = re.compile(r"(?:Brain|N4|(?<!Inverse)Warped|BrainNormalizedToTemplate)$")
+_COUNTED = ("Crop", "Eq")  # by dcm2niix: X_Crop_1
 _DERIVED_OF_BIDS = re.compile(r"_(?:desc|space|res|den|label|from|to|mode)-[^_]+")
 # SPM and CAT12 write before the name: msub-01, smwc1sub-01, u_rc1sub-01, mwp1sub-01
 _SPM = r"(?:iy_|y_|u_|v_|w?j_)?(?:s\d{0,2}|m[0i]?|r|w)*"
@@ -127,11 +131,14 @@ def find_images(folder: Path | str) -> pd.DataFrame:
         raise FileNotFoundError(
             f"There is no folder {folder}. Set data_dir to the folder that holds the scans."
         )
-    paths, others = _walk(folder)
+    paths, others, workspaces = _walk(folder)
     images = pd.DataFrame([_described(path, folder) for path in paths], columns=COLUMNS, dtype=str)
-    found = images.assign(
-        reason=_outside_of_bids(images), until=[len(parts_of(stem)) - 1 for stem in images["stem"]]
+    own = images["image"].str.startswith(tuple(f"{place}{os.sep}" for place in workspaces))
+    found = images.assign(reason="", until=[len(parts_of(stem)) - 1 for stem in images["stem"]])
+    found.loc[own, "reason"] = (
+        "it lies in a workspace of this package; set data_dir to that folder itself to take it"
     )
+    found.loc[~own, "reason"] = _outside_of_bids(images[~own])
     products, notes = _products(images[found["reason"] == ""])
     found.update(products)
     dicoms = others[".dcm"] + others[".ima"]
@@ -177,9 +184,10 @@ def has_session(name: str) -> bool:
     return bool(_SESSION.search(name))
 
 
-def _walk(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """Images below a folder, and how often other endings occur; links are followed, each folder once."""
-    found, others, seen = [], Counter(), set()
+def _walk(folder: Path) -> tuple[list[Path], Counter[str], list[str]]:
+    """Images below a folder, how often other endings occur, and workspaces of this package in it; links are
+    followed, each folder once."""
+    found, others, workspaces, seen = [], Counter(), [], set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
@@ -187,13 +195,14 @@ def _walk(folder: Path) -> tuple[list[Path], Counter[str]]:
             folders.clear()
             continue
         seen.add(real)
+        workspaces += [root] if MARKER in files and Path(root) != folder else []
         names = {name for name in files if not name.startswith(".")}
         for name in sorted(names):
             if not name.lower().endswith(IMAGE_SUFFIXES):
                 others[Path(name).suffix.lower()] += 1
             elif not _is_second_half(name, names):
                 found.append(Path(root, name))
-    return sorted(found), others
+    return sorted(found), others, workspaces
 
 
 def _is_second_half(name: str, names: set[str]) -> bool:
@@ -348,12 +357,14 @@ def _source_and_products(stem: str, folders: str, image: str) -> tuple[tuple[str
             parts, made = [], ["orig"]
         tool = "fsl_anat" if home["tool"] == ".anat" else "FreeSurfer"
         made, is_map = [tool, *([stem] if parts else made)], is_map or bool(parts)
-        parts, until = _parts_and_products(home["subject"])[0], len(parts_of(stem)) - 1
+        subject, *longitudinal = home["subject"].split(".long.")  # processed once more, with other sessions
+        made += ["longitudinal"] * len(longitudinal)
+        parts, until = _parts_and_products(subject)[0], len(parts_of(stem)) - 1
     return tuple(part.casefold() for part in parts), made, is_map, until
 
 
 def _parts_and_products(stem: str) -> tuple[list[str], list[str], bool, int]:
-    if ants := _MADE_BY_ANTS.search(stem):
+    if ants := _MADE_BY_ANTS_OR_FIRST.search(stem):
         parts = parts_of(stem[: ants.start()])
         rest = [part for part in parts if part.lower() not in _T1_WORDS]
         return rest, [ants[1]], not _ANTS_PICTURE.search(ants[1]), len(parts)
@@ -367,7 +378,12 @@ def _parts_and_products(stem: str) -> tuple[list[str], list[str], bool, int]:
         # before the id only small letters count: HEAT_001 is a person of a study
         if _is_product(part) and (rest or not names_one or part.islower()):
             made, until, is_map = [*made, part], number, part.lower() not in _PICTURE_WORDS
-        elif is_map and until == number - 1 and re.fullmatch(r"\d{1,2}", part):
+        elif (
+            made
+            and until == number - 1
+            and re.fullmatch(r"\d{1,2}", part)
+            and (is_map or made[-1] in _COUNTED)
+        ):
             made, until = [*made[:-1], f"{made[-1]}_{part}"], number  # pve_0: the number is the tissue's
         elif part.lower() not in _T1_WORDS:
             rest, is_map = [*rest, part], False  # only at the end a word makes the image a map

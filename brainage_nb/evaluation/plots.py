@@ -290,11 +290,11 @@ def _axes(ax: Axes | None) -> Axes:
     return plt.subplots(figsize=(4.6, 3.9), layout="constrained")[1]
 
 
-def legend_under(ax: Axes, handles: Sequence[Any] | None = None) -> None:
+def legend_under(ax: Axes, handles: Sequence[Any] | None = None, ncols: int = 3) -> None:
     """Put the legend of an Axes under it, where it covers no point."""
     handles = handles or ax.get_legend_handles_labels()[0]
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}
-    ax.legend(handles=handles, fontsize=_SMALL, frameon=False, ncols=2, **place)
+    ax.legend(handles=handles, fontsize=_SMALL, frameon=False, ncols=ncols, **place)
 
 
 def _legend_below(ax: Axes) -> None:

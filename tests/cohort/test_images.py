@@ -13,7 +13,8 @@ u_rc1001_T1.nii rc1001_T1_affine.nii mri/mwp1001_T1.nii mri/p0001_T1.nii mri/wm0
 BiasField_001_T1.nii 001_T1_biasfield.nii.gz 001_T1Warped.nii.gz 001_T1_InverseWarped.nii.gz
 001_T11Warp.nii.gz 001_BrainExtractionBrain.nii.gz 001_BrainSegmentationPosteriors3.nii.gz
 001_desc-preproc_T1w.nii.gz 001_space-MNI152NLin2009cAsym_desc-preproc_T1w.nii.gz fs/001/mri/T1.mgz
-fs/001/mri/orig/001.mgz 001_T1.anat/T1_biascorr.nii.gz
+fs/001/mri/orig/001.mgz 001_T1.anat/T1_biascorr.nii.gz 001_T1-L_Hipp_first.nii.gz
+001_T1_Crop_1.nii.gz fs/001.long.base/mri/T1.mgz
 """
 
 
@@ -151,6 +152,14 @@ def test_one_volume_of_a_freesurfer_subject_is_taken(folder):
         "fs/B/mri/T1",
         "fs/C/mri/orig",
     ]
+
+
+def test_scans_of_a_workspace_in_the_folder_are_not_taken_and_change_nothing(folder, tmp_path):
+    folder("sub-01_T1.nii", "workspace/demo/sub-0001/anat/sub-0001_T1w.nii.gz")
+    (tmp_path / "data" / "workspace" / "brainage_workspace.json").touch()
+    images = find_images(tmp_path / "data")
+    assert stems(images) == ["sub-01_T1"] and "workspace" in left(images)["sub-0001_T1w.nii.gz"]
+    assert stems(find_images(tmp_path / "data" / "workspace")) == ["sub-0001_T1w"]
 
 
 def test_a_product_belongs_to_the_scan_of_its_own_folder(folder):

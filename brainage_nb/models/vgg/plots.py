@@ -46,7 +46,7 @@ def plot_grid(grid: pd.DataFrame, title: str, ax: Axes) -> Axes:
     ax.set(
         xscale="log", xlabel="C (kernel with mean diagonal 1)", ylabel="MAE, inner cross-validation [years]"
     )
-    legend_under(ax)
+    legend_under(ax, ncols=2)
     ax.set_title(
         f"Choosing the SVR's C and epsilon (lowest is best) on training subjects\n{title}", fontsize=10
     )
