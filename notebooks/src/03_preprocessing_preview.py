@@ -156,7 +156,16 @@ print(report.note)
 # %%
 without_volume = write_csv(report.failed, ws.path("scans_without_volume.csv"))
 print(f"{len(report.failed)} scans gave no volume; the reasons are in {without_volume}")
-report.failed
+display(report.failed)
+ready = scans["scan_id"].isin(report.store.scan_ids)
+if lost := set(scans["split"]) - set(scans["split"][ready]):
+    print(
+        f"No volume for {', '.join(sorted(lost))}: take these scans out of cohort.csv, delete splits.csv, run 02."
+    )
+if not ready.any():
+    raise ScanError(
+        report.failed["code"].iloc[0], f"No scan gave a volume. The first: {report.failed['reason'].iloc[0]}"
+    )
 
 # %% [markdown]
 # ## The cohort as a model sees it
@@ -164,7 +173,7 @@ report.failed
 
 # %%
 store = report.store
-shown = scans[scans["scan_id"].isin(store.scan_ids)].sort_values("age")
+shown = scans[ready].sort_values("age")
 shown = shown.iloc[:: max(1, len(shown) // 24)].head(24)
 titles = [f"{row.scan_id}, {row.age:.0f} y" for row in shown.itertuples()]
 montage(list(store.read(shown["scan_id"])), titles, heading="middle sagittal slices, youngest to oldest")
