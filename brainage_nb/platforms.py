@@ -205,7 +205,13 @@ def n_workers(requested: int = 0) -> int:
 
 
 def session_summary(root: Path | str = ".") -> str:
-    """One line on where this session runs and where its files go; `session_details` has everything."""
+    """One line on where this session runs and where its files go; `session_details` has everything.
+
+    From then on tables show long cells whole, so that no reason is cut.
+    """
+    import pandas as pd
+
+    pd.set_option("display.max_colwidth", None)
     device = f", {device_name()}" if "torch" in sys.modules else ""  # not imported for its name alone
     return (
         f"brainage-nb {version_of('brainage-nb')} on {platform()}, {n_workers()} processors{device}; "

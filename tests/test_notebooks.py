@@ -6,9 +6,11 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jupytext
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
@@ -133,6 +135,33 @@ def test_the_last_cell_leaves_the_result_file(path):
 def test_no_figure_is_typed_into_prose(path):
     for cell in cells(path, "markdown"):
         assert not re.search(r"\b(MAE|RMSE|r|R2)\s*(=|of|is)\s*\d", cell.source)
+
+
+def test_no_cell_ends_in_a_call_whose_result_is_an_artist():
+    call = re.compile(
+        r"\.(suptitle|set\w*|plot|bar|barh|hist|imshow|scatter|legend|text|axh?line|tight_layout)\("
+    )
+    for source in SOURCES:
+        for cell in jupytext.read(source).cells:
+            last = ast.parse(cell.source).body[-1:] if cell.cell_type == "code" else []
+            shown = [ast.unparse(node) for node in last if isinstance(node, ast.Expr)]
+            assert not any(call.search(text) for text in shown if ".style." not in text), (
+                f"{source.name}: {shown}"
+            )
+
+
+def test_figures_without_an_interval_are_shown_in_07():
+    from brainage_nb.evaluation.metrics import with_interval
+
+    (source,) = (
+        cell.source for cell in jupytext.read(SOURCES[-1]).cells if 'manifest["figures"]' in cell.source
+    )
+    last = ast.Expression(ast.parse(source).body[-1].value)
+    unknown = {"value": None, "low": None, "high": None}
+    figures = {"test": {"n": 1, "mae": {"value": 3.0, "low": None, "high": None}, "r": unknown}}
+    model = SimpleNamespace(manifest={"figures": figures})
+    shown = eval(compile(last, "07", "eval"), {"pd": pd, "model": model, "with_interval": with_interval})
+    assert shown["test"].to_dict() == {"n": 1, "mae": "3.00", "r": "not defined"}
 
 
 def test_every_address_names_the_repository_and_the_release_of_pyproject():

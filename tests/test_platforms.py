@@ -3,6 +3,7 @@
 import sys
 from types import ModuleType, SimpleNamespace
 
+import pandas as pd
 import pytest
 
 from brainage_nb import platforms
@@ -138,3 +139,10 @@ def test_a_secret_shows_in_no_text(monkeypatch, tmp_path):
     found = platforms.secret("TOKEN")
     assert "s3cr3t" not in f"{found} {found!r} {[found]}"
     assert "s3cr3t" not in write_json({"token": found}, tmp_path / "result.json").read_text()
+
+
+def test_tables_of_a_session_show_reasons_whole(tmp_path):
+    with pd.option_context("display.max_colwidth", 50):
+        platforms.session_summary(tmp_path)
+        reason = "No brain was found that could be trusted: " + "it looks unlike a brain, " * 5 + "so."
+        assert reason in pd.DataFrame({"reason": [reason]})._repr_html_()

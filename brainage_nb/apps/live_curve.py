@@ -39,12 +39,15 @@ class LiveCurve:
 
 
 def history_figure(history: pd.DataFrame):
-    """Loss and MAE (years) against epoch, side by side; returns the Figure."""
+    """Loss and MAE (years) against epoch, side by side; returns the Figure.
+
+    The training loss is what is minimised, the validation loss is always Huber's, in years.
+    """
     from brainage_nb.evaluation.plots import new_figure, training_curve
 
     figure, axes = new_figure(2, width=4.2, height=3.0)
     losses = [name for name in ("train_loss", "val_loss") if name in history]
-    training_curve(history, losses, title="Huber loss", ylabel="loss [years]", ax=axes[0])
+    training_curve(history, losses, title="Loss", ylabel="loss", ax=axes[0])
     errors = [name for name in ("train_mae", "val_mae") if name in history]
     training_curve(history, errors, title="Mean absolute error", ylabel="MAE [years]", ax=axes[1])
     return figure

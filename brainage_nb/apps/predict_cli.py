@@ -83,16 +83,20 @@ def run_predict(options: argparse.Namespace) -> int:
 
 
 def scan_files(given: Sequence[str]) -> list[Path]:
-    """The files named, and all images in the folders named."""
+    """The files named, and the scans in the folders named; prints what is no scan there, with the reason."""
+    from brainage_nb.cohort.images import find_images
+
     scans: list[Path] = []
     for item in map(Path, given):
-        if item.is_dir():
-            inside = sorted(path for path in item.rglob("*") if path.is_file() and is_image(path.name))
-            if not inside:
-                raise FileNotFoundError(f"No NIfTI or MGH image lies in {item}.")
-            scans += inside
-        else:
+        if not item.is_dir():
             scans.append(item)
+            continue
+        images = find_images(item)
+        for left in images.attrs["left_out"].itertuples():
+            print(f"Left out, name it to predict it: {left.image}: {left.reason}.")
+        if images.empty:
+            raise FileNotFoundError(f"No NIfTI or MGH image of a scan lies in {item}.")
+        scans += map(Path, images["image"])
     return scans
 
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+
+from brainage_nb.workspace import MARKER
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr.gz", ".hdr", ".img.gz", ".img")
 COLUMNS = ["image", "stem", "folders", "subject_hint", "session_hint", "run_hint", "site_hint", "contrast"]
@@ -49,6 +54,36 @@ _OTHER_WORDS = {
     ),
     *("swi", "pet", "ct", "fmap", "phasediff", "magnitude1", "magnitude2", "sbref"),
 }
+# Words for maps, which are no scans; then those for pictures of the same head, or maps, that are left out
+# where what they were made from is there. Of several pictures the one whose word comes first is taken.
+_PRODUCTS = (
+    "heat lesion pve pveseg mixeltype biasfield warp warpfield warpcoef jac jacobian logjacobian defacemask "
+    "lesionmask firstseg origsegs outskin outskull inskull wmparc ribbon thickness synthseg posterior | "
+    "orig rawavg nu restore biascorr biascorrected corrected bfc n3 n4 n4corrected unifize denoised sanlm "
+    "preproc preprocessed processed norm normalized normalised defaced reorient reoriented orig2std "
+    "fullfov robustfov crop cropped eq tilt resampled conformed 1mm 2mm iso rigid reg registered coreg "
+    "aligned flirt fnirt warped lin nonlin linear nonlinear affine std to mni mni152 template talairach "
+    "synthsr bet brain extracted skullstripped skullstrip stripped noskull deskulled masked hdbet "
+    "synthstrip finalsurfs smooth smoothed fast bias field skull overlay gm wm csf prob tissue "
+    "deformation pvc filled"
+)
+_MAP_WORDS, _PICTURE_WORDS = (words.split() for words in _PRODUCTS.split("|"))
+_MAP_WORDS = _LABEL_WORDS | set(_MAP_WORDS)
+_PICTURE_WORDS = {word: place for place, word in enumerate(_PICTURE_WORDS)}
+_MADE_BY_ANTS_OR_FIRST = re.compile(
+    r"[-_.]?(?:(?<!T)\d)?((?:BrainExtraction|BrainSegmentation|CorticalThickness|ExtractedBrain|BrainNormalizedTo"
+    r"|SubjectTo|TemplateTo)[A-Za-z0-9]*|(?:Inverse)?Warp(?:ed)?|GenericAffine"
+    r"|(?:[LR]_)?(?:Accu|Amyg|BrStem|Caud|Hipp|Pall|Puta|Thal)_(?:first|corr))$"
+)
+_ANTS_PICTURE = re.compile(r"(?:Brain|N4|(?<!Inverse)Warped|BrainNormalizedToTemplate)$")
+_COUNTED = ("Crop", "Eq")  # by dcm2niix: X_Crop_1
+_DERIVED_OF_BIDS = re.compile(r"_(?:desc|space|res|den|label|from|to|mode)-[^_]+")
+# SPM and CAT12 write before the name: msub-01, smwc1sub-01, u_rc1sub-01, mwp1sub-01
+_SPM = r"(?:iy_|y_|u_|v_|w?j_)?(?:s\d{0,2}|m[0i]?|r|w)*"
+_PREFIX = re.compile(rf"BiasField_|sanlm_|{_SPM}(?:c[1-6]|p\d)?")
+_MAP_PREFIX = re.compile(rf"(?:s\d{{0,2}})?m0?w[cp]\d|{_SPM}(?:(?<=_)|c[1-6]|p\d)(?=sub-)")
+# the folders of one FreeSurfer subject, and of one run of fsl_anat
+_HOME = re.compile(r"(?:^|/)(?P<subject>[^/]*?)(?P<tool>/?\bmri(?:/orig)?|\.anat)$")
 _SITES = {"guys": "Guys", "hh": "HH", "iop": "IOP"}
 _PATTERNS = (
     # IXI002-Guys-0828-T1: the second number counts scans, it is no session
@@ -65,10 +100,12 @@ _SESSION = re.compile(
 
 
 def find_images(folder: Path | str) -> pd.DataFrame:
-    """Find the images below a folder, at any depth.
+    """Find the scans below a folder, at any depth.
 
-    Where the folder holds BIDS images (`sub-…_T1w`), other BIDS images and the folders `derivatives`,
-    `sourcedata` and `code` are left out, and the notes say how many.
+    What FSL, SPM, CAT12, FreeSurfer, ANTs, fMRIPrep and this package make from a scan is no further scan: it
+    is left out where its source is there, and maps (masks, tissues, fields, heat) always. Of a FreeSurfer
+    subject one volume is taken (`T1.mgz` first). Where the folder holds BIDS images (`sub-…_T1w`), all other
+    BIDS images and `derivatives`, `sourcedata` and `code` are left out too. Names decide; no file is opened.
 
     Parameters
     ----------
@@ -82,7 +119,7 @@ def find_images(folder: Path | str) -> pd.DataFrame:
         A row an image, in the order of paths: `image` (absolute path), `stem` (file name without ending),
         `folders` (names of the folders below `folder`, parted by `/`), `subject_hint`, `session_hint`,
         `run_hint`, `site_hint` (what the name says, or ""), `contrast` ("T1", "other" or "", by name).
-        `attrs["notes"]` says what was left out.
+        `attrs["left_out"]` holds the others, with their `reason`; `attrs["notes"]` says what was decided.
 
     Raises
     ------
@@ -94,14 +131,34 @@ def find_images(folder: Path | str) -> pd.DataFrame:
         raise FileNotFoundError(
             f"There is no folder {folder}. Set data_dir to the folder that holds the scans."
         )
-    paths, others = _walk(folder)
+    paths, others, workspaces = _walk(folder)
     images = pd.DataFrame([_described(path, folder) for path in paths], columns=COLUMNS, dtype=str)
-    images, notes = _only_t1_of_bids(images)
+    own = images["image"].str.startswith(tuple(f"{place}{os.sep}" for place in workspaces))
+    found = images.assign(reason="", until=[len(parts_of(stem)) - 1 for stem in images["stem"]])
+    found.loc[own, "reason"] = (
+        "it lies in a workspace of this package; set data_dir to that folder itself to take it"
+    )
+    found.loc[~own, "reason"] = _outside_of_bids(images[~own])
+    products, notes = _products(images[found["reason"] == ""])
+    found.update(products)
     dicoms = others[".dcm"] + others[".ima"]
     if dicoms:
         notes.append(f"DICOM files, not read: {dicoms}. Convert them to NIfTI with dcm2niix.")
-    images.attrs["notes"] = notes
-    return images
+    return _parted(found, notes)
+
+
+def take_named(images: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
+    """Take back what `find_images` left out as a product though a table gives its name to a person or scan.
+
+    `m001` may be what SPM made from `001`; where the table has an id `m001`, it is that person.
+    """
+    known = {"-".join(parts_of(image_stem(re.split(r"[/\\]", name)[-1]))).casefold() for name in names}
+    left = images.attrs["left_out"]
+    runs = (accumulate(parts_of(stem.casefold()), "{}-{}".format) for stem in left["stem"])
+    back = [not known.isdisjoint([*run][until:]) for run, until in zip(runs, left["until"], strict=True)]
+    left = left.assign(reason=["" if named else why for named, why in zip(back, left["reason"], strict=True)])
+    found = pd.concat([images.assign(reason="", until=0), left])
+    return _parted(found.sort_values("image", kind="stable"), images.attrs["notes"])
 
 
 def image_stem(name: str) -> str:
@@ -127,9 +184,10 @@ def has_session(name: str) -> bool:
     return bool(_SESSION.search(name))
 
 
-def _walk(folder: Path) -> tuple[list[Path], Counter[str]]:
-    """Images below a folder, and how often other endings occur; links are followed, each folder once."""
-    found, others, seen = [], Counter(), set()
+def _walk(folder: Path) -> tuple[list[Path], Counter[str], list[str]]:
+    """Images below a folder, how often other endings occur, and workspaces of this package in it; links are
+    followed, each folder once."""
+    found, others, workspaces, seen = [], Counter(), [], set()
     for root, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
@@ -137,13 +195,14 @@ def _walk(folder: Path) -> tuple[list[Path], Counter[str]]:
             folders.clear()
             continue
         seen.add(real)
+        workspaces += [root] if MARKER in files and Path(root) != folder else []
         names = {name for name in files if not name.startswith(".")}
         for name in sorted(names):
             if not name.lower().endswith(IMAGE_SUFFIXES):
                 others[Path(name).suffix.lower()] += 1
             elif not _is_second_half(name, names):
                 found.append(Path(root, name))
-    return sorted(found), others
+    return sorted(found), others, workspaces
 
 
 def _is_second_half(name: str, names: set[str]) -> bool:
@@ -197,19 +256,150 @@ def _contrast(stem: str) -> str:
     return "other" if words & _OTHER_WORDS else ""
 
 
-def _only_t1_of_bids(images: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    aside = images["folders"].str.contains(r"(?:^|/)(?:derivatives|sourcedata|code)(?:/|$)")
-    bids = images["stem"].str.match(r"sub-[^_]+(?:_[a-zA-Z]+-[^_]+)*_[A-Za-z0-9]+$")
-    t1 = bids & images["stem"].str.endswith("_T1w")
-    if not (t1 & ~aside).any():
-        return images, []
-    other = bids & ~t1 & ~aside
-    notes = [
-        f"{what}: {count}."
-        for what, count in {
-            "BIDS images that are not T1w, left out": other.sum(),
-            "Images in derivatives, sourcedata and code, left out": aside.sum(),
-        }.items()
-        if count
-    ]
-    return images[~aside & ~other].reset_index(drop=True), notes
+# --- what is no scan ------------------------------------------------------------------------------------
+
+
+def _parted(found: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """The images without a reason against them; the others are put into `attrs`."""
+    images = found.loc[found["reason"] == "", COLUMNS].reset_index(drop=True)
+    left = found[found["reason"] != ""].reset_index(drop=True)
+    images.attrs = {"left_out": left, "notes": notes}
+    return images
+
+
+def _outside_of_bids(images: pd.DataFrame) -> pd.Series:
+    """Why an image of a folder with raw BIDS scans is none of them; "" where nothing is against it."""
+    stems, folders = images["stem"], images["folders"]
+    aside = folders.str.contains(r"(?:^|/)(?:derivatives|sourcedata|code)(?:/|$)")
+    bids, t1 = stems.str.match("sub-[^_]+_"), stems.str.endswith("_T1w")
+    derived = stems.str.contains(_DERIVED_OF_BIDS) | folders.str.contains(r"(?:^|/)mri(?:/orig)?$")
+    raw = bids & t1 & ~aside & ~derived
+    reasons = pd.Series("", index=images.index, dtype=str)
+    if not raw.any():
+        return reasons
+    has_raw = images["subject_hint"].isin(set(images["subject_hint"][raw])) | (images["subject_hint"] == "")
+    reasons = reasons.mask(
+        derived & has_raw, "it was made from a raw scan of this BIDS data set, which is taken"
+    )
+    reasons = reasons.mask(
+        bids & ~t1, "its name does not end in _T1w, as that of a T1-weighted BIDS scan does"
+    )
+    return reasons.mask(aside, "it lies in derivatives, sourcedata or code of a BIDS data set")
+
+
+def _products(images: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Why an image is no scan (`reason`, or ""), the part of its name that was read last (`until`); notes."""
+    rows = list(images.itertuples())
+    read = [_source_and_products(row.stem, row.folders, row.image) for row in rows]
+    sources = _Sources()
+    for row, (source, made, is_map, _) in zip(rows, read, strict=True):
+        if not is_map:
+            sources.add(row, source, made)
+    result, kept = [], []
+    for row, (source, made, is_map, until) in zip(rows, read, strict=True):
+        readings = [*([(source, made, until)] if made else []), *_prefixed(row.stem)]
+        found = [(sources.before(row, *reading[:2]), *reading[1:]) for reading in readings]
+        (_, taken), words, end = min((one for one in found if one[0]), default=((0, ""), made, until))
+        reason = f"by its name a product ({' '.join(words)}); {taken} is taken" if taken else ""
+        if is_map and not taken:
+            reason = f"by its name a map that was made from a scan ({' '.join(made)}), no scan"
+        result.append((reason, end))
+        if made and not reason and until >= len(parts_of(row.stem)) - 1:
+            kept.append(f"{Path(row.image).name} ({' '.join(made)})")
+    told = (
+        f"Images taken although a program made them, by their names, because what they were made from is not "
+        f"there: {len(kept)}, the first {kept[0] if kept else ''}. Train and predict on images of one kind."
+    )
+    return pd.DataFrame(result, images.index, columns=["reason", "until"]), [told] if kept else []
+
+
+class _Sources:
+    """Images by what their names leave without the words for products, and by folder; the best of each."""
+
+    def __init__(self) -> None:
+        self.best: dict[tuple, tuple] = {}
+        self.folders = defaultdict(set)
+
+    def add(self, row: Any, source: tuple[str, ...], made: list[str]) -> None:
+        """Add an image that may be the source of others."""
+        one = (_rank(made), row.image)
+        for key in [(source, row.folders), (source, "last", row.folders.split("/")[-1])]:
+            self.best[key] = min(self.best.get(key, one), one)
+        if not made:
+            self.folders[source].add(row.folders)
+
+    def before(self, row: Any, source: tuple[str, ...], made: list[str]) -> tuple[Any, str] | None:
+        """The image that this one was made from, or that is rather taken: its rank and file name.
+
+        It lies in the same folder, in one above or in one of the same numbered name (`raw/001`, `bet/001`),
+        or scans of its name lie in one folder only.
+        """
+        names = row.folders.split("/")
+        keys = [(source, above) for above in accumulate(names, "{}/{}".format)]
+        keys += [(source, "last", name) for name in names if any(map(str.isdigit, name))]
+        if source:  # `T1` alone says nothing of whose it is
+            keys += [(source, "")]
+            keys += [(source, *self.folders[source])] if len(self.folders.get(source, ())) == 1 else []
+        found = min((self.best[key] for key in keys if key in self.best), default=None)
+        return (found[0], Path(found[1]).name) if found and found[0] < _rank(made) else None
+
+
+def _rank(made: list[str]) -> tuple[int, list[int]]:
+    """How far an image is from a scan, by the words for what was made."""
+    return len(made), [_PICTURE_WORDS.get(word.lower(), len(_PICTURE_WORDS)) for word in made]
+
+
+def _source_and_products(stem: str, folders: str, image: str) -> tuple[tuple[str, ...], list[str], bool, int]:
+    """What a name leaves without the words for products; those words; whether they mean a map; their end."""
+    parts, made, is_map, until = _parts_and_products(stem)
+    home = _HOME.search(folders)
+    if home and (home["tool"] == ".anat" or image.lower().endswith((".mgz", ".mgh"))):
+        if folders.endswith("/orig") and stem.isdigit():
+            parts, made = [], ["orig"]
+        tool = "fsl_anat" if home["tool"] == ".anat" else "FreeSurfer"
+        made, is_map = [tool, *([stem] if parts else made)], is_map or bool(parts)
+        subject, *longitudinal = home["subject"].split(".long.")  # processed once more, with other sessions
+        made += ["longitudinal"] * len(longitudinal)
+        parts, until = _parts_and_products(subject)[0], len(parts_of(stem)) - 1
+    return tuple(part.casefold() for part in parts), made, is_map, until
+
+
+def _parts_and_products(stem: str) -> tuple[list[str], list[str], bool, int]:
+    if ants := _MADE_BY_ANTS_OR_FIRST.search(stem):
+        parts = parts_of(stem[: ants.start()])
+        rest = [part for part in parts if part.lower() not in _T1_WORDS]
+        return rest, [ants[1]], not _ANTS_PICTURE.search(ants[1]), len(parts)
+    made = [part.lstrip("_") for part in _DERIVED_OF_BIDS.findall(stem)]
+    if not made and re.fullmatch(r"sub-[^_]+(?:_[a-z]+-[^_]+)*_T1w", stem):
+        return parts_of(stem)[:-1], [], False, 0  # rec-norm is how the scanner made it
+    parts = [part for part in re.split(r"[-_. +]+", _DERIVED_OF_BIDS.sub("", stem)) if part]
+    rest, is_map, until = [], False, len(parts) if made else 0
+    names_one = any(not _is_product(part) and part.lower() not in _T1_WORDS for part in parts)
+    for number, part in enumerate(parts):
+        # before the id only small letters count: HEAT_001 is a person of a study
+        if _is_product(part) and (rest or not names_one or part.islower()):
+            made, until, is_map = [*made, part], number, part.lower() not in _PICTURE_WORDS
+        elif (
+            made
+            and until == number - 1
+            and re.fullmatch(r"\d{1,2}", part)
+            and (is_map or made[-1] in _COUNTED)
+        ):
+            made, until = [*made[:-1], f"{made[-1]}_{part}"], number  # pve_0: the number is the tissue's
+        elif part.lower() not in _T1_WORDS:
+            rest, is_map = [*rest, part], False  # only at the end a word makes the image a map
+    if prefix := _MAP_PREFIX.match(stem):
+        made, is_map = [prefix[0], *made], True
+    return rest, made, is_map, until
+
+
+def _is_product(part: str) -> bool:
+    return part.lower() in _PICTURE_WORDS or part.lower().rstrip("0123456789") in _MAP_WORDS
+
+
+def _prefixed(stem: str) -> Iterator[tuple[tuple[str, ...], list[str], int]]:
+    """Readings of a name as that of another image with letters before it."""
+    for end in range(1, min(len(stem), 15)):
+        if _PREFIX.fullmatch(stem[:end]) and stem[end].isalnum():
+            parts, made, _, _ = _parts_and_products(stem[end:])
+            yield tuple(part.casefold() for part in parts), [stem[:end], *made], 0

@@ -14,13 +14,14 @@ import pandas as pd
 
 from brainage_nb.cohort.bids import read_participants
 from brainage_nb.cohort.cells import TABLE_SUFFIXES
-from brainage_nb.cohort.images import find_images
+from brainage_nb.cohort.images import find_images, take_named
 from brainage_nb.cohort.matching import Match, match_images
 from brainage_nb.cohort.tables import TableError, refused_rows
 
 __all__ = ["FolderCohort", "SourceError", "demo_cohort", "find_images", "find_table", "folder_cohort"]
 
 COHORT_COLUMNS = ["scan_id", "subject_id", "session_id", "image", "age", "sex", "site", "source"]
+_NAMES = ("subject_id", "table_id", "image_id")  # of people and images, in a table
 TABLE_COLUMNS = ("subject_id", "age", "sex", "site", "session_id", "diagnosis", "image_id", "age_unit")
 
 
@@ -93,8 +94,9 @@ def folder_cohort(
     images = find_images(data_dir)
     path = find_table(data_dir, table)
     if images.empty:
-        raise SourceError(f"No NIfTI or MGZ image lies in {data_dir}. " + " ".join(images.attrs["notes"]))
+        raise SourceError(_no_image(images, data_dir))
     rows, notes = _all_rows(read_participants(path, data_dir, columns or {}))
+    images = take_named(images, [name for role in _NAMES if role in rows for name in rows[role]])
     matches = match_images(images, rows)
     if all(match.row is None for match in matches):
         raise SourceError(_nothing_fits(images, rows, matches, path))
@@ -215,7 +217,8 @@ def _relative(image: str, root: Path | str | None) -> str:
 
 
 def _images_left(images: pd.DataFrame, matches: list[Match], root: Path | str | None) -> pd.DataFrame:
-    left = [
+    left = [*images.attrs["left_out"][["image", "reason"]].itertuples(index=False)]
+    left += [
         (image, match.reason) for image, match in zip(images["image"], matches, strict=True) if match.reason
     ]
     return pd.DataFrame(
@@ -260,6 +263,17 @@ def _notes_on_matching(
     if missing := int(cohort["age"].isna().sum()):
         notes.append(f"Images whose row gives no usable age: {missing}; cleaning drops them with the reason.")
     return notes
+
+
+def _no_image(images: pd.DataFrame, data_dir: Path) -> str:
+    left = images.attrs["left_out"]
+    if left.empty:
+        return " ".join([f"No NIfTI or MGZ image lies in {data_dir}.", *images.attrs["notes"]])
+    return (
+        f"None of the {len(left)} images in {data_dir} is taken for a scan. The first, "
+        f"{Path(left['image'][0]).name}: {left['reason'][0]}. Set data_dir to the folder of the scans "
+        "themselves, or give these files' names in the table."
+    )
 
 
 def _nothing_fits(images: pd.DataFrame, rows: pd.DataFrame, matches: list[Match], path: Path) -> str:

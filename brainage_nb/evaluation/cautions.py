@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from brainage_nb.cohort.rules import count_diagnoses, judge_controls
+from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -41,9 +42,8 @@ def _of_run(one: RunEvaluation, comparisons: pd.DataFrame) -> list[str]:
     against_mean = comparisons[comparisons["b"] == "mean predictor"].iloc[0]
     if not against_mean["high"] < 0:
         said.append(
-            "not shown to be better than predicting the mean training age for everyone (MAE difference "
-            f"{against_mean['value']:+.2f} years, 95 % interval {against_mean['low']:+.2f} to "
-            f"{against_mean['high']:+.2f})."
+            "not shown to be better than predicting the mean training age for everyone (MAE difference in "
+            f"years, with its 95 % interval where there is one: {with_interval(against_mean)})."
         )
     if test["n_subjects"] < FEW_TEST_SUBJECTS:
         said.append(

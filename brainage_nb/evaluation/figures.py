@@ -14,7 +14,9 @@ from brainage_nb.cohort.cleaning_plots import age_histogram
 from brainage_nb.evaluation import plots
 from brainage_nb.evaluation.evaluate import Evaluation
 from brainage_nb.evaluation.external import ExternalEvaluation
+from brainage_nb.evaluation.metrics import regression_metrics, with_interval
 from brainage_nb.evaluation.one_run import RECOVERED_KINDS, RunEvaluation
+from brainage_nb.evaluation.tables import text_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,11 +155,11 @@ def _gaps(name: str, found: RunEvaluation) -> ReportFigure:
     figure, axes = plots.new_figure(len(panels), width=2.9 if len(panels) > 1 else 4.4, height=3.1)
     reach = 1.3 * float(np.abs(rows[[column for column, _, _ in panels]].to_numpy()).max())
     for ax, (column, title, colour) in zip(np.atleast_1d(axes), panels, strict=True):
-        r = float(np.corrcoef(rows["age"], rows[column])[0, 1])
+        bias = regression_metrics(rows["age"], rows["age"] + rows[column], n_bootstrap=0)["gap_age_r"]
         plots.gap_vs_age(
             rows["age"],
             rows[column],
-            title=f"{title}\nr with age {r:+.2f}, n = {len(rows)}",
+            title=f"{title}\nr with age {with_interval(bias)}, n = {len(rows)}",
             colour=colour,
             ax=ax,
         )
@@ -256,10 +258,7 @@ def _planted(name: str, found: RunEvaluation) -> ReportFigure | None:
     recovered = pd.DataFrame(found.known["recovered"]).set_index("kind")
     figure, axes = plots.new_figure(len(recovered), width=2.9, height=3.4)
     for ax, (kind, row) in zip(np.atleast_1d(axes), recovered.iterrows(), strict=True):
-        r, slope = (
-            f"{row[name]:.2f} [{row[f'{name}_low']:.2f}, {row[f'{name}_high']:.2f}]"
-            for name in ("r", "slope")
-        )
+        r, slope = (text_of(row, name) for name in ("r", "slope"))
         title = f"{kind}\nr {r}, n = {row['n']:.0f}\nslope {slope}"
         title = title.replace("gap of the age-free corrected prediction", "age-free corrected gap")
         plots.planted_vs_recovered(

@@ -96,7 +96,7 @@ def predicted_vs_true(
         ax.axhline(reference_age, color=VERMILLION, ls="--", lw=1.2, label="mean predictor", zorder=2)
     ax.set(xlim=ends, ylim=ends)
     ax.set_aspect("equal")
-    ax.legend(fontsize=_SMALL, frameon=False, loc="upper left")
+    legend_under(ax)
     title = f"{name}: n = {metrics['n']} scans of {metrics['n_subjects']} subjects\n" + _mae_and_r(metrics)
     return _labelled(ax, title, "true age [years]", "predicted age [years]")
 
@@ -120,7 +120,7 @@ def gap_vs_age(
         slope, intercept = np.polyfit(age, gap, 1)
         label = f"{slope:+.2f} years a year of age"
         ax.plot(ends, intercept + slope * ends, color=VERMILLION, lw=1.5, label=label, zorder=4)
-        ax.legend(fontsize=_SMALL, frameon=False, loc="upper right")
+        legend_under(ax)
     reach = 1.15 * max(1.0, float(np.abs(gap).max()))
     ax.set_ylim(-reach, reach)
     return _labelled(ax, title, "true age [years]", ylabel)
@@ -271,6 +271,13 @@ def _axes(ax: Axes | None) -> Axes:
     from matplotlib import pyplot as plt
 
     return plt.subplots(figsize=(4.6, 3.9), layout="constrained")[1]
+
+
+def legend_under(ax: Axes, handles: Sequence[Any] | None = None, ncols: int = 3) -> None:
+    """Put the legend of an Axes under it, where it covers no point."""
+    handles = handles or ax.get_legend_handles_labels()[0]
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}
+    ax.legend(handles=handles, fontsize=_SMALL, frameon=False, ncols=ncols, **place)
 
 
 def _legend_below(ax: Axes) -> None:

@@ -116,7 +116,9 @@ def splits_table(ws: Workspace) -> pd.DataFrame:
                     "split": split,
                     "subjects": len(people),
                     "scans": len(part),
-                    "mean age (SD) [years]": f"{people.mean():.1f} ({people.std():.1f})",
+                    "mean age (SD) [years]": f"{people.mean():.1f} ({people.std():.1f})".replace(
+                        " (nan)", ""
+                    ),
                     "ages [years]": f"{part['age'].min():.1f} to {part['age'].max():.1f}",
                 }
             )
@@ -171,8 +173,8 @@ def known_tables(evaluation: Evaluation) -> dict[str, dict[str, pd.DataFrame]]:
                 {
                     "kind of gap": recovered["kind"],
                     "n": recovered["n"],
-                    "r with planted": [_text(row, "r") for row in found.known["recovered"]],
-                    "slope on planted": [_text(row, "slope") for row in found.known["recovered"]],
+                    "r with planted": [text_of(row, "r") for row in found.known["recovered"]],
+                    "slope on planted": [text_of(row, "slope") for row in found.known["recovered"]],
                 }
             ),
         }
@@ -189,7 +191,7 @@ def external_tables(found: ExternalEvaluation) -> dict[str, pd.DataFrame]:
     ]
     rest = [
         {"form": row["form"], "scans": row["n"]}
-        | {title: _text(row, key) for key, title in EXTERNAL_FIGURES.items()}
+        | {title: text_of(row, key) for key, title in EXTERNAL_FIGURES.items()}
         for row in found.rest.to_dict("records")
     ]
     return {
@@ -226,7 +228,11 @@ def bias_table(found: RunEvaluation) -> pd.DataFrame:
         return pd.DataFrame()
     table = found.bias.rename(columns={"split": "scans", "kind": "form", "gap_age_r": "gap-age r"})
     return table.assign(
-        slope=table["slope"].map(lambda value: "no prediction" if np.isnan(value) else f"{value:.2f}")
+        slope=[
+            "no prediction" if form.startswith("gap") else with_interval({"value": value})
+            for form, value in zip(table["form"], table["slope"], strict=True)
+        ],
+        **{"gap-age r": [with_interval({"value": value}) for value in table["gap-age r"]]},
     )
 
 
@@ -258,7 +264,7 @@ def groups_table(found: RunEvaluation) -> pd.DataFrame:
     first = {"by": [row["by"].replace("_", " ") for row in rows], "group": [row["group"] for row in rows]}
     counts = {"scans": [row["n"] for row in rows], "subjects": [row["n_subjects"] for row in rows]}
     return pd.DataFrame(
-        first | counts | {title: [_text(row, key) for row in rows] for key, title in names.items()}
+        first | counts | {title: [text_of(row, key) for row in rows] for key, title in names.items()}
     )
 
 
@@ -270,14 +276,14 @@ def diagnosis_table(found: RunEvaluation) -> pd.DataFrame:
             "diagnosis": [row["diagnosis"] for row in rows],
             "subjects": [row["n_subjects"] for row in rows],
             "controls": [row["n_controls"] for row in rows],
-            "gap difference [years]": [_text(row, "difference") for row in rows],
-            "adjusted difference [years]": [_text(row, "adjusted") for row in rows],
+            "gap difference [years]": [text_of(row, "difference") for row in rows],
+            "adjusted difference [years]": [text_of(row, "adjusted") for row in rows],
             "adjusted for": [row["adjusted_for"] for row in rows],
         }
     )
 
 
-def _text(row: dict[str, Any], key: str) -> str:
+def text_of(row: dict[str, Any], key: str) -> str:
     return with_interval({"value": row[key], "low": row[f"{key}_low"], "high": row[f"{key}_high"]})
 
 

@@ -72,7 +72,7 @@ from brainage_nb.volumes.pictures import montage, steps_figure
 from brainage_nb.volumes.preprocessing import PreprocessingSettings, ScanError, preprocessing_steps
 from brainage_nb.volumes.recipes import list_changes
 from brainage_nb.volumes.store_building import build_store
-from brainage_nb.workspace import open_workspace, session_summary
+from brainage_nb.workspace import open_workspace, session_summary, write_csv
 
 set_matplotlib_formats("png")  # figures appear in their cells
 parameters = read_parameters(globals(), PreprocessingSettings)
@@ -120,15 +120,25 @@ found
 # %% [markdown]
 # ## All scans
 # Each volume is written once, in half precision, with its checksum. Run this cell again after an interruption: it goes
-# on with the scans that are missing.
+# on with the scans that are missing. Scans that give no volume are listed in `scans_without_volume.csv`, with the reason.
 
 # %%
 report = build_store(scans, ws.path("volumes"), settings, ws.resolve, scratch=ws.scratch, cluster=cluster)
 print(report.note)
 
 # %%
-print(f"{len(report.failed)} scans gave no volume")
-report.failed
+without_volume = write_csv(report.failed, ws.path("scans_without_volume.csv"))
+print(f"{len(report.failed)} scans gave no volume; the reasons are in {without_volume}")
+display(report.failed)
+ready = scans["scan_id"].isin(report.store.scan_ids)
+if lost := set(scans["split"]) - set(scans["split"][ready]):
+    print(
+        f"No volume for {', '.join(sorted(lost))}: take these scans out of cohort.csv, delete splits.csv, run 02."
+    )
+if not ready.any():
+    raise ScanError(
+        report.failed["code"].iloc[0], f"No scan gave a volume. The first: {report.failed['reason'].iloc[0]}"
+    )
 
 # %% [markdown]
 # ## The cohort as a model sees it
@@ -136,7 +146,7 @@ report.failed
 
 # %%
 store = report.store
-shown = scans[scans["scan_id"].isin(store.scan_ids)].sort_values("age")
+shown = scans[ready].sort_values("age")
 shown = shown.iloc[:: max(1, len(shown) // 24)].head(24)
 titles = [f"{row.scan_id}, {row.age:.0f} y" for row in shown.itertuples()]
 montage(list(store.read(shown["scan_id"])), titles, heading="middle sagittal slices, youngest to oldest")
@@ -157,6 +167,6 @@ montage(
 ws.finish(
     "03_preprocessing_preview",
     parameters,
-    written=[ws.path("volumes", store.fingerprint), ws.path("volumes", "current")],
+    written=[ws.path("volumes", store.fingerprint), ws.path("volumes", "current"), without_volume],
     figures={"volumes": len(store.scan_ids), "scans without a volume": len(report.failed)},
 )

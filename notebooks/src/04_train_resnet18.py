@@ -134,6 +134,11 @@ curve = LiveCurve()
 result = train(store, splits, ws.run(run), settings, fresh=fresh, on_epoch=curve)
 Markdown("\n".join(f"- {note}" for note in result.notes))
 
+# %% [markdown]
+# The validation error mostly lies below the training error: training scans are varied at random and predicted while
+# the weights still move, validation scans are predicted as they are, by averaged weights. With `distribution` the
+# training loss is how far the curve of ages is off, no years: compare the errors, not the losses.
+
 # %%
 curve.draw(result.history)  # the last epochs, in the same place
 result.history.tail()

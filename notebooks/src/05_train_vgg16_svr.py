@@ -131,6 +131,7 @@ figure, axes = plt.subplots(1, len(shown), figsize=(2.2 * len(shown), 2.6))
 for ax, position, image in zip(axes, shown, triplet_images(volume, shown, settings), strict=True):
     vgg_plots.plot_triplet(image.numpy(), position, ax)
 figure.suptitle(f"{len(shown)} of {len(positions)} triplets of scan {scan_id}")
+plt.show()
 # %% [markdown]
 # ## Features of every scan
 # Each scan is stored as soon as it is done; after an interruption run this cell again and only the missing ones are
@@ -194,7 +195,8 @@ fitted.rules.round(2)
 # Notebook 06 compares this model with the ResNet on the same people.
 
 # %%
-metrics = fitted.accuracy("test", n_bootstrap=n_bootstrap)
+tested = "test" if "test" in set(fitted.predictions["split"]) else "val"  # no test scan has a volume
+metrics = fitted.accuracy(tested, n_bootstrap=n_bootstrap)
 names = {
     "mae": "MAE [years]",
     "mean_predictor_mae": "mean predictor's MAE [years]",
@@ -205,14 +207,14 @@ shown = {
     variant: {title: with_interval(found[key]) for key, title in names.items()}
     for variant, found in metrics.items()
 }
-print(f"{fitted.settings['title']}; headline: {fitted.settings['variant']} fusion")
+print(f"{fitted.settings['title']}; headline: {fitted.settings['variant']} fusion; {tested} scans")
 pd.DataFrame(shown)
 
 # %%
-test = fitted.predictions.query("split == 'test'")
+test = fitted.predictions.query("split == @tested")
 figure, axes = plt.subplots(1, 2, figsize=(11, 5))
 for ax, (variant, part) in zip(axes, test.groupby("variant"), strict=True):
-    name = f"{variant} fusion, test\n{fitted.settings['title']}"
+    name = f"{variant} fusion, {tested}\n{fitted.settings['title']}"
     predicted_vs_true(
         part["age"],
         part["predicted_age"],
@@ -249,5 +251,5 @@ figures = {
     "method": fitted.settings["title"],
     "slices [pixels]": image_size,
     "headline variant": fitted.settings["variant"],
-} | {f"test {title}, {variant}": value for variant, row in shown.items() for title, value in row.items()}
+} | {f"{tested} {title}, {variant}": value for variant, row in shown.items() for title, value in row.items()}
 ws.finish("05_train_vgg16_svr", parameters, [fitted.folder, extracted.cache.folder], figures)

@@ -68,6 +68,7 @@ import pandas as pd
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.apps.widget import PredictionWidget, result_figure, workspace_scans
+from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.models.bundle import current_bundle, load_bundle
 from brainage_nb.models.explain import explain
 from brainage_nb.parameters import read_parameters
@@ -91,11 +92,7 @@ print(f"{model.title}; ages {training['age_low']:.0f} to {training['age_high']:.
 if model.is_test_object:
     print("Trained on invented heads, to test the kit: its ages mean nothing for people.")
 pd.DataFrame(model.manifest["figures"]).map(
-    lambda figure: (
-        f"{figure['value']:.2f} [{figure['low']:.2f}, {figure['high']:.2f}]"
-        if isinstance(figure, dict)
-        else figure
-    )
+    lambda figure: with_interval(figure) if isinstance(figure, dict) else figure
 )
 
 # %% [markdown]
@@ -104,14 +101,18 @@ pd.DataFrame(model.manifest["figures"]).map(
 # first: outside the ages and kinds of scan the model knows, the number means nothing.
 
 # %%
-scans = workspace_scans(ws.read("splits.csv"), ws.resolve)
+splits = ws.read("splits.csv")
+if ws.path("scans_without_volume.csv").exists():  # what gave no volume in 03 gives no age here
+    splits = splits[~splits["scan_id"].isin(ws.read("scans_without_volume.csv")["scan_id"])]
+scans = workspace_scans(splits, ws.resolve) or workspace_scans(splits, ws.resolve, "val")
+if not (scan or scans):
+    raise FileNotFoundError("No test scan of the workspace is there. Set scan to the file of one.")
 path, known_age = (scan, true_age or None) if scan else list(scans.values())[len(scans) // 2]
 prediction = model.predict(path, true_age or known_age)
 prediction.frame()
 
 # %%
-with pd.option_context("display.max_colwidth", None):
-    display(pd.DataFrame(prediction.warnings, columns=["code", "warning"]))
+pd.DataFrame(prediction.warnings, columns=["code", "warning"])
 
 # %% [markdown]
 # ## Where the age comes from
@@ -145,7 +146,6 @@ from brainage_nb.models.explaining.groups import age_group_maps, coarse_regions,
 from brainage_nb.models.explaining.plots import group_panels
 from brainage_nb.volumes.store import VolumeStore
 
-splits = ws.read("splits.csv")
 test = splits[splits["split"] == "test"]
 groups = []
 if model.model.kind == "resnet18" and ws.path("volumes", model.settings.fingerprint).exists():

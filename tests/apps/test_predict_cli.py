@@ -25,7 +25,7 @@ def run(*arguments):
 def test_scans_folders_and_ages_end_in_one_table(tiny, tmp_path, capsys):
     scans = tmp_path / "scans"
     scans.mkdir()
-    for name, seed in {"sub-01_T1w.nii": 1, "sub-02_T1w.nii.gz": 2}.items():
+    for name, seed in {"sub-01_T1w.nii": 1, "sub-02_T1w.nii.gz": 2, "sub-02_T1w_heat.nii.gz": 3}.items():
         write_scan(scans / name, seed)
     table = tmp_path / "ages.csv"
     table.write_text("participant_id,age\n1,44\n2,66\n3,70\n")
@@ -37,6 +37,7 @@ def test_scans_folders_and_ages_end_in_one_table(tiny, tmp_path, capsys):
     assert rows["gap"][1] == pytest.approx(expected.gap, abs=1e-4)
     said = capsys.readouterr().out
     assert f"{expected.predicted_age:.1f}" in said and "not a medical device" in said
+    assert "sub-02_T1w_heat.nii.gz: its name does not end in _T1w" in said
 
 
 def test_one_bad_scan_is_named_and_the_rest_go_on(tiny, tmp_path, capsys):

@@ -2,7 +2,20 @@
 
 import pytest
 
-from brainage_nb.cohort.images import find_images
+from brainage_nb.cohort.images import find_images, take_named
+
+PRODUCTS = """
+001_T1_heat.nii.gz heat_maps/001_T1_heat.nii.gz 001_T1_brain.nii.gz bet/001_brain.nii.gz
+001_T1_pve_0.nii.gz 001_T1_brain_pve_2.nii.gz 001_T1_seg.nii.gz 001_T1_restore.nii.gz 001_T1_bias.nii.gz
+001_T1_warp.nii.gz 001_T1_to_MNI_lin.nii.gz brain_001_T1.nii.gz c1001_T1.nii rc1001_T1.nii wc2001_T1.nii
+mwc1001_T1.nii smwc1001_T1.nii s8mwc1001_T1.nii m001_T1.nii wm001_T1.nii y_001_T1.nii iy_001_T1.nii
+u_rc1001_T1.nii rc1001_T1_affine.nii mri/mwp1001_T1.nii mri/p0001_T1.nii mri/wm001_T1.nii
+BiasField_001_T1.nii 001_T1_biasfield.nii.gz 001_T1Warped.nii.gz 001_T1_InverseWarped.nii.gz
+001_T11Warp.nii.gz 001_BrainExtractionBrain.nii.gz 001_BrainSegmentationPosteriors3.nii.gz
+001_desc-preproc_T1w.nii.gz 001_space-MNI152NLin2009cAsym_desc-preproc_T1w.nii.gz fs/001/mri/T1.mgz
+fs/001/mri/orig/001.mgz 001_T1.anat/T1_biascorr.nii.gz 001_T1-L_Hipp_first.nii.gz
+001_T1_Crop_1.nii.gz fs/001.long.base/mri/T1.mgz
+"""
 
 
 @pytest.fixture
@@ -59,21 +72,106 @@ def test_an_image_that_was_not_fetched_is_still_listed(folder, tmp_path):
     assert "sub-01_T1w" in stems(find_images(tmp_path / "data"))
 
 
-def test_of_a_bids_data_set_only_raw_t1_is_taken_and_the_rest_noted(folder):
+def left(images):
+    """File names of what was left out, with the reason."""
+    found = images.attrs["left_out"]
+    return {
+        path.rsplit("/", 1)[-1]: reason for path, reason in zip(found["image"], found["reason"], strict=True)
+    }
+
+
+def test_of_a_bids_data_set_only_raw_t1_is_taken_and_the_rest_listed(folder):
     images = folder(
         "sub-01/ses-1/anat/sub-01_ses-1_run-2_T1w.nii.gz",
         "sub-01/ses-1/anat/sub-01_ses-1_T2w.nii.gz",
         "sub-01/ses-1/func/sub-01_ses-1_task-rest_bold.nii.gz",
         "derivatives/fmriprep/sub-01/anat/sub-01_desc-preproc_T1w.nii.gz",
+        "heat_maps/sub-01_ses-1_run-2_T1w_heat.nii.gz",
+        "cat12/mri/mwp1sub-01_ses-1_run-2_T1w.nii",
+        "freesurfer/sub-01/mri/T1.mgz",
+        "sub-01/ses-1/anat/sub-01_ses-1_space-MNI152_T1w.nii.gz",
         "odd.nii",
     )
     assert sorted(stems(images)) == ["odd", "sub-01_ses-1_run-2_T1w"]
     hints = images.set_index("stem").loc["sub-01_ses-1_run-2_T1w"]
     assert hints[["subject_hint", "session_hint", "run_hint"]].to_list() == ["01", "1", "2"]
-    assert images.attrs["notes"] == [
-        "BIDS images that are not T1w, left out: 2.",
-        "Images in derivatives, sourcedata and code, left out: 1.",
+    reasons = left(images)
+    assert len(reasons) == 7 and all(reasons.values())
+    assert "does not end in _T1w" in reasons["sub-01_ses-1_task-rest_bold.nii.gz"]
+    assert "derivatives" in reasons["sub-01_desc-preproc_T1w.nii.gz"]
+    assert "made from a raw scan" in reasons["T1.mgz"]
+
+
+@pytest.mark.parametrize("product", PRODUCTS.split())
+def test_a_product_of_a_scan_that_is_there_is_no_further_scan(folder, product):
+    images = folder("001_T1.nii.gz", product, "002_T1.nii.gz")
+    assert stems(images) == ["001_T1", "002_T1"]
+    assert left(images)[product.rsplit("/", 1)[-1]].endswith("; 001_T1.nii.gz is taken")
+
+
+def test_people_whose_ids_begin_or_end_like_products_are_people(folder):
+    names = [
+        "HEAT_001_T1",
+        "NORM_002",
+        "brain03",
+        "c1_T1",
+        "m001",
+        "m002",
+        "orig_04",
+        "orig_05",
+        "r7",
+        "wm12",
     ]
+    assert stems(folder(*(f"{name}.nii" for name in names))) == names
+    images = folder("001.nii", "2.nii", "c12.nii", "c1001.nii")
+    assert set(left(images)) == {"c12.nii", "c1001.nii", "m001.nii"}
+    images = take_named(images, ["C12", "2", "1", "m001"])
+    assert set(left(images)) == {"c1001.nii"} and {"c12", "m001"} < set(stems(images))
+
+
+def test_products_whose_scan_is_not_there_are_taken_with_a_note_but_never_maps(folder):
+    images = folder("001_brain.nii.gz", "001_brain_mask.nii.gz", "002_brain.nii.gz", "003_pve_1.nii.gz")
+    assert (
+        stems(images) == ["001_brain", "002_brain"] and "2, the first 001_brain" in images.attrs["notes"][0]
+    )
+    assert "no scan" in left(images)["003_pve_1.nii.gz"]
+    assert "no scan" in left(folder("mwp1sub-04_T1w.nii"))["mwp1sub-04_T1w.nii"]
+
+
+def test_one_volume_of_a_freesurfer_subject_is_taken(folder):
+    volumes = [
+        "T1",
+        "brain",
+        "brain.finalsurfs",
+        "nu",
+        "orig",
+        "rawavg",
+        "wm",
+        "aseg",
+        "aparc+aseg",
+        "orig/001",
+    ]
+    names = [f"fs/{one}/mri/{name}.mgz" for one in ("A", "B") for name in volumes]
+    images = folder(*names, "fs/C/mri/orig.mgz", "fs/C/mri/brain.mgz", "D/T1.mgz", "D/brain.mgz", "D/wm.mgz")
+    assert list(images["folders"] + "/" + images["stem"]) == [
+        "D/T1",
+        "fs/A/mri/T1",
+        "fs/B/mri/T1",
+        "fs/C/mri/orig",
+    ]
+
+
+def test_scans_of_a_workspace_in_the_folder_are_not_taken_and_change_nothing(folder, tmp_path):
+    folder("sub-01_T1.nii", "workspace/demo/sub-0001/anat/sub-0001_T1w.nii.gz")
+    (tmp_path / "data" / "workspace" / "brainage_workspace.json").touch()
+    images = find_images(tmp_path / "data")
+    assert stems(images) == ["sub-01_T1"] and "workspace" in left(images)["sub-0001_T1w.nii.gz"]
+    assert stems(find_images(tmp_path / "data" / "workspace")) == ["sub-0001_T1w"]
+
+
+def test_a_product_belongs_to_the_scan_of_its_own_folder(folder):
+    images = folder("1/T1.nii", "1/mT1.nii", "1/wmT1.nii", "2/mT1.nii", "3/T1.nii", "bet/3/T1_brain.nii")
+    assert list(images["folders"] + "/" + images["stem"]) == ["1/T1", "2/mT1", "3/T1"]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +196,6 @@ def test_names_of_known_data_sets_are_understood(folder, name, subject, session)
     [
         ("a_T1.nii", "T1"),
         ("a_T2.nii", "other"),
-        ("a_T1_mask.nii", "other"),
         ("a.nii", ""),
         ("inia19-t1-brain.nii", "T1"),
     ],

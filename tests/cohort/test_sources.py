@@ -63,7 +63,7 @@ def test_every_image_and_every_row_is_matched_or_listed_with_a_reason(data):
     folder = data(
         {
             "t.csv": "ID,age\nAB1,30\nAB2,40\nAB3,89+\nAB4,n/a\nAB5,50\n",
-            **dict.fromkeys(["AB1.nii", "AB3.nii", "AB4.nii", "AB9.nii", "AB1_T2.nii"]),
+            **dict.fromkeys(["AB1.nii", "AB3.nii", "AB4.nii", "AB9.nii", "AB1_T2.nii", "mAB1.nii"]),
         }
     )
     found = folder_cohort(folder, folder / "t.csv")
@@ -71,11 +71,19 @@ def test_every_image_and_every_row_is_matched_or_listed_with_a_reason(data):
     assert found.cohort["age"].isna().tolist() == [False, True, True]
     assert "bound" in found.cohort["age_note"][1]
     images = {path.rsplit("/", 1)[1] for path in found.unmatched_images["image"]}
-    assert images == {"AB9.nii", "AB1_T2.nii"}
+    assert images == {"AB9.nii", "AB1_T2.nii", "mAB1.nii"} and all(found.unmatched_images["reason"])
     assert dict(zip(found.unmatched_rows["subject_id"], found.unmatched_rows["reason"], strict=True)) == {
         "AB2": "no image carries this id",
         "AB5": "no image carries this id",
     }
+
+
+def test_a_person_named_like_a_product_is_matched_and_a_folder_of_maps_is_refused(data):
+    folder = data({"t.csv": "ID,age\n001,30\nm001,40\n", "001.nii": None, "m001.nii": None})
+    assert list(folder_cohort(folder, "t.csv").cohort["age"]) == [30, 40]
+    folder = data({"maps/t.csv": "ID,age\n001,30\n", "maps/mwp1001.nii": None}) / "maps"
+    with pytest.raises(SourceError, match=r"mwp1001\.nii: by its name a map .* Set data_dir"):
+        folder_cohort(folder, "t.csv")
 
 
 def test_ages_at_sessions_go_before_those_of_participants(data):

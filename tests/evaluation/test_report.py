@@ -158,6 +158,16 @@ def test_what_has_no_data_is_said_in_a_line_instead_of_an_empty_figure(tmp_path)
     assert np.isinf(pd.read_csv(ws.path("evaluation", "predictions.csv"))["high"]).all()
 
 
+def test_one_test_subject_gives_a_report_without_nan(tmp_path):
+    scans = cohort_frame(8).assign(split=["train", "train", "val", "train", "train", "val", "train", "test"])
+    ws = write_workspace(tmp_path, scans, demo=True)
+    write_run(ws, "tiny", scans, simulated(scans))
+    write_report(evaluate_runs(ws, n_bootstrap=20))
+    written = [path for path in ws.path("evaluation").rglob("*") if path.suffix in (".html", ".md", ".svg")]
+    assert len(written) > 5
+    assert not [path.name for path in written if re.search(r"\bnan\b", path.read_text(encoding="utf-8"))]
+
+
 def test_what_was_dropped_is_counted_with_an_example(tmp_path, page):
     ws = write_workspace(tmp_path, cohort_frame(20))
     (row,) = dropped_table(ws).to_dict("records")

@@ -14,13 +14,13 @@ from brainage_nb.models.bundle import BundleError, current_bundle, load_bundle, 
 from brainage_nb.models.bundles.files import zip_bundle
 from brainage_nb.models.bundles.members import SvrModel, arrays_of, network_from, precision_check
 from brainage_nb.models.bundles.prediction import Failure
-from brainage_nb.models.bundles.saving import update_bundle
+from brainage_nb.models.bundles.saving import card_of, update_bundle
 from brainage_nb.models.settings import RECIPES
 from brainage_nb.models.training import TrainingSettings, train
 from brainage_nb.volumes.scans import ScanError
 from brainage_nb.volumes.store import VolumeStore
 from brainage_nb.volumes.store_building import build_store
-from brainage_nb.workspace import open_workspace, sha256_of, write_csv, write_json
+from brainage_nb.workspace import open_workspace, read_json, sha256_of, write_csv, write_json
 from tests.models.tiny_bundle import (
     ARCHITECTURE,
     SETTINGS,
@@ -278,6 +278,14 @@ def test_the_card_states_figures_licence_and_use(saved):
         "not a medical device",
     ):
         assert said in card
+
+
+def test_the_card_says_what_one_test_scan_leaves_undefined(saved):
+    manifest = read_json(saved / "bundle.json")
+    unknown = {"value": None, "low": None, "high": None}
+    one = {"value": 3.0, "low": None, "high": None}
+    manifest["figures"]["test"] |= {"n": 1, "mae": one, "r": unknown, "mean_predictor_mae": one}
+    assert "| test | 1 | 3.00 | not defined | 3.00 |" in card_of(manifest)
 
 
 def test_a_run_that_is_not_finished_has_no_bundle(trained, tmp_path):

@@ -45,7 +45,7 @@ def test_groups_are_means_over_the_ages_of_their_band():
     store, bundle = store_and_bundle()
     scans = pd.DataFrame({"scan_id": list("012345"), "age": [20, 25, 30, 50, 55, 59]})
     groups = age_group_maps(bundle, store, scans, bands=((0, 40), (40, 60), (60, 99)), make=lambda v: v)
-    assert [(group.low, group.high, group.n) for group in groups] == [(0, 40, 3), (40, 60, 3)]
+    assert [(group.low, group.high, group.n) for group in groups] == [(20, 30, 3), (50, 59, 3)]
     assert [group.heat.max() for group in groups] == pytest.approx([1, 4])
 
 

@@ -37,8 +37,8 @@ REGIONS = (
 
 
 class GroupMap(NamedTuple):
-    """Mean heat map of one age band on the template grid: ages [low, high), number of scans, map, mean
-    volume.
+    """Mean heat map of one age band on the template grid: youngest and oldest age in whole years, number of
+    scans, map, mean volume.
     """
 
     low: float
@@ -137,7 +137,8 @@ def age_group_maps(
         shown = [
             in_template(v, place, outside=float(v.min())) for v, place in zip(volumes, places, strict=True)
         ]
-        groups.append(GroupMap(float(low), float(high), len(ids), heat, np.mean(shown, axis=0)))
+        youngest, oldest = float(np.floor(rows["age"].iloc[0])), float(np.ceil(rows["age"].iloc[-1]))
+        groups.append(GroupMap(youngest, oldest, len(ids), heat, np.mean(shown, axis=0)))
     return groups
 
 

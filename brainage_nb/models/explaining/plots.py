@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from brainage_nb.evaluation.plots import legend_under
 from brainage_nb.models.explaining.groups import brain_mask, template_grid
 from brainage_nb.volumes.heads import head_in
 from brainage_nb.volumes.pictures import PLANES, plane
@@ -127,7 +128,7 @@ def age_among_held_out(ax: Axes, prediction: Prediction, position: Mapping[str, 
         )
     ax.set(xlabel="True age [years]", ylabel="Predicted age [years]")
     ax.set_title("Where this scan lies among held-out scans", fontsize=10)
-    ax.legend(fontsize=8, frameon=False, loc="upper left")
+    legend_under(ax)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from brainage_nb.evaluation.plots import legend_under
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -44,8 +46,10 @@ def plot_grid(grid: pd.DataFrame, title: str, ax: Axes) -> Axes:
     ax.set(
         xscale="log", xlabel="C (kernel with mean diagonal 1)", ylabel="MAE, inner cross-validation [years]"
     )
-    ax.legend(fontsize=8)
-    ax.set_title(f"Choosing C and epsilon on training subjects\n{title}", fontsize=10)
+    legend_under(ax, ncols=2)
+    ax.set_title(
+        f"Choosing the SVR's C and epsilon (lowest is best) on training subjects\n{title}", fontsize=10
+    )
     return ax
 
 
@@ -57,7 +61,7 @@ def plot_positions(by_position: pd.DataFrame, title: str, ax: Axes) -> Axes:
     weight.plot(by_position["position"], by_position["weight"], "s-", color=ORANGE, label="weight (right)")
     weight.set(ylabel="weight in the combined age", ylim=(0, max(0.05, 1.3 * by_position["weight"].max())))
     handles = [*ax.get_legend_handles_labels()[0], *weight.get_legend_handles_labels()[0]]
-    ax.legend(handles, [handle.get_label() for handle in handles], fontsize=8, loc="lower right")
+    legend_under(ax, handles)
     n_scans = int(by_position["n_scans"].max())
     ax.set_title(f"What each height knows about age, n = {n_scans} training scans\n{title}", fontsize=10)
     return ax
