@@ -10,23 +10,13 @@ from typing import Any
 import pandas as pd
 
 from brainage_nb.cohort.archives import is_archive, unpack
+from brainage_nb.cohort.columns import COLUMN_PARAMETERS
 from brainage_nb.cohort.rules import CohortRules, apply_rules
 from brainage_nb.cohort.sources import FolderCohort, SourceError, demo_cohort, folder_cohort
 from brainage_nb.cohort.terms import TERMS, Terms
 from brainage_nb.platforms import local_disk_for
 
-__all__ = ["OpenedSource", "open_source"]
-
-COLUMN_PARAMETERS = {
-    "subject_id": "subject_column",
-    "age": "age_column",
-    "sex": "sex_column",
-    "site": "site_column",
-    "session_id": "session_column",
-    "diagnosis": "diagnosis_column",
-    "age_unit": "age_unit",
-}
-"""Keyword of `read_table` -> parameter of notebook 01."""
+__all__ = ["COLUMN_PARAMETERS", "OpenedSource", "open_source"]
 
 
 @dataclass(frozen=True)

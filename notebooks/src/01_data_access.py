@@ -84,6 +84,8 @@ site_column = ""  # @param {type:"string"}
 session_column = ""  # @param {type:"string"}
 # column with the diagnosis or group; empty: found by name
 diagnosis_column = ""  # @param {type:"string"}
+# column with the image ids or file names; empty: found by name
+image_column = ""  # @param {type:"string"}
 # people with a Clinical Dementia Rating above this at any scan are left out; -1: nobody is for that
 max_cdr = 0.0  # @param {type:"number"}
 # leave out whose diagnosis is not a control's, where the table has diagnoses
