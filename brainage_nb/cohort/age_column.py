@@ -113,8 +113,10 @@ def units_of(table: TextTable, column: AgeColumn, age_unit: str) -> list[str]:
     levels = dict(text.split(": ", 1) for _, text in table.described(own or "") if ": " in text)
     told = ["" if is_missing(cell) else levels.get(cell, cell) for cell in cells]
     units = [unit_named(text) if text else "" for text in told]
-    of_something_else = "age" not in plain_name(own or "") and UNCLEAR in units  # a unit of a hospital
-    if of_something_else or not any(units):
+    of_hospital = (
+        "age" not in plain_name(own or "") and set(units) <= {"", UNCLEAR} and "m" not in map(fold, told)
+    )
+    if of_hospital or not any(units):
         unit = unit_of(table, column, age_unit)
         if not unit:
             _check_years(table, column)
@@ -198,7 +200,11 @@ def set_labels_aside(table: TextTable, subject: str, ages: list[str]) -> None:
         ]
         texts = [text for text in texts if re.match(r"[^\w]*[^\W\d_]", text)]
         nameless = with_digits and not re.search(r"\d", row[subject])
-        if not texts or not (telling or nameless) or any(parse_age(row[name]).years for name in ages):
+        later = table.cells.iloc[1:]
+        as_others = any((later[name] == cell).any() for name, cell in row.items() if not is_missing(cell))
+        if not texts or not (telling or (nameless and not as_others)):
+            return
+        if any(parse_age(row[name]).years for name in ages):
             return
         number = int(row.name) + 1
         shown = ", ".join(filter(None, row))[:80]

@@ -48,7 +48,8 @@ def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) ->
     at_session = interpret_cells(joined, named, unit)
     try:
         table = read_table(path, **columns)
-    except TableError:
+    except TableError as error:
+        at_session.attrs["notes"].append(f"No age is read from the table itself: {error}")
         return at_session
     return _put_before(at_session, table)
 

@@ -214,7 +214,12 @@ def _from_header(text: str) -> tuple[str, list[str]]:
         if number is not None:
             above = [lines[line].strip() for line in filled[:number]]
             return "\n".join(lines[filled[number] :]) if number else text, above
-    return text, []
+    above = 0  # columns with other names: what is marked as a comment is above them
+    while above + 1 < len(filled) and re.match(r"[#%]|//", lines[filled[above]].lstrip()):
+        above += 1
+    if above and any(0 < lines[filled[above - 1]].count(m) == lines[filled[above]].count(m) for m in "\t;,|"):
+        above -= 1  # `#id,age` is the header itself
+    return "\n".join(lines[filled[above] :]), [lines[line].strip() for line in filled[:above]]
 
 
 def _header_at(rows: list[list[str]]) -> int | None:
@@ -271,9 +276,12 @@ def _framed(rows: list[list[str]], where: Path | str) -> tuple[pd.DataFrame, lis
         )
     if not body:
         raise TableError(f"{where} holds a header ({', '.join(header[:8])}) but no rows.")
-    if all(len(row) == len(header) + 1 for row in body) and not _ends_blank(header, body):
+    numbered = [row[0] for row in body] == [str(number) for number in range(1, len(body) + 1)]
+    shifted = numbered and not header[-1] and all(row[-1] for row in body)  # as Excel saves what R wrote
+    longer = all(len(row) == len(header) + 1 for row in body) and not _ends_blank(header, body)
+    if shifted or longer:
         raise TableError(
-            f"{where}: every row has {len(body[0])} cells, the header {len(header)}: {body[0][:6]}. Where R "
+            f"{where}: every row has one cell more than the header has names: {body[0][:6]}. Where R "
             "wrote row names, write the table with row.names = FALSE; where rows end in a delimiter, cut it. "
             "Quote cells that hold the delimiter; with decimal commas, part the columns by ';' or tabs."
         )
@@ -281,7 +289,8 @@ def _framed(rows: list[list[str]], where: Path | str) -> tuple[pd.DataFrame, lis
         if any(row[len(header) :]):
             raise TableError(
                 f"{where}: row {number} has {len(row)} cells, the header {len(header)}: {row[:6]}. Quote "
-                "cells that hold the delimiter; with decimal commas, part the columns by ';' or tabs."
+                "cells that hold the delimiter; with decimal commas, part the columns by ';' or tabs; remove "
+                "lines above the header."
             )
     short = sum(len(row) < len(header) for row in body)
     cells = [(row + [""] * len(header))[: len(header)] for row in body]

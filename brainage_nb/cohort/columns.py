@@ -120,7 +120,9 @@ def find_role(role: str, names: Iterable[str]) -> str | None:
 
 
 def is_header(names: list[str]) -> bool:
-    """Whether a row of cells names a column of ids and one that speaks of age, as only headers do."""
+    """Whether a row of cells names ids and ages and holds no number, as only headers do."""
+    if any(re.fullmatch(r"[\d.,]+", name) for name in names):
+        return False
     return find_role("subject_id", names) is not None and bool(age_columns(names))
 
 

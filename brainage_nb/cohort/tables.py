@@ -62,8 +62,8 @@ def read_table(
         Names of columns; what is not named is found by its name. `age` may list one column a visit, parted by
         commas (`"AgeMRI_W1,AgeMRI_W2"`): each gives a row, and the visit becomes the session.
     age_unit : {"auto", "years", "months", "weeks", "days"}
-        Unit of bare numbers. "auto": what the column's name or the BIDS sidecar (`participants.json`) says,
-        else years.
+        Unit of bare numbers. "auto": what the column's name, the sidecar (`participants.json`), a line of
+        labels below the header or a column `age_unit` says, else years.
 
     Returns
     -------
@@ -140,6 +140,11 @@ def interpret_cells(table: TextTable, named: dict[str, str], age_unit: str = "au
     ages = named_ages(table, named["age"]) if "age" in named else age_columns(table.cells)
     set_labels_aside(table, subject, [column.name for column in ages])
     ages = ages if "age" in named else [find_age(table, subject, age_unit)]
+    if len(table.cells) > 2 and (table.cells[ages[0].name] == table.cells[subject]).all():
+        raise table.error(
+            f"'{ages[0].name}' is the same as '{subject}' in every row: the columns seem shifted",
+            "name each column in the header, or set age_column to another one",
+        )
     people = _people(table, named, subject)
     visits = [_visit(table, people, column, age_unit, several=len(ages) > 1) for column in ages]
     rows = pd.concat(visits, ignore_index=True)
