@@ -159,7 +159,7 @@ def _said_of_unit(table: TextTable, column: AgeColumn) -> dict[str, str]:
     """Every text that speaks of the unit of a column, with the unit; "" where it counts from conception."""
     found = [(column.name, column.unit, False)]
     for key, text in table.described(column.name):
-        field = bool(re.search("unit|einheit|unidad", fold(key))) or len(text) < 3
+        field = bool(re.search("unit|einheit|unidad", fold(key))) or (len(text) < 3 and text.isalpha())
         if not is_missing(text):
             found.append(
                 (f"{key}: {text}".lstrip(": "), unit_named(text) if field else unit_stated(text), field)

@@ -57,10 +57,14 @@ _DURATION = re.compile(
     r"(?:\d[\s-]*|\b(?:one|two|three|four|five|six|ten|twelve|few|several|some|many|over|within|during)\s*)$"
 )
 _IN = re.compile(
-    r"\b(?:in|en|em|w|v|в|number of)\s+(?:(?:full|whole|completed?|decimal|exact|rounded|ganzen|vollen)\s+)?$"
+    r"\b(?:in|en|em|i|w|v|в|number of)\s+(?:(?:full|whole|completed?|decimal|exact|rounded|ganzen|vollen)\s+)?$"
 )
 _OPENS = re.compile(r"(?:^\W*|[(\[:;,=/]\s*(?:\w+ed\s+)?)$")
-_CLOSES = re.compile(r"\W*$|\s*(?:\(?s\)|[)\].;,])|\s+(?:old|of age|since|seit|depuis|desde|dopo)\b")
+_SINCE = re.compile(r"\s+(?:old|of age|since|seit|depuis|desde|dopo)\b")
+_BEFORE_LAST = re.compile(
+    rf"\b(?:age|scan|mri|imaging|visit|session|test|study|birth|completed|full|whole|calendar|as|{_LONG_WORDS})\W*$"
+)
+"""What comes before a unit at the end of a text (`age at scan months`), unlike `sessions parted by weeks`."""
 _RELATIVE = re.compile(r"\s*(?:after|before|later|apart|prior|ago|from|of follow|nach|vor|apres|avant)\b")
 _AND = re.compile(r"(?:\band|\bund|\bet|\by|\be|[&/+])\s*$")
 _PARTS = re.compile(
@@ -104,7 +108,9 @@ def unit_stated(text: str) -> str:
             spoken.add(UNCLEAR)
         elif _IN.search(before) or (surest and _AND.search(before)):
             surest.add(unit)
-        elif _OPENS.search(before) or (match[0] not in _ONE and _CLOSES.match(after)):
+        elif _OPENS.search(before) or _SINCE.match(after):
+            stated.add(unit)
+        elif match[0] not in _ONE and re.match(r"\W*(?:$|[)\].;,])", after) and _BEFORE_LAST.search(before):
             stated.add(unit)
         elif match[0] not in _ONE:
             spoken.add(unit if unit == "years" else UNCLEAR)

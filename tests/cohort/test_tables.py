@@ -314,7 +314,9 @@ def test_a_unit_counts_where_name_sidecar_or_parameter_states_it(table):
         {"Description": "âge en mois"},
         {"LongName": "edad (meses)"},
         {"Description": "возраст в месяцах"},
+        {"Description": "Ålder i månader"},
         {"Description": "Age at scan, months; scans were 2 weeks apart"},
+        {"Description": "Age at scan months."},
         {"Levels": {"months": "age at scan"}},
     ],
 )
@@ -330,7 +332,7 @@ def test_months_are_understood_wherever_a_sidecar_says_them(table, said):
         "Age in years on the day of the scan; scans were 6 months apart",
         "Age in years, rounded to the nearest month",
         "age, several months after the injury",
-        {"Units": "a"},
+        {"Units": "a", "Dtype": "f8"},
         {"Units": None, "Description": "n/a"},
     ],
 )
@@ -349,6 +351,7 @@ def test_other_times_in_a_description_are_no_unit(table, said):
         {"Units": "years", "LongName": "Age in months"},
         "age in years and months",
         "age, months after the injury",
+        "age at the first session; sessions were parted by weeks",
         "age in weeks since the last menstrual period",
         {"Description": "gestational age at scan (weeks)"},
     ],
