@@ -121,7 +121,8 @@ def units_of(table: TextTable, column: AgeColumn, age_unit: str) -> list[str]:
         if not unit:
             _check_years(table, column)
         return [unit or "years"] * len(table.cells)
-    table.note(f"The unit of each age is read from column '{own}'.")
+    before = "" if age_unit == "auto" else f", before age_unit = {age_unit}"
+    table.note(f"The unit of each age is read from column '{own}'{before}.")
     other = unit_of(table, column, age_unit) if "" in units else ""
     return [text if unit == UNCLEAR else unit or other for text, unit in zip(told, units, strict=True)]
 
@@ -191,29 +192,32 @@ def set_labels_aside(table: TextTable, subject: str, ages: list[str]) -> None:
     ages : list of str
         Columns that speak of age.
     """
-    with_digits = table.cells[subject].str.contains(r"\d").mean() > 0.5
-    while len(table.cells) > 1:
+    while len(table.cells) > 1 and (labels := _labels(table.cells, subject, ages)):
         row = table.cells.iloc[0]
-        texts = [row[name] for name in ages if "cannot be read" in parse_age(row[name]).reason]
-        telling = [
-            text for text in texts if unit_stated(text) or len(text) < 3 or _AGE_IN_WORDS.search(fold(text))
-        ]
-        texts = [text for text in texts if re.match(r"[^\w]*[^\W\d_]", text)]
-        nameless = with_digits and not re.search(r"\d", row[subject])
-        later = table.cells.iloc[1:]
-        as_others = any((later[name] == cell).any() for name, cell in row.items() if not is_missing(cell))
-        if not texts or not (telling or (nameless and not as_others)):
-            return
-        if any(parse_age(row[name]).years for name in ages):
-            return
         number = int(row.name) + 1
         shown = ", ".join(filter(None, row))[:80]
         table.note(f"Row {number} below the header is a line of labels, not a person: {shown}.")
         for name in row.index:
-            known = name not in ages or row[name] in telling or fold(row[name]) in _TYPES
-            entry = {f"row {number}" if known else f"unit in row {number}": row[name]}
+            asked = name in ages and row[name] not in labels and fold(row[name]) not in _TYPES
+            entry = {f"unit in row {number}" if asked else f"row {number}": row[name]}
             table.sidecar = {**table.sidecar, name: [table.sidecar.get(name), entry]}
         table.cells = table.cells.iloc[1:]
+
+
+def _labels(cells: pd.DataFrame, subject: str, ages: list[str]) -> list[str]:
+    """What a line of labels says of ages, in words; [""] if it is one by its id alone, [] if it is none."""
+    row, others = cells.iloc[0], cells.iloc[1:]
+    read = {name: parse_age(row[name]) for name in ages}
+    texts = [row[name] for name, age in read.items() if "cannot be read" in age.reason]
+    texts = [text for text in texts if re.match(r"\W*[^\W\d_]", text)]
+    if not texts or any(age.years for age in read.values()):
+        return []
+    told = [text for text in texts if unit_stated(text) or len(text) < 3 or _AGE_IN_WORDS.search(fold(text))]
+    if told:
+        return told
+    with_digits = others[subject].str.contains(r"\d").mean() > 0.5 and not re.search(r"\d", row[subject])
+    like_others = any((others[name] == cell).any() for name, cell in row.items() if not is_missing(cell))
+    return [""] if with_digits and not like_others else []
 
 
 def _check_years(table: TextTable, column: AgeColumn) -> None:

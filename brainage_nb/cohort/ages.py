@@ -57,7 +57,7 @@ _DURATION = re.compile(
     r"(?:\d[\s-]*|\b(?:one|two|three|four|five|six|ten|twelve|few|several|some|many|over|within|during)\s*)$"
 )
 _IN = re.compile(
-    r"\b(?:in|en|em|i|w|v|в|number of)\s+(?:(?:full|whole|completed?|decimal|exact|rounded|ganzen|vollen)\s+)?$"
+    r"\b(?:in|en|em|i|w|v|в|number of)\s+(?:(?:full|whole|completed?|decimal|exact|rounded|ganzen)\s+)?$"
 )
 _OPENS = re.compile(r"(?:^\W*|[(\[:;,=/]\s*(?:\w+ed\s+)?)$")
 _SINCE = re.compile(r"\s+(?:old|of age|since|seit|depuis|desde|dopo)\b")
@@ -102,17 +102,17 @@ def unit_stated(text: str) -> str:
     surest, stated, spoken = set(), set(), {UNCLEAR} if _IN_PARTS.search(text) else set()
     for match in _MENTION.finditer(text):
         before, after, unit = text[: match.start()], text[match.end() :], UNIT_OF[match[0]]
+        plural = match[0] not in _ONE
+        closes = plural and re.match(r"\W*(?:$|[)\].;,])", after) and _BEFORE_LAST.search(before)
         if _DURATION.search(before):
             continue  # `6 months after the injury` is no unit
         if _RELATIVE.match(after) or _PARTS.search(before[-12:]):
             spoken.add(UNCLEAR)
         elif _IN.search(before) or (surest and _AND.search(before)):
             surest.add(unit)
-        elif _OPENS.search(before) or _SINCE.match(after):
+        elif _OPENS.search(before) or _SINCE.match(after) or closes:
             stated.add(unit)
-        elif match[0] not in _ONE and re.match(r"\W*(?:$|[)\].;,])", after) and _BEFORE_LAST.search(before):
-            stated.add(unit)
-        elif match[0] not in _ONE:
+        elif plural:
             spoken.add(unit if unit == "years" else UNCLEAR)
     found = surest or stated or spoken
     return (found.pop() if len(found) == 1 else UNCLEAR) if found else ""

@@ -84,6 +84,8 @@ def _texts(key: str, entry: Any) -> Iterator[tuple[str, str]]:
             yield from _texts(key, item)
     elif isinstance(entry, dict):
         for inner, value in entry.items():
+            if key == "Levels" and isinstance(value, dict):
+                value = value.get("Description", "")
             level = key and isinstance(value, str)
             yield from _texts(key, f"{inner}: {value}") if level else _texts(inner, value)
 

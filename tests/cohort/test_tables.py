@@ -481,6 +481,8 @@ def test_a_sex_code_counts_only_where_it_is_explained(table):
     assert list(table("ID\tage\tSEX_ID (1=m, 2=f)\n1\t30\t1\n2\t31\t2\n")["sex"]) == ["M", "F"]
     sidecar = {"sex": {"Levels": {"0": "female", "1": "male"}}}
     assert list(table("ID\tage\tsex\n1\t30\t1\n2\t31\t0\n", sidecar=sidecar)["sex"]) == ["M", "F"]
+    sidecar["sex"]["Levels"] = {"0": {"Description": "female"}, "1": {"Description": "male"}}
+    assert list(table("ID\tage\tsex\n1\t30\t1\n2\t31\t0\n", sidecar=sidecar)["sex"]) == ["M", "F"]
     plain = {"sex": "0=Men, 1=Women", "age": "in years"}
     assert list(table("ID\tage\tsex\n1\t30\t1\n2\t31\t0\n", sidecar=plain)["sex"]) == ["F", "M"]
     words = table("ID\tage\tGender\n1\t30\tWoman\n2\t31\tmale\n3\t32\tO\n4\t33\tn/a\n", "words.tsv")
