@@ -212,7 +212,7 @@ def _from_header(text: str) -> tuple[str, list[str]]:
     filled = [number for number, line in enumerate(lines) if line.strip()][:_LINES_ABOVE]
     for mark in _DELIMITERS:
         options = {"delimiter": mark, "skipinitialspace": mark != "\t"}
-        number = _header_at([next(csv.reader([lines[number]], **options)) for number in filled])
+        number = _header_at([next(csv.reader([lines[number][:9999]], **options)) for number in filled])
         if number is not None:
             above = [lines[line].strip() for line in filled[:number]]
             return "\n".join(lines[filled[number] :]) if number else text, above
