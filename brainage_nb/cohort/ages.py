@@ -1,4 +1,4 @@
-"""What one age cell says: an age in years, or why no age can be read from it. Knows no table and no file.
+"""What one age cell says, and what a text says of the unit of ages. Knows no table and no file.
 
 An age is read, never completed: a bound (`89+`), a range (`20-25`) or a guess (`~35`) is not an age.
 """
@@ -6,6 +6,7 @@ An age is read, never completed: a bound (`89+`), a range (`20-25`) or a guess (
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 
 OLDEST = 120.0
@@ -15,13 +16,107 @@ DAYS_PER_YEAR = 365.25
 PER_YEAR = {"years": 1.0, "months": 12.0, "weeks": DAYS_PER_YEAR / 7, "days": DAYS_PER_YEAR}
 """How many of a unit make one year."""
 
+
+def fold(text: str) -> str:
+    """A text without accents and in lower case, wide forms of letters and brackets as the usual ones."""
+    letters = unicodedata.normalize("NFKD", text)
+    return "".join(letter for letter in letters if not unicodedata.combining(letter)).casefold()
+
+
+def words_of(text: str) -> set[str]:
+    """Words parted by blanks, folded."""
+    return set(fold(text).split())
+
+
 UNIT_WORDS = {
-    "years": ("years", "year", "yrs", "yr", "y", "yo", "y.o"),
-    "months": ("months", "month", "mos", "mo", "mths", "mth", "mon"),
-    "weeks": ("weeks", "week", "wks", "wk"),
-    "days": ("days", "day", "dys"),
+    "years": """years year yrs yr y yo y.o jahre jahr jahren ans annees annee anos ano anni anno jaar jaren ar
+        lat lata roku let лет год года годы годах 岁 歳""",
+    "months": """months month mos mo mths mth mon monate monat monaten mois meses mes mesi mese maanden maand
+        maneder manader manad miesiace miesiecy miesiacach mesice mesicu месяцы месяц месяца месяцев месяцах
+        月 月龄 个月 か月 ヶ月""",
+    "weeks": """weeks week wks wk wochen woche semaines semaine semanas semana settimane settimana weken
+        veckor uger uker tygodnie tygodni недели неделя недель неделях 周""",
+    "days": """days day dys tage tag tagen jours jour dias dia giorni giorno dagen dag dagar dage dni
+        дни день дней днях 天""",
 }
-UNIT_OF = {word: unit for unit, words in UNIT_WORDS.items() for word in words}
+"""Words for each unit as people write them."""
+
+UNIT_OF = {word: unit for unit, words in UNIT_WORDS.items() for word in words_of(words)}
+
+UNCLEAR = "unclear"
+"""In place of a unit: something is said that is none of the units, or may be one of several."""
+
+_CODES = {"a": "years", "d": "days", "w": "weeks"}
+"""Letters that are a unit where nothing else stands (UCUM and others); `m` may be months, minutes or men."""
+
+_LONG_WORDS = "|".join(sorted((re.escape(word) for word in UNIT_OF if len(word) > 1), key=len, reverse=True))
+_MENTION = re.compile(rf"(?<![^\W_])(?:{_LONG_WORDS})(?![^\W_])")
+_ONE = words_of("day week month tag woche monat jour dia giorno dag mes mese mon mo")
+"""One day in a text is a date, one month a rounding (`on the day of the scan`), unless `in` stands before."""
+_DURATION = re.compile(
+    r"(?:\d[\s-]*|\b(?:one|two|three|four|five|six|ten|twelve|few|several|some|many|over|within|during)\s*)$"
+)
+_IN = re.compile(
+    r"\b(?:in|en|em|i|w|v|в|number of)\s+(?:(?:full|whole|completed?|decimal|exact|rounded|ganzen)\s+)?$"
+)
+_OPENS = re.compile(r"(?:^\W*|[(\[:;,=/]\s*(?:\w+ed\s+)?)$")
+_SINCE = re.compile(r"\s+(?:old|of age|since|seit|depuis|desde|dopo)\b")
+_BEFORE_LAST = re.compile(
+    rf"\b(?:age|scan|mri|imaging|visit|session|test|study|birth|completed|full|whole|calendar|as|{_LONG_WORDS})\W*$"
+)
+"""What comes before a unit at the end of a text (`age at scan months`), unlike `sessions parted by weeks`."""
+_RELATIVE = re.compile(r"\s*(?:after|before|later|apart|prior|ago|from|of follow|nach|vor|apres|avant)\b")
+_AND = re.compile(r"(?:\band|\bund|\bet|\by|\be|[&/+])\s*$")
+_PARTS = re.compile(
+    r"\b(?:half|quarter|tenth|decade|trimest|semest|halb|quartal|hour|minute|second|lunar)\w*"
+)
+_IN_PARTS = re.compile(rf"\b(?:in|en|em)\s+(?:\S+\s+)?(?:{_PARTS.pattern}|bins|groups|bands|categories)\b")
+
+FROM_CONCEPTION = re.compile(
+    r"gesta[tcz]ion|menstrual|conception|amenorrh|schwangersch|\b(pma|lmp|ssw)\b|^ga\b|\bga (in|at|weeks)\b"
+)
+"""Words of a folded text for an age that does not count from birth."""
+
+
+def unit_named(text: str) -> str:
+    """The unit named by a text that holds little else (`Months (rounded)`, `mo.`); UNCLEAR where not one."""
+    text = fold(text)
+    words = set(re.findall(r"[^\W\d_]+", text))
+    units = {UNIT_OF[word] for word in words & UNIT_OF.keys()}
+    if len(words) == 1:
+        units |= {_CODES[word] for word in words & _CODES.keys()}
+    parts = _PARTS.search(text) or re.search(rf"\d[\s/-]*(?:{_LONG_WORDS})|/\s*\d", text)
+    return units.pop() if len(units) == 1 and not parts else UNCLEAR
+
+
+def unit_stated(text: str) -> str:
+    """The unit that a text in plain words states (`age at the scan in months`).
+
+    Returns
+    -------
+    str
+        A unit; "" where the text speaks of none; UNCLEAR where it states several, or speaks of months, weeks
+        or days and does not say that the age is in them.
+    """
+    text = fold(text)
+    surest, stated, spoken = set(), set(), {UNCLEAR} if _IN_PARTS.search(text) else set()
+    for match in _MENTION.finditer(text):
+        before, after, unit = text[: match.start()], text[match.end() :], UNIT_OF[match[0]]
+        plural = match[0] not in _ONE
+        closes = plural and re.match(r"\W*(?:$|[)\].;,])", after) and _BEFORE_LAST.search(before)
+        if _DURATION.search(before):
+            continue  # `6 months after the injury` is no unit
+        if _RELATIVE.match(after) or _PARTS.search(before[-12:]):
+            spoken.add(UNCLEAR)
+        elif _IN.search(before) or (surest and _AND.search(before)):
+            surest.add(unit)
+        elif _OPENS.search(before) or _SINCE.match(after) or closes:
+            stated.add(unit)
+        elif plural:
+            spoken.add(unit if unit == "years" else UNCLEAR)
+    found = surest or stated or spoken
+    return (found.pop() if len(found) == 1 else UNCLEAR) if found else ""
+
 
 DICOM_UNITS = {"y": "years", "m": "months", "w": "weeks", "d": "days"}
 """Letters of a DICOM age string (VR `AS`), after three digits: `35M` may be a man of 35 and is not one."""
@@ -124,7 +219,8 @@ def parse_age(cell: str, unit: str = "years") -> Age:
     cell : str
         The cell's text.
     unit : {"years", "months", "weeks", "days"}
-        Unit of a bare number. A unit written in the cell (`023Y`, `11 months`) goes before it.
+        Unit of a bare number, which is no age where this is another word. A unit written in the cell
+        (`023Y`, `11 months`) goes before it.
 
     Returns
     -------
@@ -160,6 +256,9 @@ def _why_not_an_age(text: str, shown: str) -> str:
 
 
 def _in_years(number: str, unit: str, *, stated: bool) -> Age:
+    if unit not in PER_YEAR:
+        told = f"its unit '{unit}' is not one of {', '.join(PER_YEAR)}" if unit else "its unit is not said"
+        return Age(reason=f"{number}: {told}")
     if unit == "days" and re.fullmatch(r"\d{1,3},\d{3}", number):
         return Age(reason=f"'{number}' days: the comma may part thousands or decimals")
     value = float(number.replace(",", "."))

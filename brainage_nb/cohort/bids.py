@@ -5,14 +5,16 @@ Reads tables only.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
 
-from brainage_nb.cohort.cells import TableError, TextTable, read_cells
+from brainage_nb.cohort.age_column import find_age, units_of
+from brainage_nb.cohort.cells import TableError, TextTable, read_cells, read_sidecar
 from brainage_nb.cohort.columns import age_columns, find_role
-from brainage_nb.cohort.tables import interpret_cells, read_sidecar, read_table, refused_rows
+from brainage_nb.cohort.tables import interpret_cells, read_table, refused_rows
 
 
 def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) -> pd.DataFrame:
@@ -34,40 +36,70 @@ def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) ->
     DataFrame
         As `read_table`.
     """
-    sessions = None if columns.get("age") else _session_cells(data_dir)
-    if sessions is None:
+    sessions = [] if columns.get("age") else _session_tables(data_dir)
+    if not sessions:
         return read_table(path, **columns)
-    at_session = interpret_cells(_with_people(sessions, path), {}, columns.get("age_unit", "auto"))
+    unit = columns.get("age_unit") or "auto"
+    people = next(iter(read_cells(path)[0].values()))
+    named = {role: name for role, name in columns.items() if name in people}
+    subject = named.pop("subject_id", find_role("subject_id", people.columns))
+    named.pop("session_id", None)
+    joined = _with_people(_as_one(sessions, unit), people, subject, path)
+    at_session = interpret_cells(joined, named, unit)
     try:
         table = read_table(path, **columns)
-    except TableError:
+    except TableError as error:
+        at_session.attrs["notes"].append(f"No age is read from the table itself: {error}")
         return at_session
     return _put_before(at_session, table)
 
 
-def _session_cells(data_dir: Path) -> TextTable | None:
-    """All sessions files of a data set as one table, or None where none of them holds an age."""
-    tables, sidecar = [], {}
+def _session_tables(data_dir: Path) -> list[TextTable]:
+    """The sessions files that hold ages; those with the same columns and sidecars as one table."""
+    alike: dict[str, tuple[dict, list[pd.DataFrame]]] = {}
+    shared, without = read_sidecar(data_dir / "sessions.tsv"), []
     for path in sorted(data_dir.glob("sub-*/sub-*_sessions.tsv")):
         try:
             cells = read_cells(path)[0][""]
         except TableError:
-            continue  # a sessions file without rows is common, and says nothing
-        tables.append(cells.assign(participant_id=path.parent.name))
-        sidecar |= read_sidecar(path)
-    if not tables or not age_columns(tables[0].columns):
-        return None
-    cells = pd.concat(tables, ignore_index=True).fillna("")
-    sidecar |= read_sidecar(data_dir / "sessions.tsv")
-    notes = [f"Ages at sessions are read from {len(tables)} files sub-*_sessions.tsv."]
-    return TextTable(cells, f"{data_dir}/sub-*/sub-*_sessions.tsv", sidecar, notes)
+            cells = pd.DataFrame()  # a sessions file without rows is common
+        if not age_columns(cells.columns):
+            without.append(path.parent.name)
+            continue
+        sidecar = shared | read_sidecar(path)
+        kind = json.dumps([list(cells.columns), sidecar])
+        alike.setdefault(kind, (sidecar, []))[1].append(cells.assign(participant_id=path.parent.name))
+    count = sum(len(tables) for _, tables in alike.values())
+    notes = [f"Ages at sessions are read from {count} files sub-*_sessions.tsv."]
+    if without:
+        names = ", ".join(without[:5]) + (", …" if len(without) > 5 else "")
+        notes.append(
+            f"Sessions files without an age: {len(without)} ({names}); the table's age counts there."
+        )
+    where = f"{data_dir}/sub-*/sub-*_sessions.tsv"
+    return [
+        TextTable(pd.concat(tables, ignore_index=True), where, sidecar, list(notes))
+        for sidecar, tables in alike.values()
+    ]
 
 
-def _with_people(sessions: TextTable, path: Path) -> TextTable:
+def _as_one(parts: list[TextTable], age_unit: str) -> TextTable:
+    """Tables with other columns or sidecars as one, each age with the unit of its own table."""
+    if len(parts) == 1:
+        return parts[0]
+    cells = []
+    for part in parts:
+        age = find_age(part, "participant_id", age_unit)
+        units = units_of(part, age, age_unit)
+        others = [column.name for column in age_columns(part.cells)]
+        cells.append(part.cells.drop(columns=others).assign(age=part.cells[age.name], age_unit=units))
+    notes = list(dict.fromkeys(note for part in parts for note in part.notes))
+    return TextTable(pd.concat(cells, ignore_index=True).fillna(""), parts[0].where, {}, notes)
+
+
+def _with_people(sessions: TextTable, people: pd.DataFrame, subject: str | None, path: Path) -> TextTable:
     """The sessions with what the participants table knows of the people: all but ages and sessions."""
-    people = next(iter(read_cells(path)[0].values()))
-    subject = find_role("subject_id", people.columns)
-    if subject is None:
+    if subject not in people:
         return sessions
     aside = {column.name for column in age_columns(people.columns)} | set(sessions.cells.columns)
     aside = (aside | {find_role("session_id", people.columns)}) - {subject}

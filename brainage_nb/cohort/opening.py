@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 
 from brainage_nb.cohort.archives import is_archive, unpack
+from brainage_nb.cohort.columns import COLUMN_PARAMETERS
 from brainage_nb.cohort.rules import CohortRules, apply_rules
 from brainage_nb.cohort.sources import FolderCohort, SourceError, demo_cohort, find_table, folder_cohort
 from brainage_nb.cohort.terms import TERMS, Terms
@@ -18,17 +19,6 @@ from brainage_nb.platforms import local_disk_for
 
 __all__ = ["OpenedSource", "SourceSettings", "open_source"]
 
-COLUMN_PARAMETERS = {
-    "subject_id": "subject_column",
-    "age": "age_column",
-    "sex": "sex_column",
-    "site": "site_column",
-    "session_id": "session_column",
-    "diagnosis": "diagnosis_column",
-    "image_id": "image_column",
-    "age_unit": "age_unit",
-}
-"""Keyword of `read_table` -> parameter of notebook 01."""
 _OWN_DATA = ("data_dir", "table", *COLUMN_PARAMETERS.values())
 USED_BY = {
     "demo": ("n_subjects", "demo_voxel_mm"),

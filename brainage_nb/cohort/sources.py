@@ -281,6 +281,6 @@ def _nothing_fits(images: pd.DataFrame, rows: pd.DataFrame, matches: list[Match]
     ids = ", ".join(rows["subject_id"].head(3))
     return (
         f"None of the {len(images)} images has a row in {path}. Images are named like {names}; "
-        f"ids look like {ids}. The first image: {matches[0].reason}. Set subject_id or image_id to the "
-        "column that names them."
+        f"ids look like {ids}. The first image: {matches[0].reason}. Set subject_column or image_column "
+        "to the column that names them."
     )

@@ -6,22 +6,25 @@ age in the result can be found in the table.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
-from brainage_nb.cohort.age_column import find_age, named_ages, unit_of
+from brainage_nb.cohort.age_column import (
+    existing_column,
+    find_age,
+    named_ages,
+    set_labels_aside,
+    units_of,
+)
 from brainage_nb.cohort.ages import PER_YEAR, Age, is_missing, parse_age
-from brainage_nb.cohort.cells import TableError, TextTable, read_cells
+from brainage_nb.cohort.cells import TableError, TextTable, read_cells, read_sidecar
 from brainage_nb.cohort.columns import (
     ROLE_NAMES,
     AgeColumn,
     age_columns,
-    existing_column,
     find_role,
     plain_name,
     read_sex,
@@ -29,7 +32,7 @@ from brainage_nb.cohort.columns import (
 )
 from brainage_nb.cohort.repeats import merge_repeats
 
-__all__ = ["TableError", "bare_session", "interpret_cells", "read_sidecar", "read_table", "refused_rows"]
+__all__ = ["TableError", "bare_session", "interpret_cells", "read_table", "refused_rows"]
 
 _KNOWN_TEXT = ("site", "diagnosis", "cdr", "image_id")
 _SESSION_IN_ID = re.compile(
@@ -59,8 +62,8 @@ def read_table(
         Names of columns; what is not named is found by its name. `age` may list one column a visit, parted by
         commas (`"AgeMRI_W1,AgeMRI_W2"`): each gives a row, and the visit becomes the session.
     age_unit : {"auto", "years", "months", "weeks", "days"}
-        Unit of bare numbers. "auto": what the column's name or the BIDS sidecar (`participants.json`) says,
-        else years.
+        Unit of bare numbers. "auto": what the column's name, the sidecar (`participants.json`), a line of
+        labels below the header or a column `age_unit` says, else years.
 
     Returns
     -------
@@ -103,16 +106,6 @@ def refused_rows(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(frame.attrs.get("refused", []), columns=[*columns, "reason"], dtype=str)
 
 
-def read_sidecar(path: Path | str) -> dict[str, Any]:
-    """The BIDS sidecar (`participants.json`) beside a table: column -> description; {} where none is."""
-    try:
-        content = json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError):
-        return {}
-    entries = content.items() if isinstance(content, dict) else ()
-    return {str(column): entry for column, entry in entries if isinstance(entry, dict)}
-
-
 def bare_session(label: str) -> str:
     """A session's label without `ses-`, and a whole number without decimals (`1.0` is `1`)."""
     return re.sub(r"^ses-?(?=.)", "", re.sub(r"^(\d+)\.0$", r"\1", label.strip()), flags=re.IGNORECASE)
@@ -139,8 +132,19 @@ def interpret_cells(table: TextTable, named: dict[str, str], age_unit: str = "au
         raise TableError(f"age_unit = {age_unit!r}: it is one of auto, {', '.join(PER_YEAR)}.")
     subject = _column(table, named, "subject_id")
     if subject is None:
-        raise table.error("no column of subject ids was found", "set subject_id to the column's name")
-    ages = named_ages(table, named["age"]) if "age" in named else [find_age(table, subject, age_unit)]
+        raise table.error("no column of subject ids was found", "set subject_column to its name")
+    for line in table.cells.attrs.get("above", []):
+        table.note(f"A line above the header is passed over: {line}")
+    if problem := table.sidecar.get(""):
+        table.note(f"{problem}: nothing that it explains was used.")
+    ages = named_ages(table, named["age"]) if "age" in named else age_columns(table.cells)
+    set_labels_aside(table, subject, [column.name for column in ages])
+    ages = ages if "age" in named else [find_age(table, subject, age_unit)]
+    if len(table.cells) > 2 and (table.cells[ages[0].name] == table.cells[subject]).all():
+        raise table.error(
+            f"'{ages[0].name}' is the same as '{subject}' in every row: the columns seem shifted",
+            "name each column in the header, or set age_column to another one",
+        )
     people = _people(table, named, subject)
     visits = [_visit(table, people, column, age_unit, several=len(ages) > 1) for column in ages]
     rows = pd.concat(visits, ignore_index=True)
@@ -219,8 +223,7 @@ def _sexes(table: TextTable, name: str | None) -> pd.Series:
     """'F', 'M' or '' a row."""
     if name is None:
         return pd.Series("", index=table.cells.index, dtype=str)
-    levels = table.sidecar.get(name, {}).get("Levels")
-    coding = sex_coding(name, levels if isinstance(levels, dict) else None)
+    coding = sex_coding([name, *(text for _, text in table.described(name))])
     sexes = table.cells[name].map(lambda cell: read_sex(cell, coding))
     unread = [cell for cell in table.cells[name][sexes == ""] if not is_missing(cell)]
     if unread:
@@ -237,9 +240,12 @@ def _visit(
 ) -> pd.DataFrame:
     """The rows with the ages of one age column."""
     if several and (people["session_id"] != "").any():
-        raise table.error("rows have sessions, and several age columns were named", "set age to one column")
-    unit = unit_of(table, column, age_unit)
-    ages = pd.Series([parse_age(cell, unit) for cell in table.cells[column.name]], index=people.index)
+        raise table.error(
+            "rows have sessions, and several age columns were named", "set age_column to one column"
+        )
+    units = units_of(table, column, age_unit)
+    cells = zip(table.cells[column.name], units, strict=True)
+    ages = pd.Series([parse_age(cell, unit) for cell, unit in cells], index=people.index)
     _note_cell_rules(ages, table)
     # what holds for a column is noted once; a row keeps only rules of its own
     ages = ages.map(lambda age: replace(age, rule=""))
@@ -268,7 +274,7 @@ def _result(rows: pd.DataFrame, table: TextTable, ages: list[AgeColumn]) -> pd.D
         names = ", ".join(column.name for column in ages)
         raise table.error(
             f"none of the {len(rows)} rows gives an age ('{names}': {shown})",
-            "set age to another column, or table",
+            "set age_column to another column, or table",
         )
     kinds = reasons[~usable].str.replace(r"'[^']*'", "…", regex=True).str.replace(r"[\d.]+", "…", regex=True)
     for kind, count in kinds.value_counts().items():

@@ -104,6 +104,37 @@ def test_ages_at_sessions_go_before_those_of_participants(data):
     assert list(found.cohort["sex"]) == ["F", "F", "F", "M", "M"]
 
 
+def test_a_first_subject_without_an_age_column_does_not_hide_the_ages_of_the_others(data):
+    folder = data(
+        {
+            "participants.tsv": "participant_id\tage\tsex\nsub-01\t23\tF\nsub-02\t31\tM\n",
+            "sub-01/sub-01_sessions.tsv": "session_id\tacq_time\nses-1\t1970-01-01\n",
+            "sub-02/sub-02_sessions.tsv": "session_id\tage\nses-1\t31\nses-2\t41\n",
+            "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz": None,
+            **{f"sub-02/ses-{i}/anat/sub-02_ses-{i}_T1w.nii.gz": None for i in (1, 2)},
+        }
+    )
+    found = folder_cohort(folder)
+    assert ages(found) == {"01_1": 23, "02_1": 31, "02_2": 41}
+    assert any("Sessions files without an age: 1 (sub-01)" in note for note in found.notes)
+
+
+def test_each_sessions_file_has_the_unit_that_it_or_its_sidecar_says(data):
+    folder = data(
+        {
+            "people.tsv": "code\tsexe\nsub-01\tF\nsub-02\tM\nsub-03\tM\n",
+            "sub-01/sub-01_sessions.tsv": "session_id\tage\nses-1\t84\n",
+            "sub-01/sub-01_sessions.json": '{"age": {"Units": "months"}}',
+            "sub-02/sub-02_sessions.tsv": "session_id\tage_months\nses-1\t96\n",
+            "sub-03/sub-03_sessions.tsv": "session_id\tage\nses-1\t9\n",
+            **{f"sub-0{i}/ses-1/anat/sub-0{i}_ses-1_T1w.nii.gz": None for i in (1, 2, 3)},
+        }
+    )
+    found = folder_cohort(folder, "people.tsv", columns={"subject_id": "code", "sex": "sexe"})
+    assert ages(found) == {"01_1": 7, "02_1": 8, "03_1": 9}
+    assert list(found.cohort["sex"]) == ["F", "M", "M"]
+
+
 def test_a_sessions_file_serves_where_participants_have_no_age(data):
     folder = data(
         {
