@@ -5,6 +5,8 @@ The maps themselves are in `explaining.heat_maps`; groups, template space and re
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from brainage_nb.cohort.images import image_stem
 from brainage_nb.models.bundles.members import VGG
 from brainage_nb.models.explaining.heat_maps import grad_cam, occlusion
 
@@ -69,16 +72,27 @@ class Explanation:
         figure.suptitle(f"{prediction.predicted_age:.1f} years; {self.title}", fontsize=10)
         return figure
 
-    def save(self, folder: Path | str, prediction: Prediction) -> list[Path]:
-        """Write `<scan>_heat.nii.gz`, which lies on the scan in any viewer, and `<scan>_heat.png`."""
+    def save(self, folder: Path | str, prediction: Prediction, *, n_folders: int = 0) -> list[Path]:
+        """Write `<scan>_heat.nii.gz`, which lies on the scan in any viewer, and `<scan>_heat.png`.
+
+        They go into `folder`, below the last `n_folders` folders of the scan's path; below more of them
+        where the map of another scan lies there.
+        """
         import nibabel as nib
 
         from brainage_nb.workspace import writing
 
-        stem = Path(folder) / prediction.scan.removesuffix(".gz").removesuffix(".nii")
-        nifti, png = stem.with_name(f"{stem.name}_heat.nii.gz"), stem.with_name(f"{stem.name}_heat.png")
+        scan = Path(os.path.abspath(prediction.path or prediction.scan))
+        owner = hashlib.sha256(os.fsencode(scan)).hexdigest().encode()
+        deepest = len(scan.parts) - 2  # all folders but the root
+        for depth in range(min(n_folders, deepest), deepest + 1):
+            nifti = Path(folder, *scan.parts[-1 - depth : -1], f"{image_stem(scan.name)}_heat.nii.gz")
+            if not nifti.exists() or _owner_of(nifti) == owner:
+                break
+        png = nifti.with_name(f"{image_stem(scan.name)}_heat.png")
         with writing(nifti) as temporary:
             image = nib.Nifti1Image(self.heat.astype(np.float32), prediction.affine)
+            image.header["descrip"] = owner
             named = temporary.with_name(f"{temporary.name}.nii.gz")  # nibabel compresses by name
             nib.save(image, named)
             named.replace(temporary)
@@ -127,6 +141,16 @@ def explain(
         progress=progress,
     )
     return Explanation(heat, method, spacing)
+
+
+def _owner_of(heat_map: Path) -> bytes:
+    """Hash of the path of the scan that a map was made of; empty where the file does not say."""
+    import nibabel as nib
+
+    try:
+        return nib.load(heat_map).header["descrip"].item()
+    except (OSError, ValueError, KeyError, nib.filebasedimages.ImageFileError):
+        return b""
 
 
 def _as_slabs(contributions: pd.DataFrame, shape: tuple[int, ...]) -> np.ndarray:

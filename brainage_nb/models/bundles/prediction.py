@@ -71,6 +71,8 @@ class Prediction:
     age, gap, adjusted_gap : float or None
         True age where given; predicted minus true; the gap less the gap expected at that true age.
     warnings : tuple of Caution
+    path : str
+        Where the scan was read: tells scans of one name apart.
     volume : array (size, size, size), float16
         What the model saw: RAS, as stored.
     affine : array (4, 4)
@@ -88,6 +90,7 @@ class Prediction:
     gap: float | None = None
     adjusted_gap: float | None = None
     warnings: tuple[Caution, ...] = ()
+    path: str = ""
     volume: np.ndarray = field(default=None, repr=False, compare=False)
     affine: np.ndarray = field(default=None, repr=False, compare=False)
 
@@ -123,6 +126,7 @@ class Prediction:
 
 COLUMNS = (
     "scan",
+    "path",
     "predicted_age",
     "low",
     "high",
@@ -138,16 +142,18 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Failure:
-    """A scan without a result: its file name, a short code and the reason in a sentence."""
+    """A scan without a result: its file name, a short code, the reason in a sentence, and its path."""
 
     scan: str
     code: str
     sentence: str
+    path: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """A row with the columns of `Prediction.to_dict`, empty but for the reason."""
         return dict.fromkeys(COLUMNS) | {
             "scan": self.scan,
+            "path": self.path,
             "warnings": self.code,
             "explanation": self.sentence,
         }
