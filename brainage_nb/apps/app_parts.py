@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import streamlit as st
 
 from brainage_nb.apps.styles import APP_STYLE
 from brainage_nb.apps.turns import one_at_a_time
-from brainage_nb.apps.uploads import SCAN_TYPES, StoredScan, stored
+from brainage_nb.apps.uploads import SCAN_TYPES, predict_upload, shown_name, stored, together
 from brainage_nb.models.bundle import Bundle, BundleError, load_bundle
 from brainage_nb.models.bundles.prediction import NOT_A_DEVICE, OLDEST, Failure, Prediction
 from brainage_nb.workspace import read_csv
@@ -87,10 +86,8 @@ def _label(path: Path) -> str:
 
 def _from_disk(path: Path) -> Bundle:
     inside = path / "bundle.json" if path.is_dir() else path
-    if not inside.exists():
-        raise BundleError(f"No bundle at {path.name}.")
     with st.spinner("Opening the model"):
-        return _bundle_on_disk(str(path), inside.stat().st_mtime)
+        return _bundle_on_disk(str(path), inside.stat().st_mtime if inside.exists() else 0.0)
 
 
 def _from_upload() -> Bundle | None:
@@ -133,7 +130,7 @@ def predict_scans(bundle: Bundle) -> None:
         accept_multiple_files=True,
         key=f"scans-{turn}",
     )
-    ages = _true_ages([upload.name for upload in uploads], turn)
+    ages = _true_ages(uploads)
     _act(bundle, uploads, ages)
 
 
@@ -196,42 +193,36 @@ def _demo_head() -> tuple[Path, float] | None:
     return (image, float(row["age"])) if image.exists() else None
 
 
-def _true_ages(names: Sequence[str], turn: int) -> list[float | None]:
-    if len(names) <= 1:
-        age = st.number_input(
-            "True age in years, if known; only for the gap",
-            min_value=0.0,
-            max_value=OLDEST,
-            value=None,
-            step=1.0,
-            key=f"age-{turn}",
-            width=420,
-        )
-        return [age]
-    st.caption("True ages in years, where known; only for the gap, the prediction does not use them.")
-    table = st.data_editor(
-        pd.DataFrame({"scan": list(names), "true age": pd.Series([None] * len(names), dtype=float)}),
-        column_config={
-            "scan": st.column_config.TextColumn("Scan", disabled=True),
-            "true age": st.column_config.NumberColumn("True age [years]", min_value=0, max_value=OLDEST),
-        },
-        hide_index=True,
-        key=f"ages-{turn}",
-        width=560,
-    )
-    return list(table["true age"])
+def _true_ages(uploads: Sequence[Any]) -> list[float | None]:
+    """A field for each thing uploaded, which keeps its age while others come and go (not one for each name:
+    `T1.nii.gz` may be uploaded thrice).
+    """
+    arrived = st.session_state.setdefault("arrived", {})
+    things = together(uploads)
+    for thing in things:
+        arrived.setdefault(thing[0].file_id, len(arrived))
+    labels = [
+        f"{number}. {as_text(shown_name(thing[0].name))}" for number, thing in enumerate(things, start=1)
+    ]
+    if len(things) > 1:
+        st.caption("True ages in years, where known; only for the gap, the prediction does not use them.")
+    else:
+        labels = ["True age in years, if known; only for the gap"]
+    keys = [arrived[thing[0].file_id] for thing in things] or [len(arrived)]
+    columns = [column for _ in range(0, len(labels), 3) for column in st.columns(3)]
+    return [
+        column.number_input(label, 0.0, OLDEST, None, 1.0, key=f"age-{key}")
+        for column, label, key in zip(columns, labels, keys, strict=False)
+    ][: len(things)]
+
+
+def as_text(name: str) -> str:
+    """A name in which Markdown finds nothing to format."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+.!|~$:&-])", r"\\\1", name)
 
 
 def _predict(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -> list[Any]:
-    known = dict(zip([upload.name for upload in uploads], ages, strict=True))
-    results: list[Prediction | Failure] = []
-    with one_at_a_time(), stored(uploads) as scans:
-        for scan in scans:
-            results.append(_one(bundle, scan, known) if isinstance(scan, StoredScan) else scan)
+    with one_at_a_time(), stored(uploads, ages) as scans:
+        results = [predict_upload(bundle, scan) for scan in scans]
     gc.collect()
     return results
-
-
-def _one(bundle: Bundle, scan: StoredScan, ages: dict[str, float | None]) -> Prediction | Failure:
-    result = next(bundle.predict_many([scan.path], [ages.get(scan.name)], n_jobs=1))
-    return dataclasses.replace(result, scan=scan.name)

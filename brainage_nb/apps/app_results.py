@@ -9,6 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from brainage_nb.apps import documents
+from brainage_nb.apps.app_parts import as_text
 from brainage_nb.apps.turns import one_at_a_time
 from brainage_nb.models.bundles.prediction import Failure, Prediction
 from brainage_nb.models.explain import Explanation, explain
@@ -76,7 +77,7 @@ def _show_one(bundle: Bundle, prediction: Prediction, place: int) -> dict[str, F
 
 
 def _numbers(prediction: Prediction) -> None:
-    st.caption(prediction.scan)
+    st.caption(as_text(prediction.scan))
     columns = st.columns(3)
     columns[0].metric("Predicted age [years]", f"{prediction.predicted_age:.1f}")
     if prediction.level == prediction.level:

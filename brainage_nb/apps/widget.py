@@ -6,13 +6,12 @@ with ipywidgets 7.7 and 8, whose upload fields differ.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from brainage_nb.apps.uploads import StoredScan, stored
+from brainage_nb.apps.uploads import StoredScan, predict_upload, stored
 from brainage_nb.models.bundles.prediction import Failure, Prediction
 from brainage_nb.models.explain import Explanation, explain
 
@@ -91,6 +90,8 @@ class PredictionWidget:
         self.opacity = w.FloatSlider(value=0.6, min=0, max=1, step=0.1, description="heat map")
         self.said, self.picture = w.HTML(), w.Image(format="png", layout=w.Layout(max_width="100%"))
         self.button.on_click(self._when_asked)
+        for field in (self.choice, self.upload):
+            field.observe(self._forget_age, names="value")
         for slider in (*self.sliders, self.opacity):
             slider.observe(self._redraw, names="value")
         top = w.HBox([self.choice, self.upload, self.age, self.button], layout=w.Layout(flex_flow="row wrap"))
@@ -104,13 +105,7 @@ class PredictionWidget:
 
     def predict(self) -> Prediction | Failure:
         """Predict the chosen or uploaded scan and show it; the upload is removed afterwards."""
-        uploads = uploaded(self.upload.value)
-        if uploads:
-            with stored(uploads[:1]) as found:
-                result = self._one(found[0]) if isinstance(found[0], StoredScan) else found[0]
-        else:
-            path, known = self.scans[self.choice.value]
-            result = self._one(StoredScan(Path(path), self.choice.value), known)
+        result = self._result()
         if isinstance(result, Failure):
             self._say(result.sentence)
             return result
@@ -124,13 +119,22 @@ class PredictionWidget:
         self._redraw()
         return result
 
-    def _one(self, scan: StoredScan, known: float | None = None) -> Prediction | Failure:
+    def _result(self) -> Prediction | Failure:
+        uploads = uploaded(self.upload.value)[:1]
+        name = uploads[0].name if uploads else self.choice.value
         try:
-            age = float(self.age.value) if self.age.value.strip() else known
+            age = float(self.age.value) if self.age.value.strip() else None
         except ValueError:
-            return Failure(scan.name, "age", f"True age {self.age.value!r}: expected years, as 54.5.")
-        result = next(self.bundle.predict_many([scan.path], [age], n_jobs=1))
-        return dataclasses.replace(result, scan=scan.name)
+            return Failure(name, "age", f"True age {self.age.value!r}: expected years, as 54.5.")
+        if uploads:
+            with stored(uploads, [age]) as found:
+                return predict_upload(self.bundle, found[0])
+        path, known = self.scans[name]
+        scan = StoredScan(Path(path), name, str(path), known if age is None else age)
+        return predict_upload(self.bundle, scan)
+
+    def _forget_age(self, _change: Any) -> None:
+        self.age.value = ""  # it was another scan's
 
     def _when_asked(self, _button: Any) -> None:
         self._say("Predicting ...")

@@ -72,6 +72,30 @@ def test_the_true_age_gives_a_gap(app, tmp_path):
     assert page.metric[2].value.startswith(("+", "-"))
 
 
+def test_ages_belong_to_uploads_whatever_they_are_called(app, tmp_path):
+    names = ["T1.nii", "T1.nii", "T1.nii", "O'Brien, #1 & co=2.nii"]
+    files = [(name, write_scan(tmp_path / "a.nii", n).read_bytes(), "") for n, name in enumerate(names)]
+    page = uploader(app).set_value(files).run()
+    for field, age in zip(page.number_input, (20.0, 50.0, 80.0, 30.0), strict=True):
+        field.set_value(age)
+    page = page.run().button(key="predict").click().run()
+    assert not page.exception
+    results = page.session_state["results"]
+    assert [(one.scan, one.age) for one in results] == list(zip(names, (20, 50, 80, 30), strict=True))
+    assert len({one.path for one in results}) == 4 and len({one.predicted_age for one in results}) == 4
+
+
+def test_an_age_stays_with_its_upload_when_another_one_is_taken_away(app, tmp_path):
+    files = [(name, "T1.nii", write_scan(tmp_path / "a.nii").read_bytes(), "") for name in ("one", "two")]
+    uploader(app)._files = files  # as `set_value` keeps them, but with ids known here
+    page = app.run()
+    for field, age in zip(page.number_input, (20.0, 80.0), strict=True):
+        field.set_value(age)
+    page = page.run()
+    uploader(page)._files = files[1:]
+    assert [field.value for field in page.run().number_input] == [80.0]
+
+
 def hostile():
     import nibabel as nib
 

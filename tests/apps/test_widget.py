@@ -2,11 +2,13 @@ import datetime
 
 import ipywidgets
 import pytest
+from matplotlib.figure import Figure
 
 from brainage_nb.apps.widget import PredictionWidget, result_figure, uploaded, workspace_scans
 from brainage_nb.models.bundle import load_bundle
 from brainage_nb.models.bundles.prediction import Failure
 from brainage_nb.models.explain import explain
+from brainage_nb.models.explaining.plots import age_among_held_out
 from tests.models.tiny_bundle import write_scan, write_tiny_bundle
 
 
@@ -55,6 +57,23 @@ def test_an_age_that_is_no_number_is_said(bundle, tmp_path):
     widget = PredictionWidget(bundle, {"a": (write_scan(tmp_path / "a.nii", 5), None)})
     widget.age.value = "fifty"
     assert isinstance(widget.predict(), Failure) and "expected years" in widget.said.value
+
+
+def test_a_typed_age_is_forgotten_when_another_scan_is_chosen(bundle, tmp_path):
+    scans = {name: (write_scan(tmp_path / f"{name}.nii", 5), age) for name, age in {"a": 44, "b": 66}.items()}
+    widget = PredictionWidget(bundle, scans)
+    widget.age.value = "50"
+    assert widget.predict().age == 50
+    widget.choice.value = "b"
+    assert widget.predict().age == 66
+
+
+def test_the_legend_of_the_position_plot_covers_no_point(bundle, tmp_path):
+    result = bundle.predict(write_scan(tmp_path / "a.nii", 5), 44)
+    figure = Figure(figsize=(6, 4.4), layout="constrained")
+    ax = age_among_held_out(figure.subplots(), result, bundle.manifest["position"])
+    figure.canvas.draw()
+    assert not ax.get_legend().get_window_extent().overlaps(ax.bbox)
 
 
 def test_uploads_of_both_ipywidgets_versions_are_read():
