@@ -32,19 +32,11 @@ def result_figure(
     """Three planes with the heat map, and the age among held-out scans: one static picture."""
     from matplotlib.figure import Figure
 
-    from brainage_nb.models.explaining.plots import age_among_held_out, overlay_planes
+    from brainage_nb.models.explaining.plots import age_among_held_out
 
-    figure = Figure(figsize=(12, 7.4), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.1))
-    overlay_planes(
-        upper.subplots(1, 3),
-        prediction.volume,
-        explanation.heat,
-        at,
-        opacity=opacity,
-        spacing_mm=explanation.spacing_mm,
-    )
-    upper.suptitle(f"{prediction.scan}: {explanation.title}", fontsize=10)
+    figure = Figure(figsize=(12, 7.8), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.2))
+    explanation.picture(prediction, at, opacity=opacity, figure=upper)
     left, right = lower.subplots(1, 2, width_ratios=(1.3, 1))
     age_among_held_out(left, prediction, bundle.manifest["position"])
     _write_result(right, prediction)
@@ -57,7 +49,7 @@ def _write_result(ax: Any, prediction: Prediction) -> None:
     lines = [f"{name}: {value}" for name, value in prediction.frame()["value"].items()]
     lines += [""] + [f"! {caution.sentence}" for caution in prediction.warnings]
     wrapped = [part for line in lines for part in (textwrap.wrap(line, 58) or [""])]
-    ax.text(0, 1, "\n".join(wrapped), va="top", fontsize=9, transform=ax.transAxes)
+    ax.text(0, 1, "\n".join(wrapped), va="top", fontsize=9, transform=ax.transAxes, parse_math=False)
     ax.set_axis_off()
 
 

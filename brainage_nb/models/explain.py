@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from brainage_nb.models.explaining.heat_maps import grad_cam, occlusion
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
+    from matplotlib.figure import FigureBase
 
     from brainage_nb.models.bundle import Bundle
     from brainage_nb.models.bundles.prediction import Prediction
@@ -60,16 +60,24 @@ class Explanation:
         """The method in words, with its unit."""
         return METHODS[self.method]
 
-    def picture(self, prediction: Prediction, at: tuple[int, int, int] | None = None) -> Figure:
-        """Three planes with the heat over them, as a figure that stands alone."""
+    def picture(
+        self,
+        prediction: Prediction,
+        at: Sequence[int] | None = None,
+        *,
+        opacity: float = 0.6,
+        figure: FigureBase | None = None,
+    ) -> FigureBase:
+        """Three planes through voxel `at` with the heat over them, on `figure` or one that stands alone."""
         from matplotlib.figure import Figure
 
         from brainage_nb.models.explaining.plots import overlay_planes
 
-        figure = Figure(figsize=(9, 3.3), layout="constrained")
-        axes = figure.subplots(1, 3)
-        overlay_planes(axes, prediction.volume, self.heat, at, spacing_mm=self.spacing_mm)
-        figure.suptitle(f"{prediction.predicted_age:.1f} years; {self.title}", fontsize=10)
+        figure = figure or Figure(figsize=(9, 3.3), layout="constrained")
+        axes, spacing = figure.subplots(1, 3), self.spacing_mm
+        overlay_planes(axes, prediction.volume, self.heat, at, opacity=opacity, spacing_mm=spacing)
+        said = f"{prediction.scan}: {prediction.predicted_age:.1f} years; {self.title}"
+        figure.suptitle(said, fontsize=10, parse_math=False)
         return figure
 
     def save(self, folder: Path | str, prediction: Prediction, *, n_folders: int = 0) -> list[Path]:

@@ -150,16 +150,17 @@ def test_hostile_bundles_get_clear_messages(tiny, tmp_path, monkeypatch):
 def test_downloads_hold_the_same_numbers_and_no_outside_reference(tiny, tmp_path):
     from matplotlib.figure import Figure
 
-    from brainage_nb.apps import documents
+    from brainage_nb.apps import results
 
     bundle = load_bundle(tiny)
     result = bundle.predict(write_scan(tmp_path / "=2+2.nii", 5), 40)
-    content = json.loads(documents.result_json([result], bundle))
+    content = json.loads(results.result_json([result], bundle))
     assert content["results"][0]["predicted_age"] == pytest.approx(result.predicted_age, abs=1e-4)
-    assert "'=2+2.nii" in documents.result_csv([result])
-    page = documents.result_page(result, bundle, {"<b>title</b>": Figure()})
+    assert "'=2+2.nii" in results.result_csv([result]) and result.path in results.result_csv([result])
+    assert content["results"][0]["path"] == result.path == str(tmp_path / "=2+2.nii")
+    page = results.result_page(result, bundle, {"<b>title</b>": Figure()})
     assert f"{result.predicted_age:.1f}" in page and "not a medical device" in page
-    assert "<b>title" not in page and "http" not in page
+    assert "<b>title" not in page and "http" not in page and result.path in page
 
 
 def test_the_demo_head_button_works_out_of_the_box(tiny, tmp_path, monkeypatch):
