@@ -1,12 +1,13 @@
-"""The prediction widget of notebook 07: choose a scan, read its age, look at the slices with the heat map.
+"""What moves in a notebook: the loss curve of a training that runs (04), and the prediction widget (07).
 
-Every view is also a plain figure (`result_figure`), so that headless runs and exported pages show it. Works
-with ipywidgets 7.7 and 8, whose upload fields differ.
+Every view of the widget is also a plain figure (`result_figure`), so that headless runs and exported pages
+show it. Works with ipywidgets 7.7 and 8, whose upload fields differ.
 """
 
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +17,56 @@ from brainage_nb.models.bundles.prediction import Failure, Prediction
 from brainage_nb.models.explain import Explanation, explain
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
     from brainage_nb.models.bundle import Bundle
+
+
+class LiveCurve:
+    """Give it as `on_epoch`: one figure in the running cell, redrawn as epochs end.
+
+    Parameters
+    ----------
+    every_s : float
+        Least time between two drawings, seconds; the figure would otherwise cost more than a small epoch.
+    """
+
+    def __init__(self, every_s: float = 3.0):
+        self.every_s = every_s
+        self.drawn = float("-inf")
+        self.handle = None
+
+    def __call__(self, history: pd.DataFrame) -> None:
+        """Draw the history so far (a row an epoch; MAE in years)."""
+        if time.monotonic() - self.drawn >= self.every_s:
+            self.draw(history)
+
+    def draw(self, history: pd.DataFrame) -> None:
+        """Draw now, into the same place as before."""
+        from IPython.display import display
+
+        figure = history_figure(history)
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
+        self.drawn = time.monotonic()
+
+
+def history_figure(history: pd.DataFrame) -> Figure:
+    """Loss and MAE (years) against epoch, side by side; returns the Figure."""
+    from brainage_nb.evaluation.plots import new_figure, training_curve
+
+    figure, axes = new_figure(2, width=4.2, height=3.0)
+    losses = [name for name in ("train_loss", "val_loss") if name in history]
+    training_curve(history, losses, title="Huber loss", ylabel="loss [years]", ax=axes[0])
+    errors = [name for name in ("train_mae", "val_mae") if name in history]
+    training_curve(history, errors, title="Mean absolute error", ylabel="MAE [years]", ax=axes[1])
+    return figure
+
+
+# --- the prediction widget ---------------------------------------------------------------------------
 
 
 def result_figure(
