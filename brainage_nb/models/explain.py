@@ -77,7 +77,7 @@ class Explanation:
         axes, spacing = figure.subplots(1, 3), self.spacing_mm
         overlay_planes(axes, prediction.volume, self.heat, at, opacity=opacity, spacing_mm=spacing)
         said = f"{prediction.scan}: {prediction.predicted_age:.1f} years; {self.title}"
-        figure.suptitle(said, fontsize=10, parse_math=False)
+        figure.suptitle(f"{said}\n", fontsize=10, linespacing=0.6, parse_math=False)
         return figure
 
     def save(self, folder: Path | str, prediction: Prediction, *, n_folders: int = 0) -> list[Path]:

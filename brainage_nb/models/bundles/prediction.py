@@ -187,7 +187,7 @@ def age_cautions(predicted: float, age: float | None, training: Mapping[str, Any
                 Caution(
                     f"{name}_age_outside_training",
                     f"The {name} age, {value:.1f} years, lies outside the ages the model was trained on "
-                    f"({low:.0f} to {high:.0f} years); it cannot know what a brain of that age looks like.",
+                    f"({low:.1f} to {high:.1f} years); it cannot know what a brain of that age looks like.",
                 )
             )
     edges, counts = np.asarray(training["age_edges"]), np.asarray(training["age_counts"])

@@ -128,7 +128,7 @@ def age_among_held_out(ax: Axes, prediction: Prediction, position: Mapping[str, 
     ax.set(xlabel="True age [years]", ylabel="Predicted age [years]")
     ax.set_title("Where this scan lies among held-out scans", fontsize=10)
     # Below the axes, where it covers no scan and none of its marks can be taken for one.
-    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=2)
+    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
