@@ -182,3 +182,15 @@ def test_the_demo_head_button_works_out_of_the_box(tiny, tmp_path, monkeypatch):
     page = AppTest.from_file(SCRIPT, default_timeout=120).run()
     page = page.button(key="demo").click().run()
     assert not page.exception and page.session_state["results"][0].age == 61.0
+
+
+def test_bundles_of_one_label_do_not_hide_each_other(tiny, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BRAINAGE_WORKSPACE", str(tmp_path / "other" / "demo"))
+    for place in ("workspace", "other"):
+        shutil.copytree(tiny, tmp_path / place / "demo" / "runs" / "resnet18" / "bundle")
+    page = AppTest.from_file(SCRIPT, default_timeout=120).run()
+    label, *others = page.selectbox(key="model").options
+    assert label == "resnet18 · demo" and len(others) == 2 and others[0].endswith("runs/resnet18/bundle")
