@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +68,7 @@ def run_predict(options: argparse.Namespace) -> int:
         print(f"brainage-nb predict: {error}", file=sys.stderr)
         return 2
     print(f"{len(scans)} scan(s), computed on {name_of(bundle.model.device)}{why and f' ({why})'}.")
-    results = []
+    results, n_folders = [], folders_that_tell_apart(scans)
     for result in tqdm(
         bundle.predict_many(scans, ages, n_jobs=options.jobs),
         total=len(scans),
@@ -78,7 +78,7 @@ def run_predict(options: argparse.Namespace) -> int:
     ):
         results.append(result)
         if options.explain:
-            _explain(bundle, result, _explanations_folder(options.out))
+            _explain(bundle, result, _explanations_folder(options.out), n_folders)
     return _report(bundle, results, options, NOT_A_DEVICE)
 
 
@@ -150,12 +150,18 @@ def _explanations_folder(out: str) -> Path:
     )
 
 
-def _explain(bundle: Bundle, result: Prediction | Failure, folder: Path) -> None:
+def folders_that_tell_apart(scans: Iterable[Path | str]) -> int:
+    """How many of the last folders of their paths tell files of one name apart; 0 where names differ."""
+    parts = {Path(os.path.abspath(scan)).parts for scan in scans}
+    return next(n for n in range(max(map(len, parts))) if len({p[-1 - n :] for p in parts}) == len(parts))
+
+
+def _explain(bundle: Bundle, result: Prediction | Failure, folder: Path, n_folders: int) -> None:
     from brainage_nb.models.bundles.prediction import Prediction
     from brainage_nb.models.explain import explain
 
     if isinstance(result, Prediction):
-        explain(bundle, result).save(folder, result)
+        explain(bundle, result).save(folder, result, n_folders=n_folders)
 
 
 def _report(bundle: Bundle, results: list[Any], options: argparse.Namespace, notice: str) -> int:
@@ -173,10 +179,12 @@ def _report(bundle: Bundle, results: list[Any], options: argparse.Namespace, not
     ]
     print(f"{bundle.title}; ages in years.")
     with pd.option_context("display.width", 200, "display.max_colwidth", 40, "display.precision", 1):
-        print(frame[["scan", *shown, "warnings"]].to_string(index=False, na_rep=""))
-    for result in results:
+        from_here = -1 - folders_that_tell_apart(frame["path"])
+        names = [os.path.join(*Path(os.path.abspath(path)).parts[from_here:]) for path in frame["path"]]
+        print(frame.assign(scan=names)[["scan", *shown, "warnings"]].to_string(index=False, na_rep=""))
+    for name, result in zip(names, results, strict=True):
         for sentence in _sentences(result):
-            print(f"  {result.scan}: {sentence.removeprefix(f'{result.scan}: ')}")
+            print(f"  {name}: {sentence.removeprefix(f'{result.scan}: ')}")
     print(notice)
     if options.out:
         write_csv(frame, options.out)
@@ -202,26 +210,35 @@ def _sentences(result: Prediction | Failure) -> list[str]:
 
 
 def run_app(options: argparse.Namespace) -> int:
-    """Serve the app on this machine until interrupted."""
-    import importlib.util
-    import subprocess
+    """Serve the app on this machine until this process is ended; 2 where it cannot be served."""
+    from brainage_nb.models.bundles.files import BundleError, open_bundle
 
-    if importlib.util.find_spec("streamlit") is None:
-        print(
-            "brainage-nb app: Streamlit is not installed. Run: pip install 'brainage-nb[app]'",
-            file=sys.stderr,
-        )
-        return 2
-    return subprocess.call(app_command(options.port, options.bundle, browser=not options.no_browser))
+    try:
+        from streamlit.web import cli as streamlit
+
+        if options.bundle:
+            open_bundle(options.bundle)
+    except ImportError:
+        reason = "Streamlit is not installed. Run: pip install 'brainage-nb[app]'"
+    except BundleError as error:
+        reason = str(error)
+    else:  # in this process, so that whatever ends it ends the server
+        arguments = app_arguments(options.port, options.bundle, browser=not options.no_browser)
+        return streamlit.main(arguments, standalone_mode=False) or 0
+    print(f"brainage-nb app: {reason}", file=sys.stderr)
+    return 2
 
 
-def app_command(port: int, bundle: str = "", *, browser: bool = False) -> list[str]:
-    """The command that serves the app, on the loopback address only, sending no usage statistics."""
+def app_arguments(port: int, bundle: str = "", *, browser: bool = False) -> list[str]:
+    """What Streamlit is started with: the app on the loopback address only, asking for no e-mail address
+    and sending no usage statistics.
+    """
     script = Path(__file__).with_name("streamlit_app.py")
     settings = {
         "server.address": "127.0.0.1",
         "server.port": port,
         "server.headless": not browser,
+        "server.showEmailPrompt": False,
         "server.maxUploadSize": 1024,
         "server.fileWatcherType": "none",
         "browser.gatherUsageStats": False,
@@ -235,4 +252,4 @@ def app_command(port: int, bundle: str = "", *, browser: bool = False) -> list[s
         for name, value in settings.items()
     ]
     given = ["--", "--bundle", str(Path(bundle).absolute())] if bundle else []
-    return [sys.executable, "-m", "streamlit", "run", str(script), *flags, *given]
+    return ["run", str(script), *flags, *given]

@@ -1,31 +1,50 @@
 """The prediction app: a bundle and scans in, ages with their reasons out. Served by `brainage-nb app`.
 
-The page's order only; its parts are in `app_parts` and `app_results`.
+What it shows of the results is in `results`; nothing is computed here.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import hashlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import streamlit as st
 
-from brainage_nb.apps import app_parts as parts
-from brainage_nb.apps.app_results import show_results
 from brainage_nb.apps.predict_cli import bundles_in_reach
+from brainage_nb.apps.results import as_text, keep_results, one_at_a_time, show_results
+from brainage_nb.apps.uploads import SCAN_TYPES, predict_upload, shown_name, stored, together
+from brainage_nb.models.bundle import Bundle, BundleError, load_bundle
+from brainage_nb.models.bundles.prediction import NOT_A_DEVICE, OLDEST
+from brainage_nb.workspace import read_csv
+
+MAX_BUNDLE_BYTES = 2 * 2**30
+UPLOADED = "Upload a bundle (.zip)"
+STYLE = Path(__file__).with_name("app.css")
 
 
 def main() -> None:
     """Draw the page; Streamlit runs this anew at every interaction."""
-    parts.page_head()
-    bundle = parts.choose_bundle(_offered())
-    if bundle is None:
-        parts.notice()
-        return
-    parts.predict_scans(bundle)
-    show_results(bundle)
-    parts.notice()
+    st.set_page_config("Brain age", "🧠", layout="wide", initial_sidebar_state="collapsed")
+    st.html(f"<style>{STYLE.read_text(encoding='utf-8')}</style>")
+    st.title("Brain age from a T1 scan")
+    st.markdown(
+        "Choose a model, add one or more T1-weighted head scans, and read the predicted age, how far it "
+        "can be trusted, and where in the brain it comes from. Scans stay on this computer and are deleted "
+        "after prediction."
+    )
+    bundle = choose_bundle(_offered())
+    if bundle is not None:
+        predict_scans(bundle)
+        show_results(bundle)
+    st.html(f"<p class='notice'>{NOT_A_DEVICE}</p>")
+
+
+# --- model ----------------------------------------------------------------------------------------------
 
 
 def _offered() -> list[Path]:
@@ -35,5 +54,182 @@ def _offered() -> list[Path]:
     return ([Path(given)] if given else []) + bundles_in_reach()
 
 
-st.set_page_config(page_title="Brain age", page_icon="🧠", layout="wide", initial_sidebar_state="collapsed")
-main()
+@st.cache_resource(max_entries=2, show_spinner=False)
+def _bundle_on_disk(path: str, _changed: float) -> Bundle:
+    return load_bundle(path)
+
+
+@st.cache_resource(max_entries=2, show_spinner=False)
+def _uploaded_bundle(digest: str, _upload: Any) -> Bundle:
+    return load_bundle(_upload, max_bytes=MAX_BUNDLE_BYTES)
+
+
+def choose_bundle(offered: Sequence[Path]) -> Bundle | None:
+    """The chosen model, or None where none is chosen or it cannot be opened (which is said)."""
+    st.header("1 · Model", anchor=False)
+    labels: dict[str, Path] = {}
+    for path in dict.fromkeys(place.absolute() for place in offered):
+        labels[str(path) if _label(path) in labels else _label(path)] = path
+    choice = UPLOADED
+    if labels:
+        choice = st.selectbox("Model", [*labels, UPLOADED], label_visibility="collapsed", key="model")
+    elif not st.session_state.get("bundle"):
+        st.info(
+            "No trained model lies in the workspace yet. Upload a bundle below, or make one: `make demo` "
+            "trains a demonstration model in a few minutes; notebooks 04 and 05 train on your scans."
+        )
+    st.session_state["bundle folder"] = labels.get(choice)
+    try:
+        bundle = _from_upload() if choice == UPLOADED else _from_disk(labels[choice])
+    except BundleError as error:
+        st.error(str(error))
+        return None
+    if bundle is not None:
+        _describe(bundle)
+    return bundle
+
+
+def _label(path: Path) -> str:
+    """`resnet18 · demo` for a bundle in a workspace, else its name."""
+    run = path.parent
+    if path.name == "bundle" and run.parent.name == "runs":
+        return f"{run.name} · {run.parent.parent.name}"
+    return path.name
+
+
+def _from_disk(path: Path) -> Bundle:
+    inside = path / "bundle.json" if path.is_dir() else path
+    with st.spinner("Opening the model"):
+        return _bundle_on_disk(str(path), inside.stat().st_mtime if inside.exists() else 0.0)
+
+
+def _from_upload() -> Bundle | None:
+    upload = st.file_uploader("Bundle", type=None, key="bundle", label_visibility="collapsed")
+    if upload is None:
+        return None
+    with st.spinner("Opening the model"):
+        digest = hashlib.sha256(upload.getbuffer()).hexdigest()
+        return _uploaded_bundle(digest, upload)
+
+
+def _describe(bundle: Bundle) -> None:
+    training = bundle.manifest["training"]
+    figures = bundle.manifest["figures"]
+    test = figures.get("test") or next(iter(figures.values()))
+    st.caption(
+        f"{bundle.title}, ages {training['age_low']:.0f} to {training['age_high']:.0f}. On held-out scans "
+        f"it was off by {test['mae']['value']:.1f} years on average; always saying the mean age would be "
+        f"off by {test['mean_predictor_mae']['value']:.1f}."
+    )
+    if bundle.is_test_object:
+        st.warning(
+            "A demonstration model, trained on invented heads. It shows how the app works; its ages mean "
+            "nothing for people.",
+            icon=":material/science:",
+        )
+
+
+# --- scans ----------------------------------------------------------------------------------------------
+
+
+def predict_scans(bundle: Bundle) -> None:
+    """Upload field, true ages, and the button; results go into the session."""
+    st.header("2 · Scans", anchor=False)
+    _forget_other_models(bundle)
+    turn = st.session_state.setdefault("turn", 0)  # a new key empties the field, so uploads leave the memory
+    uploads = st.file_uploader(
+        "NIfTI (.nii, .nii.gz), FreeSurfer (.mgz), or a DICOM series as a .zip",
+        type=list(SCAN_TYPES),
+        accept_multiple_files=True,
+        key=f"scans-{turn}",
+    )
+    ages = _true_ages(uploads)
+    _act(bundle, uploads, ages)
+
+
+def _act(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -> None:
+    """The buttons and what they do."""
+    example = _demo_head()
+    wanted = ["predict"] + ["demo"] * bool(example) + ["clear"] * bool(st.session_state.get("results"))
+    place = dict(zip(wanted, st.columns([2] * len(wanted) + [10 - 2 * len(wanted)]), strict=False))
+    if place["predict"].button(
+        "Predict", type="primary", disabled=not uploads, width="stretch", key="predict"
+    ):
+        with st.spinner(f"Predicting {len(uploads)} scan{'s' if len(uploads) > 1 else ''}"):
+            keep_results(_predict(bundle, uploads, ages))
+        _forget(uploads)
+        st.session_state["turn"] += 1
+        st.rerun()
+    if "demo" in place and place["demo"].button("Try a demo head", width="stretch", key="demo"):
+        with st.spinner("Predicting a demo head"), one_at_a_time():
+            keep_results(list(bundle.predict_many([example[0]], [example[1]], n_jobs=1)))
+        st.rerun()
+    if "clear" in place and place["clear"].button("Clear", width="stretch", key="clear"):
+        keep_results([])
+        st.rerun()
+
+
+def _forget(uploads: Sequence[Any]) -> None:
+    """Free uploads now: Streamlit keeps those of a field that is gone until the person closes the page."""
+    from streamlit.runtime.scriptrunner import get_script_run_ctx
+
+    here = get_script_run_ctx()
+    for upload in uploads if here is not None else ():
+        here.uploaded_file_mgr.remove_file(here.session_id, upload.file_id)
+
+
+def _forget_other_models(bundle: Bundle) -> None:
+    """Results of another model must not stand under this one's name."""
+    made = (bundle.manifest["run"], bundle.manifest["created"])
+    if st.session_state.setdefault("model made", made) != made:
+        st.session_state["model made"] = made
+        keep_results([])
+
+
+def _demo_head() -> tuple[Path, float] | None:
+    """A test scan of the workspace the model lies in, with its age, where its cohort is the invented one."""
+    folder = st.session_state.get("bundle folder")
+    splits = folder.parents[2] / "splits.csv" if folder else None
+    if splits is None or not splits.exists() or not (folder.parents[2] / "demo" / "truth.csv").exists():
+        return None
+    rows = read_csv(splits)
+    test = rows[rows["split"] == "test"].sort_values("age")
+    if test.empty:
+        return None
+    row = test.iloc[2 * len(test) // 3]
+    image = folder.parents[2] / row["image"]
+    return (image, float(row["age"])) if image.exists() else None
+
+
+def _true_ages(uploads: Sequence[Any]) -> list[float | None]:
+    """A field for each thing uploaded, which keeps its age while others come and go (not one for each name:
+    `T1.nii.gz` may be uploaded thrice).
+    """
+    arrived = st.session_state.setdefault("arrived", {})
+    things = together(uploads)
+    for thing in things:
+        arrived.setdefault(thing[0].file_id, len(arrived))
+    labels = [
+        f"{number}. {as_text(shown_name(thing[0].name))}" for number, thing in enumerate(things, start=1)
+    ]
+    if len(things) > 1:
+        st.caption("True ages in years, where known; only for the gap, the prediction does not use them.")
+    else:
+        labels = ["True age in years, if known; only for the gap"]
+    keys = [arrived[thing[0].file_id] for thing in things] or [len(arrived)]
+    columns = [column for _ in range(0, len(labels), 3) for column in st.columns(3)]
+    return [
+        column.number_input(label, 0.0, OLDEST, None, 1.0, key=f"age-{key}")
+        for column, label, key in zip(columns, labels, keys, strict=False)
+    ][: len(things)]
+
+
+def _predict(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -> list[Any]:
+    with one_at_a_time(), stored(uploads, ages) as scans:
+        results = [predict_upload(bundle, scan) for scan in scans]
+    gc.collect()
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,6 @@
-"""Uploaded files on their way to a scan: bounded, in a private folder that is removed, never named in a log.
+"""Uploaded files on their way to an age: bounded, in a private folder that is removed, never named in a log.
 
-It decides what an upload is (scan, DICOM, something else) and reads no voxel.
+It decides what an upload is (scan, DICOM, something else) and keeps each with its own true age.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
 from brainage_nb.apps.predict_cli import is_image
-from brainage_nb.models.bundles.prediction import Failure
+from brainage_nb.models.bundles.prediction import Failure, Prediction
+
+if TYPE_CHECKING:
+    from brainage_nb.models.bundle import Bundle
 
 MAX_UPLOAD = 2**30  # bytes of one upload
 MAX_DICOM_FILES, MAX_DICOM_BYTES = 5000, 2 * 2**30
@@ -35,62 +38,121 @@ class Upload(Protocol):
 
 @dataclass(frozen=True)
 class StoredScan:
-    """One scan on disk, as long as the folder lives: the file, and the name to show."""
+    """One scan on disk, as long as the folder lives.
+
+    Attributes
+    ----------
+    path : Path
+    name : str
+        To show: the upload's own.
+    origin : str
+        `upload 2/T1.nii.gz`: tells scans of one name apart.
+    age : float or None
+        True age in years, where given with the upload.
+    """
 
     path: Path
     name: str
+    origin: str = ""
+    age: float | None = None
+
+
+def predict_upload(bundle: Bundle, scan: StoredScan | Failure) -> Prediction | Failure:
+    """The age of an upload, under the upload's own name; what is no scan stays the failure it is."""
+    if isinstance(scan, Failure):
+        return scan
+    result = next(bundle.predict_many([scan.path], [scan.age], n_jobs=1))
+    return replace(result, scan=scan.name, path=scan.origin)
+
+
+def together(uploads: Sequence[Upload]) -> list[list[Upload]]:
+    """What was uploaded, thing by thing: single DICOM files are one series, any other upload is a scan."""
+    slices = [upload for upload in uploads if _is_dicom(upload)]
+    return [[upload] for upload in uploads if upload not in slices] + [slices] * bool(slices)
+
+
+def shown_name(name: str) -> str:
+    """The file name as it was given, without folders and what cannot be printed, at most 100 long."""
+    last = re.split(r"[/\\]", name)[-1]
+    return "".join(filter(str.isprintable, last))[-100:] or "scan"
 
 
 @contextmanager
-def stored(uploads: Sequence[Upload]) -> Iterator[list[StoredScan | Failure]]:
+def stored(
+    uploads: Sequence[Upload], ages: Sequence[float | None] | None = None
+) -> Iterator[list[StoredScan | Failure]]:
     """Write uploads to a private temporary folder, DICOM converted; all of it is removed afterwards.
+
+    Parameters
+    ----------
+    uploads : sequence of Upload
+    ages : sequence of float or None
+        True ages in years, one for each thing of `together(uploads)`.
 
     Yields
     ------
     list of StoredScan or Failure
-        In order; DICOM files together become one or several scans at the end.
+        In the order of `together(uploads)`; DICOM may become several scans.
     """
+    things = together(uploads)
+    ages = [None] * len(things) if ages is None else ages
     with tempfile.TemporaryDirectory(prefix="brainage-") as folder:
-        dicom = Path(folder, "dicom")
         found: list[StoredScan | Failure] = []
-        for number, upload in enumerate(uploads):
-            place = Path(folder, str(number))
+        for number, (thing, age) in enumerate(zip(things, ages, strict=True), start=1):
+            place, name = Path(folder, str(number)), shown_name(thing[0].name)
             place.mkdir()
-            found += _store_one(upload, place, dicom)
-        if dicom.is_dir():
-            found += converted(dicom, Path(folder, "converted"))
+            for one in _store(thing, name, place, age):
+                origin = f"upload {number}/{name}"
+                found.append(
+                    replace(one, path=origin) if isinstance(one, Failure) else replace(one, origin=origin)
+                )
         yield found
 
 
-def _store_one(upload: Upload, place: Path, dicom: Path) -> list[StoredScan | Failure]:
-    name, content = plain_name(upload.name), upload.getbuffer()
-    try:
-        if len(content) > MAX_UPLOAD:
-            limit = MAX_UPLOAD / 2**20
-            return [
-                Failure(name, "too_large", f"{name} is larger than {limit:,.0f} MB, the most that is read.")
-            ]
-        if bytes(content[:4]) == b"PK\x03\x04":
-            return _unpack(upload, name, dicom)
-        if bytes(content[128:132]) == b"DICM" or name.lower().endswith((".dcm", ".ima")):
-            dicom.mkdir(exist_ok=True)
-            (dicom / f"{len(list(dicom.iterdir())):05d}.dcm").write_bytes(content)
-            return []
-        path = place / (name if is_image(name) else f"{name}.nii")
-        path.write_bytes(content)
-        return [StoredScan(path, name)]
-    finally:
-        content.release()
+def _store(thing: Sequence[Upload], name: str, place: Path, age: float | None) -> list[StoredScan | Failure]:
+    dicom = place / "dicom"
+    for upload in thing:
+        content = upload.getbuffer()
+        try:
+            if len(content) > MAX_UPLOAD:
+                said = f"{name} is larger than {MAX_UPLOAD / 2**20:,.0f} MB, the most that is read."
+                return [Failure(name, "too_large", said)]
+            if bytes(content[:4]) == b"PK\x03\x04":
+                if lost := _unpack(upload, name, dicom):
+                    return lost
+            elif _is_dicom(upload):
+                _next_file(dicom).write_bytes(content)
+            else:
+                plain = plain_name(name)
+                path = place / (plain if is_image(plain) else f"{plain}.nii")
+                path.write_bytes(content)
+                return [StoredScan(path, name, age=age)]
+        finally:
+            content.release()
+    return converted(dicom, place / "converted", age)
 
 
 def plain_name(name: str) -> str:
     """The file name without folders and unusual characters, at most 100 long."""
-    last = re.split(r"[/\\]", name)[-1]
-    cleaned = re.sub(r"[^\w.()+ -]", "_", last).lstrip(". ")[-100:]
+    cleaned = re.sub(r"[^\w.()+ -]", "_", shown_name(name)).lstrip(". ")
     return cleaned or "scan.nii"
 
 
 # --- DICOM ----------------------------------------------------------------------------------------------
+
+
+def _is_dicom(upload: Upload) -> bool:
+    content = upload.getbuffer()
+    start = bytes(content[:132])
+    content.release()
+    return start[128:] == b"DICM" or (
+        upload.name.lower().endswith((".dcm", ".ima")) and not start.startswith(b"PK\x03\x04")
+    )
+
+
+def _next_file(dicom: Path) -> Path:
+    dicom.mkdir(exist_ok=True)
+    return dicom / f"{len(list(dicom.iterdir())):05d}.dcm"
 
 
 def _unpack(upload: IO[bytes], name: str, dicom: Path) -> list[Failure]:
@@ -117,13 +179,15 @@ def _unpack_one(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, dicom: Path) -
         start = stream.read(132)
         if start[128:132] != b"DICM":
             return False
-        dicom.mkdir(exist_ok=True)
-        (dicom / f"{len(list(dicom.iterdir())):05d}.dcm").write_bytes(start + stream.read(entry.file_size))
+        _next_file(dicom).write_bytes(start + stream.read(entry.file_size))
     return True
 
 
-def converted(dicom: Path, out: Path) -> list[StoredScan | Failure]:
-    """NIfTI scans of a folder of DICOM files, by dcm2niix; a `Failure` where there are none."""
+def converted(dicom: Path, out: Path, age: float | None = None) -> list[StoredScan | Failure]:
+    """NIfTI scans of a folder of DICOM files, by dcm2niix; a `Failure` where there are none.
+
+    Where they are of several patients, whose `age` it is cannot be known: no scan gets it, which is said.
+    """
     name = "DICOM series"
     try:
         import dcm2niix
@@ -131,8 +195,9 @@ def converted(dicom: Path, out: Path) -> list[StoredScan | Failure]:
         sentence = "DICOM needs the converter dcm2niix (pip install dcm2niix), or convert to NIfTI yourself."
         return [Failure(name, "no_converter", sentence)]
     out.mkdir()
-    # No sidecar (-b n), which would repeat names and dates; no names in file names.
-    command = [str(dcm2niix.bin), "-b", "n", "-z", "n", "-f", "series_%s", "-o", str(out), str(dicom)]
+    # No sidecar (-b n), which would repeat names and dates; the patient's id names a folder, no file.
+    named = ["-f", "patient_%i/series_%s", "-o", str(out)]
+    command = [str(dcm2niix.bin), "-b", "n", "-z", "n", *named, str(dicom)]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=CONVERSION_SECONDS)
     except (subprocess.SubprocessError, OSError):
@@ -141,6 +206,13 @@ def converted(dicom: Path, out: Path) -> list[StoredScan | Failure]:
             "NIfTI."
         )
         return [Failure(name, "not_converted", sentence)]
-    scans = [StoredScan(path, f"DICOM {path.stem.replace('_', ' ')}") for path in sorted(out.glob("*.nii"))]
+    files = sorted(out.rglob("*.nii"))
+    mixed = len({path.parent for path in files}) > 1 and age is not None
+    scans: list[StoredScan | Failure] = [
+        StoredScan(path, f"DICOM {path.stem.replace('_', ' ')}", age=None if mixed else age) for path in files
+    ]
+    if mixed:
+        sentence = "These DICOM files are of several patients, so the true age was used for none of them. "
+        scans.append(Failure(name, "age", f"{sentence}Upload each patient's series as a .zip of its own."))
     sentence = "No image volume was found in the DICOM files. Zip the whole T1 series, one file a slice."
     return scans or [Failure(name, "not_converted", sentence)]

@@ -1,25 +1,75 @@
-"""The prediction widget of notebook 07: choose a scan, read its age, look at the slices with the heat map.
+"""What moves in a notebook: the loss curve of a training that runs (04), and the prediction widget (07).
 
-Every view is also a plain figure (`result_figure`), so that headless runs and exported pages show it. Works
-with ipywidgets 7.7 and 8, whose upload fields differ.
+Every view of the widget is also a plain figure (`result_figure`), so that headless runs and exported pages
+show it. Works with ipywidgets 7.7 and 8, whose upload fields differ.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import io
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from brainage_nb.apps.uploads import StoredScan, stored
+from brainage_nb.apps.uploads import StoredScan, predict_upload, stored
 from brainage_nb.models.bundles.prediction import Failure, Prediction
 from brainage_nb.models.explain import Explanation, explain
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
     from brainage_nb.models.bundle import Bundle
+
+
+class LiveCurve:
+    """Give it as `on_epoch`: one figure in the running cell, redrawn as epochs end.
+
+    Parameters
+    ----------
+    every_s : float
+        Least time between two drawings, seconds; the figure would otherwise cost more than a small epoch.
+    """
+
+    def __init__(self, every_s: float = 3.0):
+        self.every_s = every_s
+        self.drawn = float("-inf")
+        self.handle = None
+
+    def __call__(self, history: pd.DataFrame) -> None:
+        """Draw the history so far (a row an epoch; MAE in years)."""
+        if time.monotonic() - self.drawn >= self.every_s:
+            self.draw(history)
+
+    def draw(self, history: pd.DataFrame) -> None:
+        """Draw now, into the same place as before."""
+        from IPython.display import display
+
+        figure = history_figure(history)
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
+        self.drawn = time.monotonic()
+
+
+def history_figure(history: pd.DataFrame) -> Figure:
+    """Loss and MAE (years) against epoch, side by side; returns the Figure.
+
+    The training loss is what is minimised, the validation loss is always Huber's, in years.
+    """
+    from brainage_nb.evaluation.plots import new_figure, training_curve
+
+    figure, axes = new_figure(2, width=4.2, height=3.0)
+    losses = [name for name in ("train_loss", "val_loss") if name in history]
+    training_curve(history, losses, title="Loss", ylabel="loss", ax=axes[0])
+    errors = [name for name in ("train_mae", "val_mae") if name in history]
+    training_curve(history, errors, title="Mean absolute error", ylabel="MAE [years]", ax=axes[1])
+    return figure
+
+
+# --- the prediction widget ---------------------------------------------------------------------------
 
 
 def result_figure(
@@ -33,19 +83,11 @@ def result_figure(
     """Three planes with the heat map, and the age among held-out scans: one static picture."""
     from matplotlib.figure import Figure
 
-    from brainage_nb.models.explaining.plots import age_among_held_out, overlay_planes
+    from brainage_nb.models.explaining.plots import age_among_held_out
 
-    figure = Figure(figsize=(12, 7.4), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.1))
-    overlay_planes(
-        upper.subplots(1, 3),
-        prediction.volume,
-        explanation.heat,
-        at,
-        opacity=opacity,
-        spacing_mm=explanation.spacing_mm,
-    )
-    upper.suptitle(f"{prediction.scan}: {explanation.title}", fontsize=10)
+    figure = Figure(figsize=(12, 7.8), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.2))
+    explanation.picture(prediction, at, opacity=opacity, figure=upper)
     left, right = lower.subplots(1, 2, width_ratios=(1.3, 1))
     age_among_held_out(left, prediction, bundle.manifest["position"])
     _write_result(right, prediction)
@@ -58,7 +100,7 @@ def _write_result(ax: Any, prediction: Prediction) -> None:
     lines = [f"{name}: {value}" for name, value in prediction.frame()["value"].items()]
     lines += [""] + [f"! {caution.sentence}" for caution in prediction.warnings]
     wrapped = [part for line in lines for part in (textwrap.wrap(line, 58) or [""])]
-    ax.text(0, 1, "\n".join(wrapped), va="top", fontsize=9, transform=ax.transAxes)
+    ax.text(0, 1, "\n".join(wrapped), va="top", fontsize=9, transform=ax.transAxes, parse_math=False)
     ax.set_axis_off()
 
 
@@ -91,6 +133,8 @@ class PredictionWidget:
         self.opacity = w.FloatSlider(value=0.6, min=0, max=1, step=0.1, description="heat map")
         self.said, self.picture = w.HTML(), w.Image(format="png", layout=w.Layout(max_width="100%"))
         self.button.on_click(self._when_asked)
+        for field in (self.choice, self.upload):
+            field.observe(self._forget_age, names="value")
         for slider in (*self.sliders, self.opacity):
             slider.observe(self._redraw, names="value")
         top = w.HBox([self.choice, self.upload, self.age, self.button], layout=w.Layout(flex_flow="row wrap"))
@@ -104,13 +148,7 @@ class PredictionWidget:
 
     def predict(self) -> Prediction | Failure:
         """Predict the chosen or uploaded scan and show it; the upload is removed afterwards."""
-        uploads = uploaded(self.upload.value)
-        if uploads:
-            with stored(uploads[:1]) as found:
-                result = self._one(found[0]) if isinstance(found[0], StoredScan) else found[0]
-        else:
-            path, known = self.scans[self.choice.value]
-            result = self._one(StoredScan(Path(path), self.choice.value), known)
+        result = self._result()
         if isinstance(result, Failure):
             self._say(result.sentence)
             return result
@@ -124,13 +162,22 @@ class PredictionWidget:
         self._redraw()
         return result
 
-    def _one(self, scan: StoredScan, known: float | None = None) -> Prediction | Failure:
+    def _result(self) -> Prediction | Failure:
+        uploads = uploaded(self.upload.value)[:1]
+        name = uploads[0].name if uploads else self.choice.value
         try:
-            age = float(self.age.value) if self.age.value.strip() else known
+            age = float(self.age.value) if self.age.value.strip() else None
         except ValueError:
-            return Failure(scan.name, "age", f"True age {self.age.value!r}: expected years, as 54.5.")
-        result = next(self.bundle.predict_many([scan.path], [age], n_jobs=1))
-        return dataclasses.replace(result, scan=scan.name)
+            return Failure(name, "age", f"True age {self.age.value!r}: expected years, as 54.5.")
+        if uploads:
+            with stored(uploads, [age]) as found:
+                return predict_upload(self.bundle, found[0])
+        path, known = self.scans[name]
+        scan = StoredScan(Path(path), name, str(path), known if age is None else age)
+        return predict_upload(self.bundle, scan)
+
+    def _forget_age(self, _change: Any) -> None:
+        self.age.value = ""  # it was another scan's
 
     def _when_asked(self, _button: Any) -> None:
         self._say("Predicting ...")

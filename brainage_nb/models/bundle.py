@@ -214,6 +214,7 @@ class Bundle:
             gap=None if age is None else predicted - age,
             adjusted_gap=adjusted,
             warnings=tuple(cautions + member_cautions(members) + self._support()),
+            path=str(scan),
             volume=seen.volume,
             affine=seen.affine,
         )
@@ -296,5 +297,5 @@ def _assembled(files: BundleFiles, device: torch.device) -> Bundle:
 
 def _failure(scan: Path, error: Exception) -> Failure:
     if isinstance(error, ScanError):
-        return Failure(scan.name, error.code, error.sentence)
-    return Failure(scan.name, "failed", f"{scan.name}: {type(error).__name__}: {error}")
+        return Failure(scan.name, error.code, error.sentence, str(scan))
+    return Failure(scan.name, "failed", f"{scan.name}: {type(error).__name__}: {error}", str(scan))

@@ -5,19 +5,22 @@ The maps themselves are in `explaining.heat_maps`; groups, template space and re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from brainage_nb.cohort.images import image_stem
 from brainage_nb.models.bundles.members import VGG
 from brainage_nb.models.explaining.heat_maps import grad_cam, occlusion
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
+    from matplotlib.figure import FigureBase
 
     from brainage_nb.models.bundle import Bundle
     from brainage_nb.models.bundles.prediction import Prediction
@@ -57,28 +60,47 @@ class Explanation:
         """The method in words, with its unit."""
         return METHODS[self.method]
 
-    def picture(self, prediction: Prediction, at: tuple[int, int, int] | None = None) -> Figure:
-        """Three planes with the heat over them, as a figure that stands alone."""
+    def picture(
+        self,
+        prediction: Prediction,
+        at: Sequence[int] | None = None,
+        *,
+        opacity: float = 0.6,
+        figure: FigureBase | None = None,
+    ) -> FigureBase:
+        """Three planes through voxel `at` with the heat over them, on `figure` or one that stands alone."""
         from matplotlib.figure import Figure
 
         from brainage_nb.models.explaining.plots import overlay_planes
 
-        figure = Figure(figsize=(9, 3.3), layout="constrained")
-        axes = figure.subplots(1, 3)
-        overlay_planes(axes, prediction.volume, self.heat, at, spacing_mm=self.spacing_mm)
-        figure.suptitle(f"{prediction.predicted_age:.1f} years; {self.title}", fontsize=10)
+        figure = figure or Figure(figsize=(9, 3.3), layout="constrained")
+        axes, spacing = figure.subplots(1, 3), self.spacing_mm
+        overlay_planes(axes, prediction.volume, self.heat, at, opacity=opacity, spacing_mm=spacing)
+        said = f"{prediction.scan}: {prediction.predicted_age:.1f} years; {self.title}"
+        figure.suptitle(f"{said}\n", fontsize=10, linespacing=0.6, parse_math=False)
         return figure
 
-    def save(self, folder: Path | str, prediction: Prediction) -> list[Path]:
-        """Write `<scan>_heat.nii.gz`, which lies on the scan in any viewer, and `<scan>_heat.png`."""
+    def save(self, folder: Path | str, prediction: Prediction, *, n_folders: int = 0) -> list[Path]:
+        """Write `<scan>_heat.nii.gz`, which lies on the scan in any viewer, and `<scan>_heat.png`.
+
+        They go into `folder`, below the last `n_folders` folders of the scan's path; below more of them
+        where the map of another scan lies there.
+        """
         import nibabel as nib
 
         from brainage_nb.workspace import writing
 
-        stem = Path(folder) / prediction.scan.removesuffix(".gz").removesuffix(".nii")
-        nifti, png = stem.with_name(f"{stem.name}_heat.nii.gz"), stem.with_name(f"{stem.name}_heat.png")
+        scan = Path(os.path.abspath(prediction.path or prediction.scan))
+        owner = hashlib.sha256(os.fsencode(scan)).hexdigest().encode()
+        deepest = len(scan.parts) - 2  # all folders but the root
+        for depth in range(min(n_folders, deepest), deepest + 1):
+            nifti = Path(folder, *scan.parts[-1 - depth : -1], f"{image_stem(scan.name)}_heat.nii.gz")
+            if not nifti.exists() or _owner_of(nifti) == owner:
+                break
+        png = nifti.with_name(f"{image_stem(scan.name)}_heat.png")
         with writing(nifti) as temporary:
             image = nib.Nifti1Image(self.heat.astype(np.float32), prediction.affine)
+            image.header["descrip"] = owner
             named = temporary.with_name(f"{temporary.name}.nii.gz")  # nibabel compresses by name
             nib.save(image, named)
             named.replace(temporary)
@@ -127,6 +149,16 @@ def explain(
         progress=progress,
     )
     return Explanation(heat, method, spacing)
+
+
+def _owner_of(heat_map: Path) -> bytes:
+    """Hash of the path of the scan that a map was made of; empty where the file does not say."""
+    import nibabel as nib
+
+    try:
+        return nib.load(heat_map).header["descrip"].item()
+    except (OSError, ValueError, KeyError, nib.filebasedimages.ImageFileError):
+        return b""
 
 
 def _as_slabs(contributions: pd.DataFrame, shape: tuple[int, ...]) -> np.ndarray:

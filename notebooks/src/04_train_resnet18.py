@@ -71,7 +71,7 @@ more = ""  # @param {type:"string"}
 from IPython.display import Markdown
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from brainage_nb.apps.live_curve import LiveCurve
+from brainage_nb.apps.widget import LiveCurve
 from brainage_nb.evaluation.metrics import metrics_by_split
 from brainage_nb.models.bundles.saving import current_bundle
 from brainage_nb.models.fitting.forecast import forecast

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import pytest
 
-from brainage_nb.apps.predict_cli import app_command
 from brainage_nb.models.bundle import load_bundle
 from brainage_nb.models.bundles.files import zip_bundle
 from tests.models.tiny_bundle import bomb, write_scan, write_tiny_bundle
@@ -44,7 +44,8 @@ def served(tmp_path):
     scratch.mkdir()
     environment = os.environ | {"TMPDIR": str(scratch), "BRAINAGE_WORKSPACE": str(tmp_path / "none")}
     log = open(tmp_path / "server.log", "wb")  # noqa: SIM115
-    server = subprocess.Popen(app_command(port), env=environment, cwd=tmp_path, stdout=log, stderr=log)
+    command = [sys.executable, "-m", "brainage_nb.cli", "app", "--port", str(port), "--no-browser"]
+    server = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=log, stderr=log)
     try:
         wait_for(lambda: healthy(port), "the server")
         yield server, f"http://127.0.0.1:{port}", scratch, tmp_path / "server.log"

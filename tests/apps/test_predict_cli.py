@@ -1,4 +1,12 @@
 import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -93,7 +101,6 @@ def test_wrong_usage_is_said_and_ends_with_2(arguments, said, tmp_path, monkeypa
 
 
 def test_the_newest_bundle_of_the_workspace_is_taken(tiny, tmp_path, monkeypatch):
-    import os
     import shutil
 
     monkeypatch.chdir(tmp_path)
@@ -105,6 +112,82 @@ def test_the_newest_bundle_of_the_workspace_is_taken(tiny, tmp_path, monkeypatch
     assert len(predict_cli.bundles_in_reach()) == 2
 
 
+def heads_of_one_name(folder, names=("S1/T1.nii.gz", "S2/T1.nii.gz", "S3/anat/T1.nii.gz")):
+    for seed, name in enumerate(names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_scan(folder / name, seed)
+    return [folder / name for name in names]
+
+
+def test_scans_of_one_name_keep_their_own_rows_and_maps(tiny, tmp_path, capsys):
+    scans = heads_of_one_name(tmp_path / "study")
+    out = tmp_path / "out.csv"
+    given = [
+        tmp_path / "study",
+        tmp_path / "study" / ".." / "study" / "S1" / "T1.nii.gz",
+    ]  # one of them twice
+    assert run("predict", "--bundle", tiny, *given, "--explain", "--out", out) == 0
+    rows = read_csv(out)
+    assert rows["path"].tolist() == [str(path) for path in (*scans, given[1])]
+    maps = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*_heat.nii.gz"))
+    places = ("S1/T1", "S2/T1", "anat/T1")
+    assert maps == [f"out_heat_maps/{place}_heat.nii.gz" for place in places]
+    said = capsys.readouterr().out
+    assert all(f"{place}.nii.gz" in said for place in places)
+
+
+def test_a_map_of_another_scan_is_never_overwritten(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scans = heads_of_one_name(tmp_path, ("S1/T1.nii.gz", "S2/T1.nii.gz", "S2/T1.nii"))
+    for scan in (*scans, *scans):
+        assert run("predict", "--bundle", tiny, scan, "--explain") == 0
+    maps = sorted(str(path.relative_to("heat_maps")) for path in Path("heat_maps").rglob("*_heat.nii.gz"))
+    place = tmp_path.name
+    assert maps == ["S2/T1_heat.nii.gz", "T1_heat.nii.gz", f"{place}/S2/T1_heat.nii.gz"]
+
+
 def test_the_app_is_served_to_this_machine_only():
-    command = predict_cli.app_command(8599)
-    assert "--server.address=127.0.0.1" in command and "--browser.gatherUsageStats=false" in command
+    arguments = predict_cli.app_arguments(8599)
+    assert "--server.address=127.0.0.1" in arguments and "--browser.gatherUsageStats=false" in arguments
+
+
+def test_a_bundle_the_app_cannot_open_is_said_at_once(tiny, capsys):
+    pytest.importorskip("streamlit")
+    assert run("app", "--bundle", tiny.parent) == 2
+    assert f"Did you mean {tiny}?" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_the_app_asks_nothing_on_a_new_machine_and_ends_its_server_when_it_is_ended(tmp_path):
+    """With a browser wanted and a terminal there, Streamlit would ask for an e-mail address first."""
+    pytest.importorskip("streamlit")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    terminal, inside = os.openpty()
+    command = [sys.executable, "-m", "brainage_nb.cli", "app", "--port", str(port)]
+    environment = os.environ | {"HOME": str(tmp_path), "PATH": os.devnull, "BROWSER": "true"}
+    pipes = {"stdin": inside, "stdout": inside, "stderr": inside}
+    server = subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True, **pipes)
+    try:
+        assert wait_until(lambda: answers(port)), os.read(terminal, 9999).decode()
+        server.terminate()
+        server.wait(30)
+        assert not answers(port)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+        os.close(terminal)
+        os.close(inside)
+
+
+def wait_until(condition, seconds=60):
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.2)
+    return condition()
+
+
+def answers(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0

@@ -72,6 +72,30 @@ def test_the_true_age_gives_a_gap(app, tmp_path):
     assert page.metric[2].value.startswith(("+", "-"))
 
 
+def test_ages_belong_to_uploads_whatever_they_are_called(app, tmp_path):
+    names = ["T1.nii", "T1.nii", "T1.nii", "O'Brien, #1 & co=2.nii"]
+    files = [(name, write_scan(tmp_path / "a.nii", n).read_bytes(), "") for n, name in enumerate(names)]
+    page = uploader(app).set_value(files).run()
+    for field, age in zip(page.number_input, (20.0, 50.0, 80.0, 30.0), strict=True):
+        field.set_value(age)
+    page = page.run().button(key="predict").click().run()
+    assert not page.exception
+    results = page.session_state["results"]
+    assert [(one.scan, one.age) for one in results] == list(zip(names, (20, 50, 80, 30), strict=True))
+    assert len({one.path for one in results}) == 4 and len({one.predicted_age for one in results}) == 4
+
+
+def test_an_age_stays_with_its_upload_when_another_one_is_taken_away(app, tmp_path):
+    files = [(name, "T1.nii", write_scan(tmp_path / "a.nii").read_bytes(), "") for name in ("one", "two")]
+    uploader(app)._files = files  # as `set_value` keeps them, but with ids known here
+    page = app.run()
+    for field, age in zip(page.number_input, (20.0, 80.0), strict=True):
+        field.set_value(age)
+    page = page.run()
+    uploader(page)._files = files[1:]
+    assert [field.value for field in page.run().number_input] == [80.0]
+
+
 def hostile():
     import nibabel as nib
 
@@ -126,16 +150,17 @@ def test_hostile_bundles_get_clear_messages(tiny, tmp_path, monkeypatch):
 def test_downloads_hold_the_same_numbers_and_no_outside_reference(tiny, tmp_path):
     from matplotlib.figure import Figure
 
-    from brainage_nb.apps import documents
+    from brainage_nb.apps import results
 
     bundle = load_bundle(tiny)
     result = bundle.predict(write_scan(tmp_path / "=2+2.nii", 5), 40)
-    content = json.loads(documents.result_json([result], bundle))
+    content = json.loads(results.result_json([result], bundle))
     assert content["results"][0]["predicted_age"] == pytest.approx(result.predicted_age, abs=1e-4)
-    assert "'=2+2.nii" in documents.result_csv([result])
-    page = documents.result_page(result, bundle, {"<b>title</b>": Figure()})
+    assert "'=2+2.nii" in results.result_csv([result]) and result.path in results.result_csv([result])
+    assert content["results"][0]["path"] == result.path == str(tmp_path / "=2+2.nii")
+    page = results.result_page(result, bundle, {"<b>title</b>": Figure()})
     assert f"{result.predicted_age:.1f}" in page and "not a medical device" in page
-    assert "<b>title" not in page and "http" not in page
+    assert "<b>title" not in page and "http" not in page and result.path in page
 
 
 def test_the_demo_head_button_works_out_of_the_box(tiny, tmp_path, monkeypatch):
@@ -157,3 +182,15 @@ def test_the_demo_head_button_works_out_of_the_box(tiny, tmp_path, monkeypatch):
     page = AppTest.from_file(SCRIPT, default_timeout=120).run()
     page = page.button(key="demo").click().run()
     assert not page.exception and page.session_state["results"][0].age == 61.0
+
+
+def test_bundles_of_one_label_do_not_hide_each_other(tiny, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("BRAINAGE_WORKSPACE", str(tmp_path / "other" / "demo"))
+    for place in ("workspace", "other"):
+        shutil.copytree(tiny, tmp_path / place / "demo" / "runs" / "resnet18" / "bundle")
+    page = AppTest.from_file(SCRIPT, default_timeout=120).run()
+    label, *others = page.selectbox(key="model").options
+    assert label == "resnet18 · demo" and len(others) == 2 and others[0].endswith("runs/resnet18/bundle")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from brainage_nb.apps import uploads
-from brainage_nb.apps.uploads import StoredScan, plain_name, stored
+from brainage_nb.apps.uploads import StoredScan, plain_name, stored, together
 from brainage_nb.models.bundles.prediction import Failure
 
 
@@ -104,7 +104,20 @@ def test_a_dicom_series_becomes_one_scan(tmp_path):
     assert not list(Path(tempfile.gettempdir()).glob("*.dcm"))
 
 
-def dicom_slice(number):
+def test_the_age_given_with_dicom_files_is_its_scans_and_nobodys_where_patients_are_mixed():
+    pytest.importorskip("dcm2niix")
+    one = {f"{k}.dcm": dicom_slice(k, "A") for k in range(5)}
+    both = one | {f"b{k}.dcm": dicom_slice(k, "B") for k in range(5)}
+    slices = [Upload(name, content) for name, content in one.items()]
+    zips = [Upload("a.zip", zipped(one)), Upload("a.zip", zipped(one)), Upload("both.zip", zipped(both))]
+    assert [len(thing) for thing in together([*slices, *zips])] == [1, 1, 1, 5]
+    with stored([*slices, *zips], [20, 50, 80, 33]) as found:
+        assert [scan.age for scan in found if isinstance(scan, StoredScan)] == [20, 50, None, None, 33]
+        assert [scan.origin for scan in found[:2]] == ["upload 1/a.zip", "upload 2/a.zip"]
+        assert found[4].code == "age" and "several patients" in found[4].sentence
+
+
+def dicom_slice(number, patient=""):
     """One axial MR slice of 16 x 16 in explicit little-endian DICOM, written by hand."""
     import struct
 
@@ -129,10 +142,11 @@ def dicom_slice(number):
         ((8, 0x18), "UI", f"{root}.{number + 1}"),
         ((8, 0x60), "CS", "MR"),
         ((8, 0x70), "LO", "SIEMENS"),
+        ((0x10, 0x20), "LO", patient),
         ((0x18, 0x50), "DS", "3"),
         ((0x18, 0x88), "DS", "3"),
-        ((0x20, 0xD), "UI", f"{root}.100"),
-        ((0x20, 0xE), "UI", f"{root}.101"),
+        ((0x20, 0xD), "UI", f"{root}.100{len(patient)}{ord(patient or '0')}"),
+        ((0x20, 0xE), "UI", f"{root}.101{len(patient)}{ord(patient or '0')}"),
         ((0x20, 0x11), "IS", "7"),
         ((0x20, 0x13), "IS", str(number + 1)),
         ((0x20, 0x32), "DS", f"0\\0\\{3 * number}"),

@@ -1,12 +1,23 @@
 import datetime
 
+import IPython.display
 import ipywidgets
+import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
-from brainage_nb.apps.widget import PredictionWidget, result_figure, uploaded, workspace_scans
+from brainage_nb.apps.widget import (
+    LiveCurve,
+    PredictionWidget,
+    history_figure,
+    result_figure,
+    uploaded,
+    workspace_scans,
+)
 from brainage_nb.models.bundle import load_bundle
 from brainage_nb.models.bundles.prediction import Failure
 from brainage_nb.models.explain import explain
+from brainage_nb.models.explaining.plots import age_among_held_out
 from tests.models.tiny_bundle import write_scan, write_tiny_bundle
 
 
@@ -57,6 +68,23 @@ def test_an_age_that_is_no_number_is_said(bundle, tmp_path):
     assert isinstance(widget.predict(), Failure) and "expected years" in widget.said.value
 
 
+def test_a_typed_age_is_forgotten_when_another_scan_is_chosen(bundle, tmp_path):
+    scans = {name: (write_scan(tmp_path / f"{name}.nii", 5), age) for name, age in {"a": 44, "b": 66}.items()}
+    widget = PredictionWidget(bundle, scans)
+    widget.age.value = "50"
+    assert widget.predict().age == 50
+    widget.choice.value = "b"
+    assert widget.predict().age == 66
+
+
+def test_the_legend_of_the_position_plot_covers_no_point(bundle, tmp_path):
+    result = bundle.predict(write_scan(tmp_path / "a.nii", 5), 44)
+    figure = Figure(figsize=(6, 4.4), layout="constrained")
+    ax = age_among_held_out(figure.subplots(), result, bundle.manifest["position"])
+    figure.canvas.draw()
+    assert not ax.get_legend().get_window_extent().overlaps(ax.bbox)
+
+
 def test_uploads_of_both_ipywidgets_versions_are_read():
     seven = {"a.nii": {"metadata": {"name": "a.nii"}, "content": b"abc"}}
     eight = ({"name": "a.nii", "content": memoryview(b"abc")},)
@@ -74,8 +102,6 @@ def test_the_static_figure_says_what_the_widget_says(bundle, tmp_path):
 
 
 def test_the_list_holds_test_scans_whose_files_are_there(tmp_path):
-    import pandas as pd
-
     write_scan(tmp_path / "b.nii")
     rows = pd.DataFrame(
         {
@@ -86,3 +112,35 @@ def test_the_list_holds_test_scans_whose_files_are_there(tmp_path):
         }
     )
     assert workspace_scans(rows, lambda image: tmp_path / image) == {"b": (tmp_path / "b.nii", 50.0)}
+
+
+class Handle:
+    updates = 0
+
+    def update(self, figure):
+        self.updates += 1
+
+
+def a_history(epochs):
+    rows = [
+        {"fold": -1, "seed": 1, "epoch": n, "train_loss": 9 - n, "val_loss": 10 - n} for n in range(epochs)
+    ]
+    return pd.DataFrame(rows).assign(train_mae=5.0, val_mae=6.0)
+
+
+def test_it_draws_once_and_then_updates_no_more_often_than_asked(monkeypatch):
+    shown = []
+    monkeypatch.setattr(
+        IPython.display, "display", lambda figure, display_id: shown.append(Handle()) or shown[-1]
+    )
+    eager, slow = LiveCurve(every_s=0), LiveCurve(every_s=1000)
+    for epochs in (1, 2, 3):
+        eager(a_history(epochs))
+        slow(a_history(epochs))
+    assert [handle.updates for handle in shown] == [2, 0]
+
+
+def test_the_figure_shows_loss_and_error_of_every_epoch():
+    loss, error = history_figure(a_history(4)).axes
+    assert list(loss.get_lines()[0].get_ydata()) == [9, 8, 7, 6]
+    assert "years" in error.get_ylabel()

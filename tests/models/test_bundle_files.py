@@ -1,7 +1,10 @@
 import io
 import json
 import pickle
+import re
+import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,3 +202,24 @@ def test_arrays_that_are_no_safetensors_are_refused(tmp_path, monkeypatch):
     folder = write_bundle(tmp_path / "bundle", {}, WEIGHTS)
     with pytest.raises(BundleError, match="not a readable safetensors"):
         open_bundle(folder).arrays("member-00.safetensors")
+
+
+def test_a_place_near_a_bundle_is_answered_with_the_bundles_own(bundle, tmp_path):
+    run = tmp_path / "ws" / "runs" / "resnet18"
+    meant = Path(shutil.copytree(bundle, run / "bundle"))
+    (run / "settings.json").write_text("{}")
+    (run / "checkpoints" / "seed1").mkdir(parents=True)
+    near = (
+        run,
+        run.parent,
+        run.parents[1],
+        run / "settings.json",
+        run / "checkpoints",
+        meant / "bundle.json",
+    )
+    for place in (*near, run / "bundel"):
+        with pytest.raises(BundleError, match=f"Did you mean {re.escape(str(meant))}\\?"):
+            open_bundle(place)
+    packed = shutil.make_archive(str(tmp_path / "run"), "zip", run.parent, run.name)
+    with pytest.raises(BundleError, match="among other files, in bundle/"):
+        open_bundle(packed)

@@ -121,6 +121,8 @@ def open_bundle(source: Path | str | IO[bytes], *, max_bytes: int = MAX_BYTES) -
 
 
 def _folder(folder: Path) -> tuple[str, dict[str, int], Callable[[str], bytes]]:
+    if not (folder / MANIFEST).exists() and (meant := _did_you_mean(folder)):
+        raise BundleError(f"{folder} has no {MANIFEST}, so it is no bundle.{meant}")
     sizes = {}
     for path in folder.iterdir():
         if path.name in DROPPINGS:
@@ -159,7 +161,8 @@ def _zip(source: Path | str | IO[bytes]) -> tuple[str, dict[str, int], Callable[
 def _refuse_what_is_no_zip(source: Path | str | IO[bytes], name: str) -> None:
     if isinstance(source, str | Path):
         if not Path(source).is_file():
-            raise BundleError(f"No bundle at {source}. Expected a bundle folder or a .zip of one.")
+            expected = "Expected a bundle folder or a .zip of one."
+            raise BundleError(f"No bundle at {source}. {expected}{_did_you_mean(Path(source))}")
         with open(source, "rb") as stream:
             start = stream.read(4)
     else:
@@ -168,13 +171,22 @@ def _refuse_what_is_no_zip(source: Path | str | IO[bytes], name: str) -> None:
         source.seek(0)
     if start == ZIP:
         return
+    meant = _did_you_mean(Path(source)) if isinstance(source, str | Path) else ""
     if start[:1] == b"\x80" and start[1:2] in b"\x01\x02\x03\x04\x05":
         raise BundleError(
             f"{name} is a Python pickle, which can run any code when it is opened, so it is not. A bundle "
-            "is a folder or .zip written by save_bundle."
+            f"is a folder or .zip written by save_bundle.{meant}"
         )
     kind = "is empty" if not start else "is a gzip file" if start[:2] == GZIP else "is not a zip file"
-    raise BundleError(f"{name} {kind}. Expected a bundle: a folder or .zip written by save_bundle.")
+    raise BundleError(f"{name} {kind}. Expected a bundle: a folder or .zip written by save_bundle.{meant}")
+
+
+def _did_you_mean(place: Path) -> str:
+    """The bundles of the run or workspace that was given in a bundle's place, or that the place lies in."""
+    below = {found for depth in ("bundle", "*/bundle", "runs/*/bundle") for found in place.glob(depth)}
+    above = {found for folder in [*place.absolute().parents][:3] for found in (folder, folder / "bundle")}
+    near = [str(found) for found in sorted(below or above) if (found / MANIFEST).is_file()]
+    return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
 def _dropping(entry: zipfile.ZipInfo) -> bool:
@@ -220,6 +232,11 @@ def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> by
 
 
 def _check_names(name: str, sizes: Mapping[str, int]) -> None:
+    if inner := [file for file in sizes if file.endswith(f"/{MANIFEST}")]:
+        raise BundleError(
+            f"{name} holds a bundle among other files, in {Path(inner[0]).parent}/. Give that folder, or a "
+            ".zip of it alone."
+        )
     if len(sizes) > MAX_FILES:
         raise BundleError(f"{name} holds {len(sizes)} files; a bundle holds at most {MAX_FILES}.")
     for file in sizes:

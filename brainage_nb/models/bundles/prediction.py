@@ -71,6 +71,8 @@ class Prediction:
     age, gap, adjusted_gap : float or None
         True age where given; predicted minus true; the gap less the gap expected at that true age.
     warnings : tuple of Caution
+    path : str
+        Where the scan was read: tells scans of one name apart.
     volume : array (size, size, size), float16
         What the model saw: RAS, as stored.
     affine : array (4, 4)
@@ -88,6 +90,7 @@ class Prediction:
     gap: float | None = None
     adjusted_gap: float | None = None
     warnings: tuple[Caution, ...] = ()
+    path: str = ""
     volume: np.ndarray = field(default=None, repr=False, compare=False)
     affine: np.ndarray = field(default=None, repr=False, compare=False)
 
@@ -123,6 +126,7 @@ class Prediction:
 
 COLUMNS = (
     "scan",
+    "path",
     "predicted_age",
     "low",
     "high",
@@ -138,16 +142,18 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Failure:
-    """A scan without a result: its file name, a short code and the reason in a sentence."""
+    """A scan without a result: its file name, a short code, the reason in a sentence, and its path."""
 
     scan: str
     code: str
     sentence: str
+    path: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """A row with the columns of `Prediction.to_dict`, empty but for the reason."""
         return dict.fromkeys(COLUMNS) | {
             "scan": self.scan,
+            "path": self.path,
             "warnings": self.code,
             "explanation": self.sentence,
         }
@@ -181,7 +187,7 @@ def age_cautions(predicted: float, age: float | None, training: Mapping[str, Any
                 Caution(
                     f"{name}_age_outside_training",
                     f"The {name} age, {value:.1f} years, lies outside the ages the model was trained on "
-                    f"({low:.0f} to {high:.0f} years); it cannot know what a brain of that age looks like.",
+                    f"({low:.1f} to {high:.1f} years); it cannot know what a brain of that age looks like.",
                 )
             )
     edges, counts = np.asarray(training["age_edges"]), np.asarray(training["age_counts"])

@@ -1,0 +1,259 @@
+"""What the prediction app shows of its results, and hands out: numbers, warnings, slices, files.
+
+Needs Streamlit; computes nothing but heat maps.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import threading
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import streamlit as st
+from matplotlib.figure import Figure
+
+from brainage_nb import __version__
+from brainage_nb.cohort.images import image_stem
+from brainage_nb.models.bundles.prediction import COLUMNS, NOT_A_DEVICE, Failure, Prediction
+from brainage_nb.models.explain import explain
+from brainage_nb.models.explaining.plots import age_among_held_out, strongest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from brainage_nb.models.bundle import Bundle
+
+SEVERE = ("unlike_training", "extreme_voxel_size")
+PLANE_NAMES = ("Left to right", "Back to front", "Bottom to top")
+
+
+@st.cache_resource
+def one_at_a_time() -> threading.Lock:
+    """The lock all sessions of this server share: heavy work in turn, so that memory stays that of one."""
+    return threading.Lock()
+
+
+def as_text(name: str) -> str:
+    """A name in which Markdown finds nothing to format."""
+    return re.sub(r"([\\`*_{}\[\]()<>#+.!|~$:&-])", r"\\\1", name)
+
+
+# --- on the page ----------------------------------------------------------------------------------------
+
+
+def show_results(bundle: Bundle) -> None:
+    """Everything about the predicted scans, if there are any."""
+    results = st.session_state.get("results")
+    if not results:
+        return
+    st.header("3 · Result", anchor=False)
+    place = 0
+    if len(results) > 1:
+        names = [f"{number}. {result.scan}" for number, result in enumerate(results, start=1)]
+        _overview(names, results)
+        place = names.index(st.selectbox("Scan to look at", names, key=_key("chosen")))
+    chosen, pictures = results[place], {}
+    if isinstance(chosen, Failure):
+        st.error(chosen.sentence, icon=":material/error:")
+    else:
+        pictures = _show_one(bundle, chosen, place)
+    _downloads(bundle, results, place, pictures)
+
+
+def keep_results(results: list[Prediction | Failure]) -> None:
+    """Show these from now on; what was chosen and moved for the last ones is forgotten."""
+    st.session_state["results"] = results
+    st.session_state["explanations"] = {}
+    st.session_state["times kept"] = st.session_state.get("times kept", 0) + 1
+
+
+def _key(name: str) -> str:
+    return f"{name}-{st.session_state.get('times kept', 0)}"
+
+
+def _overview(names: Sequence[str], results: Sequence[Prediction | Failure]) -> None:
+    rows = [
+        {
+            "Scan": name,
+            "age": getattr(result, "predicted_age", None),
+            "Interval [years]": result.interval_text if isinstance(result, Prediction) else "",
+            "gap": getattr(result, "gap", None),
+            "Warnings": str(len(result.warnings)) if isinstance(result, Prediction) else "no result",
+        }
+        for name, result in zip(names, results, strict=True)
+    ]
+    columns = {
+        "age": st.column_config.NumberColumn("Predicted age [years]", format="%.1f"),
+        "gap": st.column_config.NumberColumn("Gap [years]", format="%+.1f"),
+    }
+    st.dataframe(pd.DataFrame(rows), hide_index=True, column_config=columns)
+
+
+def _show_one(bundle: Bundle, prediction: Prediction, place: int) -> dict[str, Figure]:
+    """One scan's result; returns the pictures shown, for the downloaded page."""
+    with st.container(border=True, key="result"):
+        _numbers(prediction)
+        for caution in prediction.warnings:
+            show = st.error if caution.code in SEVERE else st.warning
+            show(caution.sentence, icon=":material/warning:")
+    slices, position, details = st.tabs(["Where it comes from", "Among held-out scans", "Details"])
+    with slices:
+        pictures = {"Slices with heat map": _slices(bundle, prediction, place)}
+    with position:
+        figure = Figure(figsize=(6, 4.9), layout="constrained")
+        age_among_held_out(figure.subplots(), prediction, bundle.manifest["position"])
+        st.pyplot(figure, width=620, clear_figure=False)
+        pictures["Among held-out scans"] = figure
+    with details:
+        st.dataframe(prediction.frame())
+        st.dataframe(pd.DataFrame({"value": {k: str(v) for k, v in model_facts(bundle).items()}}))
+    return pictures
+
+
+def _numbers(prediction: Prediction) -> None:
+    st.caption(as_text(prediction.scan))
+    columns = st.columns(3)
+    columns[0].metric("Predicted age [years]", f"{prediction.predicted_age:.1f}")
+    if prediction.level == prediction.level:
+        columns[1].metric(f"{prediction.level:.0%} interval [years]", prediction.interval_text)
+    if prediction.gap is not None:
+        columns[2].metric("Gap: predicted minus true [years]", f"{prediction.gap:+.1f}")
+    sentences = [
+        f"For about {prediction.level * 10:.0f} of 10 people like those the model was checked on, the true "
+        f"age lies between {prediction.low:.0f} and {prediction.high:.0f}."
+        if prediction.low > float("-inf")
+        else "",
+        f"Corrected for the model's bias towards the mean: {prediction.corrected_age:.1f} years."
+        if prediction.corrected_age is not None
+        else "",
+        f"The gap less what is usual at age {prediction.age:.0f}: {prediction.adjusted_gap:+.1f} years."
+        if prediction.adjusted_gap is not None
+        else "",
+    ]
+    st.markdown(" ".join(filter(None, sentences)))
+
+
+def _slices(bundle: Bundle, prediction: Prediction, place: int) -> Figure:
+    known = st.session_state["explanations"]
+    if place not in known:
+        with st.spinner("Computing the heat map"), one_at_a_time():
+            known[place] = explain(bundle, prediction)
+    start = strongest(prediction.volume, known[place].heat)
+    last = len(prediction.volume) - 1
+    columns = st.columns(4)
+    at = [
+        column.slider(name, 0, last, where, key=_key(f"{name}-{place}"))
+        for column, name, where in zip(columns, PLANE_NAMES, start, strict=False)
+    ]
+    opacity = columns[3].slider("Heat map", 0, 100, 60, 10, format="%d%%", key=_key(f"opacity-{place}"))
+    figure = known[place].picture(prediction, at, opacity=opacity / 100)
+    st.pyplot(figure, clear_figure=False)
+    st.caption(
+        "Vermilion raises the age, blue lowers it. A heat map shows what the model used, not what is wrong "
+        "with a brain."
+    )
+    return figure
+
+
+# --- to take away ---------------------------------------------------------------------------------------
+
+
+def _downloads(
+    bundle: Bundle,
+    results: Sequence[Prediction | Failure],
+    place: int,
+    pictures: Mapping[str, Figure],
+) -> None:
+    columns = st.columns([2, 2, 2, 4])
+    files = [
+        ("CSV, all scans", result_csv(results), "brain_age.csv", "text/csv"),
+        ("JSON, all scans", result_json(results, bundle), "brain_age.json", "application/json"),
+    ]
+    if pictures:
+        name = f"brain_age_{place + 1}_{image_stem(results[place].scan)}.html"
+        page = result_page(results[place], bundle, pictures)
+        files.append(("Page to print, this scan", page, name, "text/html"))
+    for column, (label, content, name, kind) in zip(columns, files, strict=False):
+        column.download_button(label, content, name, kind, on_click="ignore", width="stretch")
+
+
+def result_json(results: Sequence[Prediction | Failure], bundle: Bundle) -> str:
+    """All results with what made them, as JSON text."""
+    content = {
+        "model": model_facts(bundle),
+        "notice": NOT_A_DEVICE,
+        "unit": "years",
+        "results": [_with_members(result) for result in results],
+    }
+    return json.dumps(content, indent=2, allow_nan=False)
+
+
+def result_csv(results: Sequence[Prediction | Failure]) -> str:
+    """All results as CSV text, columns as of the command line."""
+    rows = [{name: _no_formula(value) for name, value in result.to_dict().items()} for result in results]
+    return pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(index=False, lineterminator="\n")
+
+
+def result_page(prediction: Prediction, bundle: Bundle, pictures: Mapping[str, Figure]) -> str:
+    """One page of HTML without outside references, to be kept or printed: figures, interval, warnings,
+    model.
+    """
+    from jinja2 import Environment, PackageLoader
+
+    rows = {"file": prediction.path, **prediction.frame()["value"].drop(index="predicted age [years]")}
+    templates = Environment(loader=PackageLoader("brainage_nb.apps", "."), autoescape=True)
+    return templates.get_template("page.html.j2").render(
+        result=prediction,
+        rows=rows,
+        bundle=bundle,
+        model=model_facts(bundle),
+        pictures={title: as_data_url(figure) for title, figure in pictures.items()},
+        notice=NOT_A_DEVICE,
+        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        version=__version__,
+    )
+
+
+def model_facts(bundle: Bundle) -> dict[str, Any]:
+    """The model in a few lines: what, from whom it learned, how good."""
+    manifest = bundle.manifest
+    training = manifest["training"]
+    facts = {
+        "model": bundle.title,
+        "run": manifest["run"],
+        "made": manifest["created"],
+        "training ages": f"{training['age_low']:.0f} to {training['age_high']:.0f} years",
+        "licence of the weights": manifest["licence"],
+    }
+    for split, figures in manifest["figures"].items():
+        mae, mean = figures["mae"]["value"], figures["mean_predictor_mae"]["value"]
+        name = f"mean absolute error, {split.replace('_', ' ')} scans"
+        facts[name] = f"{mae:.1f} years (n = {figures['n']}; always saying the mean age: {mean:.1f})"
+    return facts
+
+
+def as_data_url(figure: Figure) -> str:
+    """A figure as a PNG inside the page."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _with_members(result: Prediction | Failure) -> dict[str, Any]:
+    row = result.to_dict()
+    if isinstance(result, Prediction):
+        row["members"] = [round(value, 4) for value in result.members]
+        row["warnings"] = [caution._asdict() for caution in result.warnings]
+        del row["explanation"]
+    return row
+
+
+def _no_formula(value: Any) -> Any:
+    """Text that a spreadsheet would run as a formula (a file may be named `=1+1.nii`) is quoted."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t") else value
