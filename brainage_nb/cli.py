@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -68,6 +69,7 @@ def _run(options: argparse.Namespace) -> int:
     from brainage_nb.pipeline import find_notebooks, parse_overrides, run_notebooks
     from brainage_nb.workspace import open_workspace
 
+    _end_as_interrupted()
     notebooks = find_notebooks(options.first, options.last)
     overrides = parse_overrides(options.parameters, notebooks)
     workspace = open_workspace(options.workspace or overrides.pop("workspace", ""))
@@ -76,6 +78,13 @@ def _run(options: argparse.Namespace) -> int:
     if report.exists():
         print(f"Report: {report}")
     return 0
+
+
+def _end_as_interrupted() -> None:
+    """Let what asks this process to end (a batch system, a closed terminal) end its kernel and workers too."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, signal.default_int_handler)
 
 
 def _list(options: argparse.Namespace) -> int:

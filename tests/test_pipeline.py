@@ -140,3 +140,39 @@ print("one\\ntwo")
     texts = {output.name: output.text for cell in executed.cells for output in cell.get("outputs", [])
              if output.output_type == "stream"}  # fmt: skip
     assert texts == {"stderr": "step 3 of 3\ndone\n", "stdout": "one\ntwo\n"}
+
+
+def test_a_run_that_ends_well_interrupts_no_kernel(tmp_path, capfd):
+    body = """
+import time
+kernel = get_ipython().kernel
+answer = kernel.shell_handlers["kernel_info_request"]
+async def slowly(*message):
+    await answer(*message)
+    time.sleep(0.5)  # a busy machine: what asked has its answer before the kernel is done with it
+kernel.shell_handlers["kernel_info_request"] = slowly
+"""
+    run_notebooks([make_notebook(tmp_path, "01_a", body)], open_workspace(tmp_path / "w"), {})
+    assert "KeyboardInterrupt" not in "".join(capfd.readouterr())
+
+
+def test_notebooks_run_in_this_interpreter_whatever_kernels_there_are(tmp_path, monkeypatch):
+    import json
+    import sys
+
+    for variable in ("JUPYTER_PATH", "JUPYTER_DATA_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+        spec = tmp_path / variable / "kernels" / "python3" / "kernel.json"
+        spec.parent.mkdir(parents=True)
+        spec.write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    ending = ENDING.replace('{"epochs": epochs}', '{"python": __import__("sys").executable}')
+    results = run_notebooks([make_notebook(tmp_path, "01_a", ending=ending)], open_workspace(tmp_path), {})
+    assert results[0]["figures"]["python"] == sys.executable
+
+
+def test_a_kernel_that_does_not_start_is_a_failure_in_one_line(tmp_path, monkeypatch, capsys):
+    make_notebook(tmp_path, "01_a")
+    monkeypatch.setattr(pipeline, "notebooks_folder", lambda: tmp_path)
+    monkeypatch.setattr("ipykernel.kernelspec.make_ipkernel_cmd", lambda *a, **k: ["/bin/false"])
+    assert main(["run", "--workspace", str(tmp_path / "ws")]) == 1
+    assert "01_a: the kernel" in capsys.readouterr().err
