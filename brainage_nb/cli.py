@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _end_as_interrupted() -> None:
-    """Let what asks this process to end (a batch system, a closed terminal) end its kernel and workers too."""
+    """Let a batch system or a closing terminal, as Ctrl-C does, end the kernel and its workers too."""
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
             signal.signal(number, signal.default_int_handler)

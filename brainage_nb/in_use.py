@@ -1,8 +1,8 @@
 """Who uses a workspace: one run, or one notebook at a time, also on Drive and other network folders.
 
-Such folders know no dependable locks, and a process number says nothing on another machine. So whoever uses a
-workspace leaves a numbered record in it and renews it; the highest number counts. The record of a user that is
-gone is followed by the next number, which only one process can create.
+Such folders know no dependable locks, and a process number says nothing on another machine. So whoever uses
+a workspace leaves a numbered record in it and renews it; the highest number counts. The record of a user that
+is gone is followed by the next number, which only one process can create.
 """
 
 from __future__ import annotations
@@ -118,8 +118,9 @@ class Use:
 
     def _story(self) -> str:
         return (
-            f"the workspace {self.root} was taken over by another run or notebook while {self.record['who']} gave "
-            "no sign of life. What both wrote may be mixed: run this one again from its beginning."
+            f"the workspace {self.root} was taken over by another run or notebook while "
+            f"{self.record['who']} gave no sign of life. What both wrote may be mixed: run this one again "
+            "from its beginning."
         )
 
     def check(self) -> None:
@@ -152,8 +153,8 @@ class Use:
             self.displaced = True
             _forget_cells(self)
             raise InputRejected(
-                f"Since this notebook's last cell the workspace {self.root} was used by another run or notebook. "
-                "Run this notebook again from its first cell."
+                f"Since this notebook's last cell the workspace {self.root} was used by another run or "
+                "notebook. Run this notebook again from its first cell."
             )
         return cell
 
@@ -216,15 +217,15 @@ def _refuse_the_living(path: Path, root: Path, say: Callable[[str], Any]) -> Non
         silent = max(2.5 * BEAT, SILENT - max(0.0, time.time() - seen.get("time", 0.0)))
         wait = BETWEEN_CELLS if here else 2.5 * BEAT if idle else silent
         if not here:
-            say(
-                f"The workspace was in use by {_told(seen)}. Watching for {wait:.0f} s whether it still lives."
-            )
+            say(f"The workspace was in use by {_told(seen)}. Watching for {wait:.0f} s whether it lives.")
         living = _changes(path, seen, wait)
     if living:
         raise WorkspaceInUse(
-            f"The workspace {root} is in use by {_told(_read(path))}. Wait for its end or end it, or take another "
-            "workspace (brainage-nb run --workspace FOLDER; in a notebook the parameter `workspace`)."
+            f"The workspace {root} is in use by {_told(_read(path))}. Wait for its end or end it, or take "
+            "another workspace (brainage-nb run --workspace FOLDER; in a notebook the parameter `workspace`)."
         )
+    if not path.exists():
+        return  # it has ended by now
     state = "stands idle" if idle and not gone else "is gone without having ended"
     say(f"Taking over the workspace from {_told(seen)}, which {state}.")
 

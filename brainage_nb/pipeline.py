@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import logging
 import os
 import signal
 import sys
@@ -299,7 +300,7 @@ def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
 
 @contextmanager
 def _kernel(environment: Mapping[str, str]) -> Iterator[KernelManager]:
-    """A kernel in this very interpreter, whatever kernels Jupyter finds; it and its workers end with the block."""
+    """A kernel of this very interpreter, whatever kernels Jupyter finds; its workers end with the block."""
     from jupyter_client.kernelspec import KernelSpecManager
     from jupyter_client.manager import KernelManager
 
@@ -316,6 +317,7 @@ def _kernel(environment: Mapping[str, str]) -> Iterator[KernelManager]:
     try:
         yield kernel
     except KeyboardInterrupt:
+        logging.getLogger("asyncio").disabled = True  # it would print the interrupted cell's end as an error
         kernel.interrupt_kernel()  # what runs may still save
         raise
     finally:

@@ -1,5 +1,7 @@
 """The runner: parameters checked, done work skipped, every way of stopping early is a failure."""
 
+import time
+
 import nbformat
 import pytest
 
@@ -7,6 +9,7 @@ from brainage_nb import pipeline
 from brainage_nb.cli import main
 from brainage_nb.pipeline import Notebook, NotebookFailed, ParameterError, parse_overrides, run_notebooks
 from brainage_nb.workspace import open_workspace
+from tests.test_in_use import running
 
 PARAMETERS = """\
 # folder for everything
@@ -176,3 +179,42 @@ def test_a_kernel_that_does_not_start_is_a_failure_in_one_line(tmp_path, monkeyp
     monkeypatch.setattr("ipykernel.kernelspec.make_ipkernel_cmd", lambda *a, **k: ["/bin/false"])
     assert main(["run", "--workspace", str(tmp_path / "ws")]) == 1
     assert "01_a: the kernel" in capsys.readouterr().err
+
+
+def test_what_ends_a_run_ends_its_kernel_and_workers(tmp_path):
+    import signal
+    import subprocess
+    import sys
+
+    import psutil
+
+    body = "from joblib import Parallel, delayed\nfrom pathlib import Path\nimport time\n"
+    body += "def work(n):\n    (Path(workspace) / f'at_work_{n}').touch()\n    time.sleep(99)\n"
+    body += "Parallel(2)(delayed(work)(n) for n in range(2))"
+    make_notebook(tmp_path, "01_a", body)
+    code = "import sys, pathlib; from brainage_nb import cli, pipeline; "
+    code += "pipeline.notebooks_folder = pathlib.Path.cwd; sys.exit(cli.main(['run', '--workspace', 'ws']))"
+    command = [sys.executable, "-c", code]
+    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    waited = time.monotonic()
+    while len(list((tmp_path / "ws").glob("at_work_*"))) < 2 and time.monotonic() < waited + 60:
+        time.sleep(0.1)
+    started = psutil.Process(run.pid).children(recursive=True)
+    assert len(started) >= 3
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=30)[1]
+    assert psutil.wait_procs(started, timeout=3)[1] == []
+    assert said.endswith("brainage-nb: interrupted; finished work is kept, run the same command to go on.\n")
+    assert "Task exception was never retrieved" not in said
+    assert run.returncode == 130 and not list((tmp_path / "ws").glob(".in_use*"))
+
+
+def test_two_runs_in_one_workspace_and_a_notebook_of_the_run_itself(tmp_path, monkeypatch, capsys):
+    body = "from brainage_nb.workspace import open_workspace\nws = open_workspace(workspace).begin('01_a')"
+    make_notebook(tmp_path, "01_a", body)
+    monkeypatch.setattr(pipeline, "notebooks_folder", lambda: tmp_path)
+    ws = tmp_path / "ws"
+    assert main(["run", "--workspace", str(ws)]) == 0
+    with running(ws) as run:
+        assert main(["run", "--workspace", str(ws)]) == 1
+    assert f"The workspace {ws} is in use by brainage-nb run, process {run.pid}" in capsys.readouterr().err
