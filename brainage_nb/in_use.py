@@ -118,7 +118,7 @@ class Use:
 
     def _story(self) -> str:
         return (
-            f"the workspace {self.root} was taken over by another run or notebook while "
+            f"The workspace {self.root} was taken over by another run or notebook while "
             f"{self.record['who']} gave no sign of life. What both wrote may be mixed: run this one again "
             "from its beginning."
         )

@@ -9,11 +9,11 @@ import ast
 import difflib
 import logging
 import os
-import signal
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ from brainage_nb.workspace import MissingInput, Workspace, read_json
 
 if TYPE_CHECKING:
     from jupyter_client.manager import KernelManager
+
+END_OF_GROUP = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"  # Windows has no groups
 
 
 class ParameterError(ValueError):
@@ -313,7 +315,13 @@ def _kernel(environment: Mapping[str, str]) -> Iterator[KernelManager]:
     kernel.start_kernel(
         env=os.environ | environment, extra_arguments=[*quiet, "--HistoryManager.hist_file=:memory:"]
     )
-    group = kernel.provisioner.pid
+    # Its end closes the pipe, whichever way this process ends, and with it go the workers that a kernel leaves.
+    last = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", END_OF_GROUP, str(kernel.provisioner.pid)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     try:
         yield kernel
     except KeyboardInterrupt:
@@ -323,12 +331,11 @@ def _kernel(environment: Mapping[str, str]) -> Iterator[KernelManager]:
     finally:
         if (
             kernel.is_alive()
-        ):  # `shutdown_kernel` would interrupt it first, and an idle kernel complains of that
+        ):  # `shutdown_kernel` would interrupt it, and an idle kernel complains of that
             kernel.request_shutdown()
             kernel.finish_shutdown()
         kernel.cleanup_resources()
-        with suppress(OSError, AttributeError):
-            os.killpg(group, signal.SIGKILL)  # workers it left; Windows has no groups
+        last.communicate()
 
 
 def _told(notebook: Notebook, error: Any, output: Path) -> str:

@@ -181,7 +181,8 @@ def test_a_kernel_that_does_not_start_is_a_failure_in_one_line(tmp_path, monkeyp
     assert "01_a: the kernel" in capsys.readouterr().err
 
 
-def test_what_ends_a_run_ends_its_kernel_and_workers(tmp_path):
+@pytest.mark.parametrize("ending", ["SIGTERM", "SIGKILL"])
+def test_what_ends_a_run_ends_its_kernel_and_workers(tmp_path, ending):
     import signal
     import subprocess
     import sys
@@ -201,9 +202,11 @@ def test_what_ends_a_run_ends_its_kernel_and_workers(tmp_path):
         time.sleep(0.1)
     started = psutil.Process(run.pid).children(recursive=True)
     assert len(started) >= 3
-    run.send_signal(signal.SIGTERM)
+    run.send_signal(getattr(signal, ending))
     said = run.communicate(timeout=30)[1]
-    assert psutil.wait_procs(started, timeout=3)[1] == []
+    assert psutil.wait_procs(started, timeout=5)[1] == []
+    if ending == "SIGKILL":
+        return
     assert said.endswith("brainage-nb: interrupted; finished work is kept, run the same command to go on.\n")
     assert "Task exception was never retrieved" not in said
     assert run.returncode == 130 and not list((tmp_path / "ws").glob(".in_use*"))
