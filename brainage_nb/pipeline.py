@@ -315,7 +315,7 @@ def _kernel(environment: Mapping[str, str]) -> Iterator[KernelManager]:
     kernel.start_kernel(
         env=os.environ | environment, extra_arguments=[*quiet, "--HistoryManager.hist_file=:memory:"]
     )
-    # Its end closes the pipe, whichever way this process ends, and with it go the workers that a kernel leaves.
+    # Its pipe is closed when this process ends, in whichever way; with it go workers that a kernel leaves.
     last = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", END_OF_GROUP, str(kernel.provisioner.pid)],
         stdin=subprocess.PIPE,
@@ -329,9 +329,7 @@ def _kernel(environment: Mapping[str, str]) -> Iterator[KernelManager]:
         kernel.interrupt_kernel()  # what runs may still save
         raise
     finally:
-        if (
-            kernel.is_alive()
-        ):  # `shutdown_kernel` would interrupt it, and an idle kernel complains of that
+        if kernel.is_alive():  # `shutdown_kernel` would interrupt it, and an idle one complains of that
             kernel.request_shutdown()
             kernel.finish_shutdown()
         kernel.cleanup_resources()
