@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -72,6 +73,7 @@ def _run(options: argparse.Namespace) -> int:
     from brainage_nb.pipeline import find_notebooks, parse_overrides, run_notebooks
     from brainage_nb.workspace import open_workspace
 
+    _end_as_interrupted()
     notebooks = find_notebooks(options.first, options.last)
     overrides = parse_overrides(options.parameters, notebooks)
     named = overrides.pop("workspace", "")
@@ -83,6 +85,13 @@ def _run(options: argparse.Namespace) -> int:
     if report.exists():
         print(f"Report: {report}")
     return 0
+
+
+def _end_as_interrupted() -> None:
+    """Let a batch system or a closing terminal, as Ctrl-C does, end the kernel and its workers too."""
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, signal.default_int_handler)
 
 
 def _list(options: argparse.Namespace) -> int:

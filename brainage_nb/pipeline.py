@@ -6,16 +6,20 @@ A notebook's own result file is trusted, not papermill's exit: a notebook can st
 from __future__ import annotations
 
 import ast
-import re
+import logging
+import os
+import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from brainage_nb.in_use import COVERED, Use, used
 from brainage_nb.parameters import (
     Parameter,
     ParameterError,
@@ -27,7 +31,12 @@ from brainage_nb.parameters import (
     split_items,
     split_more,
 )
-from brainage_nb.workspace import MissingInput, Workspace, read_json, write_text
+from brainage_nb.workspace import MissingInput, Workspace, read_json
+
+if TYPE_CHECKING:
+    from jupyter_client.manager import KernelManager
+
+END_OF_GROUP = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"  # Windows has no groups
 
 PATHS = ("bundle", "external", "init_from", "scan", "vgg_weights")  # must exist before a kernel starts
 
@@ -201,7 +210,26 @@ def run_notebooks(
         Names the notebook, the cell and the error.
     NotebookPaused
         A notebook ended early with its work saved (its time was up).
+    WorkspaceInUse
+        Another run or notebook uses this workspace, or has taken it over.
     """
+    with used(workspace.root, "brainage-nb run", say) as use:
+        try:
+            return _run_in_order(notebooks, workspace, overrides, again=again, say=say, use=use)
+        except KeyboardInterrupt:
+            use.check()  # not the user's, where another run has taken over
+            raise
+
+
+def _run_in_order(
+    notebooks: Sequence[Notebook],
+    workspace: Workspace,
+    overrides: Mapping[str, Any],
+    *,
+    again: bool,
+    say: Callable[[str], Any],
+    use: Use,
+) -> list[dict[str, Any]]:
     for notebook in notebooks:  # all of them before the first starts
         values = notebook.fill_cell(overrides) | {"workspace": str(workspace.root)}
         if again or not _finished(notebook, workspace, values):
@@ -215,7 +243,8 @@ def run_notebooks(
             results.append(done)
             continue
         say(f"{head}: running")
-        results.append(_execute(notebook, workspace, values))
+        results.append(_execute(notebook, workspace, values, use))
+        use.check()
         say(f"{head}: complete in {results[-1]['duration_s']:.0f} s{_headline(results[-1])}")
     return results
 
@@ -252,33 +281,32 @@ def _unpacked_scans_are_gone(workspace: Workspace) -> bool:
     return False
 
 
-def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]) -> dict[str, Any]:
+def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any], use: Use) -> dict[str, Any]:
     import papermill
-    from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     workspace.path("results", f"{notebook.name}.json").unlink(missing_ok=True)
     output = workspace.path("executed", f"{notebook.name}.ipynb")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        papermill.execute_notebook(
-            str(notebook.path),
-            str(output),
-            parameters=dict(values),
-            kernel_name="python3",
-            progress_bar=sys.stderr.isatty(),
-            request_save_on_cell_execute=True,
-            extra_arguments=["--IPKernelApp.log_level=ERROR"],  # else it warns of its own TCP on every start
-        )
+        with _kernel({COVERED: use.record["token"]}) as kernel:
+            papermill.execute_notebook(
+                str(notebook.path),
+                str(output),
+                parameters=dict(values),
+                kernel_name="python3",
+                km=kernel,
+                coalesce_streams=True,  # of each progress bar its last state
+                progress_bar=sys.stderr.isatty(),
+                request_save_on_cell_execute=True,
+            )
     except PapermillExecutionError as error:
         raise NotebookFailed(_told(notebook, error, output)) from error
-    except DeadKernelError as error:
+    except RuntimeError as error:  # nbclient's DeadKernelError, or a kernel that never came up
         raise NotebookFailed(
             f"{notebook.name}: the kernel died ({error}), most often for want of memory. "
             f"Run again: finished work is kept. What ran so far: {output}"
         ) from error
-    finally:
-        _leave_last_lines(output)
     result = workspace.result(notebook.name)
     if result is None:
         raise NotebookFailed(
@@ -292,27 +320,40 @@ def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
     return result
 
 
-def _leave_last_lines(executed: Path) -> None:
-    """Keep of each progress bar what a terminal would show at the end, not a line for every update."""
-    import nbformat
+@contextmanager
+def _kernel(environment: Mapping[str, str]) -> Iterator[KernelManager]:
+    """A kernel of this very interpreter, whatever kernels Jupyter finds; its workers end with the block."""
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import KernelManager
 
-    if not executed.is_file():
-        return
-    book = nbformat.read(executed, as_version=4)
-    for cell in book.cells:
-        kept: list[Any] = []
-        for output in cell.get("outputs", []):
-            before = kept[-1] if kept else {}
-            if output.output_type == "stream" and before.get("name") == output.name:
-                before.text += output.text
-            else:
-                kept.append(output)
-        for output in kept:
-            if output.output_type == "stream":
-                output.text = re.sub(r"[^\n]*\r(?=[^\n])", "", output.text)
-        if "outputs" in cell:
-            cell.outputs = kept
-    write_text(nbformat.writes(book), executed)
+    kernel = KernelManager(
+        kernel_name="python3",
+        kernel_spec_manager=KernelSpecManager(kernel_dirs=[]),  # leaves ipykernel's own, of this interpreter
+        client_class="jupyter_client.asynchronous.AsyncKernelClient",  # as papermill's engine wants it
+    )
+    quiet = ["--IPKernelApp.log_level=ERROR"]  # else it warns of its own TCP on every start
+    kernel.start_kernel(
+        env=os.environ | environment, extra_arguments=[*quiet, "--HistoryManager.hist_file=:memory:"]
+    )
+    # Its pipe is closed when this process ends, in whichever way; with it go workers that a kernel leaves.
+    last = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", END_OF_GROUP, str(kernel.provisioner.pid)],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield kernel
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").disabled = True  # it would print the interrupted cell's end as an error
+        kernel.interrupt_kernel()  # what runs may still save
+        raise
+    finally:
+        if kernel.is_alive():  # `shutdown_kernel` would interrupt it, and an idle one complains of that
+            kernel.request_shutdown()
+            kernel.finish_shutdown()
+        kernel.cleanup_resources()
+        last.communicate()
 
 
 def _told(notebook: Notebook, error: Any, output: Path) -> str:

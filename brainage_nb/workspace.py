@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from brainage_nb.in_use import RECORDS, check_use, end_use, use_in_notebook
 from brainage_nb.platforms import (
     attached_inputs,
     default_root,
@@ -203,7 +204,11 @@ class Workspace:
         return path
 
     def begin(self, notebook: str) -> Workspace:
-        """Mark a notebook as started: its last result is void until it finishes again. Returns itself."""
+        """Mark a notebook as started: its last result is void until it finishes again. Returns itself.
+
+        `WorkspaceInUse` where a run, or a notebook that is at work, has this workspace.
+        """
+        use_in_notebook(self.root, notebook)
         self.opened = time.time()
         self.path("results", f"{notebook}.json").unlink(missing_ok=True)
         return self
@@ -238,6 +243,7 @@ class Workspace:
         """
         import pandas as pd
 
+        check_use(self.root)
         files = [_described(Path(path), self.root) for path in written]
         result = {
             "notebook": notebook,
@@ -251,6 +257,7 @@ class Workspace:
             "figures": dict(figures or {}),
         }
         write_json(result, self.path("results", f"{notebook}.json"))
+        end_use(self.root)
         return pd.DataFrame(files, columns=["path", "rows", "bytes"])
 
     def result(self, notebook: str) -> dict[str, Any] | None:
@@ -287,7 +294,9 @@ def _take_over(folder: Path) -> None:
     newest = max(attached, key=_last_finished)
     others = f" (the newest of {len(attached)})" if len(attached) > 1 else ""
     print(f"Going on from the attached workspace {newest}{others}.")
-    shutil.copytree(newest, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MARKER, "executed"))
+    shutil.copytree(
+        newest, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MARKER, RECORDS, "executed")
+    )
 
 
 def _last_finished(workspace: Path) -> str:

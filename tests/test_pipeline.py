@@ -1,6 +1,7 @@
 """The runner: parameters checked, done work skipped, every way of stopping early is a failure."""
 
 import re
+import time
 from pathlib import Path
 
 import nbformat
@@ -18,6 +19,7 @@ from brainage_nb.pipeline import (
 )
 from brainage_nb.volumes.recipes import PreprocessingSettings
 from brainage_nb.workspace import open_workspace
+from tests.test_in_use import running
 
 ROOT = Path(__file__).parents[1]
 PARAMETERS = """\
@@ -258,3 +260,81 @@ print("one\\ntwo")
     texts = {output.name: output.text for cell in executed.cells for output in cell.get("outputs", [])
              if output.output_type == "stream"}  # fmt: skip
     assert texts == {"stderr": "step 3 of 3\ndone\n", "stdout": "one\ntwo\n"}
+
+
+def test_a_run_that_ends_well_interrupts_no_kernel(tmp_path, capfd):
+    body = """
+import time
+kernel = get_ipython().kernel
+answer = kernel.shell_handlers["kernel_info_request"]
+async def slowly(*message):
+    await answer(*message)
+    time.sleep(0.5)  # a busy machine: what asked has its answer before the kernel is done with it
+kernel.shell_handlers["kernel_info_request"] = slowly
+"""
+    run_notebooks([make_notebook(tmp_path, "01_a", body)], open_workspace(tmp_path / "w"), {})
+    assert "KeyboardInterrupt" not in "".join(capfd.readouterr())
+
+
+def test_notebooks_run_in_this_interpreter_whatever_kernels_there_are(tmp_path, monkeypatch):
+    import json
+    import sys
+
+    for variable in ("JUPYTER_PATH", "JUPYTER_DATA_DIR", "IPYTHONDIR"):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+        spec = tmp_path / variable / "kernels" / "python3" / "kernel.json"
+        spec.parent.mkdir(parents=True)
+        spec.write_text(json.dumps({"argv": ["/bin/false"], "display_name": "x", "language": "python"}))
+    ending = ENDING.replace('{"epochs": epochs}', '{"python": __import__("sys").executable}')
+    results = run_notebooks([make_notebook(tmp_path, "01_a", ending=ending)], open_workspace(tmp_path), {})
+    assert results[0]["figures"]["python"] == sys.executable
+
+
+def test_a_kernel_that_does_not_start_is_a_failure_in_one_line(tmp_path, monkeypatch, capsys):
+    make_notebook(tmp_path, "01_a")
+    monkeypatch.setattr(pipeline, "notebooks_folder", lambda: tmp_path)
+    monkeypatch.setattr("ipykernel.kernelspec.make_ipkernel_cmd", lambda *a, **k: ["/bin/false"])
+    assert main(["run", "--workspace", str(tmp_path / "ws")]) == 1
+    assert "01_a: the kernel" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ending", ["SIGTERM", "SIGKILL"])
+def test_what_ends_a_run_ends_its_kernel_and_workers(tmp_path, ending):
+    import signal
+    import subprocess
+    import sys
+
+    import psutil
+
+    body = "from joblib import Parallel, delayed\nfrom pathlib import Path\nimport time\n"
+    body += "def work(n):\n    (Path(workspace) / f'at_work_{n}').touch()\n    time.sleep(99)\n"
+    body += "Parallel(2)(delayed(work)(n) for n in range(2))"
+    make_notebook(tmp_path, "01_a", body)
+    code = "import sys, pathlib; from brainage_nb import cli, pipeline; "
+    code += "pipeline.notebooks_folder = pathlib.Path.cwd; sys.exit(cli.main(['run', '--workspace', 'ws']))"
+    command = [sys.executable, "-c", code]
+    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    waited = time.monotonic()
+    while len(list((tmp_path / "ws").glob("at_work_*"))) < 2 and time.monotonic() < waited + 60:
+        time.sleep(0.1)
+    started = psutil.Process(run.pid).children(recursive=True)
+    assert len(started) >= 3
+    run.send_signal(getattr(signal, ending))
+    said = run.communicate(timeout=30)[1]
+    assert psutil.wait_procs(started, timeout=5)[1] == []
+    if ending == "SIGKILL":
+        return
+    assert said.endswith("brainage-nb: interrupted; finished work is kept, run the same command to go on.\n")
+    assert "Task exception was never retrieved" not in said
+    assert run.returncode == 130 and not list((tmp_path / "ws").glob(".in_use*"))
+
+
+def test_two_runs_in_one_workspace_and_a_notebook_of_the_run_itself(tmp_path, monkeypatch, capsys):
+    body = "from brainage_nb.workspace import open_workspace\nws = open_workspace(workspace).begin('01_a')"
+    make_notebook(tmp_path, "01_a", body)
+    monkeypatch.setattr(pipeline, "notebooks_folder", lambda: tmp_path)
+    ws = tmp_path / "ws"
+    assert main(["run", "--workspace", str(ws)]) == 0
+    with running(ws) as run:
+        assert main(["run", "--workspace", str(ws)]) == 1
+    assert f"The workspace {ws} is in use by brainage-nb run, process {run.pid}" in capsys.readouterr().err

@@ -83,6 +83,19 @@ def test_importing_the_package_is_light():
     assert out.strip() == "set()"
 
 
+def test_waiting_threads_give_way_unless_the_user_has_said_how_they_wait():
+    import os
+    import subprocess
+    import sys
+
+    code = "import brainage_nb, os; print(os.environ['OMP_WAIT_POLICY'])"
+    others = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for given, found in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        command = [sys.executable, "-c", code]
+        out = subprocess.run(command, env=others | given, capture_output=True, text=True, check=True).stdout
+        assert out.strip() == found
+
+
 def test_scans_unpacked_to_the_disk_of_a_lost_session_are_asked_for_again(tmp_path, monkeypatch):
     monkeypatch.setenv("BRAINAGE_SCRATCH", str(tmp_path / "fast"))
     ws = open_workspace(tmp_path / "slow")

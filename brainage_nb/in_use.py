@@ -1,0 +1,303 @@
+"""Who uses a workspace: one run, or one notebook at a time, also on Drive and other network folders.
+
+Such folders know no dependable locks, and a process number says nothing on another machine. So whoever uses
+a workspace leaves a numbered record in it and renews it; the highest number counts. The record of a user that
+is gone is followed by the next number, which only one process can create.
+"""
+
+from __future__ import annotations
+
+import atexit
+import getpass
+import json
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+RECORDS = ".in_use.*.json"
+BEAT = 10.0  # seconds between two signs of life
+SILENT = 120.0  # seconds without one after which a user on another machine is taken for dead
+BETWEEN_CELLS = 3.0  # seconds: a notebook that runs its cells one after the other is not idle
+COVERED = "BRAINAGE_IN_USE_BY"  # token of the run that a notebook's kernel belongs to
+
+_uses: dict[Path, Use] = {}
+
+
+class WorkspaceInUse(OSError):
+    """Another run or notebook uses the workspace; the message says which, whose and where."""
+
+
+class Use:
+    """The use of a workspace by this process, until `end`.
+
+    Parameters
+    ----------
+    root : Path
+        The workspace's folder.
+    who : str
+        What uses it, in words, as `notebook 02_data_cleaning`.
+    say : callable
+        Receives a line where the record of a user that is gone is taken over.
+
+    Raises
+    ------
+    WorkspaceInUse
+        Somebody else uses it, and lives.
+    """
+
+    def __init__(self, root: Path, who: str, say: Callable[[str], Any] = print) -> None:
+        self.root, self.busy, self.displaced = root, True, False
+        self.record = {
+            "token": uuid.uuid4().hex,
+            "who": who,
+            "user": _user(),
+            "host": platform.node(),
+            "machine": _machine(),
+            "pid": os.getpid(),
+            "since": datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
+        }
+        self._writing, self._ended = threading.Lock(), threading.Event()
+        self.path = self._create(say)
+        threading.Thread(target=self._live, daemon=True).start()
+        atexit.register(self.end)
+
+    def _create(self, say: Callable[[str], Any]) -> Path:
+        """Create the record with the next number, once nobody living has the highest one."""
+        while True:
+            before = _newest(self.root)
+            if before:
+                _refuse_the_living(before, self.root, say)
+            path = self.root / RECORDS.replace("*", f"{_number(before) + 1:06d}")
+            try:
+                with open(path, "x", encoding="utf-8") as stream:
+                    stream.write(self._text())
+            except FileExistsError:
+                continue  # another process was quicker
+            if _newest(self.root) == path and (before is None or before.exists()):
+                break
+            path.unlink(missing_ok=True)  # what was seen before was over already
+        for old in self.root.glob(RECORDS):
+            if old < path:
+                old.unlink(missing_ok=True)
+        return path
+
+    def _text(self) -> str:
+        """The record, of one length whatever it says, so that it can be renewed in place."""
+        return json.dumps(self.record | {"time": time.time(), "idle": not self.busy}).ljust(800) + "\n"
+
+    def _live(self) -> None:
+        """Give signs of life while something runs; interrupt it where another user has taken over."""
+        while not self._ended.wait(BEAT):
+            if self.busy and not self._renew():
+                print(f"INTERRUPTED: {self._story()}", file=sys.stderr, flush=True)
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    def _renew(self) -> bool:
+        """Write a sign of life; False where the workspace is another's by now."""
+        with self._writing:
+            newest = _newest(self.root)
+            found = _read(newest) if newest else {}
+            self.displaced |= found.get("token", self.record["token"]) != self.record["token"]
+            if not self.displaced and not self._ended.is_set():
+                try:
+                    with open(self.path, "r+", encoding="utf-8") as stream:
+                        stream.write(self._text())
+                except OSError:
+                    pass  # the network is away for a moment, or somebody removed the file
+        return not self.displaced
+
+    def _story(self) -> str:
+        return (
+            f"The workspace {self.root} was taken over by another run or notebook while "
+            f"{self.record['who']} gave no sign of life. What both wrote may be mixed: run this one again "
+            "from its beginning."
+        )
+
+    def check(self) -> None:
+        """Raise `WorkspaceInUse` where another user has taken over meanwhile."""
+        if not self._renew():
+            raise WorkspaceInUse(self._story())
+
+    def end(self) -> None:
+        """Leave the workspace to others."""
+        self._ended.set()
+        atexit.unregister(self.end)
+        if self.record["pid"] != os.getpid():
+            return  # a forked child's copy
+        with self._writing:
+            if not self.displaced and _read(self.path).get("token") == self.record["token"]:
+                self.path.unlink(missing_ok=True)
+        if _uses.get(self.root) is self:
+            del _uses[self.root]
+        _forget_cells(self)
+
+    # IPython calls these around each cell of a notebook run by hand: between two cells it is idle, and
+    # another notebook may take over, after which its own next cell must not run on.
+
+    def visit(self, cell: Any) -> Any:
+        """Before a cell, as one of IPython's `ast_transformers`: go on, or reject it."""
+        from IPython.core.error import InputRejected
+
+        self.busy = True
+        if not self._renew() or not self.path.exists():
+            self.displaced = True
+            _forget_cells(self)
+            raise InputRejected(
+                f"Since this notebook's last cell the workspace {self.root} was used by another run or "
+                "notebook. Run this notebook again from its first cell."
+            )
+        return cell
+
+    def pause(self) -> None:
+        """After a cell: stand idle."""
+        self.busy = False
+        self._renew()
+
+
+def use_in_notebook(root: Path, notebook: str) -> None:
+    """Use a workspace for a notebook until `end_use`; by hand, only while a cell runs.
+
+    A notebook that `brainage-nb run` runs is covered by that run's own use.
+    """
+    root = root.resolve()
+    newest = _newest(root)
+    if newest and _read(newest).get("token", "") == os.environ.get(COVERED):
+        return
+    if root in _uses and not _uses[root].displaced:
+        _uses[root].record["who"] = f"notebook {notebook}"
+        return
+    end_use(root)
+    _uses[root] = use = Use(root, f"notebook {notebook}")
+    if shell := _shell():
+        shell.ast_transformers.append(use)
+        shell.events.register("post_execute", use.pause)
+
+
+def check_use(root: Path) -> None:
+    """Raise `WorkspaceInUse` where this process used the workspace and another has taken over."""
+    if use := _uses.get(root.resolve()):
+        use.check()
+
+
+def end_use(root: Path) -> None:
+    """End this process's use of a workspace, if any."""
+    if use := _uses.get(root.resolve()):
+        use.end()
+
+
+@contextmanager
+def used(root: Path, who: str, say: Callable[[str], Any] = print) -> Iterator[Use]:
+    """Use a workspace in a block."""
+    root = root.resolve()
+    end_use(root)
+    _uses[root] = use = Use(root, who, say)
+    try:
+        yield use
+    finally:
+        use.end()
+
+
+def _refuse_the_living(path: Path, root: Path, say: Callable[[str], Any]) -> None:
+    """Return once the user of a record is known to be gone or idle; raise `WorkspaceInUse` if it lives."""
+    seen = _read(path)
+    here, idle = seen.get("machine") == _machine(), seen.get("idle", False)
+    gone = here and not _lives(seen)
+    living = here and not gone and not idle
+    if not living and not gone:
+        silent = max(2.5 * BEAT, SILENT - max(0.0, time.time() - seen.get("time", 0.0)))
+        wait = BETWEEN_CELLS if here else 2.5 * BEAT if idle else silent
+        if not here:
+            say(f"The workspace was in use by {_told(seen)}. Watching for {wait:.0f} s whether it lives.")
+        living = _changes(path, seen, wait)
+    if living:
+        raise WorkspaceInUse(
+            f"The workspace {root} is in use by {_told(_read(path))}. Wait for its end or end it, or take "
+            "another workspace (brainage-nb run --workspace FOLDER; in a notebook the parameter `workspace`)."
+        )
+    if not path.exists():
+        return  # it has ended by now
+    state = "stands idle" if idle and not gone else "is gone without having ended"
+    say(f"Taking over the workspace from {_told(seen)}, which {state}.")
+
+
+def _told(record: dict[str, Any]) -> str:
+    facts = dict.fromkeys(("who", "pid", "user", "host", "since"), "?") | record
+    return "{who}, process {pid} of {user} on {host}, since {since}".format_map(facts)
+
+
+def _changes(path: Path, seen: dict[str, Any], seconds: float) -> bool:
+    """Whether a record is renewed in so many seconds; its end is no change."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and path.exists():
+        time.sleep(min(1.0, seconds / 10))
+        if path.exists() and _read(path) not in (seen, {}):
+            return True
+    return False
+
+
+def _lives(seen: dict[str, Any]) -> bool:
+    """Whether a process of this machine still runs; its number may have gone to a later one."""
+    import psutil
+
+    try:
+        process = psutil.Process(seen["pid"])
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() < seen["time"] + 2
+    except psutil.NoSuchProcess:
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+def _newest(root: Path) -> Path | None:
+    return max(root.glob(RECORDS), default=None)
+
+
+def _number(record: Path | None) -> int:
+    return int(record.name.split(".")[2]) if record else 0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record; {} where it is just being written, or gone."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _machine() -> str:
+    """This machine until its next start, and this container on it: where a process number means something."""
+    facts = [platform.node()]
+    try:
+        facts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        facts.append(os.readlink("/proc/self/ns/pid"))
+    except OSError:
+        pass  # not Linux, or hidden
+    return " ".join(facts)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return "?"
+
+
+def _shell() -> Any:
+    return getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+
+
+def _forget_cells(use: Use) -> None:
+    shell = _shell()
+    if shell and use in shell.ast_transformers:
+        shell.ast_transformers.remove(use)
+        shell.events.unregister("post_execute", use.pause)
