@@ -107,15 +107,17 @@ def test_a_bare_number_is_no_choice_between_patients_and_controls(match):
     found = match(["017_T1.nii", "019_T1.nii"], ["A017", "A018", "B019"])
     assert set(found.values()) == {"no id of the table is in its name"}
     names = ["A1.nii", "A2.nii", "A3.nii", "B4.nii", "B5.nii"]
-    assert set(match(names, ["1", "2", "3", "4", "5"]).values()) == {"no id of the table is in its name"}
+    found = match(names, ["1", "2", "3", "4", "5"])
+    assert "'A1' alone does not tell that it is of subject 1" in found["A1.nii"]
+    assert all("none taken" in reason for reason in found.values())
 
 
 def test_images_of_two_prefixes_do_not_share_a_bare_number(match):
     names = ["A12_T1.nii", "A13_T1.nii", "A14_T1.nii", "012_T1.nii"]
     found = match(names, ["12", "13", "14"])
     assert found["A13_T1.nii"] == "13"
-    assert "another prefix" in found["A12_T1.nii"]
-    assert "another prefix" in found["012_T1.nii"]
+    assert "both would be subject 12" in found["A12_T1.nii"]
+    assert "both would be subject 12" in found["012_T1.nii"]
 
 
 def test_ids_that_differ_by_padding_only_meet_their_own_image_and_no_other(match):
@@ -127,7 +129,7 @@ def test_ids_that_differ_by_padding_only_meet_their_own_image_and_no_other(match
 
 def test_a_path_that_fits_two_subjects_is_refused(match):
     found = match(["AB12/AB13_T1.nii"], ["AB12", "AB13"])
-    assert "several subjects" in found["AB12/AB13_T1.nii"]
+    assert "'AB12' (subject AB12) or 'AB13' (subject AB13)" in found["AB12/AB13_T1.nii"]
     assert "could be the subject" in match(["4/5_T1.nii"], ["4", "5", "5b"])["4/5_T1.nii"]
 
 
