@@ -111,14 +111,14 @@ def match_images(images: pd.DataFrame, rows: pd.DataFrame) -> list[Match]:
     """
     names = [_Name(image) for image in images.itertuples()]
     people = _People(rows)
-    matches = _refuse_shared(names, _Cohort(names, people))
+    cohort = _Cohort(names, people)
+    _refuse_shared(cohort)
+    matches = [_match_of(n, cohort) for n in range(len(names))]
     sessions = defaultdict(set)
     for match in matches:
         if len(match.subjects) == 1:
             sessions[match.subjects[0]].add(match.session)
-    return _refuse_shared_rows(
-        names, [_with_row(*pair, people, sessions) for pair in zip(names, matches, strict=True)]
-    )
+    return [_with_row(*pair, people, sessions) for pair in zip(names, matches, strict=True)]
 
 
 # --- names ----------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ class _Name:
         self.folders = [_read_parts(name) for name in image.folders.split("/") if name]
         self.stem = _read_parts(image.stem)
         self.shown = "/".join(filter(None, [image.folders, image.stem]))
-        self.hint = image.session_hint
+        self.session_hint, self.subject_hint = image.session_hint, image.subject_hint
         self.contrast = image.contrast
         components = [*self.folders, self.stem]
         self.parts = [part for parts in components for part in parts]
@@ -235,8 +235,9 @@ class _Name:
         if label:
             yield "label", label, part.shape
 
-    def rest(self, hit: _Hit, people: _People) -> tuple[str, ...]:
+    def rest(self, hit: _Hit | None, people: _People) -> tuple[str, ...]:
         """What must be the same in all images of a person, and the id as this one writes it."""
+        hit = hit or _Hit(len(self.parts), len(self.parts), (), 0)
         own = [part.text for part in self.parts[hit.start : hit.end]]
         if self.is_known:
             return tuple(own)
@@ -270,8 +271,8 @@ class _Name:
 
     def session(self, hit: _Hit | None) -> str:
         """The session that the name states outside of the id."""
-        if self.hint:
-            return self.hint
+        if self.session_hint:
+            return self.session_hint
         for number, part in enumerate(self.parts):
             if not (hit and hit.start <= number < hit.end) and (
                 match := re.fullmatch(r"(?:v|vis|visit|ses|tp)(\d{1,2})", part.text)
@@ -339,9 +340,12 @@ class _People:
 
     def hits(self, name: _Name) -> list[_Hit]:
         """Every run of a path's parts that is an id; of runs inside one another the longest."""
-        if found := _listed(self.files, name):
-            return [_Hit(name.stem_start, len(name.parts), self._same(found, name.stem), 2 * _STATED)]
         hits = [hit for start in range(len(name.parts)) if (hit := self._hit(name, start))]
+        if found := _listed(self.files, name):
+            found = self._same(found, name.stem)
+            whole = _Hit(name.stem_start, len(name.parts), found, 2 * _STATED)
+            inside = (hit for hit in hits if hit.start >= name.stem_start and set(hit.subjects) >= set(found))
+            return [next(inside, whole)._replace(subjects=found, strength=2 * _STATED)]
         hits = [
             hit
             for hit in hits
@@ -503,17 +507,22 @@ class _Cohort:
         Image -> the parts that are its subject.
     reasons : dict of int to str
         Image -> why none is.
+    rows : dict of int to int
+        Image -> the one row that lists it by image id or file name.
     """
 
     def __init__(self, names: list[_Name], people: _People) -> None:
         self.names, self.people = names, people
         hits = [people.hits(name) for name in names]
+        rows = {n: people.rows_named_by(name) for n, name in enumerate(names)}
+        self.rows = {n: next(iter(named)) for n, named in rows.items() if len(named) == 1}
         self.taken = {n: found[0] for n, found in enumerate(hits) if found and found[0].strength > _STATED}
         self.reasons: dict[int, str] = {}
         self.others = {
             n
             for n, name in enumerate(names)
             if n not in self.taken
+            and not _listed(people.listed, name)
             and name.is_other_contrast(max(hits[n], key=lambda hit: hit.strength, default=None))
         }
         self.open = set(range(len(names))) - set(self.taken) - self.others
@@ -630,7 +639,7 @@ class _Cohort:
             self.taken[n] = hits[0]
         elif len({hit.subjects for hit in hits}) > 1:
             shown = " or ".join(
-                f"'{self._text(n, hit)}' (subject {', '.join(hit.subjects[:3])})"
+                f"'{self.written(n, hit)}' (subject {', '.join(hit.subjects[:3])})"
                 for hit in {hit.subjects: hit for hit in hits}.values()
             )
             self.reasons[n] = f"several parts of its path could be the subject: {shown}; none taken"
@@ -639,11 +648,11 @@ class _Cohort:
             self.reasons[n] = f"fits several subjects of the table ({shown}): none taken"
         elif subjects:
             self.reasons[n] = (
-                f"'{self._text(n, hits[0])}' alone does not tell that it is of subject {subjects[0]}: the "
+                f"'{self.written(n, hits[0])}' alone does not tell that it is of subject {subjects[0]}: the "
                 "number is short, and other names or parts speak against it; none taken"
             )
 
-    def _text(self, n: int, hit: _Hit) -> str:
+    def written(self, n: int, hit: _Hit) -> str:
         return "_".join(part.written for part in self.names[n].parts[hit.start : hit.end])
 
 
@@ -651,49 +660,45 @@ def _agree(one: _Hit | None, other: _Hit) -> bool:
     return one is not None and one.subjects == other.subjects
 
 
-def _refuse_shared(names: list[_Name], cohort: _Cohort) -> list[Match]:
-    """Matches with subjects, but none for images that differ in more than session, run and contrast."""
-    groups = defaultdict(lambda: defaultdict(list))
+def _refuse_shared(cohort: _Cohort) -> None:
+    """Take no subject, and no listed row, for images that differ in more than session, run and contrast."""
+    names, groups = cohort.names, defaultdict(lambda: defaultdict(list))
     for n, hit in cohort.taken.items():
-        groups[hit.subjects][names[n].rest(hit, cohort.people)].append(n)
-    for subjects, alike in groups.items():
-        if len(alike) > 1:
-            for n in (n for group in alike.values() for n in group):
-                other = next(group[0] for group in alike.values() if n not in group)
-                cohort.reasons[n] = _shared(names[n], names[other], f"subject {subjects[0]}")
-    return [_match_of(n, name, cohort) for n, name in enumerate(names)]
+        groups[f"subject {hit.subjects[0]}"][names[n].rest(hit, cohort.people)].append(n)
+    for n, row in cohort.rows.items():
+        if n not in cohort.taken:
+            groups[f"row {row + 1}"][names[n].rest(None, cohort.people)].append(n)
+    for what, alike in groups.items():
+        for n, group in ((n, group) for group in alike.values() for n in group if len(alike) > 1):
+            other = names[next(others[0] for others in alike.values() if others is not group)]
+            cohort.reasons[n] = (
+                f"{names[n].shown} and {other.shown} differ in more than session, run and contrast, and both "
+                f"would be {what}: none taken"
+            )
 
 
-def _shared(name: _Name, other: _Name, what: str) -> str:
-    return (
-        f"{name.shown} and {other.shown} differ in more than session, run and contrast, and both would be "
-        f"{what}: none taken"
-    )
-
-
-def _match_of(n: int, name: _Name, cohort: _Cohort) -> Match:
-    hit = cohort.taken.get(n)
+def _match_of(n: int, cohort: _Cohort) -> Match:
+    name, hit = cohort.names[n], cohort.taken.get(n)
     reason = cohort.reasons.get(n, "")
     if n in cohort.others:
-        reason = "its name says that it is no T1-weighted scan"
-        hit = next(iter(cohort.hits[n]), None)
+        reason, hit = "its name says that it is no T1-weighted scan", next(iter(cohort.hits[n]), None)
+    row = None if reason else cohort.rows.get(n)
     if hit is None:
-        return Match(reason=reason, session=name.session(None))
-    label = "" if hit.is_as_written else cohort._text(n, hit)
-    visit = name.visit(hit, cohort.people)
-    return Match(None, reason, hit.subjects, label, name.session(hit), visit)
+        return Match(row, reason, session=name.session(None))
+    if row is not None and cohort.people.subject_of[row] not in hit.subjects:
+        row = None
+    label = "" if hit.is_as_written or row is not None else cohort.written(n, hit)
+    if hit.strength > _STATED:  # listed by file name, which says whose file it is
+        label = name.subject_hint
+    return Match(row, reason, hit.subjects, label, name.session(hit), name.visit(hit, cohort.people))
 
 
 # --- the row --------------------------------------------------------------------------------------------
 
 
 def _with_row(name: _Name, match: Match, people: _People, sessions: dict[str, set[str]]) -> Match:
-    named = people.rows_named_by(name)
-    owners = {people.subject_of[row] for row in named}
-    if name.contrast == "other" and match.reason and not _listed(people.listed, name):
-        return match
-    if len(named) == 1 and (not match.subjects or owners & set(match.subjects)):
-        return replace(match, row=next(iter(named)), reason="", subjects=tuple(owners), label="")
+    if match.row is not None:
+        return replace(match, subjects=(people.subject_of[match.row],))
     if match.reason:
         return match
     if not match.subjects:
@@ -702,20 +707,6 @@ def _with_row(name: _Name, match: Match, people: _People, sessions: dict[str, se
         return replace(match, reason=f"no id of the table is in its name{said}")
     row, reason = _row_of_session(match.session, match.subjects[0], people, sessions[match.subjects[0]])
     return replace(match, row=row, reason=reason)
-
-
-def _refuse_shared_rows(names: list[_Name], matches: list[Match]) -> list[Match]:
-    """No row for images that differ in more than session, run and contrast, though a listed name gave it."""
-    groups = defaultdict(list)
-    for n, match in enumerate(matches):
-        if match.row is not None and not names[n].is_known:
-            groups[match.row].append(n)
-    for row, group in groups.items():
-        alike = {n: names[n].others() for n in group} if len(group) > 1 else {}
-        for n in alike:
-            if other := next((m for m in group if alike[m] != alike[n]), None):
-                pass
-    return matches
 
 
 def _row_of_session(session: str, subject: str, people: _People, on_disk: set[str]) -> tuple[int | None, str]:
