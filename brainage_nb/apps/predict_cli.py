@@ -101,7 +101,7 @@ def is_image(name: str) -> bool:
 
 
 def ages_of(scans: Sequence[Path], table: str) -> list[float | None]:
-    """True ages in years from a participants table; what it took and which scans have none, and why, is said."""
+    """True ages in years from a participants table; says by what rules, and which scans have none and why."""
     from brainage_nb.cohort.sources import ages_of_scans
 
     ages, reasons, notes = ages_of_scans(scans, table)

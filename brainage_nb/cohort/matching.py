@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from brainage_nb.cohort.images import (
-    clean_text,
     contrast_of,
     image_stem,
     is_contrast_word,
@@ -27,19 +26,25 @@ from brainage_nb.cohort.images import (
     spans_of_parts,
 )
 
-_SUBJECT = set("sub subj subject participant patient pat case proband".split())
-_WHEN = set(
-    "ses sess session visit vis tp timepoint time wave baseline bl fu followup retest pre post screening run "
-    "rec acq echo mr rep repeat task".split()
-)
-_MAYBE_WHEN = set("v t scan img image im series ser day file vol".split())
-_WHERE = set("site center centre scanner".split())
-_MAYBE_WHERE = set("study project proj cohort group grp batch arm lab block".split())
-_WHAT = set(
-    "anat mri nii nifti raw rawdata quasiraw preproc orig original struct structural anatomical brain head "
-    "defaced deface anon reface bet stripped n4 crop cropped norm gd 3d iso sag sagittal ax axial cor coronal "
-    "scan scans image images data file".split()
-)
+_WORDS = {
+    role: set(words.split())
+    for role, words in {
+        "who": "sub subj subject participant",
+        "when": """
+            ses sess session visit vis tp timepoint time wave baseline bl fu followup retest pre post
+            screening run rec acq echo mr rep repeat task""",
+        "maybe when": "v t scan img image im series ser day file vol",
+        "where": "site center centre scanner",
+        "maybe where": "study project proj cohort group grp batch arm lab block",
+        "what": """
+            anat mri nii nifti raw rawdata quasiraw preproc orig original struct structural anatomical
+            brain head defaced deface anon reface bet stripped n4 crop cropped norm gd 3d iso sag sagittal
+            ax axial cor coronal scan scans image images data file""",
+    }.items()
+}
+"""Words of names by what they tell; those with `maybe` do so where another number may be the subject."""
+_LABELS = ("when", "maybe when", "where")
+"""Roles of words that a number may follow: `visit 2`, `site_1`."""
 _PASSING = {"who", "what", "when", "maybe when"}
 """Roles of parts in which images of one person may differ; where they were made is none of them."""
 _LATER = re.compile(r"[dmwyre]\d{1,3}|\d{1,3}(?:m|mo|months?|y|yrs?|w|wk|d|days?)")
@@ -50,10 +55,10 @@ _DATE = re.compile(
 )
 _ENTITY = re.compile(r"(?:^|_)(?:ses|run|task|acq|rec|dir|desc|space|res|ce|echo)-[^_]+", re.IGNORECASE)
 _GLUED = re.compile(
-    rf"((?:{'|'.join(_SUBJECT)})(?=\d))?(.*?)((?<=\d)(?:ses|v|visit|run|tp|t1|t1w|mprage)\d*)?"
+    rf"((?:{'|'.join(_WORDS['who'])})(?=\d))?(.*?)((?<=\d)(?:ses|v|visit|run|tp|t1|t1w|mprage)\d*)?"
 )
 
-_STATED, _TELLING, _WHOLE_NUMBER, _NUMBER = 8.0, 4.0, 1.9, 1.0
+_STATED, _TELLING, _WHOLE_NUMBER, _NUMBER, _LOOSE_NUMBER = 8.0, 4.0, 1.9, 1.0, 0.9
 """What an id in a path is worth; a place is preferred to another that is worth less than half as much."""
 _ENOUGH_DIGITS = 5
 """A number this long may name a subject by itself; a shorter one needs the cohort."""
@@ -90,11 +95,11 @@ class Match:
 def match_images(images: pd.DataFrame, rows: pd.DataFrame) -> list[Match]:
     """Find the row of every image.
 
-    Image ids and file names that the table lists decide by themselves. All else the cohort decides: the places
-    in a path (after `sub-`, the second part of the file name, the first folder, …) where ids of the table
-    stand are compared, and the one that gives most people, best as the table writes them, explains all images
-    that have it. Where another place explains them about as well and gives other people, they are refused
-    with both readings. Images whose paths differ in more than session, run and contrast never share a
+    Image ids and file names that the table lists decide by themselves. All else the cohort decides: the
+    places in a path (after `sub-`, the second part of the file name, the first folder, …) where ids of the
+    table stand are compared, and the one that gives most people, best as the table writes them, explains all
+    images that have it. Where another place explains them about as well and gives other people, they are
+    refused with both readings. Images whose paths differ in more than session, run and contrast never share a
     subject. The session has to fit as well.
 
     Parameters
@@ -139,21 +144,24 @@ def _read_parts(name: str) -> tuple[_Part, ...]:
     """The parts of a folder's or a file's name, with what their words say they are."""
     name = re.sub(r"(?<!\d)(\d)\.(\d)(?=T)", r"\1\2", name, flags=re.IGNORECASE)  # 1.5T
     entities = [match.span() for match in _ENTITY.finditer(name)]
-    written, inside = [], []
+    written, inside, gaps, last = [], [], [], 0
     for start, end in spans_of_parts(name):
+        gaps.append(name[last:start])
+        last = end
         glued = [piece for piece in _GLUED.fullmatch(name[start:end].casefold()).groups() if piece]
         for piece in glued:
             written.append(name[start : start + len(piece)] if len(glued) > 1 else name[start:end])
-            inside.append(any(first <= start < last for first, last in entities))
+            inside.append(any(first <= start < stop for first, stop in entities))
             start += len(piece)
+        gaps += [""] * (len(glued) - 1)
     texts = [unicodedata.normalize("NFKC", piece).casefold() for piece in written]
     roles: list[str] = []
     for number, text in enumerate(texts):
         after = texts[number + 1] if number + 1 < len(texts) else ""
-        before = (texts[number - 1], roles[-1]) if roles else ("", "")
+        before = texts[number - 1] if number else ""
         roles.append("when" if inside[number] else _role(text, after, before))
     for start in range(len(texts)):
-        if _is_date(texts[start : start + 3]):
+        if _is_date(texts[start : start + 3]) and gaps[start + 1] == gaps[start + 2]:
             roles[start : start + 3] = ["when"] * 3
     return tuple(
         _Part(text, raw, role, re.match(r"\D*", text)[0], re.sub(r"\d+", "n", re.sub(r"\D+", "a", text)))
@@ -161,27 +169,23 @@ def _read_parts(name: str) -> tuple[_Part, ...]:
     )
 
 
-def _role(text: str, after: str, before: tuple[str, str]) -> str:
+def _role(text: str, after: str, before: str) -> str:
     """What a part tells: `who` announces a subject; "" is open."""
     word = re.fullmatch(r"(\D*)(\d{0,4})", text)
     letters, digits = word.groups() if word else (text, "")
-    if text in _SUBJECT and after and (text == "sub" or re.search(r"\d", after)):
+    if text in _WORDS["who"] and after and (text == "sub" or re.search(r"\d", after)):
         known = re.match(r"\D*", after)[0]
-        return "" if known in _WHEN | _WHERE | _MAYBE_WHEN | _MAYBE_WHERE and known != "v" else "who"
-    if not letters and before[1] == "when date" or _DATE.fullmatch(text):
+        return "" if known in _WORDS["when"] | _WORDS["where"] else "who"
+    if _DATE.fullmatch(text):
         return "maybe when" if len(text) < 5 else "when"
-    if not letters and before[0] in _WHEN | _MAYBE_WHEN | _WHERE:
-        kind = before[0]
-        return "when" if kind in _WHEN else "where" if kind in _WHERE else "maybe when"
-    if is_contrast_word(text) or text in _WHAT:
+    if not letters and (role := next((role for role in _LABELS if before in _WORDS[role]), "")):
+        return role
+    if is_contrast_word(text) or text in _WORDS["what"]:
         return "what"
-    if letters in _WHEN:
-        return "when"
-    if re.fullmatch(r"\d{1,2}(t|tesla)", text) or (letters in _WHERE and digits):
+    if re.fullmatch(r"\d{1,2}(t|tesla)", text):
         return "where"
-    if letters in _MAYBE_WHEN and digits:
-        return "maybe when"
-    return "maybe where" if letters in _MAYBE_WHERE and digits else ""
+    known = next((role for role in (*_LABELS, "maybe where") if letters in _WORDS[role]), "")
+    return known if digits or known == "when" else ""
 
 
 def _is_date(texts: list[str]) -> bool:
@@ -221,7 +225,7 @@ class _Name:
         self.is_known = bool(image.subject_hint) and not any(part.text == "sub" for part in self.parts)
         if self.is_known:
             hint = [part.text for part in _read_parts(image.subject_hint)]
-            starts = range(len(texts) - len(hint), -1, -1)
+            starts = range(len(texts) - len(hint) + 1)
             stated = {next((n for n in starts if texts[n : n + len(hint)] == hint), -1)}
         self.stated = stated - {len(texts), -1}
 
@@ -239,12 +243,12 @@ class _Name:
         """What must be the same in all images of a person, and the id as this one writes it."""
         hit = hit or _Hit(len(self.parts), len(self.parts), (), 0)
         own = [part.text for part in self.parts[hit.start : hit.end]]
-        if self.is_known:
-            return tuple(own)
+        if self.is_known and own and own[0].startswith("oas"):
+            return tuple(own)  # names of OASIS tell no more of the person, and much of the picture
         others = (
             part.text
             for number, part in enumerate(self.parts)
-            if not hit.start <= number < hit.end
+            if not hit.start <= number < (len(self.parts) if self.is_known else hit.end)
             and part.role not in _PASSING
             and part.text not in own
             and not (number >= hit.end and (_LATER.fullmatch(part.text) or self.is_run(number, hit, people)))
@@ -262,12 +266,14 @@ class _Name:
             and (hit.strength >= _WHOLE_NUMBER or (hit.prefix is None and str(int(text)) not in people.plain))
         )
 
-    def has_other_number(self, start: int, end: int, roles: Collection[str] = ("",)) -> bool:
-        """Whether a number of these roles stands elsewhere, which might be the subject as well."""
+    def other_numbers(self, start: int, end: int, roles: Collection[str] = ("",)) -> list[int]:
+        """Parts outside a run with a number that might be the subject as well."""
         own = {part.text for part in self.parts[start:end]}
-        return any(
-            part.role in roles and part.text not in own and "n" in part.shape for part in self.parts
-        )
+        return [
+            number
+            for number, part in enumerate(self.parts)
+            if part.role in roles and part.text not in own and "n" in part.shape
+        ]
 
     def session(self, hit: _Hit | None) -> str:
         """The session that the name states outside of the id."""
@@ -285,7 +291,7 @@ class _Name:
         return "_".join(
             part.text
             for number, part in enumerate(self.parts)
-            if (part.text.isdecimal() and part.role.endswith("when"))
+            if _DATE.fullmatch(part.text)
             or self.is_run(number, hit, people)
             or (number >= hit.end and _LATER.fullmatch(part.text))
         )
@@ -400,10 +406,12 @@ class _People:
         is_year = text.isdecimal() and len(text) == 4
         if roles and not (same and prefix is None and (telling or is_year)):
             unsure = {"maybe when", "maybe where"}
-            if not roles <= unsure or len(run) > 1 or name.has_other_number(start, end, {"", *unsure}):
+            if not roles <= unsure or len(run) > 1 or name.other_numbers(start, end, {"", *unsure}):
                 return None
         whole = same and (len(bare) >= 3 or bare.startswith("0"))
         strength = _TELLING if telling else _WHOLE_NUMBER if whole and not roles else _NUMBER
+        if prefix and len(bare) < 3 and not telling:
+            strength = _LOOSE_NUMBER
         found = self._same(set(same or subjects), run) if prefix is None else tuple(sorted(same or subjects))
         return _Hit(start, end, found, strength, prefix, is_as_written and prefix is None)
 
@@ -432,7 +440,7 @@ def _unpadded(text: str) -> str:
 def is_telling(name: str) -> bool:
     """Whether a name may identify someone by itself, wherever in a path it stands."""
     parts = parts_of(name)
-    if all(is_contrast_word(part) or part.casefold() in _SUBJECT for part in parts):
+    if all(is_contrast_word(part) or part.casefold() in _WORDS["who"] for part in parts):
         return False
     longest = max((len(digits) for digits in re.findall(r"\d+", name)), default=0)
     return longest >= _ENOUGH_DIGITS or (len(name) > 1 and bool(re.search(r"[^\W\d_]", name)))
@@ -518,6 +526,8 @@ class _Cohort:
         self.rows = {n: next(iter(named)) for n, named in rows.items() if len(named) == 1}
         self.taken = {n: found[0] for n, found in enumerate(hits) if found and found[0].strength > _STATED}
         self.reasons: dict[int, str] = {}
+        self.refuted: set[Hashable] = set()
+        self.unsure: set[int] = set()
         self.others = {
             n
             for n, name in enumerate(names)
@@ -554,77 +564,91 @@ class _Cohort:
 
     def _settle_all(self) -> None:
         for _ in range(10):
-            weights = {key: weight for key in self.places if (weight := self._weight(key)) > 0}
-            if not weights:
+            judged = {key: self._judge(key) for key in self.places}
+            self.refuted = self.refuted or {key for key, (weight, _) in judged.items() if weight < 0}
+            judged = {key: one for key, one in judged.items() if one[0] > 0 and self._has_one_prefix(key)}
+            credible = [key for key, (_, clean) in judged.items() if self._is_credible(key, clean)]
+            if not credible:
                 break
-            best = max(weights, key=lambda key: (weights[key], key[-1] is None))
-            self._settle(best, [key for key, weight in weights.items() if 2 * weight >= weights[best]])
+            best = max(credible, key=lambda key: (judged[key][0], key[-1] is None))
+            self._settle(best, [key for key, (weight, _) in judged.items() if 2 * weight >= judged[best][0]])
         for n in sorted(self.open):
             strong = [hit for hit in self.hits[n] if hit.strength >= _TELLING]
             self._take(n, strong or self.hits[n], is_sure=bool(strong))
+            if all(
+                (*key, hit.prefix) in self.refuted for hit in strong for key in self.names[n].keys(hit.start)
+            ):
+                self.unsure.add(n)
 
-    def _weight(self, key: Hashable) -> float:
-        """How much speaks for a place: the people it gives, less images that would wrongly share one."""
+    def _judge(self, key: Hashable) -> tuple[float, list[tuple[int, _Hit]]]:
+        """What speaks for a place: the people it gives, less images that would wrongly share one."""
         here = self.places[key]
         if any(n in self.taken and self.taken[n].subjects != hit.subjects for n, hit in here.items()):
-            return 0
+            return 0, []
         groups = defaultdict(list)
         for n, hit in here.items():
             if n in self.open:
                 groups[hit.subjects].append((n, hit))
         weight, clean = 0.0, []
-        for subjects, group in groups.items():
-            alike = len(group) == 1 or self._are_alike(group)
+        for group in groups.values():
+            alike = len(group) == 1 or len({self.names[n].rest(hit, self.people) for n, hit in group}) == 1
             weight += sum(hit.strength for _, hit in group) * (1 if alike else -1)
-            clean += [(subjects, *group[0])] if alike else []
-        return weight if weight > 0 and self._is_credible(key, here, clean) else 0
+            clean += group[:1] if alike else []
+        return weight, clean
 
-    def _are_alike(self, group: list[tuple[int, _Hit]]) -> bool:
-        first, *others = (self.names[n].rest(hit, self.people) for n, hit in group)
-        return all(other == first for other in others)
-
-    def _is_credible(self, key: Hashable, here: dict[int, _Hit], clean: list[tuple]) -> bool:
-        """Whether short numbers at a place are ids: nearly all of them, or all that the table has."""
+    def _has_one_prefix(self, key: Hashable) -> bool:
+        """Whether letters that only the images write before their numbers are those of nearly all images."""
         *place, prefix = key
         letters = self.letters[tuple(place)]
-        if prefix:
-            rest = letters.total() - letters[prefix]
-            stray = rest <= letters.total() / 5 or all(
-                count == 1 for other, count in letters.items() if other != prefix
-            )
-            if letters[prefix] <= rest or not stray:
-                return False
-        if any(hit.strength >= _TELLING for hit in here.values()):
+        rest = letters.total() - letters[prefix]
+        few = rest <= letters.total() / 5 or all(letters[one] == 1 for one in letters if one != prefix)
+        return not prefix or (letters[prefix] > rest and few)
+
+    def _is_credible(self, key: Hashable, clean: list[tuple[int, _Hit]]) -> bool:
+        """Whether short numbers at a place are ids: most are, or all of the table, and no others vary."""
+        *place, prefix = key
+        if any(hit.strength >= _TELLING for _, hit in clean):
             return True
-        count = letters[prefix] if prefix else letters.total()
-        if max(len(here) / count, len(clean) / len(self.people.rows_of)) < 0.5:
+        count = self.letters[tuple(place)]
+        count = count[prefix] if prefix else count.total()
+        if max(len(self.places[key]) / count, len(clean) / len(self.people.rows_of)) < 0.5:
             return False
-        weak = len(clean) < 3 and any(hit.strength < _WHOLE_NUMBER for *_, hit in clean)
-        return not (weak and any(self.names[n].has_other_number(hit.start, hit.end) for _, n, hit in clean))
+        several, weakest = len(clean) > 2, min(hit.strength for _, hit in clean)
+        if several and weakest >= _WHOLE_NUMBER:
+            return True
+        rivals = {
+            other
+            for n, hit in clean
+            for other in self.hits[n]
+            if other.subjects != hit.subjects and other.strength >= weakest
+        }
+        if rivals and (not several or len({one.subjects for one in rivals}) == 1):
+            return False
+        if prefix and any(one.strength > weakest for one in rivals):
+            return False
+        others = [
+            tuple(
+                name.parts[number].text
+                for number in name.other_numbers(hit.start, hit.end)
+                if not (several and name.is_run(number, hit, self.people))
+            )
+            for name, hit in ((self.names[n], hit) for n, hit in clean)
+        ]
+        return not any(others) or len(set(others)) < len(clean)
 
     def _settle(self, best: Hashable, rivals: list[Hashable]) -> None:
         """Read all images that have a place by it, unless a rival place gives them other people."""
         here = {n: hit for n, hit in self.places[best].items() if n in self.open}
         rivals = [
-            there
+            key
             for key in rivals
-            if (there := self.places[key])
-            and any(n in there and there[n].subjects != hit.subjects for n, hit in here.items())
+            if any(n in here and here[n].subjects != hit.subjects for n, hit in self.places[key].items())
         ]
         for n, hit in here.items():
-            against = next(
-                (
-                    there.get(n) or next(iter(there.values()))
-                    for there in rivals
-                    if not _agree(there.get(n), hit)
-                ),
-                None,
-            )
-            self._take(n, [hit, against] if against and against.subjects != hit.subjects else [hit])
-        place = best[:-1]
-        for n in list(self.open):
-            name = self.names[n]
-            if any(place == key for number in range(len(name.parts)) for key in name.keys(number)):
+            against = [self._at(n, key) for key in rivals]
+            self._take(n, [hit, *(one for one in against if one and one.subjects != hit.subjects)])
+        for n in self.open:
+            if self._at(n, (*best[:-1], None)):
                 # it has the place, and what stands there is no id: a number elsewhere is none either
                 self.hits[n] = [hit for hit in self.hits[n] if hit.strength >= _TELLING]
         self.places = {
@@ -632,14 +656,23 @@ class _Cohort:
             for key, there in self.places.items()
         }
 
+    def _at(self, n: int, key: Hashable) -> _Hit | None:
+        """What an image has at a place: an id, or a part that is none, or nothing."""
+        if hit := self.places.get(key, {}).get(n):
+            return hit
+        name = self.names[n]
+        numbers = (number for number in range(len(name.parts)) if key[:-1] in name.keys(number))
+        number = next(numbers, None)
+        return None if number is None else _Hit(number, number + 1, (), 0)
+
     def _take(self, n: int, hits: list[_Hit], *, is_sure: bool = True) -> None:
         subjects = sorted({one for hit in hits for one in hit.subjects})
         self.open.discard(n)
-        if len(subjects) == 1 and is_sure:
+        if len(subjects) == 1 and is_sure and all(hit.subjects for hit in hits):
             self.taken[n] = hits[0]
         elif len({hit.subjects for hit in hits}) > 1:
             shown = " or ".join(
-                f"'{self.written(n, hit)}' (subject {', '.join(hit.subjects[:3])})"
+                f"'{self.written(n, hit)}' (subject {', '.join(hit.subjects[:3]) or 'without a row'})"
                 for hit in {hit.subjects: hit for hit in hits}.values()
             )
             self.reasons[n] = f"several parts of its path could be the subject: {shown}; none taken"
@@ -668,12 +701,18 @@ def _refuse_shared(cohort: _Cohort) -> None:
     for n, row in cohort.rows.items():
         if n not in cohort.taken:
             groups[f"row {row + 1}"][names[n].rest(None, cohort.people)].append(n)
+    for n in cohort.unsure & set(cohort.taken):
+        cohort.reasons[n] = (
+            f"'{cohort.written(n, cohort.taken[n])}' is at a place where most paths differ in more than "
+            "session, run and contrast though they have one subject there: none taken"
+        )
     for what, alike in groups.items():
-        for n, group in ((n, group) for group in alike.values() for n in group if len(alike) > 1):
-            other = names[next(others[0] for others in alike.values() if others is not group)]
+        firsts = [own[0] for own in alike.values()]
+        for n in (n for own in alike.values() for n in own if len(alike) > 1):
+            other = firsts[1] if n in alike[next(iter(alike))] else firsts[0]
             cohort.reasons[n] = (
-                f"{names[n].shown} and {other.shown} differ in more than session, run and contrast, and both "
-                f"would be {what}: none taken"
+                f"{names[n].shown} and {names[other].shown} differ in more than session, run and contrast, "
+                f"and both would be {what}: none taken"
             )
 
 

@@ -155,7 +155,9 @@ def ages_of_scans(
         row = None if found[scan].row is None else rows.loc[found[scan].row]
         has_age = row is not None and row["age"] == row["age"]
         ages.append(float(row["age"]) if has_age else None)
-        reasons.append("" if has_age else found[scan].reason or f"its row gives no usable age: {row['age_note']}")
+        reasons.append(
+            "" if has_age else found[scan].reason or f"its row gives no usable age: {row['age_note']}"
+        )
     return ages, reasons, [*notes, *_notes_on_matching(rows, matches)]
 
 
@@ -195,26 +197,31 @@ def _join_sets(sets: list[Path], images: pd.DataFrame, columns: Any, root: Any, 
     return FolderCohort(
         cohort.fillna(dict.fromkeys(cohort.columns.drop("age"), "")),
         pd.concat(
-            [*(one.unmatched_images for one in found.values()), pd.DataFrame(aside, columns=["image", "reason"])],
+            [
+                *(one.unmatched_images for one in found.values()),
+                pd.DataFrame(aside, columns=["image", "reason"]),
+            ],
             ignore_index=True,
         ),
         pd.concat([one.unmatched_rows for one in found.values()], ignore_index=True),
         [
-            f"{len(found)} data sets side by side, each with its own participants.tsv: their subjects are named "
-            f"{', '.join(f'{name}_…' for name in found)}.",
+            f"{len(found)} data sets side by side, each with its own participants.tsv: their subjects are "
+            f"named {', '.join(f'{name}_…' for name in found)}.",
             *(f"{name}: {note}" for name, one in found.items() for note in one.notes),
         ],
     )
 
 
 def _match_own_images(images: pd.DataFrame, rows: pd.DataFrame, path: Path, data_dir: Path) -> list[Match]:
-    """Match the images, but for those in the folder of another `participants.tsv`: their people are others."""
+    """Match the images but those in the folder of another `participants.tsv`: their people are others."""
     path, foreign = path.absolute(), {}
     for folder in dict.fromkeys(Path(image).parent for image in images["image"]):
         above = [one for one in (folder, *folder.parents) if one.is_relative_to(data_dir) and one != data_dir]
         owner = next((one for one in above if _has_participants(one)), None)
         if owner and not path.is_relative_to(owner) and not folder.is_relative_to(path.parent):
-            foreign[folder] = f"it belongs to the data set of {owner / 'participants.tsv'}, not to {path.name}"
+            foreign[folder] = (
+                f"it belongs to the data set of {owner / 'participants.tsv'}, not to {path.name}"
+            )
     reasons = [foreign.get(Path(image).parent, "") for image in images["image"]]
     own = images[[not reason for reason in reasons]].reset_index(drop=True)
     matches = iter(match_images(own, rows))

@@ -197,7 +197,9 @@ def test_named_scans_get_an_age_or_a_reason(data):
     assert found[0] == [30, None, 50, None]
     assert [bool(reason) for reason in found[1]] == [False, True, False, True]
     assert "no row is of subject '02'" in found[1][1] and "89+" in found[1][3]
-    alone = ages_of_scans([folder / names[0]], shutil.copy(folder / "participants.tsv", folder.parent / "t.tsv"))
+    alone = ages_of_scans(
+        [folder / names[0]], shutil.copy(folder / "participants.tsv", folder.parent / "t.tsv")
+    )
     assert alone[0] == [30]
 
 
