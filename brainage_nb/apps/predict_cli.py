@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -106,17 +105,16 @@ def is_image(name: str) -> bool:
 
 
 def ages_of(scans: Sequence[Path], table: str) -> list[float | None]:
-    """True ages in years from a participants table, matched by name as in notebook 01; None where unknown."""
-    from brainage_nb.cohort.sources import folder_cohort
+    """True ages in years from a participants table; says by what rules, and which scans have none and why."""
+    from brainage_nb.cohort.sources import ages_of_scans
 
-    absolute = [scan.absolute() for scan in scans]
-    folder = Path(os.path.commonpath([scan.parent for scan in absolute]))
-    if len(folder.parts) < 3:
-        raise ValueError("The scans have no common folder; give scans of one folder together with a table.")
-    found = folder_cohort(folder, Path(table).absolute())
-    known = {str(Path(row.image).absolute()): row.age for row in found.cohort.itertuples()}
-    ages = [known.get(str(scan)) for scan in absolute]
-    return [None if age is None or age != age else float(age) for age in ages]
+    ages, reasons, notes = ages_of_scans(scans, table)
+    for note in notes:
+        print(f"{table}: {note}")
+    for scan, reason in zip(scans, reasons, strict=True):
+        if reason:
+            print(f"{scan}: no true age: {reason}")
+    return ages
 
 
 def newest_bundle() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
@@ -84,6 +85,7 @@ _PREFIX = re.compile(rf"BiasField_|sanlm_|{_SPM}(?:c[1-6]|p\d)?")
 _MAP_PREFIX = re.compile(rf"(?:s\d{{0,2}})?m0?w[cp]\d|{_SPM}(?:(?<=_)|c[1-6]|p\d)(?=sub-)")
 # the folders of one FreeSurfer subject, and of one run of fsl_anat
 _HOME = re.compile(r"(?:^|/)(?P<subject>[^/]*?)(?P<tool>/?\bmri(?:/orig)?|\.anat)$")
+_CONTRAST_WORDS = _T1_WORDS | _LABEL_WORDS | _OTHER_WORDS
 _SITES = {"guys": "Guys", "hh": "HH", "iop": "IOP"}
 _PATTERNS = (
     # IXI002-Guys-0828-T1: the second number counts scans, it is no session
@@ -96,6 +98,10 @@ _SESSION = re.compile(
     r"(?:^|[-_. ])(?:(?:ses|session|visit|timepoint|tp|wave)[-_ ]?(?P<label>\d+)"
     r"|(?P<word>baseline|followup|retest)(?:[-_]?(?P<count>\d+))?)(?=$|[-_. ])",
     re.IGNORECASE,
+)
+
+_PART = re.compile(
+    r"[^\s!-/:-@\[-`{-~\u00a0-\u00a9\u00ab-\u00b1\u00b4\u00b6-\u00b8\u00bb\u00bf\u2000-\u206f\u3000-\u303f]+"
 )
 
 
@@ -132,7 +138,7 @@ def find_images(folder: Path | str) -> pd.DataFrame:
             f"There is no folder {folder}. Set data_dir to the folder that holds the scans."
         )
     paths, others, workspaces = _walk(folder)
-    images = pd.DataFrame([_described(path, folder) for path in paths], columns=COLUMNS, dtype=str)
+    images = describe_images(paths, folder)
     own = images["image"].str.startswith(tuple(f"{place}{os.sep}" for place in workspaces))
     found = images.assign(reason="", until=[len(parts_of(stem)) - 1 for stem in images["stem"]])
     found.loc[own, "reason"] = (
@@ -161,6 +167,11 @@ def take_named(images: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     return _parted(found.sort_values("image", kind="stable"), images.attrs["notes"])
 
 
+def describe_images(paths: Iterable[Path], folder: Path) -> pd.DataFrame:
+    """What the names of images below a folder say, in the columns of `find_images`."""
+    return pd.DataFrame([_described(path, folder) for path in paths], columns=COLUMNS, dtype=str)
+
+
 def image_stem(name: str) -> str:
     """A file name without its image ending."""
     for suffix in IMAGE_SUFFIXES:
@@ -170,18 +181,28 @@ def image_stem(name: str) -> str:
 
 
 def parts_of(name: str) -> list[str]:
-    """The parts of a name between `-`, `_`, `.` and blanks."""
-    return [part for part in re.split(r"[-_. ]+", name) if part]
+    """The parts of a name between blanks and punctuation of any script."""
+    return [name[start:end] for start, end in spans_of_parts(name)]
+
+
+def spans_of_parts(name: str) -> list[tuple[int, int]]:
+    """Where each part of a name begins and ends."""
+    return [match.span() for match in _PART.finditer(name)]
+
+
+def clean_text(text: str) -> str:
+    """Text in the composed form of Unicode, without characters that nobody sees; odd blanks are blanks."""
+    kept = "".join(
+        character
+        for character in unicodedata.normalize("NFC", text)
+        if unicodedata.category(character) != "Cf"
+    )
+    return " ".join(kept.split())
 
 
 def is_contrast_word(part: str) -> bool:
     """Whether a part of a name tells what was measured (`T1`, `flair`, `mask`) rather than who."""
-    return part.lower() in _T1_WORDS | _LABEL_WORDS | _OTHER_WORDS
-
-
-def has_session(name: str) -> bool:
-    """Whether a name states a session (`ses-01`, `visit2`, `baseline`)."""
-    return bool(_SESSION.search(name))
+    return part.lower() in _CONTRAST_WORDS
 
 
 def _walk(folder: Path) -> tuple[list[Path], Counter[str], list[str]]:
@@ -212,8 +233,8 @@ def _is_second_half(name: str, names: set[str]) -> bool:
 
 
 def _described(path: Path, folder: Path) -> tuple[str, ...]:
-    stem = image_stem(path.name)
-    folders = [image_stem(part) for part in path.parent.relative_to(folder).parts]
+    stem = clean_text(image_stem(path.name))
+    folders = [clean_text(image_stem(part)) for part in path.parent.relative_to(folder).parts]
     entities = dict(
         re.findall(r"(?:^|_)(sub|ses|run)-([^_/]+)", "/".join([*folders, stem]).replace("/", "_"))
     )
@@ -223,7 +244,7 @@ def _described(path: Path, folder: Path) -> tuple[str, ...]:
         subject, session, site = _known_name([stem, *reversed(folders)])
         session = session or _session_in([stem, *reversed(folders)])
     run = entities.get("run", "")
-    return str(path), stem, "/".join(folders), subject, session, run, site, _contrast(stem)
+    return str(path), stem, "/".join(folders), subject, session, run, site, contrast_of(parts_of(stem))
 
 
 def _known_name(names: list[str]) -> tuple[str, str, str]:
@@ -247,8 +268,9 @@ def _session_in(names: list[str]) -> str:
     return ""
 
 
-def _contrast(stem: str) -> str:
-    words = {part.lower() for part in parts_of(stem)}
+def contrast_of(parts: Iterable[str]) -> str:
+    """What the parts of a file name say was measured: "T1", "other" or ""."""
+    words = {part.lower() for part in parts}
     if words & _LABEL_WORDS:
         return "other"
     if words & _T1_WORDS:

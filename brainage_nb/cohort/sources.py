@@ -5,16 +5,19 @@ Every source ends in `folder_cohort`, which puts images and rows together and li
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from brainage_nb.cohort.bids import read_participants
 from brainage_nb.cohort.cells import TABLE_SUFFIXES
-from brainage_nb.cohort.images import find_images, take_named
+from brainage_nb.cohort.images import clean_text, describe_images, find_images, take_named
 from brainage_nb.cohort.matching import Match, match_images
 from brainage_nb.cohort.tables import TableError, refused_rows
 
@@ -92,12 +95,14 @@ def folder_cohort(
     if unknown:
         raise TableError(f"columns names {sorted(unknown)}; expected some of {', '.join(TABLE_COLUMNS)}.")
     images = find_images(data_dir)
-    path = find_table(data_dir, table)
     if images.empty:
         raise SourceError(_no_image(images, data_dir))
+    if not str(table) and (sets := _sets_side_by_side(data_dir)):
+        return _join_sets(sets, images, columns, root, source)
+    path = find_table(data_dir, table)
     rows, notes = _all_rows(read_participants(path, data_dir, columns or {}))
     images = take_named(images, [name for role in _NAMES if role in rows for name in rows[role]])
-    matches = match_images(images, rows)
+    matches = _match_own_images(images, rows, path, data_dir)
     if all(match.row is None for match in matches):
         raise SourceError(_nothing_fits(images, rows, matches, path))
     cohort = _joined(images, rows, matches, source)
@@ -106,8 +111,123 @@ def folder_cohort(
         cohort,
         _images_left(images, matches, root),
         _rows_left(rows, matches),
-        [*images.attrs["notes"], *notes, *_notes_on_matching(images, rows, matches, cohort)],
+        [*images.attrs["notes"], *notes, *_notes_on_matching(rows, matches)],
     )
+
+
+def ages_of_scans(
+    scans: Sequence[Path], table: Path | str
+) -> tuple[list[float | None], list[str], list[str]]:
+    """True ages of named scans, matched with a table as notebook 01 does; the scans are the whole cohort.
+
+    Parameters
+    ----------
+    scans : sequence of path
+    table : path
+        Participants table. Where it lies above the scans, all folders below it may name the subject.
+
+    Returns
+    -------
+    ages : list
+        Years, or None, one a scan.
+    reasons : list of str
+        Why a scan has no age, or "", one a scan.
+    notes : list of str
+        What was resolved in the table and in matching, by what rule.
+
+    Raises
+    ------
+    TableError
+        Where the table cannot be read safely.
+    """
+    scans, table = [Path(scan).absolute() for scan in scans], Path(table).expanduser().absolute()
+    folder = Path(os.path.commonpath([scan.parent for scan in scans]))
+    inside = folder.is_relative_to(table.parent)
+    rows, notes = _all_rows(read_participants(table, table.parent if inside else folder, {}))
+    unique = list(dict.fromkeys(scans))
+    # a scan given alone may be named by its folders only: `S001/anat/T1.nii.gz`
+    for top in [table.parent] if inside else [folder, *list(folder.parents)[:3]]:
+        images = describe_images(unique, top)
+        matches = _match_own_images(images, rows, table, top)
+        if any(match.row is not None for match in matches):
+            break
+    found = dict(zip(unique, matches, strict=True))
+    ages, reasons = [], []
+    for scan in scans:
+        row = None if found[scan].row is None else rows.loc[found[scan].row]
+        has_age = row is not None and row["age"] == row["age"]
+        ages.append(float(row["age"]) if has_age else None)
+        reasons.append(
+            "" if has_age else found[scan].reason or f"its row gives no usable age: {row['age_note']}"
+        )
+    return ages, reasons, [*notes, *_notes_on_matching(rows, matches)]
+
+
+def _sets_side_by_side(data_dir: Path) -> list[Path]:
+    """Folders with a `participants.tsv` of their own, where `data_dir` has none and they are several."""
+    tables = sorted(data_dir.glob("*/participants.tsv"))
+    return [path.parent for path in tables] if len(tables) > 1 and not _has_participants(data_dir) else []
+
+
+def _has_participants(folder: Path) -> bool:
+    # a link to an annex that was not fetched does not exist, yet it is the table
+    return (folder / "participants.tsv").exists() or (folder / "participants.tsv").is_symlink()
+
+
+def _join_sets(sets: list[Path], images: pd.DataFrame, columns: Any, root: Any, source: str) -> FolderCohort:
+    """Several data sets, each with its own table; ids take the folder's name: `site1_01`, `site2_01`."""
+    found, aside = {}, []
+    for folder in sets:
+        inside = [image for image in images["image"] if Path(image).is_relative_to(folder)]
+        try:
+            found[clean_text(folder.name)] = folder_cohort(
+                folder, folder / "participants.tsv", columns=columns, root=root, source=source
+            )
+        except (TableError, SourceError) as error:
+            aside += [(_relative(image, root), str(error)) for image in inside]
+    lone = [image for image in images["image"] if not any(Path(image).is_relative_to(one) for one in sets)]
+    aside += [(_relative(image, root), "no participants.tsv lies in its data set") for image in lone]
+    if not found:
+        raise SourceError(" ".join(dict.fromkeys(reason for _, reason in aside)))
+    for name, one in found.items():
+        for frame in (one.cohort, one.unmatched_rows):
+            frame["subject_id"] = name + "_" + frame["subject_id"]
+        one.cohort["scan_id"] = name + "_" + one.cohort["scan_id"]
+        one.cohort["site"] = one.cohort["site"].where(one.cohort["site"] != "", name)
+    cohort = pd.concat([one.cohort for one in found.values()], ignore_index=True)
+    cohort["scan_id"] = _distinct_names(cohort["scan_id"])
+    return FolderCohort(
+        cohort.fillna(dict.fromkeys(cohort.columns.drop("age"), "")),
+        pd.concat(
+            [
+                *(one.unmatched_images for one in found.values()),
+                pd.DataFrame(aside, columns=["image", "reason"]),
+            ],
+            ignore_index=True,
+        ),
+        pd.concat([one.unmatched_rows for one in found.values()], ignore_index=True),
+        [
+            f"{len(found)} data sets side by side, each with its own participants.tsv: their subjects are "
+            f"named {', '.join(f'{name}_…' for name in found)}.",
+            *(f"{name}: {note}" for name, one in found.items() for note in one.notes),
+        ],
+    )
+
+
+def _match_own_images(images: pd.DataFrame, rows: pd.DataFrame, path: Path, data_dir: Path) -> list[Match]:
+    """Match the images but those in the folder of another `participants.tsv`: their people are others."""
+    path, foreign = path.absolute(), {}
+    for folder in dict.fromkeys(Path(image).parent for image in images["image"]):
+        above = [one for one in (folder, *folder.parents) if one.is_relative_to(data_dir) and one != data_dir]
+        owner = next((one for one in above if _has_participants(one)), None)
+        if owner and not path.is_relative_to(owner) and not folder.is_relative_to(path.parent):
+            foreign[folder] = (
+                f"it belongs to the data set of {owner / 'participants.tsv'}, not to {path.name}"
+            )
+    reasons = [foreign.get(Path(image).parent, "") for image in images["image"]]
+    own = images[[not reason for reason in reasons]].reset_index(drop=True)
+    matches = iter(match_images(own, rows))
+    return [Match(reason=reason) if reason else next(matches) for reason in reasons]
 
 
 def demo_cohort(
@@ -148,8 +268,7 @@ def find_table(data_dir: Path | str, table: Path | str = "") -> Path:
     if str(table):
         named = Path(table).expanduser()
         return named if named.exists() or not (data_dir / named).exists() else data_dir / named
-    # a link to an annex that was not fetched does not exist, yet it is the table
-    if (data_dir / "participants.tsv").exists() or (data_dir / "participants.tsv").is_symlink():
+    if _has_participants(data_dir):
         return data_dir / "participants.tsv"
     listed = sorted(
         path
@@ -173,7 +292,10 @@ def _all_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     refused = refused_rows(table).rename(columns={"reason": "age_note"})
     rows = pd.concat([table, refused.assign(age=float("nan"))], ignore_index=True)
     text = rows.columns.drop("age")
-    return rows.fillna(dict.fromkeys(text, "")), list(table.attrs["notes"])
+    rows = rows.fillna(dict.fromkeys(text, ""))
+    for column in rows.columns.intersection(["subject_id", "session_id", "table_id", "image_id"]):
+        rows[column] = rows[column].map(clean_text)
+    return rows, list(table.attrs["notes"])
 
 
 def _joined(images: pd.DataFrame, rows: pd.DataFrame, matches: list[Match], source: str) -> pd.DataFrame:
@@ -182,9 +304,10 @@ def _joined(images: pd.DataFrame, rows: pd.DataFrame, matches: list[Match], sour
     seen = images.iloc[found].reset_index(drop=True)
     known = rows.loc[[matches[index].row for index in found]].reset_index(drop=True)
     labels = pd.Series([matches[index].label for index in found], dtype=str)
+    sessions = pd.Series([matches[index].session for index in found], dtype=str)
     cohort = known.assign(
         subject_id=_subject_ids(known["subject_id"], labels),
-        session_id=seen["session_hint"].where(seen["session_hint"] != "", known["session_id"]),
+        session_id=sessions.where(sessions != "", known["session_id"]),
         site=known["site"].where(known["site"] != "", seen["site_hint"]),
         image=seen["image"],
         source=source,
@@ -203,12 +326,30 @@ def _subject_ids(ids: pd.Series, labels: pd.Series) -> pd.Series:
 def _scan_ids(cohort: pd.DataFrame, images: pd.DataFrame) -> list[str]:
     """`subject[_session][_run]`; where several images would share it, their names, then their paths."""
     parts = zip(cohort["subject_id"], cohort["session_id"], images["run_hint"], strict=True)
-    ids = pd.Series(["_".join(filter(None, part)) for part in parts], dtype=str)
+    ids = pd.Series(["_".join(filter(None, part)) for part in parts], dtype=str).map(_file_name)
     for longer in (images["stem"], images["folders"] + "_" + images["stem"], images["image"]):
-        ids = ids.map(lambda name: re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-"))
         # two ids that differ in case alone would be one file on some disks
-        ids = longer.where(ids.str.lower().duplicated(keep=False), ids)
-    return list(ids.map(lambda name: re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")))
+        ids = longer.map(_file_name).where(ids.str.casefold().duplicated(keep=False), ids)
+    return _distinct_names(ids)
+
+
+def _file_name(name: str) -> str:
+    """A name that can be that of a file: letters of any script, digits, `.`, `_` and `-`."""
+    safe = (one if one in "._-" or unicodedata.category(one)[0] in "LNM" else "-" for one in clean_text(name))
+    return re.sub("-+", "-", "".join(safe)).strip("-")
+
+
+def _distinct_names(names: pd.Series) -> list[str]:
+    """Names of which no two are the same file: later ones are numbered."""
+    taken: set[str] = set()
+    distinct = []
+    for name in names:
+        number, one = 1, name
+        while one.casefold() in taken:
+            number, one = number + 1, f"{name}-{number + 1}"
+        taken.add(one.casefold())
+        distinct.append(one)
+    return distinct
 
 
 def _relative(image: str, root: Path | str | None) -> str:
@@ -241,26 +382,27 @@ def _rows_left(rows: pd.DataFrame, matches: list[Match]) -> pd.DataFrame:
     return left[["subject_id", "session_id"]].assign(reason=reasons).reset_index(drop=True)
 
 
-def _notes_on_matching(
-    images: pd.DataFrame, rows: pd.DataFrame, matches: list[Match], cohort: pd.DataFrame
-) -> list[str]:
+def _notes_on_matching(rows: pd.DataFrame, matches: list[Match]) -> list[str]:
     notes = []
     if padded := [match for match in matches if match.row is not None and match.label]:
         first = padded[0]
         notes.append(
             f"Ids matched by number: {len(padded)}; '{first.label}' is the table's '{first.subjects[0]}'."
         )
-    bare = pd.Series([match.row is not None and not rows["session_id"][match.row] for match in matches])
-    shared = images[bare].assign(
-        row=[match.row for match, is_bare in zip(matches, bare, strict=True) if is_bare]
+    visits = pd.DataFrame(
+        [(match.row, match.session, match.visit) for match in matches if match.row is not None],
+        columns=["row", "session", "visit"],
     )
-    several = shared.drop_duplicates(["row", "session_hint"])["row"].value_counts() > 1
+    visits = visits[visits["row"].map(rows["session_id"]) == ""].drop_duplicates()
+    several = visits["row"].value_counts() > 1
     if several.any():
+        told = "" if visits["session"].any() else " (or dates, or numbers after the id)"
         notes.append(
-            f"Subjects with several sessions on disk and one age in the table: {several.sum()}; all "
+            f"Subjects with several sessions{told} on disk and one age in the table: {several.sum()}; all "
             "sessions take this age, which is probably that at the first."
         )
-    if missing := int(cohort["age"].isna().sum()):
+    taken = [match.row for match in matches if match.row is not None]
+    if missing := int(rows["age"][taken].isna().sum()):
         notes.append(f"Images whose row gives no usable age: {missing}; cleaning drops them with the reason.")
     return notes
 

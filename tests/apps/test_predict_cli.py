@@ -48,6 +48,17 @@ def test_scans_folders_and_ages_end_in_one_table(tiny, tmp_path, capsys):
     assert "sub-02_T1w_heat.nii.gz: its name does not end in _T1w" in said
 
 
+def test_scans_without_a_true_age_are_named_with_the_reason_and_the_notes_of_the_table(tmp_path, capsys):
+    names = ["site1_001.nii", "site1_002.nii", "site2_003.nii", "site2_007.nii"]
+    table = tmp_path / "ages.csv"
+    table.write_text("id,age\n001,20\n002,50\n003,89+\n004,70\n")
+    assert predict_cli.ages_of([tmp_path / name for name in names], str(table)) == [20, 50, None, None]
+    said = capsys.readouterr().out
+    assert "site2_003.nii: no true age: its row gives no usable age: " in said and "89+" in said
+    assert "site2_007.nii: no true age: no id of the table is in its name" in said
+    assert "ages.csv: subject_id is read from column 'id'." in said
+
+
 def test_one_bad_scan_is_named_and_the_rest_go_on(tiny, tmp_path, capsys):
     good, bad = write_scan(tmp_path / "good.nii"), tmp_path / "bad.nii"
     bad.write_text("no scan")

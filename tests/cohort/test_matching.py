@@ -1,9 +1,14 @@
 """Which row an image belongs to: tolerant where that is safe, refused where it is not."""
 
+import random
+import unicodedata
+from datetime import date
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
-from brainage_nb.cohort.images import find_images
+from brainage_nb.cohort.images import describe_images, find_images
 from brainage_nb.cohort.matching import match_images
 
 
@@ -61,6 +66,14 @@ def match(tmp_path):
         ("test.mgz", "odd/test.mgz"),
         ("IXI002-Guys-0828-T1.nii.gz", "IXI002-Guys-0828-T1.nii.gz"),
         ("anat_T2.nii", "anat_T2"),
+        ("10-01-T1.nii.gz", "10-01"),
+        ("Study7_078_V2.nii.gz", "78"),
+        ("1.5T/78/anat.nii.gz", "78"),
+        ("sub78ses2_T1w.nii", "78"),
+        ("７８_T1.nii", "78"),
+        ("PD_001_V1.nii", "PD_001"),
+        ("site1/sub-01/anat/sub-01_T1w.nii.gz", "site1_01"),
+        (unicodedata.normalize("NFD", "Jörg_T1.nii"), "Jörg"),
     ],
 )
 def test_an_image_finds_its_row(match, name, one):
@@ -107,15 +120,17 @@ def test_a_bare_number_is_no_choice_between_patients_and_controls(match):
     found = match(["017_T1.nii", "019_T1.nii"], ["A017", "A018", "B019"])
     assert set(found.values()) == {"no id of the table is in its name"}
     names = ["A1.nii", "A2.nii", "A3.nii", "B4.nii", "B5.nii"]
-    assert set(match(names, ["1", "2", "3", "4", "5"]).values()) == {"no id of the table is in its name"}
+    found = match(names, ["1", "2", "3", "4", "5"])
+    assert "'A1' alone does not tell that it is of subject 1" in found["A1.nii"]
+    assert all("none taken" in reason for reason in found.values())
 
 
 def test_images_of_two_prefixes_do_not_share_a_bare_number(match):
     names = ["A12_T1.nii", "A13_T1.nii", "A14_T1.nii", "012_T1.nii"]
     found = match(names, ["12", "13", "14"])
     assert found["A13_T1.nii"] == "13"
-    assert "another prefix" in found["A12_T1.nii"]
-    assert "another prefix" in found["012_T1.nii"]
+    assert "both would be subject 12" in found["A12_T1.nii"]
+    assert "both would be subject 12" in found["012_T1.nii"]
 
 
 def test_ids_that_differ_by_padding_only_meet_their_own_image_and_no_other(match):
@@ -127,7 +142,7 @@ def test_ids_that_differ_by_padding_only_meet_their_own_image_and_no_other(match
 
 def test_a_path_that_fits_two_subjects_is_refused(match):
     found = match(["AB12/AB13_T1.nii"], ["AB12", "AB13"])
-    assert "several subjects" in found["AB12/AB13_T1.nii"]
+    assert "'AB12' (subject AB12) or 'AB13' (subject AB13)" in found["AB12/AB13_T1.nii"]
     assert "could be the subject" in match(["4/5_T1.nii"], ["4", "5", "5b"])["4/5_T1.nii"]
 
 
@@ -212,3 +227,204 @@ def test_of_200_numbered_subjects_none_is_taken_for_another(match, width):
     for i, name in enumerate(sorted(names), start=1):
         number = str(int(name.split("/")[0].removeprefix("sub-")))
         assert found[name] == number if int(number) <= 100 else found[name].startswith("no id"), i
+
+
+# --- the cohort decides ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *(
+            "site",
+            "v",
+            "visit",
+            "ses",
+            "run",
+            "scan",
+            "group",
+            "day",
+            "batch",
+            "img",
+            "S",
+            "study",
+            "north",
+            "C0",
+        ),
+        *("1.5T_", "01-15-2019_", "04.05.2019_", "20190504_"),
+    ],
+)
+@pytest.mark.parametrize("ids", [[f"{i:03d}" for i in range(1, 13)], [str(i) for i in range(1, 13)]])
+def test_what_stands_before_the_ids_is_not_taken_for_them(match, prefix, ids):
+    tail = "" if prefix.endswith("_") else "_"
+    names = [
+        f"{prefix}{(i + 2) // 3 if tail else ''}{tail}{one.zfill(3)}.nii"
+        for i, one in enumerate(ids, start=1)
+    ]
+    assert match(names, ids) == dict(zip(names, ids, strict=True))
+
+
+def test_an_id_in_a_folder_wins_over_that_of_the_centre(match):
+    names = [f"C{(i + 2) // 3:02d}/{i:03d}/anat.nii.gz" for i in range(1, 10)]
+    assert match(names, [f"{i:03d}" for i in range(1, 20)]) == {name: name[4:7] for name in names}
+
+
+def test_two_readings_are_refused_and_both_shown(match):
+    found = match(["P001_3.nii", "P002_1.nii", "P003_2.nii"], ["1", "2", "3"])
+    assert found["P001_3.nii"] == (
+        "several parts of its path could be the subject: 'P001' (subject 1) or '3' (subject 3); none taken"
+    ) or found["P001_3.nii"].startswith("several parts of its path could be the subject: '3' (subject 3) or")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["site1/sub-01/anat/sub-01_T1w.nii", "site2/sub-01/anat/sub-01_T1w.nii"],
+        ["Study7_901.nii", "Study7_902.nii", "Study7_903.nii"],
+        ["north_01.nii", "south_01.nii"],
+        ["01_bonn.nii", "01_oslo.nii"],
+        ["3T/01.nii", "7T/01.nii"],
+        ["sub-1_T1w.nii", "sub-01_T1w.nii"],
+        ["7_6916.nii", "1_6023.nii"],
+    ],
+)
+def test_images_that_differ_in_more_than_session_run_and_contrast_share_no_subject(match, names):
+    found = match(names, ["1", "7", "8"])
+    assert not set(found.values()) & {"1", "7", "8"}
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["P1_V1_T1.nii", "P1_V2_T1.nii"],
+        ["P1/ses-1/anat/T1w.nii", "P1/ses-2/anat/T1w.nii"],
+        ["P1_2019-01-15.nii", "P1_2021-03-20.nii"],
+        ["P1_1.nii", "P1_2.nii"],
+        ["P1_run-1_mprage.nii", "P1_run-2_mprage.nii"],
+        ["baseline/P1.nii", "followup/P1.nii"],
+        ["P1_T1.nii", "P1_T1_defaced.nii"],
+        ["P1V1.nii", "P1V2.nii"],
+    ],
+)
+def test_sessions_runs_and_contrasts_of_one_person_share_a_subject(match, names):
+    assert set(match(names, ["P1", "P2"]).values()) == {"P1"}
+
+
+def test_an_image_id_that_is_listed_once_serves_one_image_only(match):
+    found = match(["site1/scan7.nii", "site2/scan7.nii"], ["a", "b"], image_ids=["scan7.nii", "scan8.nii"])
+    assert all("both would be row 1" in reason for reason in found.values())
+    rows = match(["site1/T1.nii", "site2/T1.nii"], ["a", "b"], image_ids=["d/site2/T1.nii", "d/site1/T1.nii"])
+    assert rows == {"site1/T1.nii": "b", "site2/T1.nii": "a"}
+
+
+NAMES = [
+    *("张三", "李四", "王五", "田中", "鈴木", "김민수", "Иван", "Ольга", "मीरा", "राम", "أحمد", "ليلى"),
+    *("Jörg", "Jürg", "Märk", "Mörk", "Anna", "Emil", "Łukasz", "Zoë"),
+]
+IDS = (
+    lambda rng, n: [str(i) for i in range(1, n + 1)],
+    lambda rng, n: [f"{i:02d}" for i in range(1, n + 1)],
+    lambda rng, n: [f"{i:03d}" for i in range(1, n + 1)],
+    lambda rng, n: [str(i) for i in rng.sample(range(100, 9999), n)],
+    lambda rng, n: [str(i) for i in rng.sample(range(100000, 999999), n)],
+    lambda rng, n: [f"{rng.choice(['P', 'S', 'HC', 'NDAR'])}{i:03d}" for i in range(1, n + 1)],
+    lambda rng, n: [f"{rng.randint(10, 14)}-{i:02d}" for i in range(1, n + 1)],
+    lambda rng, n: [f"{rng.choice(['CMU_a', 'NYU', 'UCLA_1'])}_{50000 + i}" for i in range(n)],
+    lambda rng, n: [f"{rng.randint(2, 99):03d}_S_{i:04d}" for i in rng.sample(range(1, 6000), n)],
+    lambda rng, n: rng.sample(NAMES, min(n, len(NAMES))),
+)
+WRITTEN = ("{}", "{}", "{:03d}", "P{:03d}", "sub-{:03d}", "subj{:02d}")
+
+
+def a_cohort(rng):
+    """Names by one pattern, the id of each, all ids of the table, and whether two people share an id."""
+    kind = rng.randrange(len(IDS))
+    ids = IDS[kind](rng, rng.choice([1, 2, 3, 5, 8, 12, 18]) + 2)
+    form = rng.choice(WRITTEN) if kind < 3 else "{}"
+    shared = rng.random() < 0.15
+    before = (
+        ["place"]
+        if shared
+        else rng.sample(["place", "date", "project", "scanner", "group"], rng.choice([0, 1, 2]))
+    )
+    after = rng.sample(["visit", "run", "date", "town"], rng.choice([0, 0, 1, 2]))
+    after = [one for one in after if one not in before and not (shared and one in ("town", "date"))]
+    place = rng.choice(["site{}", "Site-{:02d}", "centre{}", "batch{}", "group{}", "1.{}T", "day{}"])
+    place = rng.choice(["site{}", "centre{}", "hospital{}", "{}T"]) if shared else place
+    day = rng.choice(["%d.%m.%Y", "%m-%d-%Y", "%Y%m%d", "%Y-%m-%d", "%d%b%Y"])
+    project, visit, run = (
+        rng.choice(many.split())
+        for many in (
+            "STUDY ABIDE study7 MYPROJ2",
+            "V{} ses-{} ses-{:02d} visit{} tp{}",
+            "run-{} run{:02d} scan{}",
+        )
+    )
+    contrast, gap, nested = rng.choice(["T1", "T1w", "mprage", "anat"]), rng.choice("__- ."), rng.randrange(4)
+    names, truth = [], []
+    for one in ids[:-2]:
+        written = form.format(int(one) if ":" in form else one)
+        scanned = date(rng.randint(2001, 2020), rng.randint(1, 12), rng.randint(1, 28))
+        fixed = {
+            "scanner": rng.choice(["Prisma", "Trio"]),
+            "group": rng.choice(["HC", "MCI"]),
+            "project": project,
+        }
+        number, fixed["town"] = rng.randint(1, 4), rng.choice(["Bonn", "Oslo"])
+        for site in (1, 2) if shared else (number,):
+            for v in (1, 2) if "visit" in after else (1,):
+                fixed |= {
+                    "place": place.format(site),
+                    "date": scanned.replace(year=scanned.year + v).strftime(day),
+                }
+                fixed |= {"visit": visit.format(v), "run": run.format(1)}
+                first, last = [fixed[one] for one in before], [*(fixed[one] for one in after), contrast]
+                names.append(
+                    [
+                        gap.join([*first, written, *last]),
+                        "/".join([*first, written, gap.join(last)]),
+                        "/".join([*first, written, gap.join([written, *last])]),
+                        "/".join([*first[:1], gap.join([*first[1:], written, *last])]),
+                    ][nested]
+                    + ".nii.gz"
+                )
+                truth.append(one)
+    return names, truth, ids, shared
+
+
+def try_cohorts(numbers):
+    """How many cohorts of one reading were matched whole, in part, and not; wrong rows fail at once."""
+    counts = {"whole": 0, "other": 0}
+    for number in numbers:
+        names, truth, ids, shared = a_cohort(random.Random(number))
+        images = describe_images([Path("/d", name) for name in names], Path("/d"))
+        found = match_images(images, pd.DataFrame({"subject_id": ids, "session_id": "", "table_id": ids}))
+        rows = [None if match.row is None else ids[match.row] for match in found]
+        assert all(match.reason for match in found if match.row is None)
+        if shared:
+            assert not any(rows), (number, names[:4], rows[:4])
+            continue
+        assert all(row in (None, one) for row, one in zip(rows, truth, strict=True)), (number, names[:4])
+        counts["whole" if all(rows) else "other"] += 1
+    return counts
+
+
+@pytest.mark.parametrize(
+    "numbers", [range(200), pytest.param(range(200, 2600), marks=pytest.mark.slow)], ids=["200", "2400"]
+)
+def test_names_by_patterns_that_people_use_give_the_right_row_or_none(numbers):
+    counts = try_cohorts(numbers)
+    print(counts)
+    assert counts["whole"] >= 0.98 * sum(counts.values())
+
+
+def test_thousands_of_images_are_matched_in_seconds():
+    from time import process_time
+
+    names = [f"north{i % 7}/P{i:05d}_V{i % 3}_T1w.nii" for i in range(4000)]
+    images = describe_images([Path("/d", name) for name in names], Path("/d"))
+    ids = [str(i) for i in range(4000)]
+    start = process_time()
+    found = match_images(images, pd.DataFrame({"subject_id": ids, "session_id": "", "table_id": ids}))
+    assert [match.row for match in found] == list(range(4000))
+    assert process_time() - start < 6

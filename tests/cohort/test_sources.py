@@ -1,13 +1,14 @@
 """A folder and a table become a cohort; whatever finds no partner is listed."""
 
 import shutil
+import unicodedata
 
 import pandas as pd
 import pytest
 
 from brainage_nb.cohort import sources
 from brainage_nb.cohort.cells import read_cells
-from brainage_nb.cohort.sources import SourceError, find_table, folder_cohort
+from brainage_nb.cohort.sources import SourceError, ages_of_scans, find_table, folder_cohort
 from brainage_nb.cohort.tables import TableError
 
 
@@ -191,10 +192,54 @@ def test_a_mask_is_not_taken_for_the_scan_whose_id_it_carries(data):
 
 
 def test_scan_ids_are_unique_even_where_names_repeat(data):
-    folder = data({"t.csv": "ID,age\nAB1,30\n", "a/AB1.nii": None, "b/AB1.nii": None, "AB1_x.nii": None})
+    names = ["anat/AB1.nii", "raw/AB1.nii", "AB1_1.nii", "AB1_2.nii", "ab1 T1.nii", "ab1_T1.nii"]
+    folder = data({"t.csv": "ID,age\nAB1,30\n", **dict.fromkeys(names)})
     cohort = folder_cohort(folder).cohort
-    assert cohort["scan_id"].is_unique
+    assert cohort["scan_id"].is_unique and len(cohort) == 6
     assert set(cohort["subject_id"]) == {"AB1"}
+
+
+def test_ids_of_any_script_reach_the_cohort_apart(data):
+    ids = ["张三", "李四", "Jörg", "Jürg", "मीरा", "मारा", "Ольга", "أحمد"]
+    written = [unicodedata.normalize("NFD", one) for one in ids]
+    table = "".join(f"{one}\u200b,{30 + i}\n" for i, one in enumerate(ids)).replace("Jörg", "\u00a0Jörg")
+    folder = data({"t.csv": f"id,age\n{table}", **{f"{one}_T1.nii": None for one in written}})
+    cohort = folder_cohort(folder).cohort
+    assert dict(zip(cohort["scan_id"], cohort["age"], strict=True)) == {
+        one: 30 + i for i, one in enumerate(ids)
+    }
+    assert all((folder / image).is_file() for image in cohort["image"])
+
+
+def test_data_sets_side_by_side_are_two_sets_of_people(data):
+    files = {f"site{s}/sub-0{i}/anat/sub-0{i}_T1w.nii.gz": None for s in (1, 2) for i in (1, 2)}
+    for s in (1, 2):
+        files[f"site{s}/participants.tsv"] = f"participant_id\tage\nsub-01\t{s}1\nsub-02\t{s}2\n"
+    folder = data(files)
+    both = folder_cohort(folder)
+    assert ages(both) == {"site1_01": 11, "site1_02": 12, "site2_01": 21, "site2_02": 22}
+    assert list(both.cohort["subject_id"]) == list(both.cohort["scan_id"])
+    assert list(both.cohort["site"]) == ["site1", "site1", "site2", "site2"]
+    one = folder_cohort(folder, "site1/participants.tsv")
+    assert ages(one) == {"01": 11, "02": 12}
+    assert one.unmatched_images["reason"].str.contains("data set of .*site2/participants.tsv").all()
+    (folder / "site2" / "participants.tsv").unlink()
+    with pytest.raises(SourceError, match="differ in more than session, run and contrast"):
+        folder_cohort(folder, "site1/participants.tsv")
+
+
+def test_named_scans_get_an_age_or_a_reason(data):
+    names = ["sub-01/T1.nii", "sub-02/T1.nii", "derivatives/sub-03/T1.nii", "sub-04/T1.nii"]
+    table = "participant_id\tage\nsub-01\t30\nsub-03\t50\nsub-04\t89+\n"
+    folder = data({"participants.tsv": table, **dict.fromkeys(names)})
+    found = ages_of_scans([folder / name for name in names], folder / "participants.tsv")
+    assert found[0] == [30, None, 50, None]
+    assert [bool(reason) for reason in found[1]] == [False, True, False, True]
+    assert "no row is of subject '02'" in found[1][1] and "89+" in found[1][3]
+    alone = ages_of_scans(
+        [folder / names[0]], shutil.copy(folder / "participants.tsv", folder.parent / "t.tsv")
+    )
+    assert alone[0] == [30]
 
 
 def test_images_inside_the_workspace_are_written_relative_to_it(data, tmp_path):
