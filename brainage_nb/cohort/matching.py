@@ -404,7 +404,7 @@ class _People:
         is_as_written = bool(same) or any(self.loose[one] == _run_together([bare]) for one in subjects)
         telling = is_telling(text) if prefix is None else is_telling(re.sub(r"\D", " ", bare))
         is_year = text.isdecimal() and len(text) == 4
-        if roles and not (same and prefix is None and (telling or is_year)):
+        if roles and (prefix is not None or not (is_year or (same and telling))):
             unsure = {"maybe when", "maybe where"}
             if not roles <= unsure or len(run) > 1 or name.other_numbers(start, end, {"", *unsure}):
                 return None
@@ -563,12 +563,12 @@ class _Cohort:
                 self.letters[key][letters] += 1
 
     def _settle_all(self) -> None:
-        for _ in range(10):
+        for _ in range(10 if self.open else 0):
             judged = {key: self._judge(key) for key in self.places}
             self.refuted = self.refuted or {key for key, (weight, _) in judged.items() if weight < 0}
             judged = {key: one for key, one in judged.items() if one[0] > 0 and self._has_one_prefix(key)}
             credible = [key for key, (_, clean) in judged.items() if self._is_credible(key, clean)]
-            if not credible:
+            if not credible or not self.open:
                 break
             best = max(credible, key=lambda key: (judged[key][0], key[-1] is None))
             self._settle(best, [key for key, (weight, _) in judged.items() if 2 * weight >= judged[best][0]])
