@@ -533,7 +533,7 @@ def test_messages_tell_to_set_parameters_of_the_first_notebook():
             ]
     told = [(name, word) for name, *words in told for word in words if word]
     assert len(told) > 20
-    prose = {"and", "aside", "by", "has", "import", "in", "it", "itself", "or", "states", "stays", "with"}
+    prose = {"and", "aside", "by", "has", "import", "in", "it", "itself", "of", "or", "states", "stays", "with"}
     assert [(name, word) for name, word in told if word not in known | prose] == []
 
 
