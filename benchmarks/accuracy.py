@@ -32,8 +32,8 @@ from accuracy_models import (
     vgg_svr,
 )
 
-from brainage_nb.cohort.sources import folder_cohort
 from brainage_nb.evaluation.metrics import age_bins, mean_with_interval, with_interval
+from brainage_nb.sources.folder import folder_cohort
 
 MEAN, REGIONS = "mean predictor", "SVR on DLMUSE volumes"
 RIDGE, LINEAR = "ridge on registered voxels", "ridge on grey matter"

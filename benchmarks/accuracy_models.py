@@ -25,13 +25,12 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
 from brainage_nb.cohort.splits import deal_folds
-from brainage_nb.models.fitting.linear import fit_linear
+from brainage_nb.models.network import fit_linear
 from brainage_nb.models.settings import TrainingSettings
-from brainage_nb.models.training import train
+from brainage_nb.models.train import train
 from brainage_nb.volumes.augment import AugmentationSettings
-from brainage_nb.volumes.preprocessing import PreprocessingSettings
-from brainage_nb.volumes.store import VolumeStore
-from brainage_nb.volumes.store_building import build_store
+from brainage_nb.volumes.settings import PreprocessingSettings
+from brainage_nb.volumes.store import VolumeStore, build_store
 from brainage_nb.workspace import read_json, write_json
 
 FOLDS = 5
@@ -214,10 +213,8 @@ def cross_validated(
 
 def vgg_svr(store: VolumeStore, cohort: pd.DataFrame, weights: str, repeats: int, cache: Path) -> np.ndarray:
     """Out-of-fold ages (repeats, n) of VGG16 features and SVR, late fusion, as notebook 05 gives them."""
-    from brainage_nb.models.vgg.cache import extract_features
-    from brainage_nb.models.vgg.features import FeatureSettings
-    from brainage_nb.models.vgg.network import vgg16_features
-    from brainage_nb.models.vgg.run import train_vgg_svr
+    from brainage_nb.models.svr import train_vgg_svr
+    from brainage_nb.models.vgg16 import FeatureSettings, extract_features, vgg16_features
 
     network = vgg16_features(weights).place()
     settings = FeatureSettings.for_volumes(store.settings, image_size=64)

@@ -21,7 +21,7 @@ WAITS = {"passive (the kit)": "import brainage_nb, torch", "OpenMP's own": "impo
 BUSY = "while True: pass"
 STEPS = f"""
 import sys, time
-from brainage_nb.models.resnet import resnet18_regressor
+from brainage_nb.models.network import resnet18_regressor
 torch.set_num_threads({THREADS})
 network = resnet18_regressor(age_mean=50.0, age_sd=10.0)
 volumes = torch.randn({BATCH}, 1, {SIZE}, {SIZE}, {SIZE})

@@ -16,7 +16,7 @@ from scipy.interpolate import CubicSpline
 from scipy.ndimage import affine_transform, gaussian_filter
 from scipy.spatial.transform import Rotation
 
-from brainage_nb.cohort.phantom_scan import smooth_random
+from brainage_nb.demo.scans import smooth_random
 from brainage_nb.volumes.heads import find_head
 from brainage_nb.volumes.resampling import FWHM_PER_SD, along_axes
 from brainage_nb.volumes.scans import voxel_sizes

@@ -20,13 +20,10 @@ import pandas as pd
 import torch
 from synthetic_store import synthetic_store
 
-from brainage_nb.models.fitting.batches import ResidentVolumes, StreamedVolumes
-from brainage_nb.models.fitting.member_fit import MemberFit
-from brainage_nb.models.fitting.optimisation import huber_loss
-from brainage_nb.models.fitting.preflight import choose_precision
-from brainage_nb.models.fitting.stopping import StopRequests
-from brainage_nb.models.fitting.sweeps import members_of
-from brainage_nb.models.settings import TrainingSettings
+from brainage_nb.models.compute import choose_precision
+from brainage_nb.models.fit import MemberFit, ResidentVolumes, StreamedVolumes, huber_loss
+from brainage_nb.models.resume import StopRequests
+from brainage_nb.models.settings import TrainingSettings, members_of
 from brainage_nb.volumes.augment import AugmentationSettings, augment
 
 BATCH, SIZE, SPACING = 4, 96, 2.0

@@ -16,9 +16,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from brainage_nb.models.vgg.cache import extract_features
-from brainage_nb.models.vgg.features import FeatureSettings, triplet_images, triplets_with_brain
-from brainage_nb.models.vgg.network import Vgg16Features, vgg16_features
+from brainage_nb.models.vgg16 import (
+    FeatureSettings,
+    Vgg16Features,
+    extract_features,
+    triplet_images,
+    triplets_with_brain,
+    vgg16_features,
+)
 
 BAR = 1.15
 SIZE, SPACING = 96, 2.0

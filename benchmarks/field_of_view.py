@@ -20,7 +20,9 @@ import pandas as pd
 from joblib import Parallel, delayed
 from scipy.ndimage import affine_transform
 
-from brainage_nb.volumes.preprocessing import PreprocessingSettings, grid_affine, load_scan
+from brainage_nb.volumes.preprocessing import grid_affine
+from brainage_nb.volumes.scans import load_scan
+from brainage_nb.volumes.settings import PreprocessingSettings
 
 BARS = {"untouched": (99.8, 99.0)}
 DISTURBED_BAR = (99.0, 97.0)

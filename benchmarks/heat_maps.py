@@ -22,9 +22,10 @@ def main() -> int:
     parser.add_argument("--run", default="resnet18")
     parser.add_argument("--quick", action="store_true", help="fewer scans")
     options = parser.parse_args()
-    from brainage_nb.cohort.phantom import AGEING_MAP
-    from brainage_nb.models.bundle import current_bundle, load_bundle
-    from brainage_nb.models.explaining.checks import planted_check, planted_places
+    from brainage_nb.demo.cohort import AGEING_MAP
+    from brainage_nb.predict.bundle import load_bundle
+    from brainage_nb.predict.explain import planted_check, planted_places
+    from brainage_nb.predict.saving import current_bundle
     from brainage_nb.volumes.store import VolumeStore
     from brainage_nb.workspace import open_workspace
 
@@ -64,8 +65,7 @@ def draw_groups(bundle, store, test, per_band: int) -> None:
     """Mean heat map of each age band, into benchmarks/out/heat_maps.png; regions of the oldest on screen."""
     from matplotlib.figure import Figure
 
-    from brainage_nb.models.explaining.groups import age_group_maps, coarse_regions, region_table
-    from brainage_nb.models.explaining.plots import group_panels
+    from brainage_nb.predict.explain import age_group_maps, coarse_regions, group_panels, region_table
 
     groups = age_group_maps(bundle, store, test, per_band=per_band)
     figure = Figure(figsize=(9, 3.2 * len(groups)), layout="constrained")

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from brainage_nb.evaluation.bias import AgeBiasCorrector
-from brainage_nb.evaluation.intervals import ConformalInterval
+from brainage_nb.evaluation.correction import AgeBiasCorrector, ConformalInterval
+from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
 from brainage_nb.evaluation.metrics import regression_metrics
-from brainage_nb.evaluation.report import evaluate_runs, headline_table, write_report
+from brainage_nb.evaluation.report import write_report
 from tests.evaluation.fake_workspace import cohort_frame, write_run, write_workspace
 
 SLOPE, OFFSET, NOISE = 0.75, 13.0, 5.0

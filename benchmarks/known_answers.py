@@ -17,13 +17,18 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from brainage_nb.cohort.phantom import TRUTH, image_path, make_cohort
-from brainage_nb.cohort.phantom_references import attainable_ages
-from brainage_nb.evaluation.bootstrap import bootstrap_sums, subject_codes, value_with_interval
-from brainage_nb.evaluation.metrics import mean_with_interval, with_interval
-from brainage_nb.models.bundle import current_bundle, load_bundle
-from brainage_nb.models.bundles.prediction import Failure
+from brainage_nb.demo.cohort import TRUTH, attainable_ages, image_path, make_cohort
+from brainage_nb.evaluation.metrics import (
+    bootstrap_sums,
+    mean_with_interval,
+    subject_codes,
+    value_with_interval,
+    with_interval,
+)
 from brainage_nb.pipeline import find_notebooks, run_notebooks
+from brainage_nb.predict.bundle import load_bundle
+from brainage_nb.predict.cautions import Failure
+from brainage_nb.predict.saving import current_bundle
 from brainage_nb.workspace import open_workspace, read_csv, write_csv
 
 BAR = 1.15  # times the attainable error

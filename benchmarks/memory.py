@@ -18,10 +18,9 @@ import numpy as np
 import pandas as pd
 
 from brainage_nb.models.settings import TrainingSettings
-from brainage_nb.models.training import train
-from brainage_nb.volumes.preprocessing import PreprocessingSettings
-from brainage_nb.volumes.store import VolumeStore
-from brainage_nb.volumes.store_files import HEADER_BYTES, INDEX_COLUMNS, SHARD_BYTES, shard_path
+from brainage_nb.models.train import train
+from brainage_nb.volumes.settings import PreprocessingSettings
+from brainage_nb.volumes.store import HEADER_BYTES, INDEX_COLUMNS, SHARD_BYTES, VolumeStore, shard_path
 from brainage_nb.workspace import write_csv, write_json
 
 BAR, SIZE = 1.2, 48

@@ -6,8 +6,15 @@ import tempfile
 
 import pandas as pd
 
-from brainage_nb.cohort.phantom import TRUTH, draw_truth, make_cohort
-from brainage_nb.cohort.phantom_references import attainable_mae, baseline_mae, mean_predictor_mae, oracle_mae
+from brainage_nb.demo.cohort import (
+    TRUTH,
+    attainable_mae,
+    baseline_mae,
+    draw_truth,
+    make_cohort,
+    mean_predictor_mae,
+    oracle_mae,
+)
 from brainage_nb.workspace import read_csv
 
 BARS = {"ridge": (7.0, 9.0), "attainable": (3.2, 3.8), "oracle": (2.8, 3.2)}  # years

@@ -29,7 +29,7 @@ import sys, time
 began = time.perf_counter()
 import torch
 imported = time.perf_counter()
-from brainage_nb.models.bundle import load_bundle
+from brainage_nb.predict.bundle import load_bundle
 bundle = load_bundle(sys.argv[1])
 loaded = time.perf_counter()
 bundle.predict(sys.argv[2])
@@ -44,9 +44,9 @@ def write_inputs(folder: Path) -> tuple[Path, Path]:
     import torch
     from scipy import ndimage
 
-    from brainage_nb.models.resnet import resnet18_regressor
+    from brainage_nb.models.network import resnet18_regressor
     from brainage_nb.models.settings import TrainingSettings
-    from brainage_nb.volumes.preprocessing import PreprocessingSettings
+    from brainage_nb.volumes.settings import PreprocessingSettings
     from tests.models import tiny_bundle
 
     default = TrainingSettings()
@@ -117,8 +117,8 @@ def in_a_row(bundle, scan: Path, n: int, rounds: int) -> tuple[float, float, flo
 
 def rows_in_a_row(place: Path, scan: Path, n: int, rounds: int) -> dict[str, tuple]:
     """Rows of the table: (value, bar, whether it holds) of `n` scans on the CPU, and on a GPU if any."""
-    from brainage_nb.models.bundle import load_bundle
-    from brainage_nb.models.fitting.preflight import why_no_gpu
+    from brainage_nb.models.compute import why_no_gpu
+    from brainage_nb.predict.bundle import load_bundle
 
     def rows(bundle, where: str, limit) -> dict[str, tuple]:
         prepared, network, predicted = in_a_row(bundle, scan, n, rounds)
@@ -186,7 +186,7 @@ def main() -> None:
         "--quick", action="store_true", help="fewer repetitions, 10 scans in a row, 3 uploads"
     )
     quick = parser.parse_args().quick
-    from brainage_nb.models.bundle import load_bundle
+    from brainage_nb.predict.bundle import load_bundle
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

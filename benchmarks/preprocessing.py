@@ -25,9 +25,10 @@ from joblib import Parallel, delayed
 from scipy.ndimage import affine_transform
 
 from brainage_nb.volumes.heads import find_head
-from brainage_nb.volumes.preprocessing import PreprocessingSettings, grid_affine, load_scan, preprocess
+from brainage_nb.volumes.preprocessing import grid_affine, preprocess
 from brainage_nb.volumes.resampling import resample, smoothing_sd
-from brainage_nb.volumes.scans import voxel_sizes
+from brainage_nb.volumes.scans import load_scan, voxel_sizes
+from brainage_nb.volumes.settings import PreprocessingSettings
 
 BAR_RATIO, BAR_DIFFERENCE = 1.8, 1e-3
 SHAPE, WORKERS = (256, 256, 176), 2

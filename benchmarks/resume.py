@@ -21,9 +21,9 @@ import pandas as pd
 import torch._dynamo  # noqa: F401  optimisers import it at their first step: once, before forking
 from synthetic_store import synthetic_store
 
-from brainage_nb.models import checkpoints
+from brainage_nb.models import resume as checkpoints
 from brainage_nb.models.settings import TrainingSettings
-from brainage_nb.models.training import train
+from brainage_nb.models.train import train
 from brainage_nb.workspace import read_csv
 
 SETTINGS = TrainingSettings(

@@ -22,16 +22,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from brainage_nb.cohort.sources import folder_cohort
 from brainage_nb.cohort.splits import deal_splits
-from brainage_nb.models.fitting.job import Job
-from brainage_nb.models.fitting.member_fit import MemberFit
-from brainage_nb.models.fitting.optimisation import precise_statistics, predict_ages
-from brainage_nb.models.fitting.stopping import StopRequests
+from brainage_nb.models.fit import MemberFit, precise_statistics, predict_ages
+from brainage_nb.models.resume import StopRequests
+from brainage_nb.models.run import Job
 from brainage_nb.models.settings import TrainingSettings
-from brainage_nb.volumes.preprocessing import PreprocessingSettings
-from brainage_nb.volumes.store import VolumeStore
-from brainage_nb.volumes.store_building import build_store
+from brainage_nb.sources.folder import folder_cohort
+from brainage_nb.volumes.settings import PreprocessingSettings
+from brainage_nb.volumes.store import VolumeStore, build_store
 
 BAR = 1.5
 SHARED = Path(__file__).parents[2] / "shared" / "data"

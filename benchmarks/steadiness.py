@@ -27,18 +27,20 @@ import pandas as pd
 from disturbances import CASES, GEOMETRIC, disturb
 from tqdm import tqdm
 
-from brainage_nb.cohort.cleaning import CleaningRules, clean, inspect_scans
-from brainage_nb.cohort.sources import folder_cohort
+from brainage_nb.cohort.cleaning import clean
+from brainage_nb.cohort.inspection import inspect_scans
+from brainage_nb.cohort.rules import CleaningRules
 from brainage_nb.cohort.splits import deal_splits
 from brainage_nb.evaluation.metrics import mean_with_interval
-from brainage_nb.models.bundle import Bundle, current_bundle, load_bundle
-from brainage_nb.models.bundles.elsewhere import kept_scans
-from brainage_nb.models.bundles.prediction import Failure, Prediction
 from brainage_nb.models.settings import TrainingSettings
-from brainage_nb.models.training import train
-from brainage_nb.volumes.preprocessing import PreprocessingSettings
+from brainage_nb.models.train import train
+from brainage_nb.predict.bundle import Bundle, kept_scans, load_bundle
+from brainage_nb.predict.cautions import Failure, Prediction
+from brainage_nb.predict.saving import current_bundle
+from brainage_nb.sources.folder import folder_cohort
 from brainage_nb.volumes.scans import load_scan
-from brainage_nb.volumes.store_building import build_store
+from brainage_nb.volumes.settings import PreprocessingSettings
+from brainage_nb.volumes.store import build_store
 from brainage_nb.workspace import Workspace, open_workspace, read_json, sha256_of, write_csv, write_json
 
 BAR = 1.0  # years, for every case in `GEOMETRIC`

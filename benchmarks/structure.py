@@ -103,7 +103,9 @@ def main() -> None:
         print("  circle:", ", ".join(group))
     for path in sorted((root / "notebooks" / "src").glob("*.py")):
         direct = imported(ast.parse(path.read_text()), set(sources))
-        print(f"{path.stem:<28} imports {len(direct):>2} files, needs {len(direct | closure(direct, graph)):>3}")
+        print(
+            f"{path.stem:<28} imports {len(direct):>2} files, needs {len(direct | closure(direct, graph)):>3}"
+        )
     files, lines = sum(size > 0 for size in sizes.values()), sum(sizes.values())
     value = {"files": files, "lines": lines, "functions": len(words), "verbs": round(verbs / len(words), 2)}
     value["circles"] = len(tied)
@@ -112,31 +114,60 @@ def main() -> None:
     print(json.dumps({"name": "structure", "value": value, "bar": bar, "holds": holds}))
 
 
-VERBS = set(
-    "add adjust advise age align allocate allow answer append apply arrange ask assert attach augment average bend "
-    "begin bind blur bootstrap bound bring build calibrate call carry catch center change check choose clean clear "
-    "clip close collect combine come commit compare complete compute convert copy correct count cover create crop "
-    "cut deal decide decode delete derive describe detect discard divide do download draw drop empty end ensure "
-    "enter erase estimate evaluate examine exclude exit expand explain extract fetch fill filter find finish fit "
-    "flag flip fold follow forecast format freeze gather get give go group guard guess halve handle hash hide hold "
-    "identify ignore import index infer insert inspect install intersect invert join judge keep label launch lay "
-    "learn leave limit link list load locate lock log look lose lower make map mark mask match measure merge mirror "
-    "mix model move mount name normalise normalize number observe offer open order pack pad paint parse pass patch "
-    "pause pick place plan plot point predict prepare preprocess print process project propose prove prune pull put "
-    "quote raise rank read rebuild recolour record recover reduce refit refuse register release remove rename render "
-    "repeat replace report require resample reserve reset reshape resize resolve restore resume retry return "
-    "reweigh rotate round run sample save say scale scan score search see seed segment select send separate set "
-    "share shift show shrink shut sign simulate skip slice smooth solve sort split spread stack standardise start "
-    "state step stop store strip sum summarise suppress swap take tell test tie time track train transform translate "
-    "trim truncate try turn understand unpack update upload use validate vary verify wait walk warm warn watch weigh "
-    "weight widen wrap write zip age exhaust fuse gather hand".split()
-) - {"age", "mean", "number", "state", "index", "label", "name", "place", "mask", "map", "group", "order", "time"}
+WORDS = """
+    add adjust advise age align allocate allow answer append apply arrange ask assert attach augment
+    average begin bend bind blur bootstrap bound bring build calibrate call carry catch center change
+    check choose clean clear clip close collect combine come commit compare complete compute convert
+    copy correct count cover create crop cut deal decide decode delete derive describe detect discard
+    divide do download draw drop empty end ensure enter erase estimate evaluate examine exclude exhaust
+    exit expand explain extract fetch fill filter find finish fit flag flip fold follow forecast format
+    freeze fuse gather get give go group guard guess halve hand handle hash hide hold identify ignore
+    import index infer insert inspect install intersect invert join judge keep label launch lay learn
+    leave limit link list load locate lock log look lose lower make map mark mask match measure merge
+    mirror mix model mount move name normalise normalize number observe offer open order pack pad paint
+    parse pass patch pause pick place plan plot point predict prepare preprocess print process project
+    propose prove prune pull put quote raise rank read rebuild recolour record recover reduce refit
+    refuse register release remove rename render repeat replace report require resample reserve reset
+    reshape resize resolve restore resume retry return reweigh rotate round run sample save say scale
+    scan score search see seed segment select send separate set share shift show shrink shut sign
+    simulate skip slice smooth solve sort split spread stack standardise start state step stop store
+    strip sum summarise suppress swap take tell test tie time track train transform translate trim
+    truncate try turn understand unpack update upload use validate vary verify wait walk warm warn watch
+    weigh weight widen wrap write zip
+    """
+NOUNS = {
+    "age",
+    "mean",
+    "number",
+    "state",
+    "index",
+    "label",
+    "name",
+    "place",
+    "mask",
+    "map",
+    "group",
+    "order",
+    "time",
+}
+VERBS = set(WORDS.split()) - NOUNS
 """Base forms that open a function's name in the field; words that are nouns more often are left out."""
 
 
 def is_verb(word: str) -> bool:
     """Whether a function's name opens with a verb, or with is, has and their like."""
-    return word in VERBS or word in {"is", "are", "has", "was", "can", "may", "needs", "fits", "looks", "knows"}
+    return word in VERBS or word in {
+        "is",
+        "are",
+        "has",
+        "was",
+        "can",
+        "may",
+        "needs",
+        "fits",
+        "looks",
+        "knows",
+    }
 
 
 if __name__ == "__main__":

@@ -14,9 +14,8 @@ import time
 
 import numpy as np
 
-from brainage_nb.models.vgg.features import at_position
-from brainage_nb.models.vgg.fusion import fit_early
-from brainage_nb.models.vgg.linear_svr import GRID, out_of_fold
+from brainage_nb.models.svr import GRID, fit_early, out_of_fold
+from brainage_nb.models.vgg16 import at_position
 
 BAR_S, BAR_GB = 60.0, 3.0
 

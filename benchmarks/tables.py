@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from brainage_nb.cohort.ages import OLDEST, PER_YEAR
-from brainage_nb.cohort.cells import read_cells
-from brainage_nb.cohort.tables import TableError, read_table
+from brainage_nb.tables.ages import OLDEST, PER_YEAR
+from brainage_nb.tables.files import TableError, read_cells
+from brainage_nb.tables.participants import read_table
 
 DEFAULT = Path(__file__).parents[2] / "shared" / "data" / "tables"
 

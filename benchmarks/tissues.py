@@ -23,8 +23,9 @@ from scipy.ndimage import affine_transform
 
 from brainage_nb.volumes import tissues
 from brainage_nb.volumes.brain import brain_or_error
-from brainage_nb.volumes.preprocessing import PreprocessingSettings, tissues_in
+from brainage_nb.volumes.preprocessing import tissues_in
 from brainage_nb.volumes.scans import load_scan
+from brainage_nb.volumes.settings import PreprocessingSettings
 
 GREY = (*range(100, 208), 38, 39, 71, 72, 73, 23, 30, 31, 32, 36, 37, 47, 48, 57, 58)
 WHITE = (*range(81, 96), 40, 41)

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from brainage_nb.workspace import n_workers, version_of
+from brainage_nb.platforms import version_of
+from brainage_nb.workspace import n_workers
 
 if TYPE_CHECKING:
     from distributed import Client

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from brainage_nb.cohort.phantom_figures import heads_by_age, planted_figure
+from brainage_nb.demo.cohort import heads_by_age, planted_figure
 from brainage_nb.volumes.pictures import steps_figure
-from brainage_nb.volumes.preprocessing import PreprocessingSettings, preprocessing_steps
+from brainage_nb.volumes.preprocessing import preprocessing_steps
+from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.workspace import open_workspace, read_csv
 
 TARGET = Path(__file__).parent / "pictures"

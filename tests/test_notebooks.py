@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 import brainage_nb
-from brainage_nb.cohort.opening import USED_BY, SourceSettings
 from brainage_nb.models.settings import RECIPES as TRAINING_RECIPES
 from brainage_nb.parameters import fields_of, parse_parameters
 from brainage_nb.pipeline import Notebook
-from brainage_nb.volumes.recipes import RECIPES
+from brainage_nb.sources.opening import USED_BY, SourceSettings
+from brainage_nb.volumes.settings import RECIPES
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "notebooks"))

@@ -17,7 +17,7 @@ from brainage_nb.pipeline import (
     parse_overrides,
     run_notebooks,
 )
-from brainage_nb.volumes.recipes import PreprocessingSettings
+from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.workspace import open_workspace
 from tests.test_in_use import running
 
@@ -77,7 +77,7 @@ def test_an_unknown_parameter_is_refused_with_a_suggestion(tmp_path):
 
 SETTINGS = """
 from brainage_nb.parameters import read_parameters
-from brainage_nb.volumes.recipes import PreprocessingSettings
+from brainage_nb.volumes.settings import PreprocessingSettings
 set_here = read_parameters(globals(), PreprocessingSettings)
 """
 

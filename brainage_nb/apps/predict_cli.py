@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from brainage_nb.models.bundle import Bundle
-    from brainage_nb.models.bundles.prediction import Failure, Prediction
+    from brainage_nb.predict.bundle import Bundle
+    from brainage_nb.predict.cautions import Failure, Prediction
 
 IMAGE_ENDINGS = (".nii", ".nii.gz", ".mgh", ".mgz", ".hdr")
 
@@ -55,9 +55,10 @@ def run_predict(options: argparse.Namespace) -> int:
     """Predict every scan; returns 0 where all have a result, 1 where some have none, 2 for wrong usage."""
     from tqdm import tqdm
 
-    from brainage_nb.models.bundle import BundleError, load_bundle
-    from brainage_nb.models.bundles.prediction import NOT_A_DEVICE
-    from brainage_nb.models.devices import chosen_device, name_of
+    from brainage_nb.bundle_format import BundleError
+    from brainage_nb.models.compute import chosen_device, name_of
+    from brainage_nb.predict.bundle import load_bundle
+    from brainage_nb.predict.cautions import NOT_A_DEVICE
 
     try:
         scans = scan_files(options.scans)
@@ -107,7 +108,7 @@ def is_image(name: str) -> bool:
 
 def ages_of(scans: Sequence[Path], table: str) -> list[float | None]:
     """True ages in years from a participants table; says by what rules, and which scans have none and why."""
-    from brainage_nb.cohort.sources import ages_of_scans
+    from brainage_nb.sources.folder import ages_of_scans
 
     ages, reasons, notes = ages_of_scans(scans, table)
     for note in notes:
@@ -131,7 +132,8 @@ def newest_bundle() -> Path:
 
 def bundles_in_reach() -> list[Path]:
     """Bundles of the default workspace and `./workspace/demo`: newest workspace first, networks first."""
-    from brainage_nb.workspace import default_root, read_json
+    from brainage_nb.platforms import default_root
+    from brainage_nb.workspace import read_json
 
     places = {root.absolute() for root in (default_root(), Path("workspace"), Path("workspace", "demo"))}
     known: list[tuple[float, bool, float, Path]] = []
@@ -156,8 +158,8 @@ def folders_that_tell_apart(scans: Iterable[Path | str]) -> int:
 
 
 def _explain(bundle: Bundle, result: Prediction | Failure, folder: Path, n_folders: int) -> None:
-    from brainage_nb.models.bundles.prediction import Prediction
-    from brainage_nb.models.explain import explain
+    from brainage_nb.predict.cautions import Prediction
+    from brainage_nb.predict.explain import explain
 
     if isinstance(result, Prediction):
         explain(bundle, result).save(folder, result, n_folders=n_folders)
@@ -166,7 +168,7 @@ def _explain(bundle: Bundle, result: Prediction | Failure, folder: Path, n_folde
 def _report(bundle: Bundle, results: list[Any], options: argparse.Namespace, notice: str) -> int:
     import pandas as pd
 
-    from brainage_nb.models.bundles.prediction import COLUMNS, Failure
+    from brainage_nb.predict.cautions import COLUMNS, Failure
     from brainage_nb.workspace import write_csv
 
     frame = pd.DataFrame([result.to_dict() for result in results], columns=list(COLUMNS))
@@ -196,7 +198,7 @@ def _report(bundle: Bundle, results: list[Any], options: argparse.Namespace, not
 
 
 def _sentences(result: Prediction | Failure) -> list[str]:
-    from brainage_nb.models.bundles.prediction import Failure
+    from brainage_nb.predict.cautions import Failure
 
     return (
         [result.sentence]
@@ -210,7 +212,7 @@ def _sentences(result: Prediction | Failure) -> list[str]:
 
 def run_app(options: argparse.Namespace) -> int:
     """Serve the app on this machine until this process is ended; 2 where it cannot be served."""
-    from brainage_nb.models.bundles.files import BundleError, open_bundle
+    from brainage_nb.bundle_format import BundleError, open_bundle
 
     try:
         from streamlit.web import cli as streamlit

@@ -20,14 +20,13 @@ from matplotlib.figure import Figure
 
 from brainage_nb import __version__
 from brainage_nb.cohort.images import image_stem
-from brainage_nb.models.bundles.prediction import COLUMNS, NOT_A_DEVICE, Failure, Prediction
-from brainage_nb.models.explain import explain
-from brainage_nb.models.explaining.plots import age_among_held_out, strongest
+from brainage_nb.predict.cautions import COLUMNS, NOT_A_DEVICE, Failure, Prediction
+from brainage_nb.predict.explain import age_among_held_out, explain, strongest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from brainage_nb.models.bundle import Bundle
+    from brainage_nb.predict.bundle import Bundle
 
 SEVERE = ("unlike_training", "extreme_voxel_size")
 PLANE_NAMES = ("Left to right", "Back to front", "Bottom to top")

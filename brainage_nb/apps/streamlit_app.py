@@ -18,8 +18,9 @@ import streamlit as st
 from brainage_nb.apps.predict_cli import bundles_in_reach
 from brainage_nb.apps.results import as_text, keep_results, one_at_a_time, show_results
 from brainage_nb.apps.uploads import SCAN_TYPES, predict_upload, shown_name, stored, together
-from brainage_nb.models.bundle import Bundle, BundleError, load_bundle
-from brainage_nb.models.bundles.prediction import NOT_A_DEVICE, OLDEST
+from brainage_nb.bundle_format import BundleError
+from brainage_nb.predict.bundle import Bundle, load_bundle
+from brainage_nb.predict.cautions import NOT_A_DEVICE, OLDEST
 from brainage_nb.workspace import read_csv
 
 MAX_BUNDLE_BYTES = 2 * 2**30

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
 from brainage_nb.apps.predict_cli import is_image
-from brainage_nb.models.bundles.prediction import Failure, Prediction
+from brainage_nb.predict.cautions import Failure, Prediction
 
 if TYPE_CHECKING:
-    from brainage_nb.models.bundle import Bundle
+    from brainage_nb.predict.bundle import Bundle
 
 MAX_UPLOAD = 2**30  # bytes of one upload
 MAX_DICOM_FILES, MAX_DICOM_BYTES = 5000, 2 * 2**30

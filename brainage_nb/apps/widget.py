@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from brainage_nb.apps.uploads import StoredScan, predict_upload, stored
-from brainage_nb.models.bundles.prediction import Failure, Prediction
-from brainage_nb.models.explain import Explanation, explain
+from brainage_nb.predict.cautions import Failure, Prediction
+from brainage_nb.predict.explain import Explanation, explain
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from brainage_nb.models.bundle import Bundle
+    from brainage_nb.predict.bundle import Bundle
 
 
 class LiveCurve:
@@ -83,7 +83,7 @@ def result_figure(
     """Three planes with the heat map, and the age among held-out scans: one static picture."""
     from matplotlib.figure import Figure
 
-    from brainage_nb.models.explaining.plots import age_among_held_out
+    from brainage_nb.predict.explain import age_among_held_out
 
     figure = Figure(figsize=(12, 7.8), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.2))
@@ -152,7 +152,7 @@ class PredictionWidget:
         if isinstance(result, Failure):
             self._say(result.sentence)
             return result
-        from brainage_nb.models.explaining.plots import strongest
+        from brainage_nb.predict.explain import strongest
 
         self.prediction = result
         self.explanation = explain(self.bundle, result)

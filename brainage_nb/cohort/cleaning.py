@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from brainage_nb.cohort.cleaning_rules import FLAGS, REASONS, CleaningRules
 from brainage_nb.cohort.inspection import FACTS, inspect_scans
+from brainage_nb.cohort.rules import FLAGS, REASONS, CleaningRules
 
 __all__ = ["FLAGS", "REASONS", "CleaningRules", "clean", "counts_by_reason", "inspect_scans"]
 

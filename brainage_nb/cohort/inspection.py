@@ -20,7 +20,7 @@ from brainage_nb.volumes.scans import ScanError, load_scan, placement, read_head
 from brainage_nb.workspace import n_workers, sha256_of
 
 if TYPE_CHECKING:
-    from brainage_nb.cohort.cleaning import CleaningRules
+    from brainage_nb.cohort.rules import CleaningRules
 
 FACTS = {
     "scan_id": "the scan",

@@ -18,13 +18,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from brainage_nb.cohort.images import (
-    contrast_of,
-    image_stem,
-    is_contrast_word,
-    parts_of,
-    spans_of_parts,
-)
+from brainage_nb.cohort.images import contrast_of, image_stem, is_contrast_word, parts_of, spans_of_parts
 
 _WORDS = {
     role: set(words.split())

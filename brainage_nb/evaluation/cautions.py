@@ -13,7 +13,7 @@ from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.workspace import Workspace
 
 if TYPE_CHECKING:
-    from brainage_nb.evaluation.one_run import RunEvaluation
+    from brainage_nb.evaluation.runs import RunEvaluation
 
 FEW_TEST_SUBJECTS = 30
 TEST_OBJECT = (

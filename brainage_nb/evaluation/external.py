@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from brainage_nb.cohort.rules import judge_controls
-from brainage_nb.evaluation.bias import AgeBiasCorrector, CorrectionRefused
+from brainage_nb.evaluation.correction import AgeBiasCorrector, CorrectionRefused
 from brainage_nb.evaluation.metrics import flat, mean_with_interval, regression_metrics
 from brainage_nb.evaluation.runs import controls_of
 

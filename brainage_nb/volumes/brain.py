@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .alignment import Alignment, align
-from .heads import find_head
-from .mni import Template, template
-from .resampling import one_thread, resample, smoothing_sd
-from .scans import ScanError, load_scan, voxel_sizes
-from .warping import bend, even_brightness
+from brainage_nb.volumes.heads import find_head
+from brainage_nb.volumes.registration import Alignment, Template, align, bend, even_brightness, template
+from brainage_nb.volumes.resampling import one_thread, resample, smoothing_sd
+from brainage_nb.volumes.scans import ScanError, load_scan, voxel_sizes
 
 if TYPE_CHECKING:
     import nibabel as nib

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .resampling import along_axes
-from .scans import voxel_sizes
+from brainage_nb.volumes.resampling import along_axes
+from brainage_nb.volumes.scans import voxel_sizes
 
 if TYPE_CHECKING:
     import nibabel as nib

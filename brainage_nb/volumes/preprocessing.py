@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .heads import find_head
-from .mni import mni_grid
-from .recipes import PreprocessingSettings
-from .resampling import gaussian_kernel, resample, smoothing_sd
-from .scans import ScanError, load_scan, voxel_sizes
+from brainage_nb.volumes.heads import find_head
+from brainage_nb.volumes.registration import mni_grid
+from brainage_nb.volumes.resampling import gaussian_kernel, resample, smoothing_sd
+from brainage_nb.volumes.scans import ScanError, load_scan, voxel_sizes
+from brainage_nb.volumes.settings import PreprocessingSettings
 
 if TYPE_CHECKING:
     import nibabel as nib
 
-    from .tissues import Tissues
+    from brainage_nb.volumes.tissues import Tissues
 
 __all__ = [
     "PreprocessingSettings",
@@ -155,7 +155,7 @@ def tissues_in(
     ScanError
         As `preprocess`.
     """
-    from . import tissues
+    from brainage_nb.volumes import tissues
 
     image, settings = _loaded(scan), settings or PreprocessingSettings()
     brain = _brain(image, settings)
@@ -171,7 +171,7 @@ def tissues_in(
 
 
 def _brain(image: Any, settings: PreprocessingSettings) -> Any:
-    from .brain import brain_or_error
+    from brainage_nb.volumes.brain import brain_or_error
 
     return brain_or_error(image, found_masks=settings.found_masks)
 
@@ -185,14 +185,14 @@ def _cube(image: Any, grid: np.ndarray, settings: PreprocessingSettings) -> np.n
 def _even_voxels(image: Any, settings: PreprocessingSettings) -> np.ndarray:
     if not settings.n4:
         return _voxels(image)
-    from .brain import without_bias
+    from brainage_nb.volumes.brain import without_bias
 
     return without_bias(image, _brain(image, settings))
 
 
 def _grey_cube(image: Any, grid: np.ndarray, settings: PreprocessingSettings) -> np.ndarray:
     """Share of grey matter on the grid."""
-    from . import tissues
+    from brainage_nb.volumes import tissues
 
     found = tissues_in(image, settings)
     spacing = np.full(3, tissues.SPACING_MM)

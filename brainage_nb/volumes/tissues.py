@@ -12,9 +12,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from .mni import mni_grid
-from .resampling import one_thread, resample, smoothing_sd
-from .warping import exponents, polynomial_field, polynomials
+from brainage_nb.volumes.registration import exponents, mni_grid, polynomial_field, polynomials
+from brainage_nb.volumes.resampling import one_thread, resample, smoothing_sd
 
 VERSION = 1  # raised whenever the same scan gives other tissues than before; part of fingerprints
 SPACING_MM, SIZE = 2.0, 96  # grid in MNI152 space on which tissues are told apart

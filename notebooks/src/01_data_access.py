@@ -74,11 +74,16 @@ import pandas as pd
 from IPython.display import Markdown
 
 from brainage_nb.cohort.cleaning_plots import age_histogram
-from brainage_nb.cohort.opening import SourceSettings, open_source
-from brainage_nb.cohort.phantom_figures import heads_by_age, planted_figure
-from brainage_nb.cohort.phantom_references import attainable_mae, mean_predictor_mae, oracle_mae
 from brainage_nb.cohort.rules import CohortRules
+from brainage_nb.demo.cohort import (
+    attainable_mae,
+    heads_by_age,
+    mean_predictor_mae,
+    oracle_mae,
+    planted_figure,
+)
 from brainage_nb.parameters import read_parameters
+from brainage_nb.sources.opening import SourceSettings, open_source
 from brainage_nb.workspace import open_workspace, read_csv, session_summary, write_csv
 
 parameters = read_parameters(globals(), SourceSettings, CohortRules)

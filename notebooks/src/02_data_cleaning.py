@@ -58,8 +58,10 @@ more = ""  # @param {type:"string"}
 # %%
 import matplotlib.pyplot as plt
 
-from brainage_nb.cohort.cleaning import CleaningRules, clean, counts_by_reason, inspect_scans
+from brainage_nb.cohort.cleaning import clean, counts_by_reason
 from brainage_nb.cohort.cleaning_plots import age_histogram, flagged_montage, plot_reasons
+from brainage_nb.cohort.inspection import inspect_scans
+from brainage_nb.cohort.rules import CleaningRules
 from brainage_nb.cohort.splits import deal_splits, plot_splits, split_table
 from brainage_nb.parameters import pick_fields, read_parameters
 from brainage_nb.workspace import open_workspace, session_summary, write_csv

@@ -67,11 +67,11 @@ import pandas as pd
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.parameters import pick_fields, read_parameters
-from brainage_nb.volumes.brain_pictures import brain_preview
-from brainage_nb.volumes.pictures import montage, steps_figure
-from brainage_nb.volumes.preprocessing import PreprocessingSettings, ScanError, preprocessing_steps
-from brainage_nb.volumes.recipes import list_changes
-from brainage_nb.volumes.store_building import build_store
+from brainage_nb.volumes.pictures import brain_preview, montage, steps_figure
+from brainage_nb.volumes.preprocessing import preprocessing_steps
+from brainage_nb.volumes.scans import ScanError
+from brainage_nb.volumes.settings import PreprocessingSettings, list_changes
+from brainage_nb.volumes.store import build_store
 from brainage_nb.workspace import open_workspace, session_summary, write_csv
 
 set_matplotlib_formats("png")  # figures appear in their cells

@@ -73,14 +73,13 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.apps.widget import LiveCurve
 from brainage_nb.evaluation.metrics import metrics_by_split
-from brainage_nb.models.bundles.saving import current_bundle
-from brainage_nb.models.fitting.forecast import forecast
 from brainage_nb.models.settings import TrainingSettings
-from brainage_nb.models.training import train
+from brainage_nb.models.train import forecast, train
 from brainage_nb.parameters import pick_fields, read_parameters
+from brainage_nb.predict.saving import current_bundle
 from brainage_nb.volumes.augment import AugmentationSettings, augmentation_examples
 from brainage_nb.volumes.pictures import montage
-from brainage_nb.volumes.recipes import list_changes
+from brainage_nb.volumes.settings import list_changes
 from brainage_nb.volumes.store import current_store
 from brainage_nb.workspace import open_workspace, session_summary
 

@@ -70,15 +70,18 @@ import pandas as pd
 
 from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.evaluation.plots import predicted_vs_true
-from brainage_nb.models.bundles.saving import current_bundle
-from brainage_nb.models.vgg import plots as vgg_plots
-from brainage_nb.models.vgg.cache import extract_features
-from brainage_nb.models.vgg.features import FeatureSettings, present, triplet_images, triplets_with_brain
-from brainage_nb.models.vgg.fusion import positions_in_use
-from brainage_nb.models.vgg.network import vgg16_features
-from brainage_nb.models.vgg.run import train_vgg_svr
-from brainage_nb.models.vgg_svr import VggSvr
+from brainage_nb.models import vgg16 as vgg_plots
+from brainage_nb.models.svr import VggSvr, positions_in_use, train_vgg_svr
+from brainage_nb.models.vgg16 import (
+    FeatureSettings,
+    extract_features,
+    present,
+    triplet_images,
+    triplets_with_brain,
+    vgg16_features,
+)
 from brainage_nb.parameters import read_parameters
+from brainage_nb.predict.saving import current_bundle
 from brainage_nb.volumes.store import current_store
 from brainage_nb.workspace import open_workspace, session_summary
 

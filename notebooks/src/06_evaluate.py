@@ -72,14 +72,13 @@ from pathlib import Path
 from IPython.display import Markdown
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-from brainage_nb.evaluation import tables
+from brainage_nb.evaluation import report as tables
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
-from brainage_nb.evaluation.figures import draw_external, draw_figures
+from brainage_nb.evaluation.plots import draw_external, draw_figures
 from brainage_nb.evaluation.report import write_report
-from brainage_nb.models.bundle import current_bundle, load_bundle
-from brainage_nb.models.bundles.elsewhere import apply_elsewhere, named_subjects
-from brainage_nb.models.bundles.saving import update_bundle
 from brainage_nb.parameters import read_parameters
+from brainage_nb.predict.bundle import apply_elsewhere, load_bundle, named_subjects
+from brainage_nb.predict.saving import current_bundle, update_bundle
 from brainage_nb.workspace import open_workspace, session_summary
 
 set_matplotlib_formats("png")  # figures appear in their cells

@@ -69,9 +69,10 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.apps.widget import PredictionWidget, result_figure, workspace_scans
 from brainage_nb.evaluation.metrics import with_interval
-from brainage_nb.models.bundle import current_bundle, load_bundle
-from brainage_nb.models.explain import explain
 from brainage_nb.parameters import read_parameters
+from brainage_nb.predict.bundle import load_bundle
+from brainage_nb.predict.explain import explain
+from brainage_nb.predict.saving import current_bundle
 from brainage_nb.workspace import open_workspace, session_summary, write_json
 
 set_matplotlib_formats("png")  # figures appear in their cells
@@ -142,8 +143,7 @@ PredictionWidget(model, scans or {prediction.scan: (path, None)})
 # crown and middle of the head alone, good to about a centimetre. The head around the brain is left out.
 
 # %%
-from brainage_nb.models.explaining.groups import age_group_maps, coarse_regions, region_table
-from brainage_nb.models.explaining.plots import group_panels
+from brainage_nb.predict.explain import age_group_maps, coarse_regions, group_panels, region_table
 from brainage_nb.volumes.store import VolumeStore
 
 test = splits[splits["split"] == "test"]
@@ -178,8 +178,8 @@ regions.round(3)
 # nobody knows the answer.
 
 # %%
-from brainage_nb.cohort.phantom import AGEING_MAP
-from brainage_nb.models.explaining.checks import planted_check, planted_places
+from brainage_nb.demo.cohort import AGEING_MAP
+from brainage_nb.predict.explain import planted_check, planted_places
 
 checked = pd.DataFrame(columns=["map", "inside", "auc_of_mean"])
 if groups and ws.path("demo", AGEING_MAP).exists():

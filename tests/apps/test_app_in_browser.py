@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from brainage_nb.models.bundle import load_bundle
-from brainage_nb.models.bundles.files import zip_bundle
+from brainage_nb.bundle_format import zip_bundle
+from brainage_nb.predict.bundle import load_bundle
 from tests.models.tiny_bundle import bomb, write_scan, write_tiny_bundle
 
 pytestmark = pytest.mark.slow

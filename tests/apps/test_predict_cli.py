@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from brainage_nb.apps import predict_cli
-from brainage_nb.models.bundle import load_bundle
+from brainage_nb.predict.bundle import load_bundle
 from brainage_nb.workspace import read_csv
 from tests.models.tiny_bundle import write_scan, write_tiny_bundle
 

@@ -8,7 +8,7 @@ import pytest
 
 from brainage_nb.apps import uploads
 from brainage_nb.apps.uploads import StoredScan, plain_name, stored, together
-from brainage_nb.models.bundles.prediction import Failure
+from brainage_nb.predict.cautions import Failure
 
 
 class Upload(io.BytesIO):

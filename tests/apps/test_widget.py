@@ -14,10 +14,9 @@ from brainage_nb.apps.widget import (
     uploaded,
     workspace_scans,
 )
-from brainage_nb.models.bundle import load_bundle
-from brainage_nb.models.bundles.prediction import Failure
-from brainage_nb.models.explain import explain
-from brainage_nb.models.explaining.plots import age_among_held_out
+from brainage_nb.predict.bundle import load_bundle
+from brainage_nb.predict.cautions import Failure
+from brainage_nb.predict.explain import age_among_held_out, explain
 from tests.models.tiny_bundle import write_scan, write_tiny_bundle
 
 

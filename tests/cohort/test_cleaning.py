@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainage_nb.cohort.cleaning import FLAGS, REASONS, CleaningRules, clean, counts_by_reason, inspect_scans
-from brainage_nb.cohort.inspection import FACTS
+from brainage_nb.cohort.cleaning import clean, counts_by_reason
+from brainage_nb.cohort.inspection import FACTS, inspect_scans
+from brainage_nb.cohort.rules import FLAGS, REASONS, CleaningRules
 
 GOOD = {
     "error": "",

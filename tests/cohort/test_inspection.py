@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from brainage_nb.cohort.cleaning import clean
-from brainage_nb.cohort.cleaning_rules import CleaningRules
 from brainage_nb.cohort.inspection import FACTS, each_in_parallel, inspect_scan, inspect_scans
+from brainage_nb.cohort.rules import CleaningRules
 
 RULES = CleaningRules()
 AFFINE = np.diag([6.0, 5.0, 6.0, 1.0])

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 
 from brainage_nb.cohort.rules import CohortRules, apply_rules
+from brainage_nb.evaluation.correction import ConformalInterval
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
-from brainage_nb.evaluation.intervals import ConformalInterval
+from brainage_nb.evaluation.report import other_splits
 from brainage_nb.evaluation.runs import InconsistentRun, read_run
-from brainage_nb.evaluation.tables import other_splits
-from brainage_nb.models.bundles.facts import facts_of_run
+from brainage_nb.predict.saving import facts_of_run
 from brainage_nb.workspace import MissingInput, read_csv, read_json, write_csv, write_json
 from tests.evaluation.fake_workspace import (
     cohort_frame,

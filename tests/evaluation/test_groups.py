@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainage_nb.evaluation.groups import diagnosis_differences
+from brainage_nb.evaluation.evaluate import diagnosis_differences
 
 
 def patients(n=400, effect=5.0, seed=0):

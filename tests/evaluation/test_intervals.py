@@ -4,8 +4,12 @@ import numpy as np
 import pytest
 from sklearn.base import BaseEstimator, RegressorMixin
 
-from brainage_nb.evaluation.bias import CorrectionRefused
-from brainage_nb.evaluation.intervals import ConformalInterval, conformal_quantile, coverage
+from brainage_nb.evaluation.correction import (
+    ConformalInterval,
+    CorrectionRefused,
+    conformal_quantile,
+    coverage,
+)
 
 
 class SaysItsInput(RegressorMixin, BaseEstimator):

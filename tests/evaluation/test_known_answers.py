@@ -2,8 +2,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainage_nb.cohort.phantom_references import attainable_mae, oracle_mae
-from brainage_nb.evaluation.known_answers import (
+from brainage_nb.demo.cohort import attainable_mae, oracle_mae
+from brainage_nb.evaluation.runs import (
     icc,
     read_truth,
     recovered_gap,

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from brainage_nb.evaluation import plots
-from brainage_nb.evaluation.intervals import coverage
+from brainage_nb.evaluation.correction import coverage
 from brainage_nb.evaluation.metrics import regression_metrics
 
 

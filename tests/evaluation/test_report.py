@@ -6,12 +6,19 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from brainage_nb.evaluation.evaluate import evaluate_runs
 from brainage_nb.evaluation.external import evaluate_external
-from brainage_nb.evaluation.figures import draw_figures
-from brainage_nb.evaluation.model_card import MEASURED, NOT_SHOWN, model_card
-from brainage_nb.evaluation.report import as_html_table, evaluate_runs, write_report
-from brainage_nb.evaluation.tables import dropped_table, flat_settings
-from brainage_nb.volumes.recipes import PreprocessingSettings
+from brainage_nb.evaluation.plots import draw_figures
+from brainage_nb.evaluation.report import (
+    MEASURED,
+    NOT_SHOWN,
+    as_html_table,
+    dropped_table,
+    flat_settings,
+    model_card,
+    write_report,
+)
+from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.workspace import read_json, write_json
 from tests.evaluation.fake_workspace import cohort_frame, simulated, write_run, write_workspace
 

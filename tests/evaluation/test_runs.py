@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainage_nb.evaluation.bias import CorrectionRefused
+from brainage_nb.evaluation.correction import CorrectionRefused
 from brainage_nb.evaluation.metrics import mean_training_age, metrics_by_split
 from brainage_nb.evaluation.runs import InconsistentRun, controls_of, headline_rows, list_runs, read_run
 from brainage_nb.workspace import MissingInput, write_csv

@@ -7,9 +7,8 @@ import pandas as pd
 import pytest
 
 from brainage_nb.models.settings import TrainingSettings
-from brainage_nb.volumes.preprocessing import PreprocessingSettings
-from brainage_nb.volumes.store import VolumeStore
-from brainage_nb.volumes.store_files import StoreWriter
+from brainage_nb.volumes.settings import PreprocessingSettings
+from brainage_nb.volumes.store import StoreWriter, VolumeStore
 from brainage_nb.workspace import write_json
 
 SOURCE = {"source_bytes": 0, "source_mtime_ns": 0, "source_sha256": ""}

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from brainage_nb.models.bundle import load_bundle
-from brainage_nb.models.bundles.members import NetworkEnsemble
-from brainage_nb.models.bundles.prediction import Prediction
-from brainage_nb.models.devices import (
+from brainage_nb.models import compute as preflight
+from brainage_nb.models import fit as member_fit
+from brainage_nb.models.compute import (
     GPU_FROM_SCANS,
     Placed,
     chosen_device,
@@ -15,10 +14,11 @@ from brainage_nb.models.devices import (
     name_of,
     working_device,
 )
-from brainage_nb.models.explain import explain
-from brainage_nb.models.explaining.heat_maps import grad_cam
-from brainage_nb.models.fitting import member_fit, preflight
-from brainage_nb.models.training import train
+from brainage_nb.models.train import train
+from brainage_nb.predict.bundle import load_bundle
+from brainage_nb.predict.cautions import Prediction
+from brainage_nb.predict.explain import explain, grad_cam
+from brainage_nb.predict.predictors import NetworkEnsemble
 from tests.models.tiny_bundle import networks, write_scan, write_tiny_bundle
 
 # PyTorch's "meta" device stands where a GPU would: tensors really move there, but hold no numbers, so what is

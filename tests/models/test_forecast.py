@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainage_nb.models.fitting.forecast import forecast
-from brainage_nb.models.training import train
+from brainage_nb.models.train import forecast, train
 
 
 def seconds_of(text: str) -> float:

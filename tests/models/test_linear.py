@@ -9,10 +9,9 @@ from safetensors.torch import load_file
 from scipy.ndimage import gaussian_filter
 from sklearn.linear_model import Ridge
 
-from brainage_nb.models.fitting import linear
-from brainage_nb.models.fitting.linear import fit_linear
-from brainage_nb.models.resnet import VoxelRegression, cubes, resnet18_regressor
-from brainage_nb.models.training import train
+from brainage_nb.models import network as linear
+from brainage_nb.models.network import VoxelRegression, cubes, fit_linear, resnet18_regressor
+from brainage_nb.models.train import train
 from brainage_nb.volumes.resampling import FWHM_PER_SD
 
 

@@ -10,8 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from brainage_nb.models.fitting.spreading import MARK, ModelsFailed, Superseded, Watched, train_member
-from brainage_nb.models.training import train
+from brainage_nb.models.train import MARK, ModelsFailed, Superseded, Watched, train, train_member
 
 distributed = pytest.importorskip("distributed", reason="Dask (the extra `cluster`) is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:TRAINING ON THE CPU")

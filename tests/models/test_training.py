@@ -14,17 +14,15 @@ import pandas as pd
 import pytest
 import torch
 
-from brainage_nb.models.fitting import optimisation, preflight
-from brainage_nb.models.fitting.batches import ResidentVolumes, StreamedVolumes, open_volumes
-from brainage_nb.models.fitting.member_fit import Diverged
-from brainage_nb.models.fitting.optimisation import Stepper
-from brainage_nb.models.fitting.preflight import NotReady
-from brainage_nb.models.fitting.stopping import StopRequests
-from brainage_nb.models.fitting.sweeps import members_of
-from brainage_nb.models.settings import SettingsDiffer, TrainingSettings
-from brainage_nb.models.training import train
+from brainage_nb.models import compute as preflight
+from brainage_nb.models import fit as optimisation
+from brainage_nb.models.compute import NotReady
+from brainage_nb.models.fit import Diverged, ResidentVolumes, Stepper, StreamedVolumes, open_volumes
+from brainage_nb.models.resume import StopRequests
+from brainage_nb.models.settings import SettingsDiffer, TrainingSettings, members_of
+from brainage_nb.models.train import train
 from brainage_nb.volumes.augment import AugmentationSettings
-from brainage_nb.volumes.recipes import list_changes
+from brainage_nb.volumes.settings import list_changes
 from brainage_nb.workspace import read_json, write_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRAINING ON THE CPU")
@@ -81,7 +79,7 @@ def test_predictions_have_a_row_a_scan_in_the_contract_s_columns(tiny, tiny_sett
 def test_stored_weights_give_the_predictions_of_the_table(tiny, tiny_settings, tmp_path):
     from safetensors.torch import load_file
 
-    from brainage_nb.models.fitting.member_fit import build_network
+    from brainage_nb.models.fit import build_network
 
     store, splits = tiny
     result = train(store, splits, tmp_path / "run", replace(tiny_settings, flip_averaging=True))
@@ -134,7 +132,7 @@ def test_stopping_at_any_step_changes_nothing(tiny, tiny_settings, tmp_path, mon
     store, splits = tiny
     settings = replace(tiny_settings, dropout=0.2)
     whole = train(store, splits, tmp_path / "whole", settings)
-    monkeypatch.setattr("brainage_nb.models.training.StopRequests", StopAfter)
+    monkeypatch.setattr("brainage_nb.models.train.StopRequests", StopAfter)
     for steps in stops:
         StopAfter.steps_left = steps
         part = train(store, splits, tmp_path / "parts", settings)
@@ -201,7 +199,7 @@ def test_a_scratch_folder_keeps_the_run_folder_supplied(tiny, tiny_settings, tmp
     store, splits = tiny
     whole = train(store, splits, tmp_path / "whole", tiny_settings)
     settings = replace(tiny_settings, scratch=str(tmp_path / "fast"))
-    monkeypatch.setattr("brainage_nb.models.training.StopRequests", StopAfter)
+    monkeypatch.setattr("brainage_nb.models.train.StopRequests", StopAfter)
     StopAfter.steps_left = 6
     train(store, splits, tmp_path / "drive", settings)
     assert list((tmp_path / "drive").rglob("step-*.pt"))
@@ -293,7 +291,7 @@ def test_a_stopped_sweep_goes_on_with_the_members_that_are_missing(
     store, splits = tiny
     settings = replace(tiny_settings, epochs=2, seeds=(4, 5))
     whole = train(store, splits, tmp_path / "whole", settings)
-    monkeypatch.setattr("brainage_nb.models.training.StopRequests", StopAfter)
+    monkeypatch.setattr("brainage_nb.models.train.StopRequests", StopAfter)
     StopAfter.steps_left = 11  # 8 steps of the first member, 3 of the second
     assert not train(store, splits, tmp_path / "parts", settings).complete
     finished = tmp_path / "parts" / "checkpoints" / "seed4"
@@ -453,7 +451,7 @@ def test_two_processes_give_the_loss_of_one(tiny, tiny_settings, tmp_path, norm)
 
 @pytest.mark.slow
 def test_a_failing_launch_shows_its_last_lines(tiny, tiny_settings, tmp_path):
-    from brainage_nb.models.fitting.launching import LaunchFailed
+    from brainage_nb.models.train import LaunchFailed
 
     (tmp_path / "broken.pth").write_bytes(b"no weights")
     settings = replace(tiny_settings, processes=2, init_from=str(tmp_path / "broken.pth"))

@@ -9,13 +9,13 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from brainage_nb.models.bundles.files import write_bundle
-from brainage_nb.models.bundles.members import NetworkEnsemble, arrays_of, network_from
-from brainage_nb.models.bundles.prediction import NOT_A_DEVICE
-from brainage_nb.models.bundles.reference import FILE
-from brainage_nb.models.bundles.saving import card_of, reference_of
-from brainage_nb.models.resnet import resnet18_regressor
-from brainage_nb.volumes.preprocessing import PreprocessingSettings, as_stored, preprocess
+from brainage_nb.bundle_format import write_bundle
+from brainage_nb.models.network import resnet18_regressor
+from brainage_nb.predict.cautions import FILE, NOT_A_DEVICE
+from brainage_nb.predict.predictors import NetworkEnsemble, arrays_of, network_from
+from brainage_nb.predict.saving import card_of, reference_of
+from brainage_nb.volumes.preprocessing import as_stored, preprocess
+from brainage_nb.volumes.settings import PreprocessingSettings
 
 ARCHITECTURE = {"widths": [4, 4, 8, 8], "blocks": [1, 1, 1, 1], "norm": "group", "shortcut": "A"}
 SETTINGS = PreprocessingSettings(spacing_mm=8, size=24)

@@ -5,7 +5,7 @@ import numpy as np
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
-from brainage_nb.volumes.mni import template
+from brainage_nb.volumes.registration import template
 
 VOXEL_MM = 3.0
 SIZE = 88

@@ -13,11 +13,11 @@ from brainage_nb.volumes.brain import (
     mask_beside,
     without_bias,
 )
-from brainage_nb.volumes.mni import template
-from brainage_nb.volumes.preprocessing import PreprocessingSettings, brain_inside, preprocess
-from brainage_nb.volumes.recipes import list_changes
+from brainage_nb.volumes.preprocessing import brain_inside, preprocess
+from brainage_nb.volumes.registration import template
 from brainage_nb.volumes.scans import ScanError, load_scan
-from brainage_nb.volumes.store_building import build_store
+from brainage_nb.volumes.settings import PreprocessingSettings, list_changes
+from brainage_nb.volumes.store import build_store
 from tests.volumes.template_head import SIZE, VOXEL_MM, head, pose, shuffled
 
 BEST = PreprocessingSettings.of_recipe("best", spacing_mm=4, size=48)
@@ -248,7 +248,7 @@ def test_real_scans_agree_with_their_reference_masks(shared_data, name):
 
 
 def test_the_preview_draws_brains_and_says_why_one_is_not_drawn(tmp_path, tilted):
-    from brainage_nb.volumes.brain_pictures import OUTLINE, brain_preview
+    from brainage_nb.volumes.pictures import OUTLINE, brain_preview
 
     nib.save(tilted[0], tmp_path / "good.nii.gz")
     nib.save(shuffled(tilted[0]), tmp_path / "bad.nii.gz")

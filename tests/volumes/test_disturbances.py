@@ -128,7 +128,7 @@ def steadiness(monkeypatch):
 def test_every_form_is_predicted_from_its_file_once_and_a_refused_one_keeps_its_reason(
     steadiness, tmp_path, monkeypatch
 ):
-    from brainage_nb.models.bundle import load_bundle
+    from brainage_nb.predict.bundle import load_bundle
 
     blank = lambda image, random: nib.Nifti1Image(np.zeros(image.shape, np.float32), image.affine)  # noqa: E731
     monkeypatch.setitem(steadiness.CASES, "nothing left", blank)

@@ -8,16 +8,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainage_nb.volumes.preprocessing import (
-    PreprocessingSettings,
-    ScanError,
-    as_stored,
-    grid_affine,
-    preprocess,
-    preprocessing_steps,
-)
+from brainage_nb.volumes.preprocessing import as_stored, grid_affine, preprocess, preprocessing_steps
 from brainage_nb.volumes.resampling import resample, smoothing_sd
-from brainage_nb.volumes.scans import voxel_sizes
+from brainage_nb.volumes.scans import ScanError, voxel_sizes
+from brainage_nb.volumes.settings import PreprocessingSettings
 
 from .conftest import BRAIN_CENTRE, BRAIN_RADII, head_array
 

@@ -5,11 +5,9 @@ import shutil
 import numpy as np
 import pytest
 
-from brainage_nb.volumes import staging
-from brainage_nb.volumes.preprocessing import PreprocessingSettings
-from brainage_nb.volumes.staging import StoreMirror
-from brainage_nb.volumes.store import current_store
-from brainage_nb.volumes.store_files import StoreWriter, read_index, shard_path
+from brainage_nb.volumes import store as staging
+from brainage_nb.volumes.settings import PreprocessingSettings
+from brainage_nb.volumes.store import StoreMirror, StoreWriter, current_store, read_index, shard_path
 from brainage_nb.workspace import write_json, write_text
 
 SETTINGS = PreprocessingSettings(spacing_mm=10.0, size=16)

@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainage_nb.volumes import store_files
-from brainage_nb.volumes.preprocessing import PreprocessingSettings, as_stored, preprocess
-from brainage_nb.volumes.store import VolumeStore, current_store
-from brainage_nb.volumes.store_building import build_store
+from brainage_nb.volumes import store as store_files
+from brainage_nb.volumes.preprocessing import as_stored, preprocess
+from brainage_nb.volumes.settings import PreprocessingSettings
+from brainage_nb.volumes.store import VolumeStore, build_store, current_store
 
 SMALL = PreprocessingSettings(spacing_mm=8, size=12)
 KILLED = """

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from brainage_nb.volumes import preprocessing
-from brainage_nb.volumes.mni import _bundled
-from brainage_nb.volumes.preprocessing import PreprocessingSettings, preprocess
+from brainage_nb.volumes.preprocessing import preprocess
+from brainage_nb.volumes.registration import _bundled
 from brainage_nb.volumes.resampling import resample, smoothing_sd
 from brainage_nb.volumes.scans import ScanError
+from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.volumes.tissues import SIZE, SPACING_MM, grid, tissues_of
 from tests.volumes.template_head import head, pose
 
@@ -115,6 +116,6 @@ def test_a_field_of_view_without_brain_gives_no_volume(monkeypatch):
 
 
 def _grid_of(settings):
-    from brainage_nb.volumes.mni import mni_grid
+    from brainage_nb.volumes.registration import mni_grid
 
     return mni_grid(settings.spacing_mm, settings.size)

@@ -1,0 +1,1 @@
+"""Heads with planted ageing, whose answers are known."""

@@ -1,0 +1,344 @@
+"""Who a phantom subject is and how each session was acquired: seeded draws, the rows of `truth.csv`.
+
+Numbers only; `phantom_scan` makes images of them.
+
+One phantom scan: what ageing did to the head, and how the scanner saw it.
+
+Makes arrays from the rows of `truth.csv`; the draws are `phantom_subject`'s, files and tables `phantom`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from brainage_nb.demo.anatomy import CSF, FAT, GREY, WHITE, Anatomy
+
+YOUNGEST, OLDEST = 20.0, 86.0  # years
+GAP_SD = 3.75  # years; the mean absolute gap, which is the oracle's MAE, is 0.8 of it
+# How far a person of a given brain age departs from the planted curve, in the parameter's own unit.
+INDIVIDUAL_SD = {
+    "ventricle_mm": 0.38,
+    "sulcal_opening": 0.045,
+    "grey_white_contrast": 0.0120,
+    "lesions": 0.045,
+}
+ANATOMY = tuple(INDIVIDUAL_SD)  # the columns of truth.csv that ageing drives
+
+
+@dataclass(frozen=True)
+class Site:
+    """How one scanner shows a head: contrast, sharpness, noise, and how it stores its files."""
+
+    contrast: float  # grey-white contrast relative to the planted one
+    gamma: float  # exponent that bends the intensity scale
+    blur_mm: float  # full width at half maximum of the point spread
+    noise: float  # standard deviation relative to white matter
+    scale: float  # stored value of white matter
+    axcodes: tuple[str, ...]
+    voxels: tuple[tuple[float, float, float], ...]  # edges x, y, z relative to the cohort's voxel_mm
+
+
+SITES = {
+    "north": Site(1.00, 1.00, 1.0, 0.030, 500, ("RAS", "LAS"), ((1, 1, 1),)),
+    "south": Site(0.90, 1.08, 2.2, 0.040, 260, ("PSR", "PIR"), ((1.2, 0.95, 0.95), (1, 1, 1))),
+    "west": Site(1.08, 0.93, 1.6, 0.050, 700, ("RAI", "LPI", "ASL"), ((0.95, 0.95, 1.5), (0.9, 1.3, 0.9))),
+}
+
+
+def planted_anatomy(brain_age: np.ndarray | float) -> dict[str, np.ndarray | float]:
+    """The mean of each anatomy parameter at a brain age in years.
+
+    Returns
+    -------
+    dict
+        `ventricle_mm`: outward movement of the ventricles' wall, mm, accelerating after 60;
+        `sulcal_opening`: share of the cortex next to CSF that gave way to it;
+        `grey_white_contrast`: (white - grey) / their mean intensity;
+        `lesions`: extent of periventricular lesions, 0 none to 1 all white matter around the ventricles.
+    """
+    years = np.asarray(brain_age, float) - YOUNGEST
+    late = 8.0 * np.logaddexp(0, (years - 40) / 8.0)
+    return {
+        "ventricle_mm": 0.030 * years + 0.125 * late,
+        "sulcal_opening": 0.06 + 0.0085 * years + 0.0050 * late,
+        "grey_white_contrast": 0.37 - 0.0026 * years,
+        "lesions": 0.04 + 0.0025 * years + 0.0130 * late,
+    }
+
+
+def draw_subject(seed: int, index: int) -> list[dict[str, object]]:
+    """The truth about one subject: a row a session (one or two).
+
+    Parameters
+    ----------
+    seed : int
+        The cohort's seed.
+    index : int
+        The subject's number, from 1. A subject does not depend on how many others there are.
+    """
+    random = np.random.default_rng((seed, index))
+    age = random.uniform(YOUNGEST, OLDEST)
+    gap = random.normal(0, GAP_SD)
+    sex = str(random.choice(["F", "M"]))
+    site = str(random.choice(list(SITES), p=[0.45, 0.33, 0.22]))
+    departure = {name: random.normal(0, sd) for name, sd in INDIVIDUAL_SD.items()}
+    size = random.normal(1.02 if sex == "M" else 0.985, 0.018)
+    stretch = random.normal(1, 0.012, 3)
+    sessions = 2 if random.random() < 0.15 else 1
+    rows = []
+    for session in range(1, sessions + 1):
+        now = age + (random.uniform(0.8, 4.0) if session == 2 else 0.0)
+        gap_now = gap + (random.normal(0, 0.5) if session == 2 else 0.0)
+        anatomy = _at_session(now + gap_now, departure, random if session == 2 else None)
+        subject_id, session_id = f"{index:04d}", f"{session:02d}" if sessions == 2 else ""
+        rows.append(
+            {
+                "scan_id": f"{subject_id}_{session_id}" if session_id else subject_id,
+                "subject_id": subject_id,
+                "session_id": session_id,
+                "age": round(now, 2),
+                "sex": sex,
+                "site": site,
+                "brain_age": round(now + gap_now, 3),
+                "gap": round(now + gap_now - round(now, 2), 3),
+                **anatomy,
+                **{f"size_{axis}": round(size * stretch[i], 4) for i, axis in enumerate("xyz")},
+            }
+        )
+    return rows
+
+
+def _at_session(
+    brain_age: float, departure: dict[str, float], random: np.random.Generator | None
+) -> dict[str, float]:
+    """Planted mean plus the subject's own departure, which varies a little from session to session."""
+    mean = planted_anatomy(brain_age)
+    jitter = {name: random.normal(0, 0.15 * sd) if random else 0.0 for name, sd in INDIVIDUAL_SD.items()}
+    lowest = {"grey_white_contrast": 0.05}
+    return {
+        name: round(max(float(mean[name] + departure[name] + jitter[name]), lowest.get(name, 0.0)), 5)
+        for name in ANATOMY
+    }
+
+
+def draw_acquisition(seed: int, index: int, session: int, site: Site, voxel_mm: float) -> dict[str, object]:
+    """How one session was acquired: pose, field of view, storage, bias; lengths in mm, angles in degrees."""
+    random = np.random.default_rng((seed, index, session))
+    pitch, yaw, roll = random.normal(0, (3.5, 2.0, 2.0))
+    neck = random.uniform(65, 100) if random.random() < 0.2 else random.uniform(22, 55)
+    margins = {
+        "left": random.uniform(20, 40),
+        "right": random.uniform(20, 40),
+        "back": random.uniform(20, 42),
+        "front": random.uniform(26, 55),
+        "below": neck,
+        "above": random.uniform(18, 42),
+    }
+    voxels = np.array(site.voxels[random.integers(len(site.voxels))]) * voxel_mm
+    return {
+        "pitch_deg": round(pitch, 2),
+        "yaw_deg": round(yaw, 2),
+        "roll_deg": round(roll, 2),
+        **{f"margin_{side}_mm": round(value, 1) for side, value in margins.items()},
+        **{f"voxel_{axis}_mm": round(float(voxels[i]), 3) for i, axis in enumerate("xyz")},
+        "axcodes": str(random.choice(site.axcodes)),
+        "oblique_deg": round(random.uniform(-8, 8), 2) if random.random() < 0.2 else 0.0,
+        "bias": round(random.uniform(0.06, 0.20), 3),
+        "fat": round(random.uniform(0.80, 1.20), 3),
+        "table_z_mm": round(random.uniform(-30, 30), 1),
+    }
+
+
+DEFORMATION_MM, DEFORMATION_KNOTS_MM = 1.3, 38.0
+# Semi-axes and centre (mm, MNI152) of an ellipsoid around the brain; the field of view is set by it.
+BRAIN_CENTRE, BRAIN_AXES = np.array([0.0, -17.0, 2.0]), np.array([73.0, 91.0, 82.0])
+
+
+# --- what ageing did ------------------------------------------------------------------------------------
+
+
+def aged_head(
+    anatomy: Anatomy,
+    planted: dict[str, float],
+    *,
+    contrast: float = 1.0,
+    fat: float = 1.0,
+    random: np.random.Generator | None = None,
+) -> np.ndarray:
+    """The template head with planted tissue changes (all but the ventricles' widening), in template space.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The template head.
+    planted : dict
+        `sulcal_opening`, `grey_white_contrast` and `lesions`, as `planted_anatomy` gives them.
+    contrast : float
+        What the scanner makes of the grey-white contrast, as a factor.
+    fat : float
+        Brightness of fat relative to the usual.
+    random : Generator, optional
+        Draws where lesions lie; without it they follow the distance from the ventricles only.
+
+    Returns
+    -------
+    (nx, ny, nz) float32 array
+        Intensities, white matter near 0.9.
+    """
+    middle, half = (GREY + WHITE) / 2, 0.5 * planted["grey_white_contrast"] * contrast
+    grey = anatomy.grey * (1 - planted["sulcal_opening"] * anatomy.sulci)
+    fluid = anatomy.inside - grey - anatomy.white
+    inside = (middle * (1 - half)) * grey + (middle * (1 + half)) * anatomy.white
+    inside += CSF * fluid
+    inside += anatomy.texture
+    inside -= (0.30 * lesion_map(anatomy, planted["lesions"], random)) * anatomy.white
+    head = anatomy.head + np.float32(FAT * fat) * anatomy.fat
+    head[anatomy.brain] += inside
+    return head
+
+
+def lesion_map(anatomy: Anatomy, extent: float, random: np.random.Generator | None = None) -> np.ndarray:
+    """Periventricular lesions, 0..1, in the brain's box: where nearness to a ventricle passes 1 - extent."""
+    near = anatomy.periventricular
+    if random is not None:
+        patches = smooth_random(random, near.shape, 11.0 / anatomy.voxel_mm)
+        near = near * (1 + 0.35 * patches)
+    return np.clip(4.0 * (near - (1 - extent)), 0, 1)
+
+
+def displacement(
+    anatomy: Anatomy, ventricle_mm: float, random: np.random.Generator | None = None
+) -> np.ndarray:
+    """Where to look in the template, minus where one is, in mm: widened ventricles and a person's own shape.
+
+    Returns
+    -------
+    (3, nx, ny, nz) float32 array on the grid of `anatomy.field_affine`
+    """
+    field = -np.float32(ventricle_mm) * anatomy.widening
+    if random is None:
+        return field
+    knots = DEFORMATION_KNOTS_MM / anatomy.field_affine[0, 0]
+    shape = field.shape[1:]
+    return field + np.float32(DEFORMATION_MM) * np.stack([smooth_random(random, shape, knots) for _ in "xyz"])
+
+
+# --- how the scanner saw it -----------------------------------------------------------------------------
+
+
+def scan_head(anatomy: Anatomy, truth: dict[str, object], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Acquire one scan.
+
+    Parameters
+    ----------
+    anatomy : Anatomy
+        The template head.
+    truth : dict
+        A row of `truth.csv`: the subject's and the acquisition's draws.
+    seed : int
+        The cohort's seed. With the subject it fixes the shape, with the session also noise and bias field.
+
+    Returns
+    -------
+    image : int16 array, axes right, front, up
+        Stored values; noise is Rician.
+    affine : (4, 4) array
+        Voxel index -> scanner position in mm.
+    """
+    site, index, session = SITES[str(truth["site"])], int(truth["subject_id"]), int(truth["session_id"] or 1)
+    own = np.random.default_rng((seed, index, 90))
+    head = aged_head(anatomy, truth, contrast=site.contrast, fat=float(truth["fat"]), random=own)
+    field = displacement(anatomy, float(truth["ventricle_mm"]), own)
+    shape, affine, to_template = place_scan(truth)
+    image = sample_head(anatomy, head, field, shape, to_template)
+    random = np.random.default_rng((seed, index, 100 + session))
+    voxels = np.linalg.norm(affine[:3, :3], axis=0)
+    width = np.hypot(site.blur_mm, 0.6 * np.maximum(voxels - anatomy.voxel_mm, 0)) / 2.355
+    image = ndimage.gaussian_filter(image, width / voxels, truncate=3.0)
+    knots = 70.0 / voxels
+    image = np.maximum(image, 0) ** np.float32(site.gamma)
+    image *= np.exp(float(truth["bias"]) * smooth_random(random, shape, knots))
+    noise = site.noise * random.standard_normal((2, *shape), dtype=np.float32)
+    image = np.hypot(image + noise[0], noise[1])
+    return np.clip(image * site.scale, 0, 32767).astype(np.int16), affine
+
+
+def place_scan(truth: dict[str, object]) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
+    """Grid shape, its affine in the scanner, and the map from its indices to template mm (both 4x4)."""
+    turn = _rotation(*(np.deg2rad(float(truth[f"{name}_deg"])) for name in ("pitch", "yaw", "roll")))
+    pose = turn * np.array([float(truth[f"size_{axis}"]) for axis in "xyz"])
+    reach = np.sqrt(((pose * BRAIN_AXES) ** 2).sum(axis=1))
+    low, high = (("left", "back", "below"), ("right", "front", "above"))
+    start = -reach - [float(truth[f"margin_{side}_mm"]) for side in low]
+    stop = reach + [float(truth[f"margin_{side}_mm"]) for side in high]
+    voxels = np.array([float(truth[f"voxel_{axis}_mm"]) for axis in "xyz"])
+    shape = tuple(int(n) for n in np.ceil((stop - start) / voxels))
+    grid = np.eye(4)
+    grid[:3, :3] = np.diag(voxels)
+    grid[:3, 3] = start
+    to_template = np.eye(4)
+    to_template[:3, :3] = np.linalg.inv(pose)
+    to_template[:3, 3] = BRAIN_CENTRE
+    scanner = np.eye(4)
+    scanner[:3, :3] = _rotation(np.deg2rad(float(truth["oblique_deg"])), 0.0, 0.0)
+    scanner[2, 3] = float(truth["table_z_mm"])
+    return shape, scanner @ grid, to_template @ grid
+
+
+def _rotation(pitch: float, yaw: float, roll: float) -> np.ndarray:
+    """Rotation matrix (3, 3) of angles in radians about x, z and y."""
+    (cp, cy, cr), (sp, sy, sr) = np.cos([pitch, yaw, roll]), np.sin([pitch, yaw, roll])
+    about_x = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
+    about_z = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])
+    about_y = np.array([[cr, 0, sr], [0, 1, 0], [-sr, 0, cr]])
+    return about_z @ about_y @ about_x
+
+
+def sample_head(
+    anatomy: Anatomy, head: np.ndarray, field: np.ndarray, shape: tuple[int, ...], to_template: np.ndarray
+) -> np.ndarray:
+    """The head at every voxel of a scan; where to look is worked out on every few voxels, then refined."""
+    steps = np.maximum(1, np.round(4.0 / np.linalg.norm(to_template[:3, :3], axis=0))).astype(int)
+    coarse = [np.arange(0, n + step, step, dtype=np.float32) for n, step in zip(shape, steps, strict=True)]
+    position = _mapped(to_template, np.stack(np.meshgrid(*coarse, indexing="ij")))
+    on_field = _mapped(np.linalg.inv(anatomy.field_affine), position)
+    moves = [ndimage.map_coordinates(part, on_field, order=1, mode="nearest") for part in field]
+    on_head = _mapped(np.linalg.inv(anatomy.affine), position + np.stack(moves)).astype(np.float32)
+    weights = [_linear(n, step, len(axis)) for n, step, axis in zip(shape, steps, coarse, strict=True)]
+    fine = np.stack([_separable(part, weights) for part in on_head])
+    return ndimage.map_coordinates(head, fine, order=1, mode="nearest", prefilter=False)
+
+
+def _mapped(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """A 4x4 affine applied to points of shape (3, …)."""
+    return np.tensordot(affine[:3, :3], points, axes=1) + affine[:3, 3].reshape(3, 1, 1, 1)
+
+
+def smooth_random(
+    random: np.random.Generator, shape: tuple[int, ...], knots: np.ndarray | float
+) -> np.ndarray:
+    """A smooth random image of variance one, float32: white noise on knots (voxels apart), blended."""
+    knots = np.broadcast_to(knots, 3)
+    bases = []
+    for n, apart in zip(shape, knots, strict=True):
+        at = np.arange(-apart, n + apart, apart)
+        basis = np.exp(-0.5 * ((np.arange(n)[:, None] - at) / (0.7 * apart)) ** 2)
+        bases.append((basis / np.linalg.norm(basis, axis=1, keepdims=True)).astype(np.float32))
+    draws = random.standard_normal([basis.shape[1] for basis in bases], dtype=np.float32)
+    return _separable(draws, bases)
+
+
+def _separable(coefficients: np.ndarray, bases: list[np.ndarray]) -> np.ndarray:
+    """Apply one (n, k) matrix along each of the three axes."""
+    for axis, basis in enumerate(bases):
+        coefficients = np.moveaxis(np.tensordot(basis, coefficients, axes=(1, axis)), 0, axis)
+    return np.ascontiguousarray(coefficients)
+
+
+def _linear(n: int, step: int, knots: int) -> np.ndarray:
+    """Weights (n, knots) of linear interpolation between values at every `step`-th of n voxels."""
+    distance = np.abs(np.arange(n)[:, None] / step - np.arange(knots))
+    return np.clip(1 - distance, 0, None).astype(np.float32)

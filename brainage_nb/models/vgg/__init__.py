@@ -1,1 +1,0 @@
-"""The classic baseline: VGG16 features and support vector regression. `models.vgg_svr` is the model."""

@@ -1,0 +1,1 @@
+"""Trained models as bundles, and what they say of one scan."""

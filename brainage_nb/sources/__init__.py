@@ -1,0 +1,1 @@
+"""Where scans and ages come from: folders, downloads, public data sets, the demo."""

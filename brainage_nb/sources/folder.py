@@ -1,0 +1,568 @@
+"""Where scans and ages come from: a folder with a table, or the known-answer cohort. Opens no image.
+
+Every source ends in `folder_cohort`, which puts images and rows together and lists what found no partner.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from brainage_nb.cohort.images import clean_text, describe_images, find_images, take_named
+from brainage_nb.cohort.matching import Match, match_images
+from brainage_nb.tables.files import TABLE_SUFFIXES, TableError
+from brainage_nb.tables.participants import read_participants, refused_rows
+
+COHORT_COLUMNS = ["scan_id", "subject_id", "session_id", "image", "age", "sex", "site", "source"]
+_NAMES = ("subject_id", "table_id", "image_id")  # of people and images, in a table
+TABLE_COLUMNS = ("subject_id", "age", "sex", "site", "session_id", "diagnosis", "image_id", "age_unit")
+
+
+class SourceError(ValueError):
+    """A folder and a table that do not make a cohort; the message says what to set."""
+
+
+@dataclass(frozen=True)
+class FolderCohort:
+    """Scans put together with their ages, and what was left over.
+
+    Attributes
+    ----------
+    cohort : DataFrame
+        As `cohort.csv`: `scan_id, subject_id, session_id, image, age` [years]`, sex, site, source`, then
+        `diagnosis` and `cdr` where the table knows them, and `age_note`: how the age came from several
+        rows, or, where `age` is empty, why the table gives none. Cleaning drops those scans with that reason.
+    unmatched_images : DataFrame
+        `image, reason`.
+    unmatched_rows : DataFrame
+        `subject_id, session_id, reason`.
+    notes : list of str
+        What was resolved and by what rule.
+    """
+
+    cohort: pd.DataFrame
+    unmatched_images: pd.DataFrame
+    unmatched_rows: pd.DataFrame
+    notes: list[str] = field(default_factory=list)
+
+
+def folder_cohort(
+    data_dir: Path | str,
+    table: Path | str = "",
+    *,
+    columns: Mapping[str, str] | None = None,
+    root: Path | str | None = None,
+    source: str = "folder",
+) -> FolderCohort:
+    """Put the images of a folder and the rows of a table together.
+
+    Parameters
+    ----------
+    data_dir : path
+        Folder with the images, in any nesting.
+    table : path
+        Participants table, from here or from `data_dir`; "" for `participants.tsv` in `data_dir`, or the only
+        table there.
+    columns : mapping
+        Column names and the age unit for `read_table`, where they are not to be found by themselves.
+    root : path, optional
+        The workspace: images inside it are written relative to it, all others absolute.
+    source : str
+        What the column `source` says.
+
+    Returns
+    -------
+    FolderCohort
+        Every image and every row is in it: matched, or listed with the reason.
+
+    Raises
+    ------
+    FileNotFoundError, TableError, SourceError
+        Where the folder is missing, the table cannot be read safely, or nothing fits together.
+    """
+    data_dir = Path(data_dir).expanduser().absolute()
+    unknown = set(columns or {}) - set(TABLE_COLUMNS)
+    if unknown:
+        raise TableError(f"columns names {sorted(unknown)}; expected some of {', '.join(TABLE_COLUMNS)}.")
+    images = find_images(data_dir)
+    if images.empty:
+        raise SourceError(_no_image(images, data_dir))
+    if not str(table) and (sets := _sets_side_by_side(data_dir)):
+        return _join_sets(sets, images, columns, root, source)
+    path = find_table(data_dir, table)
+    rows, notes = _all_rows(read_participants(path, data_dir, columns or {}))
+    images = take_named(images, [name for role in _NAMES if role in rows for name in rows[role]])
+    matches = _match_own_images(images, rows, path, data_dir)
+    if all(match.row is None for match in matches):
+        raise SourceError(_nothing_fits(images, rows, matches, path))
+    cohort = _joined(images, rows, matches, source)
+    cohort["image"] = [_relative(image, root) for image in cohort["image"]]
+    return FolderCohort(
+        cohort,
+        _images_left(images, matches, root),
+        _rows_left(rows, matches),
+        [*images.attrs["notes"], *notes, *_notes_on_matching(rows, matches)],
+    )
+
+
+def ages_of_scans(
+    scans: Sequence[Path], table: Path | str
+) -> tuple[list[float | None], list[str], list[str]]:
+    """True ages of named scans, matched with a table as notebook 01 does; the scans are the whole cohort.
+
+    Parameters
+    ----------
+    scans : sequence of path
+    table : path
+        Participants table. Where it lies above the scans, all folders below it may name the subject.
+
+    Returns
+    -------
+    ages : list
+        Years, or None, one a scan.
+    reasons : list of str
+        Why a scan has no age, or "", one a scan.
+    notes : list of str
+        What was resolved in the table and in matching, by what rule.
+
+    Raises
+    ------
+    TableError
+        Where the table cannot be read safely.
+    """
+    scans, table = [Path(scan).absolute() for scan in scans], Path(table).expanduser().absolute()
+    folder = Path(os.path.commonpath([scan.parent for scan in scans]))
+    inside = folder.is_relative_to(table.parent)
+    rows, notes = _all_rows(read_participants(table, table.parent if inside else folder, {}))
+    unique = list(dict.fromkeys(scans))
+    # a scan given alone may be named by its folders only: `S001/anat/T1.nii.gz`
+    for top in [table.parent] if inside else [folder, *list(folder.parents)[:3]]:
+        images = describe_images(unique, top)
+        matches = _match_own_images(images, rows, table, top)
+        if any(match.row is not None for match in matches):
+            break
+    found = dict(zip(unique, matches, strict=True))
+    ages, reasons = [], []
+    for scan in scans:
+        row = None if found[scan].row is None else rows.loc[found[scan].row]
+        has_age = row is not None and row["age"] == row["age"]
+        ages.append(float(row["age"]) if has_age else None)
+        reasons.append(
+            "" if has_age else found[scan].reason or f"its row gives no usable age: {row['age_note']}"
+        )
+    return ages, reasons, [*notes, *_notes_on_matching(rows, matches)]
+
+
+def _sets_side_by_side(data_dir: Path) -> list[Path]:
+    """Folders with a `participants.tsv` of their own, where `data_dir` has none and they are several."""
+    tables = sorted(data_dir.glob("*/participants.tsv"))
+    return [path.parent for path in tables] if len(tables) > 1 and not _has_participants(data_dir) else []
+
+
+def _has_participants(folder: Path) -> bool:
+    # a link to an annex that was not fetched does not exist, yet it is the table
+    return (folder / "participants.tsv").exists() or (folder / "participants.tsv").is_symlink()
+
+
+def _join_sets(sets: list[Path], images: pd.DataFrame, columns: Any, root: Any, source: str) -> FolderCohort:
+    """Several data sets, each with its own table; ids take the folder's name: `site1_01`, `site2_01`."""
+    found, aside = {}, []
+    for folder in sets:
+        inside = [image for image in images["image"] if Path(image).is_relative_to(folder)]
+        try:
+            found[clean_text(folder.name)] = folder_cohort(
+                folder, folder / "participants.tsv", columns=columns, root=root, source=source
+            )
+        except (TableError, SourceError) as error:
+            aside += [(_relative(image, root), str(error)) for image in inside]
+    lone = [image for image in images["image"] if not any(Path(image).is_relative_to(one) for one in sets)]
+    aside += [(_relative(image, root), "no participants.tsv lies in its data set") for image in lone]
+    if not found:
+        raise SourceError(" ".join(dict.fromkeys(reason for _, reason in aside)))
+    for name, one in found.items():
+        for frame in (one.cohort, one.unmatched_rows):
+            frame["subject_id"] = name + "_" + frame["subject_id"]
+        one.cohort["scan_id"] = name + "_" + one.cohort["scan_id"]
+        one.cohort["site"] = one.cohort["site"].where(one.cohort["site"] != "", name)
+    cohort = pd.concat([one.cohort for one in found.values()], ignore_index=True)
+    cohort["scan_id"] = _distinct_names(cohort["scan_id"])
+    return FolderCohort(
+        cohort.fillna(dict.fromkeys(cohort.columns.drop("age"), "")),
+        pd.concat(
+            [
+                *(one.unmatched_images for one in found.values()),
+                pd.DataFrame(aside, columns=["image", "reason"]),
+            ],
+            ignore_index=True,
+        ),
+        pd.concat([one.unmatched_rows for one in found.values()], ignore_index=True),
+        [
+            f"{len(found)} data sets side by side, each with its own participants.tsv: their subjects are "
+            f"named {', '.join(f'{name}_…' for name in found)}.",
+            *(f"{name}: {note}" for name, one in found.items() for note in one.notes),
+        ],
+    )
+
+
+def _match_own_images(images: pd.DataFrame, rows: pd.DataFrame, path: Path, data_dir: Path) -> list[Match]:
+    """Match the images but those in the folder of another `participants.tsv`: their people are others."""
+    path, foreign = path.absolute(), {}
+    for folder in dict.fromkeys(Path(image).parent for image in images["image"]):
+        above = [one for one in (folder, *folder.parents) if one.is_relative_to(data_dir) and one != data_dir]
+        owner = next((one for one in above if _has_participants(one)), None)
+        if owner and not path.is_relative_to(owner) and not folder.is_relative_to(path.parent):
+            foreign[folder] = (
+                f"it belongs to the data set of {owner / 'participants.tsv'}, not to {path.name}"
+            )
+    reasons = [foreign.get(Path(image).parent, "") for image in images["image"]]
+    own = images[[not reason for reason in reasons]].reset_index(drop=True)
+    matches = iter(match_images(own, rows))
+    return [Match(reason=reason) if reason else next(matches) for reason in reasons]
+
+
+def demo_cohort(
+    folder: Path | str,
+    n_subjects: int,
+    seed: int,
+    *,
+    voxel_mm: float = 1.0,
+    n_jobs: int = 0,
+    root: Path | str | None = None,
+) -> FolderCohort:
+    """Make the known-answer cohort and read it like anyone's data.
+
+    Parameters
+    ----------
+    folder : path
+        Where its images and table are written.
+    n_subjects, seed, voxel_mm, n_jobs
+        As `phantom.make_cohort` takes them.
+    root : path, optional
+        The workspace, as in `folder_cohort`.
+    """
+    from brainage_nb.demo.cohort import make_cohort
+
+    made = make_cohort(folder, n_subjects=n_subjects, seed=seed, voxel_mm=voxel_mm, n_jobs=n_jobs)
+    return folder_cohort(made, Path(made) / "participants.tsv", root=root, source="demo")
+
+
+def find_table(data_dir: Path | str, table: Path | str = "") -> Path:
+    """The table named, or, for "", `participants.tsv` in the folder, or the only table in it.
+
+    Raises
+    ------
+    TableError
+        Where there is none, or several; the message lists them.
+    """
+    data_dir = Path(data_dir)
+    if str(table):
+        named = Path(table).expanduser()
+        return named if named.exists() or not (data_dir / named).exists() else data_dir / named
+    if _has_participants(data_dir):
+        return data_dir / "participants.tsv"
+    listed = sorted(
+        path
+        for path in [*data_dir.glob("*"), *data_dir.glob("*/*")]
+        if path.suffix.lower() in TABLE_SUFFIXES
+        and not path.name.startswith((".", "~"))
+        and not re.search(
+            r"_(sessions|scans|events|channels)\.tsv$|^(readme|license|changes)", path.name.lower()
+        )
+    )
+    if len(listed) == 1:
+        return listed[0]
+    if not listed:
+        raise TableError(f"No table lies in {data_dir}. Set table to a CSV, TSV, XLS or XLSX file with ages.")
+    shown = ", ".join(str(path.relative_to(data_dir)) for path in listed[:10])
+    raise TableError(f"{len(listed)} tables lie in {data_dir}: {shown}. Set table to the one with the ages.")
+
+
+def _all_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Rows with a usable age, then rows without, whose `age_note` is the reason."""
+    refused = refused_rows(table).rename(columns={"reason": "age_note"})
+    rows = pd.concat([table, refused.assign(age=float("nan"))], ignore_index=True)
+    text = rows.columns.drop("age")
+    rows = rows.fillna(dict.fromkeys(text, ""))
+    for column in rows.columns.intersection(["subject_id", "session_id", "table_id", "image_id"]):
+        rows[column] = rows[column].map(clean_text)
+    return rows, list(table.attrs["notes"])
+
+
+def _joined(images: pd.DataFrame, rows: pd.DataFrame, matches: list[Match], source: str) -> pd.DataFrame:
+    """A row a matched image, in the order of paths."""
+    found = [index for index, match in enumerate(matches) if match.row is not None]
+    seen = images.iloc[found].reset_index(drop=True)
+    known = rows.loc[[matches[index].row for index in found]].reset_index(drop=True)
+    labels = pd.Series([matches[index].label for index in found], dtype=str)
+    sessions = pd.Series([matches[index].session for index in found], dtype=str)
+    cohort = known.assign(
+        subject_id=_subject_ids(known["subject_id"], labels),
+        session_id=sessions.where(sessions != "", known["session_id"]),
+        site=known["site"].where(known["site"] != "", seen["site_hint"]),
+        image=seen["image"],
+        source=source,
+    )
+    cohort["scan_id"] = _scan_ids(cohort, seen)
+    extra = [column for column in ("diagnosis", "cdr", "age_note") if column in cohort]
+    return cohort[[*COHORT_COLUMNS, *extra]]
+
+
+def _subject_ids(ids: pd.Series, labels: pd.Series) -> pd.Series:
+    """Ids as the images write them (`IXI002` for the table's 2), as long as all images of a subject agree."""
+    agreed = labels.groupby(ids).transform("nunique") == 1
+    return labels.where(agreed & (labels != ""), ids)
+
+
+def _scan_ids(cohort: pd.DataFrame, images: pd.DataFrame) -> list[str]:
+    """`subject[_session][_run]`; where several images would share it, their names, then their paths."""
+    parts = zip(cohort["subject_id"], cohort["session_id"], images["run_hint"], strict=True)
+    ids = pd.Series(["_".join(filter(None, part)) for part in parts], dtype=str).map(_file_name)
+    for longer in (images["stem"], images["folders"] + "_" + images["stem"], images["image"]):
+        # two ids that differ in case alone would be one file on some disks
+        ids = longer.map(_file_name).where(ids.str.casefold().duplicated(keep=False), ids)
+    return _distinct_names(ids)
+
+
+def _file_name(name: str) -> str:
+    """A name that can be that of a file: letters of any script, digits, `.`, `_` and `-`."""
+    safe = (one if one in "._-" or unicodedata.category(one)[0] in "LNM" else "-" for one in clean_text(name))
+    return re.sub("-+", "-", "".join(safe)).strip("-")
+
+
+def _distinct_names(names: pd.Series) -> list[str]:
+    """Names of which no two are the same file: later ones are numbered."""
+    taken: set[str] = set()
+    distinct = []
+    for name in names:
+        number, one = 1, name
+        while one.casefold() in taken:
+            number, one = number + 1, f"{name}-{number + 1}"
+        taken.add(one.casefold())
+        distinct.append(one)
+    return distinct
+
+
+def _relative(image: str, root: Path | str | None) -> str:
+    path, root = Path(image), Path(root).absolute() if root else None
+    return path.relative_to(root).as_posix() if root and path.is_relative_to(root) else str(path)
+
+
+def _images_left(images: pd.DataFrame, matches: list[Match], root: Path | str | None) -> pd.DataFrame:
+    left = [*images.attrs["left_out"][["image", "reason"]].itertuples(index=False)]
+    left += [
+        (image, match.reason) for image, match in zip(images["image"], matches, strict=True) if match.reason
+    ]
+    return pd.DataFrame(
+        [(_relative(image, root), reason) for image, reason in left], columns=["image", "reason"]
+    )
+
+
+def _rows_left(rows: pd.DataFrame, matches: list[Match]) -> pd.DataFrame:
+    left = rows.drop(index={match.row for match in matches if match.row is not None})
+    seen = {subject for match in matches for subject in match.subjects}
+    reasons = [
+        "images seem to be of this subject, but none is of this row: see the unmatched images"
+        if subject in seen
+        else "no image carries this id"
+        for subject in left["subject_id"]
+    ]
+    no_age = left["age"].isna()
+    reasons = pd.Series(reasons, index=left.index, dtype=str)
+    reasons = reasons.where(~no_age, reasons + "; no age either: " + left["age_note"])
+    return left[["subject_id", "session_id"]].assign(reason=reasons).reset_index(drop=True)
+
+
+def _notes_on_matching(rows: pd.DataFrame, matches: list[Match]) -> list[str]:
+    notes = []
+    if padded := [match for match in matches if match.row is not None and match.label]:
+        first = padded[0]
+        notes.append(
+            f"Ids matched by number: {len(padded)}; '{first.label}' is the table's '{first.subjects[0]}'."
+        )
+    visits = pd.DataFrame(
+        [(match.row, match.session, match.visit) for match in matches if match.row is not None],
+        columns=["row", "session", "visit"],
+    )
+    visits = visits[visits["row"].map(rows["session_id"]) == ""].drop_duplicates()
+    several = visits["row"].value_counts() > 1
+    if several.any():
+        told = "" if visits["session"].any() else " (or dates, or numbers after the id)"
+        notes.append(
+            f"Subjects with several sessions{told} on disk and one age in the table: {several.sum()}; all "
+            "sessions take this age, which is probably that at the first."
+        )
+    taken = [match.row for match in matches if match.row is not None]
+    if missing := int(rows["age"][taken].isna().sum()):
+        notes.append(f"Images whose row gives no usable age: {missing}; cleaning drops them with the reason.")
+    return notes
+
+
+def _no_image(images: pd.DataFrame, data_dir: Path) -> str:
+    left = images.attrs["left_out"]
+    if left.empty:
+        return " ".join([f"No NIfTI or MGZ image lies in {data_dir}.", *images.attrs["notes"]])
+    return (
+        f"None of the {len(left)} images in {data_dir} is taken for a scan. The first, "
+        f"{Path(left['image'][0]).name}: {left['reason'][0]}. Set data_dir to the folder of the scans "
+        "themselves, or give these files' names in the table."
+    )
+
+
+def _nothing_fits(images: pd.DataFrame, rows: pd.DataFrame, matches: list[Match], path: Path) -> str:
+    names = ", ".join(images["stem"].head(3))
+    ids = ", ".join(rows["subject_id"].head(3))
+    return (
+        f"None of the {len(images)} images has a row in {path}. Images are named like {names}; "
+        f"ids look like {ids}. The first image: {matches[0].reason}. Set subject_column or image_column "
+        "to the column that names them."
+    )
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Where data come from and what is owed for them.
+
+    Attributes
+    ----------
+    name : str
+        The data set in words.
+    needs : str
+        What a person has to have or to set.
+    licence : str
+        The terms of use.
+    cite : str
+        What a publication has to name.
+    url : str
+        The publisher's page, where the terms stand in full.
+    caution : str
+        What to know before figures are compared, or "".
+    """
+
+    name: str
+    needs: str
+    licence: str
+    cite: str
+    url: str = ""
+    caution: str = ""
+
+    def with_facts(self, **facts: str) -> Terms:
+        """The same terms with what the data set itself says, where it says something."""
+        return replace(self, **{name: text for name, text in facts.items() if text})
+
+    def line(self) -> str:
+        """The terms as one line, for a log."""
+        return f"{self.name}. Terms of use: {self.licence}. Cite: {self.cite}."
+
+    def markdown(self) -> str:
+        """The terms as a short list, for a notebook or a terminal."""
+        lines = [f"**{self.name}**", "", f"- **Terms of use:** {self.licence}", f"- **Cite:** {self.cite}"]
+        lines += [f"- **Publisher:** <{self.url}>"] if self.url else []
+        lines += [f"- **Mind:** {self.caution}"] if self.caution else []
+        return "\n".join(lines)
+
+
+_OASIS = "https://sites.wustl.edu/oasisbrains/"
+
+
+_OASIS_TERMS = (
+    "OASIS Data Use Agreement (accept it on the publisher's page before you download; no attempt to identify "
+    "anybody; keep the acknowledgement in what you publish)"
+)
+
+
+_OASIS_GRANTS = "P50 AG05681, P01 AG03991, P01 AG026276, R01 AG021910, P20 MH071616, U24 RR021382"
+
+
+TERMS = {
+    "demo": Terms(
+        "Known-answer heads, made here",
+        "nothing",
+        "yours; the anatomy is the MNI152 template that nilearn ships, whose notice allows use, copying and "
+        "change",
+        "Fonov et al. 2011, NeuroImage 54:313-327, doi:10.1016/j.neuroimage.2010.07.033 (the template)",
+        caution="a test object: figures on it say nothing about people",
+    ),
+    "folder": Terms(
+        "Your own folder",
+        "`data_dir` (a Drive folder too) and `table`",
+        "those under which you hold the data; check that your ethics approval covers this use",
+        "whoever collected the data",
+    ),
+    "gdown": Terms(
+        "Files shared on Google Drive",
+        "`drive_links`: share links ('Anyone with the link') of a folder, archive, images or table",
+        "those of whoever collected the data; a share link is no licence",
+        "whoever collected the data",
+    ),
+    "kaggle_dataset": Terms(
+        "A Kaggle data set",
+        "`kaggle_dataset` as owner/name: attached to the session, or downloaded with your Kaggle key",
+        "as stated on its page; re-uploads of IXI, OASIS and others stand under the original's terms",
+        "the original data set, not only the upload",
+    ),
+    "ixi": Terms(
+        "IXI: Information eXtraction from Images",
+        "nothing: several GB are downloaded, and twice that is needed on the disk",
+        "CC BY-SA 3.0 (Creative Commons Attribution-ShareAlike)",
+        "IXI data set, https://brain-development.org/ixi-dataset/ (EPSRC grant GR/S21533/02)",
+        "https://brain-development.org/ixi-dataset/",
+        "three hospitals, each with its own scanner and ages: look at errors by site; OpenBHB contains IXI",
+    ),
+    "oasis1": Terms(
+        "OASIS-1: cross-sectional, 18 to 96 years",
+        "`data_dir` with the unpacked discs and the table oasis_cross-sectional, which you download yourself",
+        _OASIS_TERMS,
+        "Marcus et al. 2007, J Cogn Neurosci 19:1498-1507, doi:10.1162/jocn.2007.19.9.1498; acknowledge "
+        "'OASIS: Cross-Sectional: Principal Investigators: D. Marcus, R. Buckner, J. Csernansky, J. Morris; "
+        f"{_OASIS_GRANTS}'",
+        _OASIS,
+        "the T88_111 images are already registered and faces are removed",
+    ),
+    "oasis2": Terms(
+        "OASIS-2: longitudinal, 60 to 96 years",
+        "`data_dir` with OAS2_RAW_PART1 and 2 and the table of demographics, which you download yourself",
+        _OASIS_TERMS,
+        "Marcus et al. 2010, J Cogn Neurosci 22:2677-2684, doi:10.1162/jocn.2009.21407; acknowledge 'OASIS: "
+        "Longitudinal: Principal Investigators: D. Marcus, R. Buckner, J. Csernansky, J. Morris; "
+        f"{_OASIS_GRANTS}'",
+        _OASIS,
+        "nobody is younger than 60: a model trained on it alone knows no young brain",
+    ),
+    "openneuro": Terms(
+        "An OpenNeuro data set",
+        "`openneuro_id`, such as ds000001",
+        "stated in its dataset_description.json, mostly CC0",
+        "the data set by its DOI, and OpenNeuro: Markiewicz et al. 2021, eLife 10:e71774, "
+        "doi:10.7554/eLife.71774",
+        "https://openneuro.org",
+    ),
+    "openbhb": Terms(
+        "OpenBHB: Open Big Healthy Brains, ten cohorts",
+        "`data_dir` with its participants.tsv and the original scans (folders rawdata), which you download "
+        "yourself",
+        "CC BY-NC-SA 3.0, and the most restrictive agreement of the cohorts it is made of",
+        "Dufumier et al. 2022, NeuroImage 263:119637, doi:10.1016/j.neuroimage.2022.119637, and its cohorts",
+        "https://baobablab.github.io/bhb/",
+        "it contains IXI, ABIDE, CoRR, GSP and others under new ids: never test on one of these a model "
+        "trained on it",
+    ),
+    "adni": Terms(
+        "ADNI: Alzheimer's Disease Neuroimaging Initiative",
+        "`data_dir` with the images and `table`, the CSV that comes with them; access is granted on "
+        "application",
+        "ADNI Data Use Agreement: not to be passed on, manuscripts are sent to ADNI before they are "
+        "submitted",
+        "'Data used in preparation of this article were obtained from the Alzheimer's Disease Neuroimaging "
+        "Initiative (ADNI) database (adni.loni.usc.edu)', with the full statement of its agreement",
+        "https://adni.loni.usc.edu",
+        "ages of the table are those at the visit; mostly over 55 years",
+    ),
+}
+"""By the name of the source."""

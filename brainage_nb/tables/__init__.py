@@ -1,0 +1,1 @@
+"""Participants tables of any kind to rows with ages in years."""

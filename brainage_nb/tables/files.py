@@ -1,0 +1,370 @@
+"""From a table file of any common kind, and its sidecar, to rows of text. `tables` gives cells their meaning.
+
+Column names are looked at only to find the header below lines of another kind.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import date, datetime, time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from brainage_nb.tables.ages import parse_age
+from brainage_nb.tables.columns import age_columns, is_header, plain_name
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".xls", ".xlsx", ".xlsm", ".ods")
+_DELIMITERS = ("\t", ";", ",", "|", " ")
+_EXCEL_MAGIC = (b"\xd0\xcf\x11\xe0", b"PK\x03\x04")
+_LINES_ABOVE = 40
+"""How many lines above the header are passed over at most."""
+
+_POINTERS = (b"version https://git-lfs", b"/annex/objects/", b"../.git/annex", b".git/annex/objects")
+
+
+class TableError(ValueError):
+    """A table that cannot be read safely; the message says what to set or to change."""
+
+
+@dataclass
+class TextTable:
+    """A table as written, before any cell has a meaning.
+
+    Attributes
+    ----------
+    cells : DataFrame of str
+        Blank cells are "".
+    where : str
+        What errors call the table.
+    sidecar : dict
+        Column -> its description in a BIDS sidecar (`Units`, `Levels`, …) or in a line of labels below the
+        header. Under "" stands why a sidecar could not be read.
+    notes : list of str
+        What was assumed or resolved so far, and by what rule.
+    """
+
+    cells: pd.DataFrame
+    where: str
+    sidecar: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """Note a thing once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def described(self, column: str) -> list[tuple[str, str]]:
+        """What sidecar and labels say of a column, as (key, text); names may differ in case."""
+        named = [
+            entry for name, entry in self.sidecar.items() if name and plain_name(name) == plain_name(column)
+        ]
+        return [said for entry in named for said in _texts("", entry)]
+
+    def error(self, problem: str, remedy: str) -> TableError:
+        """A refusal: what is wrong, what to set, and which columns there are."""
+        names = list(self.cells.columns)
+        shown = ", ".join(names[:40]) + (f", … ({len(names)} in all)" if len(names) > 40 else "")
+        return TableError(f"{self.where}: {problem}. To go on, {remedy}. Columns: {shown}.")
+
+
+def _texts(key: str, entry: Any) -> Iterator[tuple[str, str]]:
+    """All texts in an entry of a sidecar with the key each stands under; `Levels` as `0: Men`."""
+    if isinstance(entry, str) and not entry.startswith("http"):
+        yield key, entry
+    elif isinstance(entry, list):
+        for item in entry:
+            yield from _texts(key, item)
+    elif isinstance(entry, dict):
+        for inner, value in entry.items():
+            if key == "Levels" and isinstance(value, dict):
+                value = value.get("Description", "")
+            level = key and isinstance(value, str)
+            yield from _texts(key, f"{inner}: {value}") if level else _texts(inner, value)
+
+
+def read_sidecar(path: Path | str) -> dict[str, Any]:
+    """The BIDS sidecar (`participants.json`) beside a table.
+
+    Returns
+    -------
+    dict
+        Column -> what is said of it, at whatever depth it stands; {} where there is no sidecar. One that
+        cannot be read gives "" -> why.
+    """
+    path = Path(path)
+    beside = [other for other in path.parent.glob("*.[jJ][sS][oO][nN]") if other.stem == path.stem]
+    if not beside:
+        return {}
+    try:
+        raw = beside[0].read_bytes()
+        try:
+            text = raw.decode(json.detect_encoding(raw))
+        except UnicodeDecodeError:
+            text = raw.decode("cp1252", errors="replace")
+        # a comma before a closing bracket is what people leave behind
+        level = [json.loads(re.sub(r",(?=\s*[]}])", "", text), strict=False)] if text.strip() else []
+    except (OSError, ValueError) as error:
+        return {"": f"{beside[0].name} beside the table cannot be read ({error})"}
+    found: dict[str, Any] = {}
+    while level:
+        for item in [item for item in level if isinstance(item, dict)]:
+            named = item.get("name", item.get("column"))
+            found = {str(named): item} | found if isinstance(named, str) else found
+            found = item | found
+        level = [inner for item in level for inner in _members(item)]
+    return found
+
+
+def _members(item: Any) -> list[Any]:
+    return list(item.values()) if isinstance(item, dict) else item if isinstance(item, list) else []
+
+
+def read_cells(path: Path | str) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    """Read a table file without interpreting a cell.
+
+    Parameters
+    ----------
+    path : path
+        CSV, TSV or other delimited text in any common encoding, or an Excel or OpenDocument workbook. The
+        content decides which it is, not the file's ending.
+
+    Returns
+    -------
+    sheets : dict of str to DataFrame
+        Cells as text, blank cells as "", by sheet (one, named "", for text files).
+    notes : list of str
+        What was assumed about encoding, delimiter and shape.
+
+    Raises
+    ------
+    TableError
+        Where the file is absent, a pointer to a file, not a table, or its rows do not fit its header.
+    """
+    path = Path(path)
+    content = _content(path)
+    if content.startswith(_EXCEL_MAGIC):
+        return _workbook(path, content)
+    text, notes = _decoded(content, path)
+    frame, more = _parsed(text, path)
+    return {"": frame}, notes + more
+
+
+def _content(path: Path) -> bytes:
+    if path.is_symlink() and not path.exists():
+        raise TableError(
+            f"{path} is a link whose file was not fetched. Run `datalad get {path.name}` beside it."
+        )
+    if not path.is_file():
+        raise TableError(f"There is no table at {path}. Set `table` to a CSV, TSV, XLS or XLSX file.")
+    content = path.read_bytes()
+    if not content.strip():
+        raise TableError(f"{path} is empty. Set `table` to a table with a row a subject.")
+    # A pointer is one short line; a real table may well mention such words in a cell.
+    if len(content) < 1000 and any(mark in content for mark in _POINTERS):
+        raise TableError(
+            f"{path} is not the table but a pointer to it (git-annex or git-lfs). "
+            f"Run `datalad get {path.name}` or `git lfs pull` beside it, then read it again."
+        )
+    if content.lstrip()[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise TableError(
+            f"{path} is a web page, not a table. Download it again; the site may ask for a login."
+        )
+    return content
+
+
+def _decoded(content: bytes, path: Path) -> tuple[str, list[str]]:
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16"), ["Encoding: UTF-16."]
+    if b"\x00" in content:
+        raise TableError(f"{path} is binary, not a table. Set `table` to a CSV, TSV, XLS or XLSX file.")
+    try:
+        return content.decode("utf-8-sig"), []
+    except UnicodeDecodeError:
+        # cp1252 differs from latin-1 in 32 characters that European Excel writes; five bytes have no meaning.
+        return content.decode("cp1252", errors="replace"), ["Encoding: not UTF-8, read as Windows-1252."]
+
+
+def _parsed(text: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
+    text, above = _from_header(text.replace("\r\n", "\n").replace("\r", "\n"))
+    tables = {mark: _rows(text, mark) for mark in _DELIMITERS}
+    mark = max(_DELIMITERS, key=lambda mark: _fit(tables[mark], mark))
+    _refuse_title(tables, path)
+    names = {"\t": "tab", ";": "semicolon", ",": "comma", "|": "bar", " ": "space"}
+    expected = {".tsv": "\t", ".csv": ","}.get(path.suffix.lower(), mark)
+    wide = len(tables[mark][0]) > 1
+    notes = [f"Columns are parted by a {names[mark]}."] if mark != expected and wide else []
+    frame, more = _framed(tables[mark], path)
+    frame.attrs["above"] = above
+    return frame, notes + more
+
+
+def _from_header(text: str) -> tuple[str, list[str]]:
+    """A text from its header on, where that stands below other lines, and these lines."""
+    lines = text.split("\n")
+    filled = [number for number, line in enumerate(lines) if line.strip()][:_LINES_ABOVE]
+    for mark in _DELIMITERS:
+        options = {"delimiter": mark, "skipinitialspace": mark != "\t"}
+        number = _header_at([next(csv.reader([lines[number][:9999]], **options)) for number in filled])
+        if number is not None:
+            above = [lines[line].strip() for line in filled[:number]]
+            return "\n".join(lines[filled[number] :]) if number else text, above
+    above = 0  # columns with other names: what is marked as a comment is above them
+    while above + 1 < len(filled) and re.match(r"[#%]|//", lines[filled[above]].lstrip()):
+        above += 1
+    if above and any(0 < lines[filled[above - 1]].count(m) == lines[filled[above]].count(m) for m in "\t;,|"):
+        above -= 1  # `#id,age` is the header itself
+    return "\n".join(lines[filled[above] :]), [lines[line].strip() for line in filled[:above]]
+
+
+def _header_at(rows: list[list[str]]) -> int | None:
+    """Which of the first rows names ids and ages and is as wide as the next one, as only a header is."""
+    for number, (row, following) in enumerate(pairwise(rows)):
+        if is_header([cell.strip("'\" ") for cell in row]) and abs(len(following) - len(row)) <= 1:
+            return number
+    return None
+
+
+def _refuse_title(tables: dict[str, list[list[str]]], path: Path) -> None:
+    """Refuse lines above the header (a title, comments): one cell first, several columns below."""
+    if any(len(rows[0]) > 1 for mark, rows in tables.items() if mark != " "):
+        return
+    for mark, rows in tables.items():
+        wide = [len(row) for row in rows[1:] if len(row) > 1]
+        if mark != " " and wide and len(set(wide)) == 1 and len(wide) > len(rows) / 3:
+            raise TableError(
+                f"{path}: the first row, {rows[0][0]!r}, is not a header of the {wide[0]} columns below it. "
+                "Remove the lines above the header."
+            )
+
+
+def _rows(text: str, delimiter: str) -> list[list[str]]:
+    options = {"delimiter": delimiter, "skipinitialspace": delimiter != "\t"}
+    try:
+        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True, **options))
+        # A quote that is opened by accident swallows whole rows; the cell then holds their delimiters.
+        if any("\n" in cell and delimiter in cell for row in rows for cell in row):
+            raise csv.Error
+    except csv.Error:
+        rows = list(csv.reader(text.splitlines(), quoting=csv.QUOTE_NONE, **options))
+    rows = [[cell.strip() for cell in row] for row in rows]
+    return [row for row in rows if any(row)]
+
+
+def _fit(rows: list[list[str]], delimiter: str) -> tuple[float, int, int]:
+    """How well a delimiter explains a table: share of rows as wide as the header, columns, then habit."""
+    width = len(rows[0])
+    if width == 1:
+        return 0.0, 1, 0
+    share = sum(len(row) == width for row in rows) / len(rows)
+    # Blanks inside cells often part a table evenly by accident: a space counts only where nothing else does.
+    return (share / 2 if delimiter == " " else share), width, -_DELIMITERS.index(delimiter)
+
+
+def _framed(rows: list[list[str]], where: Path | str) -> tuple[pd.DataFrame, list[str]]:
+    """Rows of text, the first being the header, as a frame with distinct column names."""
+    header, body = rows[0], rows[1:]
+    if all(_is_number(cell) for cell in header if cell):
+        raise TableError(
+            f"{where} has no header: its first row is {header[:4]}. Add a first row that names the columns, "
+            "at least an id and an age."
+        )
+    if not body:
+        raise TableError(f"{where} holds a header ({', '.join(header[:8])}) but no rows.")
+    numbered = [row[0] for row in body] == [str(number) for number in range(1, len(body) + 1)]
+    shifted = numbered and not header[-1] and all(row[-1] for row in body)  # as Excel saves what R wrote
+    longer = all(len(row) == len(header) + 1 for row in body) and not _ends_blank(header, body)
+    if shifted or longer:
+        raise TableError(
+            f"{where}: every row has one cell more than the header has names: {body[0][:6]}. Where R "
+            "wrote row names, write the table with row.names = FALSE; where rows end in a delimiter, cut it. "
+            "Quote cells that hold the delimiter; with decimal commas, part the columns by ';' or tabs."
+        )
+    for number, row in enumerate(body, start=2):
+        if any(row[len(header) :]):
+            raise TableError(
+                f"{where}: row {number} has {len(row)} cells, the header {len(header)}: {row[:6]}. Quote "
+                "cells that hold the delimiter; with decimal commas, part the columns by ';' or tabs; remove "
+                "lines above the header."
+            )
+    short = sum(len(row) < len(header) for row in body)
+    cells = [(row + [""] * len(header))[: len(header)] for row in body]
+    notes = [f"Rows shorter than the header: {short}; their missing cells are blank."] if short else []
+    return pd.DataFrame(cells, columns=_distinct(header), dtype=str), notes
+
+
+def _ends_blank(header: list[str], body: list[list[str]]) -> bool:
+    """Whether rows a cell longer than the header just end with a delimiter.
+
+    Sure where they give no age when read from the second cell on, as if the first were a row name.
+    """
+    ages = [number for number, name in enumerate(header) if age_columns([name])]
+    as_rows_of_r = any(parse_age(row[number + 1]).years for number in ages for row in body)
+    return bool(ages) and not as_rows_of_r and not any(row[-1] for row in body)
+
+
+def _distinct(header: list[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    names = []
+    for column, cell in enumerate(header, start=1):
+        name = " ".join(cell.strip("'\" ").split()) or f"(column {column})"
+        seen[name] = seen.get(name, 0) + 1
+        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return names
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell.replace(",", "."))
+    except ValueError:
+        return False
+    return True
+
+
+def _workbook(path: Path, content: bytes) -> tuple[dict[str, pd.DataFrame], list[str]]:
+    try:
+        raw = pd.read_excel(
+            io.BytesIO(content),
+            sheet_name=None,
+            header=None,
+            dtype=object,
+            engine="calamine",
+            keep_default_na=False,
+        )
+    except Exception as error:  # calamine raises its own kinds; a password or a broken zip both end here
+        raise TableError(
+            f"{path} cannot be opened as a workbook ({error}). Save it as CSV, without a password."
+        ) from error
+    sheets, problems = {}, []
+    for name, cells in raw.items():
+        rows = [[_cell_text(cell) for cell in row] for row in cells.itertuples(index=False)]
+        rows = [row for row in rows if any(row)]
+        try:
+            if rows:
+                number = _header_at(rows[:_LINES_ABOVE]) or 0
+                sheets[str(name)] = _framed(rows[number:], f"{path}, sheet {name}")[0]
+                sheets[str(name)].attrs["above"] = [" ".join(filter(None, row)) for row in rows[:number]]
+        except TableError as error:
+            problems.append(str(error))
+    if not sheets:
+        raise TableError(" ".join(problems) or f"{path} holds no filled sheet.")
+    return sheets, []
+
+
+def _cell_text(cell: object) -> str:
+    if isinstance(cell, bool):
+        return str(cell)
+    if isinstance(cell, float):
+        if cell != cell:
+            return ""
+        return str(int(cell)) if cell.is_integer() and abs(cell) < 1e15 else repr(cell)
+    if isinstance(cell, datetime | date | time):
+        return cell.isoformat()
+    return "" if cell is None else str(cell).strip()

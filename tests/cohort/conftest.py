@@ -1,5 +1,0 @@
-"""Fixtures of the cohort's tests."""
-
-from tests.cohort.loopback import loopback
-
-__all__ = ["loopback"]

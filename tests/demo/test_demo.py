@@ -1,0 +1,239 @@
+"""The known-answer cohort: what is planted is there, and the same seed gives the same files."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from nibabel.orientations import aff2axcodes
+
+from brainage_nb.demo.anatomy import template_anatomy
+from brainage_nb.demo.cohort import (
+    AGEING_MAP,
+    TRUTH,
+    ageing_map,
+    attainable_mae,
+    baseline_mae,
+    coarse_voxels,
+    draw_truth,
+    heads_by_age,
+    image_path,
+    make_cohort,
+    mean_predictor_mae,
+    oracle_mae,
+    planted_figure,
+)
+from brainage_nb.demo.scans import SITES, aged_head, displacement, place_scan, planted_anatomy, sample_head
+from brainage_nb.tables.participants import read_table
+from brainage_nb.workspace import read_csv, sha256_of
+
+N_SUBJECTS, SEED = 4, 6  # with this seed one of the four has two sessions
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_cohort(tmp_path_factory.mktemp("cohort"), N_SUBJECTS, SEED, voxel_mm=2, n_jobs=1)
+
+
+@pytest.fixture(scope="module")
+def truth(folder):
+    return read_csv(folder / TRUTH)
+
+
+@pytest.fixture(scope="module")
+def many():
+    return draw_truth(1500, 3, voxel_mm=2)
+
+
+@pytest.fixture(scope="module")
+def anatomy():
+    return template_anatomy(2)
+
+
+def clean_head(anatomy, brain_age):
+    planted = planted_anatomy(brain_age)
+    head = aged_head(anatomy, planted)
+    return sample_head(
+        anatomy, head, displacement(anatomy, planted["ventricle_mm"]), head.shape, anatomy.affine
+    )
+
+
+def at(anatomy, image, *millimetres):
+    index = np.linalg.solve(anatomy.affine, [*millimetres, 1.0])[:3].round().astype(int)
+    return image[tuple(index)]
+
+
+# --- what is drawn --------------------------------------------------------------------------------------
+
+
+def test_a_subject_does_not_depend_on_how_many_others_there_are(many):
+    few = draw_truth(5, 3, voxel_mm=2)
+    assert few.equals(many.head(len(few)))
+
+
+def test_another_seed_gives_other_subjects(many):
+    assert not np.isclose(draw_truth(5, 4, voxel_mm=2)["age"][:5], many["age"][:5]).any()
+
+
+def test_ages_cover_20_to_86_and_sites_sexes_and_second_sessions_occur(many):
+    first = many.drop_duplicates("subject_id")
+    assert first["age"].between(20, 86).all()
+    assert np.histogram(first["age"], bins=6, range=(20, 86))[0].min() > 0.12 * len(first)
+    assert set(many["site"]) == set(SITES) and set(many["sex"]) == {"F", "M"}
+    assert 0.10 < (many.groupby("subject_id").size() == 2).mean() < 0.20
+    assert {"LAS", "PSR", "RAI"} <= set(many["axcodes"])
+
+
+def test_a_second_session_is_later_in_the_same_person(many):
+    pairs = many[many["session_id"] != ""].pivot(index="subject_id", columns="session_id")
+    assert ((pairs["age"]["02"] - pairs["age"]["01"]).between(0.7, 4.1)).all()
+    assert (pairs["size_x"]["01"] == pairs["size_x"]["02"]).all()
+    assert (pairs["gap"]["02"] - pairs["gap"]["01"]).abs().max() < 2.5
+
+
+def test_the_gap_is_brain_age_minus_age_and_does_not_depend_on_age(many):
+    np.testing.assert_allclose(many["gap"], many["brain_age"] - many["age"], atol=2e-3)
+    assert abs(np.corrcoef(many["gap"], many["age"])[0, 1]) < 0.08
+
+
+def test_ventricles_widen_faster_after_60():
+    widening = planted_anatomy(np.array([30.0, 40.0, 70.0, 80.0]))["ventricle_mm"]
+    assert widening[3] - widening[2] > 2.5 * (widening[1] - widening[0]) > 0
+
+
+# --- what the head looks like ---------------------------------------------------------------------------
+
+
+def test_tissues_are_in_the_right_order_of_bright_and_dark(anatomy):
+    head = aged_head(anatomy, planted_anatomy(30))
+    white, grey = at(anatomy, head, 28, -20, 34), at(anatomy, head, 26, 4, 2)
+    fluid, air = at(anatomy, head, 10, 14, 10), at(anatomy, head, 0, 0, 114)
+    column = head[49, 57, 60:]  # from the middle of the brain up through the crown
+    fat = column.max()
+    skull = column[: column.argmax()][-4:].min()
+    assert air < 0.03 and skull < 0.2 < fluid < grey < white < fat
+
+
+def test_between_20_and_86_ventricles_widen_and_the_grey_white_contrast_falls(anatomy):
+    young, old = clean_head(anatomy, 20), clean_head(anatomy, 86)
+    middle = np.s_[35:64, 40:85, 80:105]
+    assert (old[middle] < 0.4).sum() > 1.5 * (young[middle] < 0.4).sum()
+    grey = anatomy.grey * (anatomy.sulci < 0.05) > 0.95
+    white = anatomy.white * (anatomy.periventricular < 0.01) > 0.95
+    contrasts = []
+    for age in (20, 86):
+        brain = aged_head(anatomy, planted_anatomy(age))[anatomy.brain]
+        contrasts.append(brain[white].mean() / brain[grey].mean() - 1)
+    assert contrasts[1] < 0.65 * contrasts[0]
+
+
+def test_the_ageing_map_lies_in_the_brain_and_is_strongest_at_the_ventricles(anatomy):
+    planted = ageing_map(anatomy)
+    inside = np.zeros(planted.shape, bool)
+    inside[anatomy.brain] = anatomy.inside > 0.5
+    assert planted.min() == 0 and planted.max() == 1
+    assert planted[inside].sum() > 0.95 * planted.sum()
+    near = np.zeros(planted.shape, bool)
+    near[anatomy.brain] = anatomy.periventricular > 0.8
+    assert planted[near].mean() > 3 * planted[inside].mean()
+
+
+# --- what is written ------------------------------------------------------------------------------------
+
+
+def test_the_scans_are_as_the_truth_says(folder, truth):
+    for row in truth.to_dict("records"):
+        image = nib.load(folder / image_path(row))
+        assert "".join(aff2axcodes(image.affine)) == row["axcodes"]
+        voxel_size = nib.as_closest_canonical(image).header.get_zooms()
+        np.testing.assert_allclose(voxel_size, [row[f"voxel_{axis}_mm"] for axis in "xyz"], atol=1e-4)
+        assert image.get_data_dtype() == np.int16
+
+
+def test_the_whole_brain_lies_in_every_field_of_view(anatomy, many):
+    brain = np.argwhere(anatomy.inside > 0.5)[::50] + [part.start for part in anatomy.brain]
+    points = np.c_[brain @ anatomy.affine[:3, :3] + anatomy.affine[:3, 3], np.ones(len(brain))]
+    for row in many.head(60).to_dict("records"):
+        shape, _, to_template = place_scan(row)
+        index = np.linalg.solve(to_template, points.T)[:3].T
+        assert ((index >= 0) & (index <= np.array(shape) - 1)).all()
+
+
+def test_the_tables_read_as_any_participants_table_does(folder, truth):
+    table = read_table(folder / "participants.tsv")
+    assert list(table["subject_id"]) == list(truth["subject_id"])
+    assert list(table["session_id"]) == list(truth["session_id"])
+    np.testing.assert_allclose(table["age"], truth["age"])
+    assert list(table["sex"]) == list(truth["sex"]) and list(table["site"]) == list(truth["site"])
+
+
+def test_two_jobs_write_the_same_bytes_as_one(folder, truth, tmp_path):
+    again = make_cohort(tmp_path, N_SUBJECTS, SEED, voxel_mm=2, n_jobs=2)
+    for path in [AGEING_MAP, *(image_path(row) for row in truth.to_dict("records"))]:
+        assert sha256_of(again / path) == sha256_of(folder / path), path
+
+
+def test_a_second_call_writes_only_what_is_missing(folder, truth):
+    paths = [folder / image_path(row) for row in truth.to_dict("records")]
+    before = {path: (sha256_of(path), path.stat().st_mtime_ns) for path in paths}
+    paths[1].unlink()
+    make_cohort(folder, N_SUBJECTS, SEED, voxel_mm=2, n_jobs=1)
+    assert sha256_of(paths[1]) == before[paths[1]][0]
+    assert all(path.stat().st_mtime_ns == before[path][1] for path in paths if path != paths[1])
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"seed": 9}, "seed is 6, asked for 9"),
+        ({"voxel_mm": 1}, "voxel_mm"),
+        ({"n_subjects": 2}, "4 subjects"),
+    ],
+)
+def test_a_folder_with_another_cohort_is_refused(folder, changed, said):
+    settings = {"n_subjects": N_SUBJECTS, "seed": SEED, "voxel_mm": 2} | changed
+    with pytest.raises(ValueError, match=said):
+        make_cohort(folder, **settings)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "holiday.txt").write_text("x")
+    with pytest.raises(ValueError, match="not empty"):
+        make_cohort(tmp_path, 2, 1, voxel_mm=2)
+
+
+def test_a_voxel_size_it_cannot_make_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="1 or 2 mm"):
+        make_cohort(tmp_path / "new", 2, 1, voxel_mm=1.5)
+    assert not (tmp_path / "new").exists()
+
+
+# --- what can be reached --------------------------------------------------------------------------------
+
+
+def test_the_oracle_and_the_attainable_mae_are_where_they_are_meant_to_be(many):
+    assert 2.8 < oracle_mae(many) < 3.2
+    assert 3.2 < attainable_mae(many) < 3.8
+    assert 15 < mean_predictor_mae(many) < 18
+
+
+def test_too_few_subjects_for_the_folds_are_refused(many):
+    with pytest.raises(ValueError, match="too few"):
+        attainable_mae(many.head(12))
+
+
+def test_the_baseline_sees_the_same_brain_however_the_scan_is_stored(folder, truth, tmp_path):
+    path = folder / image_path(truth.iloc[0])
+    turned = nib.load(path).as_reoriented(np.array([[2, -1], [0, 1], [1, 1]]))
+    nib.save(turned, tmp_path / "turned.nii")
+    np.testing.assert_allclose(coarse_voxels(tmp_path / "turned.nii"), coarse_voxels(path), atol=1e-4)
+
+
+def test_the_baseline_gives_years(folder):
+    assert 0 < baseline_mae(folder, folds=2, n_jobs=1) < 60
+
+
+def test_the_figure_shows_the_heads_asked_for(folder, truth):
+    figure = planted_figure(heads_by_age(folder, truth, 3), truth, Figure(figsize=(11, 10)))
+    shown = [ax for ax in figure.axes if ax.images]
+    assert len(shown) == 9 and len(figure.axes) == 13
+    assert next(ax.get_title() for ax in shown if ax.get_title()).startswith(f"age {truth['age'].min():.0f}")

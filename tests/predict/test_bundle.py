@@ -1,0 +1,491 @@
+import json
+import shutil
+import warnings
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from brainage_nb.bundle_format import BundleError, zip_bundle
+from brainage_nb.evaluation.evaluate import evaluate_runs
+from brainage_nb.models.settings import RECIPES, TrainingSettings
+from brainage_nb.models.train import train
+from brainage_nb.predict.bundle import load_bundle
+from brainage_nb.predict.cautions import Failure
+from brainage_nb.predict.predictors import SvrModel, arrays_of, network_from, precision_check
+from brainage_nb.predict.saving import card_of, current_bundle, save_bundle, update_bundle
+from brainage_nb.volumes.scans import ScanError
+from brainage_nb.volumes.store import VolumeStore, build_store
+from brainage_nb.workspace import open_workspace, read_json, sha256_of, write_csv, write_json
+from tests.models.tiny_bundle import (
+    ARCHITECTURE,
+    SETTINGS,
+    head_array,
+    networks,
+    noisy_head,
+    write_scan,
+    write_tiny_bundle,
+)
+
+SPLIT = ["train"] * 10 + ["val"] * 5 + ["test"] * 3
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return write_tiny_bundle(tmp_path_factory.mktemp("tiny") / "bundle", n=2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workspace with a run of two seeds, one epoch each, on eighteen small heads."""
+    ws = open_workspace(tmp_path_factory.mktemp("trained"))
+    rng = np.random.default_rng(0)
+    scans = pd.DataFrame(
+        {"subject_id": [f"{k:03d}" for k in range(len(SPLIT))], "session_id": "", "split": SPLIT}
+    )
+    scans["scan_id"], scans["age"] = (
+        scans["subject_id"],
+        np.linspace(25, 80, len(SPLIT))[rng.permutation(len(SPLIT))],
+    )
+    scans["image"] = [str(write_scan(ws.path(f"{k}.nii"), k)) for k in range(len(SPLIT))]
+    scans = scans.assign(sex="F", site="A", source="folder", fold=-1)
+    hashes = [sha256_of(image) for image in scans["image"]]
+    write_csv(scans.drop(columns=["split", "fold"]), ws.path("cohort.csv"))
+    write_csv(scans.drop(columns=["source"]), ws.path("splits.csv"))
+    write_csv(
+        scans.assign(sha256=hashes, voxel_mm="4 x 4 x 4", kept=True),
+        ws.path("cleaning.csv"),
+    )
+    store = build_store(scans, ws.path("volumes"), SETTINGS, n_jobs=1).store
+    chosen = TrainingSettings(
+        epochs=1, widths=ARCHITECTURE["widths"], blocks=ARCHITECTURE["blocks"], seeds=(0, 1), device="cpu",
+        processes=1, augmentation=None, learning_rate=1e-3,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it trains without a GPU
+        train(store, scans, ws.run("resnet18"), chosen)
+    return ws
+
+
+@pytest.fixture(scope="module")
+def saved(trained):
+    return save_bundle(trained.run("resnet18"), licence="CC BY 4.0")
+
+
+def test_a_saved_model_predicts_what_the_run_predicted(trained, saved):
+    bundle, expected = load_bundle(saved), trained.read("runs/resnet18/predictions.csv")
+    expected = expected[expected["variant"] == "mean"].set_index("scan_id")["predicted_age"]
+    for row in trained.read("splits.csv").itertuples():
+        assert bundle.predict(row.image).predicted_age == pytest.approx(expected[row.scan_id], abs=1e-4)
+    assert bundle.manifest["reproduced_within_years"] < 1e-4
+
+
+def test_a_learned_distribution_and_moved_views_are_saved_too(trained, tmp_path):
+    ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
+    store = VolumeStore.open(next(path for path in ws.path("volumes").iterdir() if path.is_dir()))
+    chosen = TrainingSettings(
+        epochs=2, widths=ARCHITECTURE["widths"], blocks=ARCHITECTURE["blocks"], device="cpu", processes=1,
+        augmentation=None, learning_rate=1e-3, shift_averaging=1, **RECIPES["best"],
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it trains without a GPU
+        result = train(store, ws.read("splits.csv"), ws.run("soft"), chosen)
+    assert result.history["train_loss"].iloc[1] < result.history["train_loss"].iloc[0]
+    bundle, rows = load_bundle(save_bundle(ws.run("soft"))), result.predictions.set_index("scan_id")
+    assert bundle.manifest["trained_by_recipe"] == "best"
+    assert bundle.manifest["architecture"]["outputs"] == 65 and bundle.manifest["shift_averaging"] == 1
+    assert bundle.manifest["architecture"]["linear_edge"] == SETTINGS.size
+    image = ws.path("0.nii")
+    assert bundle.predict(image).predicted_age == pytest.approx(rows["predicted_age"]["000"], abs=1e-4)
+    bundle.model.averaging["shift_averaging"] = 0
+    assert abs(bundle.predict(image).predicted_age - rows["predicted_age"]["000"]) > 1e-4
+
+
+def test_training_starts_from_a_bundle_but_not_from_one_that_saw_its_test_scans(trained, saved, tmp_path):
+    from brainage_nb.models.network import StartRefused
+    from brainage_nb.volumes.store import current_store
+
+    store, splits = current_store(trained.path("volumes")), trained.read("splits.csv")
+    settings = TrainingSettings(
+        epochs=1, widths=ARCHITECTURE["widths"], blocks=ARCHITECTURE["blocks"], device="cpu", processes=1,
+        augmentation=None, learning_rate=1e-12, ema_epochs=0.0,
+        init_from=str(zip_bundle(saved, tmp_path / "m.zip")),
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(StartRefused, match="has learned from 5 of the 8 scans"):
+            train(store, splits, tmp_path / "leak", settings)
+        inside = replace(settings, init_from=str(saved / "member-00.safetensors"))
+        with pytest.raises(StartRefused, match="has learned from"):
+            train(store, splits, tmp_path / "leak", inside)
+        kept = sorted(trained.run("resnet18").rglob("*"))
+        for start in (str(saved), str(saved / "nowhere.pth")):  # refused before anything is deleted
+            with pytest.raises(StartRefused):
+                train(store, splits, trained.run("resnet18"), replace(settings, init_from=start), fresh=True)
+        assert sorted(trained.run("resnet18").rglob("*")) == kept
+        others = splits.assign(split=["train" if s != "test" else "val" for s in splits["split"]])
+        result = train(store, others, tmp_path / "run", settings)
+    assert result.complete
+    start = load_bundle(saved).model.networks[0].state_dict()["layer4.0.conv2.weight"].numpy()
+    weights = load_file(next(tmp_path.glob("run/checkpoints/*/weights.safetensors")))
+    np.testing.assert_allclose(weights["layer4.0.conv2.weight"].astype(float), start, atol=1e-3)
+
+
+def test_a_bundle_that_started_from_another_knows_whom_that_one_had_seen(trained, saved, tmp_path):
+    from brainage_nb.models.network import StartRefused, seen_by
+    from brainage_nb.volumes.store import current_store
+
+    ws = open_workspace(shutil.copytree(trained.root, tmp_path / "heir"))
+    store, splits = current_store(ws.path("volumes")), ws.read("splits.csv")
+    settings = TrainingSettings(
+        epochs=1, widths=ARCHITECTURE["widths"], blocks=ARCHITECTURE["blocks"], device="cpu", processes=1,
+        augmentation=None, init_from=str(saved),
+    )  # fmt: skip
+    strangers = splits[splits["split"] == "test"].assign(split=["train", "train", "val"])
+    judged = splits.assign(split=["val" if subject == "003" else "train" for subject in splits["subject_id"]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        write_csv(strangers, ws.path("splits.csv"))
+        train(store, strangers, ws.run("heir"), settings)
+        heir = save_bundle(ws.run("heir"))
+        with pytest.raises(StartRefused, match="has learned from 1 of the 1 scans"):
+            train(store, judged, tmp_path / "leak", replace(settings, init_from=str(heir)))
+    bundle = load_bundle(heir)
+    assert bundle.manifest["training"]["n_subjects"] == 3
+    assert bundle.trained_on(["003", "016", "nobody"]) == [True, True, False]
+    assert len(seen_by(saved)) == 1 and len(seen_by(heir)) == 2 and seen_by("weights.pth") == []
+
+
+@pytest.fixture(scope="module")
+def svr_saved(trained):
+    """A bundle of VGG16 features and SVR, trained on the same heads."""
+    from brainage_nb.models.svr import train_vgg_svr
+    from brainage_nb.models.vgg16 import FeatureSettings, extract_features, vgg16_features
+    from brainage_nb.volumes.store import current_store
+
+    network = vgg16_features("random_projection", pooling="mean", seed=1).place()
+    splits = trained.read("splits.csv")
+    extracted = extract_features(
+        current_store(trained.path("volumes")),
+        trained.path("features"),
+        network,
+        settings=FeatureSettings(image_size=32),
+        scan_ids=splits["scan_id"],
+    )
+    run = train_vgg_svr(extracted.cache, splits, trained.run("vgg16_svr"), network, failed=extracted.failed)
+    return save_bundle(run.folder)
+
+
+def test_a_saved_svr_predicts_what_its_run_predicted(trained, svr_saved):
+    bundle, expected = load_bundle(svr_saved), trained.read("runs/vgg16_svr/predictions.csv")
+    assert bundle.manifest["kind"] == "vgg16_svr"
+    expected = expected[expected["variant"] == bundle.model.variant].set_index("scan_id")["predicted_age"]
+    for row in trained.read("splits.csv").itertuples():
+        assert bundle.predict(row.image).predicted_age == pytest.approx(expected[row.scan_id], abs=1e-4)
+    assert expected.std() > 0.1
+
+
+def test_an_svr_whose_network_fails_elsewhere_is_computed_on_the_cpu(trained, svr_saved):
+    bundle, scan = load_bundle(svr_saved), trained.path("17.nii")
+    expected = bundle.predict(scan)
+    # PyTorch's device without numbers, in a GPU's place: the copy really lies there and cannot answer.
+    bundle.model = SvrModel(bundle.model.model, bundle.model.variant, device="meta")
+    places = [model.network.device.type for model in (bundle.model._placed._there, bundle.model.model)]
+    assert places == ["meta", "cpu"]
+    with pytest.warns(UserWarning, match="the CPU does it"):
+        assert bundle.predict(scan) == expected
+
+
+def test_a_damaged_svr_is_refused(svr_saved, tmp_path):
+    shutil.copytree(svr_saved, tmp_path / "damaged")
+    file = tmp_path / "damaged" / "vgg_svr.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(BundleError, match="vgg_svr"):
+        load_bundle(tmp_path / "damaged")
+
+
+def test_a_zipped_bundle_predicts_the_same(trained, saved, tmp_path):
+    packed = zip_bundle(saved, tmp_path / "model.zip")
+    scan = trained.path("17.nii")
+    assert load_bundle(packed).predict(scan) == load_bundle(saved).predict(scan)
+
+
+def test_the_bundle_says_on_whom_it_was_trained_and_hides_who_they_are(trained, saved):
+    bundle = load_bundle(saved)
+    training = bundle.manifest["training"]
+    assert (training["n_subjects"], sum(training["age_counts"])) == (15, 15)
+    assert training["voxel_mm"] == [4.0, 4.0]
+    assert bundle.trained_on(["000", "014", "015", "000 "]) == [True, True, False, False]
+    text = (saved / "bundle.json").read_text()
+    assert '"000"' not in text and str(trained.root) not in text
+
+
+def test_a_training_scan_is_recognised_by_its_content(trained, saved, tmp_path):
+    bundle = load_bundle(saved)
+    copy = shutil.copy(trained.path("3.nii"), tmp_path / "renamed.nii")
+    assert "training_scan" in [caution.code for caution in bundle.predict(copy).warnings]
+    assert "training_scan" not in [
+        caution.code for caution in bundle.predict(trained.path("17.nii")).warnings
+    ]
+
+
+def test_interval_and_correction_come_from_validation_rows_alone(trained, saved):
+    manifest = load_bundle(saved).manifest
+    assert manifest["interval"]["n_calibration"] == 5
+    assert manifest["interval"]["quantile"] is None and "cannot support" in manifest["interval"]["support"]
+    assert manifest["correction"] or "slope" in manifest["correction_refused"]
+    result = load_bundle(saved).predict(trained.path("17.nii"))
+    assert result.high == np.inf and result.to_dict()["high"] is None
+    assert "few_calibration_subjects" in [caution.code for caution in result.warnings]
+
+
+def test_the_bundle_takes_the_interval_of_the_report_and_keeps_it_when_saved_again(trained, tmp_path):
+    ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
+    bundle = save_bundle(ws.run("resnet18"))
+    copied = shutil.copytree(bundle, tmp_path / "elsewhere")
+    found = evaluate_runs(ws, "resnet18", level=0.5, n_bootstrap=20)
+    write_json(found.results, ws.path("evaluation", "results.json"))
+    calibration = found.runs["resnet18"].calibration
+    assert "copies made before keep their own (90%)" in update_bundle(ws.run("resnet18"), calibration)
+    row = found.predictions.set_index("scan_id").loc["017"]
+    result = load_bundle(bundle).predict(ws.path("17.nii"))
+    assert (result.low, result.high) == pytest.approx((row["low"], row["high"]), abs=1e-3)
+    assert result.level == 0.5 and load_bundle(copied).interval.level == 0.9
+    assert "50% conformal interval" in (bundle / "README.md").read_text()
+    said = update_bundle(ws.run("resnet18"), calibration)
+    assert said == "the bundle gives this 50% conformal interval, calibrated on 5 validation scans"
+    shutil.rmtree(bundle)
+    assert "no bundle" in update_bundle(ws.run("resnet18"), calibration) and not bundle.exists()
+    again = load_bundle(current_bundle(ws.run("resnet18")))
+    assert again.interval.to_dict() == calibration.interval.to_dict()
+
+
+def test_the_card_states_figures_licence_and_use(saved):
+    card = (saved / "README.md").read_text()
+    for said in (
+        "15 people",
+        "mean predictor",
+        "90% conformal interval, calibrated on 5 validation scans",
+        "CC BY 4.0",
+        "not a medical device",
+    ):
+        assert said in card
+
+
+def test_the_card_says_what_one_test_scan_leaves_undefined(saved):
+    manifest = read_json(saved / "bundle.json")
+    unknown = {"value": None, "low": None, "high": None}
+    one = {"value": 3.0, "low": None, "high": None}
+    manifest["figures"]["test"] |= {"n": 1, "mae": one, "r": unknown, "mean_predictor_mae": one}
+    assert "| test | 1 | 3.00 | not defined | 3.00 |" in card_of(manifest)
+
+
+def test_a_run_that_is_not_finished_has_no_bundle(trained, tmp_path):
+    ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
+    shutil.rmtree(ws.path("runs", "resnet18", "checkpoints"))
+    with pytest.raises(FileNotFoundError, match="no finished model"):
+        save_bundle(ws.run("resnet18"))
+
+
+def test_half_precision_is_refused_where_it_would_move_an_age():
+    (network,) = networks()
+    volume = np.random.default_rng(0).normal(size=(24, 24, 24)).astype(np.float16)
+    assert precision_check(network, ARCHITECTURE, [volume], flip_averaging=True) < 1
+    network.fc.weight.data *= 1e6
+    assert precision_check(network, ARCHITECTURE, [volume], flip_averaging=True) == np.inf
+
+
+# --- one prediction -------------------------------------------------------------------------------------
+
+
+def test_gap_interval_and_corrections_follow_from_the_prediction(tiny, tmp_path):
+    result = load_bundle(tiny).predict(write_scan(tmp_path / "a.nii.gz", 5), age=44)
+    assert result.predicted_age == pytest.approx(np.mean(result.members))
+    assert (result.low, result.high) == pytest.approx((result.predicted_age - 8, result.predicted_age + 8))
+    assert result.corrected_age == pytest.approx((result.predicted_age - 10) / 0.8)
+    assert result.gap == pytest.approx(result.predicted_age - 44)
+    assert result.adjusted_gap == pytest.approx(result.predicted_age - (10 + 0.8 * 44))
+
+
+def test_the_true_age_does_not_change_the_prediction(tiny, tmp_path):
+    bundle, scan = load_bundle(tiny), write_scan(tmp_path / "a.nii", 5)
+    assert bundle.predict(scan, age=20).predicted_age == bundle.predict(scan, age=80).predicted_age
+    assert bundle.predict(scan).gap is None
+
+
+@pytest.mark.parametrize("age", [-1, 500, np.inf])
+def test_an_age_that_is_none_is_refused(age, tiny, tmp_path):
+    with pytest.raises(ValueError, match="expected years from 0 to 120"):
+        load_bundle(tiny).predict(tmp_path / "a.nii", age=age)
+
+
+def test_one_bad_scan_does_not_end_the_rest(tiny, tmp_path):
+    scans = [write_scan(tmp_path / f"{k}.nii", k) for k in range(4)]
+    scans[1].write_text("no scan")
+    scans.insert(3, tmp_path / "missing.nii")
+    bundle = load_bundle(tiny)
+    results = list(bundle.predict_many(scans, [30, 40, 999, 50, 60], n_jobs=1))
+    assert [isinstance(result, Failure) for result in results] == [False, True, True, True, False]
+    assert [result.code for result in results[1:4]] == ["unreadable", "failed", "missing"]
+    assert results[0] == bundle.predict(scans[0], 30) and results[4] == bundle.predict(scans[4], 60)
+
+
+def codes(bundle, scan, age=None):
+    return [caution.code for caution in load_bundle(bundle).predict(scan, age).warnings]
+
+
+def test_a_scan_like_the_training_scans_raises_no_warning_but_disagreement(tiny, tmp_path):
+    assert codes(tiny, write_scan(tmp_path / "a.nii", 9), age=50) == ["members_disagree"]
+
+
+def test_what_is_no_head_of_that_kind_is_noticed(tiny, tmp_path):
+    inverted = 900 - np.clip(head_array(1), 0, 900).astype(np.int16)
+    noise = np.random.default_rng(0).integers(0, 1000, (48, 48, 48)).astype(np.int16)
+    for name, array in {"inverted": inverted, "noise": noise}.items():
+        assert "unlike_training" in codes(tiny, write_scan(tmp_path / f"{name}.nii", array=array)), name
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """A bundle with distances, from thirty training scans."""
+    return write_tiny_bundle(tmp_path_factory.mktemp("measured") / "bundle", n_scans=30)
+
+
+def test_a_noisy_head_is_far_from_the_training_scans_and_another_head_is_not(measured, tmp_path):
+    noisy = write_scan(tmp_path / "noisy.nii", array=noisy_head(40))
+    assert {"unlike_training_image", "unlike_training_features"} <= set(codes(measured, noisy))
+    assert codes(measured, write_scan(tmp_path / "a.nii", 41)) == []
+
+
+def test_what_is_no_head_at_all_is_said_once(measured, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 1000, (48, 48, 48)).astype(np.int16)
+    found = codes(measured, write_scan(tmp_path / "noise.nii", array=noise))
+    assert [code for code in found if code.startswith("unlike")] == ["unlike_training"]
+
+
+def test_distances_for_another_network_are_refused(measured, tmp_path):
+    bundle = shutil.copytree(measured, tmp_path / "bundle")
+    place = bundle / "reference.safetensors"
+    arrays = load_file(place)
+    for name in ("mean", "scale", "axes"):
+        arrays[f"features.{name}"] = arrays[f"features.{name}"][:-1]
+    save_file(arrays, place)
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    manifest["files"][place.name] = {"sha256": sha256_of(place), "bytes": place.stat().st_size}
+    write_json(manifest, bundle / "bundle.json")
+    with pytest.raises(BundleError, match="7 features numbers; expected 8"):
+        load_bundle(bundle)
+
+
+def test_odd_voxels_and_ages_out_of_range_are_noticed(tiny, tmp_path):
+    thick = write_scan(tmp_path / "thick.nii", array=head_array()[:, :, ::4])
+    assert "coarse_voxels" not in codes(tiny, write_scan(tmp_path / "a.nii"))
+    import nibabel as nib
+
+    nib.save(nib.Nifti1Image(head_array()[:, :, ::4], np.diag([4.0, 4, 16, 1])), thick)
+    assert "extreme_voxel_size" in codes(tiny, thick)
+    assert "true_age_outside_training" in codes(tiny, write_scan(tmp_path / "b.nii"), age=95)
+
+
+# --- hostile scans --------------------------------------------------------------------------------------
+
+
+def test_a_header_that_disagrees_with_itself_is_warned_of_with_what_it_says(tiny, tmp_path):
+    image = nib.load(write_scan(tmp_path / "a.nii"))
+    image.set_qform(image.affine, code=1)
+    image.set_sform(np.diag([-1.1, 1.1, 1.1, 1.0]) @ image.affine, code=1)
+    nib.save(image, tmp_path / "b.nii")
+    found = {
+        caution.code: caution.sentence for caution in load_bundle(tiny).predict(tmp_path / "b.nii").warnings
+    }
+    for words in ("size", "side", "sform", "qform", "pixdim", "Used was the sform"):
+        assert words in found["header_disagrees"]
+
+
+def test_a_header_that_claims_too_much_is_refused_before_it_is_read(tiny, tmp_path):
+    import nibabel as nib
+
+    header = nib.Nifti1Header()
+    header.set_data_shape((30000, 30000, 30000))
+    for name in ("absurd.nii", "absurd.nii.gz", "without_ending"):
+        path = tmp_path / name
+        content = header.binaryblock + b"\0" * 1000
+        if name.endswith(".gz"):
+            import gzip
+
+            content = gzip.compress(content)
+        path.write_bytes(content)
+        with pytest.raises(ScanError) as caught:
+            load_bundle(tiny).predict(path)
+        assert caught.value.code == "too_large"
+        assert "claims 30000" in caught.value.sentence
+
+
+# --- hostile bundles ------------------------------------------------------------------------------------
+
+
+def changed(bundle, target, **changes):
+    """A copy of a bundle whose manifest says something else."""
+    shutil.copytree(bundle, target)
+    path = target / "bundle.json"
+    write_json(json.loads(path.read_text()) | changes, path)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"kind": "script"}, "of kind 'script'"),
+        ({"architecture": ARCHITECTURE | {"widths": [10**9] * 4}}, "widths"),
+        ({"architecture": ARCHITECTURE | {"widths": [8, 8, 8, 8]}}, "conv2.weight is"),
+        ({"architecture": ARCHITECTURE | {"blocks": [64, 64, 64, 64]}}, "missing"),
+        ({"architecture": ARCHITECTURE | {"shortcut": "B"}}, "missing or left over"),
+        ({"architecture": ARCHITECTURE | {"surprise": 1}}, "surprise"),
+        ({"architecture": ARCHITECTURE | {"outputs": 10**12}}, "outputs"),
+        ({"architecture": ARCHITECTURE | {"linear_edge": 10**6}}, "linear_edge"),
+        ({"architecture": ARCHITECTURE | {"linear_edge": 48}}, "linear.weight is missing"),
+        ({"shift_averaging": 10**6}, "0 .none. to 4 voxels"),
+        ({"architecture": "resnet"}, "bundle.json"),
+        ({"members": []}, "no members"),
+        ({"members": [{"file": "../../etc/passwd"}]}, "not among its files"),
+        ({"preprocessing": {}}, "settings"),
+        ({"preprocessing": SETTINGS.to_json() | {"fingerprint": "other"}}, "other steps"),
+        ({"training": None}, "bundle.json"),
+        ({"interval": {"level": 0.9}}, "quantile"),
+        ({"correction": {"slope": 1}}, "intercept"),
+        ({"reference": {}}, "likeness"),
+        ({"seen": {"salt": "not hex"}}, "bundle.json"),
+        ({"position": {"part": [], "age": [1], "predicted_age": []}}, "positions"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused_with_a_reason(changes, said, tiny, tmp_path):
+    with pytest.raises(BundleError, match=said):
+        load_bundle(changed(tiny, tmp_path / "changed", **changes))
+
+
+def test_weights_that_are_not_finite_are_refused():
+    (network,) = networks()
+    arrays = arrays_of(network, half=False)
+    arrays["fc.weight"] = np.full_like(arrays["fc.weight"], np.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        network_from(ARCHITECTURE, arrays)
+
+
+def test_loading_a_bundle_imports_no_monai_and_no_pickle_reader(tiny):
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from brainage_nb.predict.bundle import load_bundle; "
+        "load_bundle(sys.argv[1]);print([name for name in ('monai', 'torch._dynamo', 'sklearn', "
+        "'matplotlib', 'joblib', 'nilearn', 'torchvision') if name in sys.modules])"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(tiny)], check=True, capture_output=True, text=True
+    )
+    assert found.stdout.strip() == "[]"
