@@ -46,10 +46,7 @@ def imported(tree: ast.Module, modules: set[str], module: str = "") -> set[str]:
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     """Groups of modules that reach each other (strongly connected, more than one)."""
     reach = {module: closure({module}, graph) for module in graph}
-    groups = {
-        tuple(sorted(m for m in graph if m in reach[one] and one in reach[m] and m != one) + [one])
-        for one in graph
-    }
+    groups = {tuple(m for m in graph if m == one or (m in reach[one] and one in reach[m])) for one in graph}
     return sorted({tuple(sorted(group)) for group in groups if len(group) > 1})
 
 
