@@ -49,7 +49,7 @@ if importlib.util.find_spec("brainage_nb") is None:
 # %% tags=["parameters"] nbmake={"mock": {"workspace": "../build/smoke", "n_subjects": 26}}
 # folder for everything written; empty: $BRAINAGE_WORKSPACE, else the platform's usual place
 workspace = ""  # @param {type:"string"}
-# where the scans come from; demo: known-answer heads, made here; the README lists what each other source needs
+# where the scans come from; demo: known-answer heads, made here; docs/data.md lists what each other source needs
 source = "demo"  # @param ["demo", "folder", "gdown", "kaggle_dataset", "ixi", "oasis1", "oasis2", "openneuro", "openbhb", "adni"]
 # folder of scans, any nesting, BIDS recognised (sources folder, oasis1, oasis2, openbhb, adni); folder: or an archive
 data_dir = ""  # @param {type:"string"}

@@ -678,8 +678,8 @@ def test_the_notebook_offers_every_source_and_the_rules_with_their_defaults():
     assert used | set(opening.COLUMN_PARAMETERS.values()) <= set(parameters)
 
 
-def test_the_readme_names_every_source_its_terms_and_its_citation():
-    rows = (notebooks_folder().parent / "README.md").read_text().splitlines()
+def test_the_page_on_data_names_every_source_its_terms_and_its_citation():
+    rows = (notebooks_folder().parent / "docs" / "data.md").read_text().splitlines()
     for source, terms in TERMS.items():
         if source == "demo":
             continue
