@@ -1,4 +1,4 @@
-"""How large and how tangled is the package? Files, lines of code, circles, verbs, and what a notebook pulls in.
+"""How large and how tangled is the package: files, lines, circles, verbs, and what each notebook pulls in.
 
 Lines of code leave out docstrings, comments and blank lines. A circle is a group of modules that import each
 other, imports under TYPE_CHECKING and inside functions included.

@@ -140,8 +140,8 @@ def find_parameter(name: str, known: Mapping[str, Parameter]) -> Parameter:
     """The parameter of that name; `ParameterError` with the nearest names where there is none."""
     if name not in known:
         near = [longer for longer in known if longer.startswith(f"{name}_")]
-        near = (near + difflib.get_close_matches(name, known, n=3))[:3]
-        hint = f"Did you mean {' or '.join(dict.fromkeys(near))}?" if near else f"Known: {', '.join(sorted(known))}."
+        near = list(dict.fromkeys(near + difflib.get_close_matches(name, known, n=3)))[:3]
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(sorted(known))}."
         raise ParameterError(f"{name}: there is no parameter of this name here. {hint}")
     return known[name]
 

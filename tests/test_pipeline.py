@@ -73,6 +73,8 @@ def test_values_are_parsed_by_the_type_of_the_default(tmp_path):
 def test_an_unknown_parameter_is_refused_with_a_suggestion(tmp_path):
     with pytest.raises(ParameterError, match="Did you mean epochs"):
         parse_overrides(["epocs=3"], [make_notebook(tmp_path, "01_a")])
+    with pytest.raises(ParameterError, match="Did you mean age_column or age_unit"):
+        parse_overrides(["age=alter"], find_notebooks())
 
 
 SETTINGS = """
