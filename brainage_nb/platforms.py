@@ -9,7 +9,6 @@ import hashlib
 import os
 import shutil
 import sys
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,10 +26,6 @@ INPUT_DEPTH = 4  # folders below KAGGLE_INPUT: datasets/<owner>/<slug>/brainage 
 
 class DriveNotMounted(OSError):
     """A path on Drive is wanted, Drive is not there, and nobody can be asked to mount it."""
-
-
-class SecretMissing(LookupError):
-    """A secret is neither in the environment nor in the platform's store."""
 
 
 def platform() -> str:
@@ -137,59 +132,6 @@ def attached_dataset(handle: str) -> Path | None:
     name = name.split("/")[0]
     places = (KAGGLE_INPUT / name, KAGGLE_INPUT / "datasets" / owner / name, KAGGLE_INPUT / owner / name)
     return next((place for place in places if place.is_dir()), None)
-
-
-# --- secrets --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Secret:
-    """A secret that shows in no print, table, traceback or result file; `reveal()` gives its text."""
-
-    name: str
-    _text: str = field(repr=False)
-
-    def reveal(self) -> str:
-        """The text itself; hand it on, never show it."""
-        return self._text
-
-
-def secret(name: str) -> Secret:
-    """A secret from the environment, else from the platform's own store.
-
-    Raises
-    ------
-    SecretMissing
-        The message says where to put it, never what it is.
-    """
-    stores = {"colab": _colab_secret, "kaggle": _kaggle_secret}
-    text = os.environ.get(name, "") or stores.get(platform(), lambda _: "")(name)
-    if not text:
-        raise SecretMissing(
-            f"The secret {name} is not set. Put it into the platform's store (Colab: the key symbol; Kaggle: "
-            f"Add-ons > Secrets) and allow this notebook to read it, or set the environment variable {name}."
-        )
-    return Secret(name, text)
-
-
-def _colab_secret(name: str) -> str:
-    if not can_answer():  # the store is asked through the front end, which would be waited for for ever
-        return ""
-    from google.colab import userdata
-
-    try:
-        return userdata.get(name)
-    except (userdata.SecretNotFoundError, userdata.NotebookAccessError):
-        return ""
-
-
-def _kaggle_secret(name: str) -> str:
-    try:
-        from kaggle_secrets import UserSecretsClient
-
-        return UserSecretsClient().get_secret(name)
-    except Exception:  # its errors differ with the cause (absent, not attached, no internet) and may quote
-        return ""
 
 
 # --- the machine ----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from brainage_nb import platforms
-from brainage_nb.platforms import DriveNotMounted, SecretMissing
+from brainage_nb.platforms import DriveNotMounted
 from brainage_nb.workspace import open_workspace, write_json
 
 MARKS = ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "BRAINAGE_WORKSPACE", "BRAINAGE_SCRATCH")
@@ -26,9 +26,7 @@ def colab(monkeypatch, tmp_path):
     drive = ModuleType("google.colab.drive")
     drive.mount = lambda place: (calls.append(place), platforms.MY_DRIVE.mkdir(parents=True))
     package = ModuleType("google.colab")
-    package.drive, package.userdata = drive, ModuleType("google.colab.userdata")
-    package.userdata.SecretNotFoundError = package.userdata.NotebookAccessError = KeyError
-    package.userdata.get = {"TOKEN": "from the store"}.__getitem__
+    package.drive = drive
     for name, module in {"google.colab": package, "google.colab.drive": drive}.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setenv("COLAB_RELEASE_TAG", "release")
@@ -119,26 +117,6 @@ def test_a_new_workspace_on_kaggle_goes_on_from_the_newest_attached_one(kaggle, 
     assert "the newest of 2" in capsys.readouterr().out
     ws.path("cohort.csv").write_text("mine now")
     assert open_workspace().path("cohort.csv").read_text() == "mine now"
-
-
-def test_the_environment_is_asked_for_a_secret_before_the_store(colab, monkeypatch):
-    a_person_is_there(monkeypatch)
-    assert platforms.secret("TOKEN").reveal() == "from the store"
-    monkeypatch.setenv("TOKEN", "from the environment")
-    assert platforms.secret("TOKEN").reveal() == "from the environment"
-
-
-def test_the_store_is_not_asked_where_nobody_answers(colab, monkeypatch):
-    a_person_is_there(monkeypatch, answer=False)
-    with pytest.raises(SecretMissing, match="TOKEN is not set"):
-        platforms.secret("TOKEN")
-
-
-def test_a_secret_shows_in_no_text(monkeypatch, tmp_path):
-    monkeypatch.setenv("TOKEN", "s3cr3t")
-    found = platforms.secret("TOKEN")
-    assert "s3cr3t" not in f"{found} {found!r} {[found]}"
-    assert "s3cr3t" not in write_json({"token": found}, tmp_path / "result.json").read_text()
 
 
 def test_tables_of_a_session_show_reasons_whole(tmp_path):
