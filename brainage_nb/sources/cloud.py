@@ -5,6 +5,7 @@ None of the three was tried against its live servers here: tests run the real cl
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import os
@@ -45,7 +46,6 @@ WAITS_S = (1, 4, 16, 60)
 BUCKET = "https://s3.amazonaws.com/openneuro.org"
 
 _SHARE = "In Drive choose Share > 'Anyone with the link', or download by hand and use source = folder"
-_NO_CLIENT = "{} is not installed: pip install '{}' (or brainage-nb[data])."
 _REMEDIES = {
     401: "Kaggle does not know you: make a token on kaggle.com (Settings > API) and put it into the "
     "platform's store, or into the file it is offered as",
@@ -75,6 +75,13 @@ def _try_again(
             raise DownloadError(told)
         time.sleep(wait)
     raise AssertionError("the last try returns or raises")
+
+
+def _import_client(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise DownloadError(f"{name} is not installed: pip install {name} (or brainage-nb[data]).") from None
 
 
 # --- Google Drive -----------------------------------------------------------------------------------------
@@ -110,10 +117,7 @@ def fetch_drive(folder: Path | str, links: str, *, keep_archives: bool = False) 
         for item, place in _list_drive_folder(identity, folder) if kind == "folder" else [(identity, "")]:
             path = _fetch_drive_file(item, place, folder)
             if is_archive(path.name):
-                # in a folder of its name: two archives may hold files of the same name
-                left_out += unpack(path, _unpack_place(path)) if path.is_file() else _left_out(path)
-                if not keep_archives:
-                    path.unlink(missing_ok=True)
+                left_out += unpack(path, _unpack_place(path), delete=not keep_archives)
     return left_out
 
 
@@ -155,7 +159,7 @@ def _list_drive_folder(identity: str, folder: Path) -> list[tuple[str, str]]:
         passing = isinstance(error, requests.exceptions.ConnectionError)
         return f"The Drive folder {identity} cannot be listed ({type(error).__name__}). {_SHARE}.", passing
 
-    gdown = _import_gdown()
+    gdown = _import_client("gdown")
     how = {"skip_download": True, "quiet": True, "use_cookies": False, "output": str(folder)}
     listed = _try_again(lambda: gdown.download_folder(id=identity, **how), explain, folder)
     if not listed:
@@ -189,7 +193,7 @@ def _fetch_drive_file(identity: str, place: str, folder: Path) -> Path:
             f"or Drive is out of reach. {_SHARE}. What was received is kept for the next run."
         ), passing or type(error).__name__ == "DownloadError"  # gdown 6: the connection was cut
 
-    gdown = _import_gdown()
+    gdown = _import_client("gdown")
     how = {"resume": True, "quiet": bool(place), "use_cookies": False, "timeout": TIMEOUT_S}
     how = {name: value for name, value in how.items() if name in inspect.signature(gdown.download).parameters}
     output = f"{incoming}{os.sep}"
@@ -204,19 +208,8 @@ def _fetch_drive_file(identity: str, place: str, folder: Path) -> Path:
 
 
 def _unpack_place(path: Path) -> Path:
+    """A folder of the archive's name: two archives may hold files of the same name."""
     return path.parent / re.sub(r"(\.tar)?\.\w+$", "", path.name)
-
-
-def _left_out(path: Path) -> list[str]:
-    return (find_unpacked(_unpack_place(path), path.name) or {}).get("left_out", [])
-
-
-def _import_gdown() -> Any:
-    try:
-        import gdown
-    except ImportError:
-        raise DownloadError(_NO_CLIENT.format("gdown", "gdown>=5.2")) from None
-    return gdown
 
 
 # --- Kaggle -----------------------------------------------------------------------------------------------
@@ -246,10 +239,7 @@ def fetch_kaggle(handle: str, folder: Path | str) -> Path:
         )
     if (attached := attached_dataset(handle)) is not None:
         return attached
-    try:
-        import kagglehub
-    except ImportError:
-        raise DownloadError(_NO_CLIENT.format("kagglehub", "kagglehub>=0.3")) from None
+    kagglehub = _import_client("kagglehub")
 
     def explain(error: Exception) -> tuple[str, bool]:
         status = getattr(getattr(error, "response", None), "status_code", None)

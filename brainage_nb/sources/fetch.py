@@ -20,14 +20,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
-from urllib.parse import urlsplit
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
-from brainage_nb.workspace import hash_of, read_json, write_json
+from brainage_nb.workspace import hash_of, read_json, write_json, writing
 
 TIMEOUT_S = (20.0, 60.0)
 """Longest wait [s] for a connection and for the next bytes."""
@@ -41,26 +40,22 @@ MOST_TIMES_LARGER = 200  # NIfTI files shrink to a half or a tenth; a bomb to a 
 SMALL_BYTES = 256 << 20  # below this no ratio is judged: an empty label map may shrink a thousandfold
 
 _BINARY = (*ARCHIVE_SUFFIXES, ".nii.gz", ".nii", ".mgz", ".mgh", ".xls", ".xlsx", ".xlsm", ".ods")
-_TEXT = (".csv", ".tsv", ".txt")
 _CHUNK = 1 << 16
 _SPARE_BYTES = 64 << 20
 _REMEDIES = {
-    401: "it asks for a login: download in a browser and use source = folder, or name an open address",
-    403: "it gives no permission: accept the data set's terms on its site, share the file with 'Anyone with "
-    "the link', or wait if a download quota is used up",
+    401: "it asks for a login: download in a browser and use source = folder",
+    403: "it gives no permission: accept the data set's terms on its site, or wait if a quota is used up",
     404: "there is no such file: check the address or the accession number, or name another mirror",
-    407: "a proxy asks for a login: check this machine's network",
     410: "the file was taken away: name another mirror",
     **dict.fromkeys(PASSING, "run the cell again later, or name another mirror"),
 }
+_FREE_SOME = (
+    "Free some space or set download_dir to a larger disk, then run the cell again: what came is kept."
+)
 
 
 class DownloadError(RuntimeError):
     """A file that could not be had whole and safely; the message says what to do."""
-
-
-class _Interrupted(Exception):
-    """A connection that ended early or brought another file: worth another try."""
 
 
 class _Retry(urllib3.Retry):
@@ -69,22 +64,17 @@ class _Retry(urllib3.Retry):
     def get_retry_after(self, response: Any) -> float | None:
         wait = super().get_retry_after(response)
         if wait is not None and wait > LONGEST_WAIT_S:
-            raise DownloadError(
-                f"the server answers {response.status}. Run the cell again in {wait / 60:.0f} min, as the "
-                "server asks; or name another mirror."
-            )
+            when = f"in {wait / 60:.0f} min, as the server asks"
+            raise DownloadError(f"the server answers {response.status}. Run the cell again {when}.")
         return wait
 
 
 # Broken connections are left to `_receive_all`: urllib3 would log the whole address, which may hold a token.
-RETRY = _Retry(
-    5, connect=0, read=0, status_forcelist=PASSING, backoff_factor=1, raise_on_status=False,
-    respect_retry_after_header=True,
-)  # fmt: skip
+RETRY = _Retry(5, connect=0, read=0, status_forcelist=PASSING, backoff_factor=1, raise_on_status=False)
 
 
 def open_session() -> requests.Session:
-    """A session that repeats requests as `RETRY` says."""
+    """A session that repeats requests as `RETRY` says, and waits as long as a server asks (Retry-After)."""
     session = requests.Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=RETRY))
@@ -102,12 +92,7 @@ def hide_secrets(url: str) -> str:
     >>> hide_secrets("https://me:word@example.org/a.tar?token=1")
     'https://example.org/a.tar?…'
     """
-    try:
-        parts = urlsplit(url)
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:
-        return "(an address that cannot be read)"
-    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}" + ("?…" if parts.query else "")
+    return re.sub(r"\?.*", "?…", re.sub(r"//[^/]*@", "//", url))
 
 
 # --- downloads --------------------------------------------------------------------------------------------
@@ -154,29 +139,28 @@ def fetch(
     if path.is_file():
         return path
     mirrors = [urls] if isinstance(urls, str) else list(urls)
-    if any("@" in urlsplit(url).netloc for url in mirrors):
+    if any(re.match(r"\w+://[^/]*@", url) for url in mirrors):
         raise DownloadError(
             f"The address of {path.name} holds a user or password, which would be kept in the executed "
             "notebook and in logs. Download the file by hand and use source = folder."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     part, failures = PartialDownload(path, size, checksum, progress), []
-    with _only_one(path):
-        for url in mirrors:
-            try:
-                return _fetch_from(url, part, session or open_session())
-            except DownloadError as error:
-                failures.append(f"{path.name} from {hide_secrets(url)}: {error}")
-            finally:
-                if not part.received:
-                    part.discard()
+    for url in mirrors:
+        try:
+            return _fetch_from(url, part, session or open_session())
+        except DownloadError as error:
+            failures.append(f"{path.name} from {hide_secrets(url)}: {error}")
+        finally:
+            if not part.received:
+                part.discard()
     if part.received:
-        failures[-1] += f" {part.received / 2**20:.1f} MiB are kept and it goes on from there."
-    raise DownloadError("\nNext address: ".join(failures))
+        failures.append(f"{part.received / 2**20:.1f} MiB are kept and it goes on from there.")
+    raise DownloadError("\n".join(failures))
 
 
 class PartialDownload:
-    """`.NAME.part` beside the file it will become, and `.NAME.part.json` with what vouches for its bytes."""
+    """A file on its way: `.NAME.part` beside it, and `.NAME.part.json` with what vouches for its bytes."""
 
     def __init__(self, path: Path, size: int | None, checksum: str, progress: bool) -> None:
         self.path, self.size, self.checksum, self.progress = path, size, checksum, progress
@@ -189,34 +173,27 @@ class PartialDownload:
         """Bytes that have come."""
         return self.part.stat().st_size if self.part.exists() else 0
 
-    def resume_headers(self, url: str) -> dict[str, str]:
-        """What to ask for: the rest where it surely belongs to what is here, else all."""
+    def request_headers(self, url: str) -> dict[str, str]:
+        """Ask for the rest where it surely belongs to what is here, else for all."""
         headers = {"Accept-Encoding": "identity"}  # ranges count stored bytes
         known = _read_if_there(self.notes)
         vouched = known.get("validator") and known.get("url") == _digest(url)
-        if not (self.received and (vouched or self.checksum)):
-            return headers
-        headers["Range"] = f"bytes={self.received}-"
-        return headers | ({"If-Range": known["validator"]} if vouched else {})
+        if self.received and (vouched or self.checksum):
+            headers["Range"] = f"bytes={self.received}-"
+            headers |= {"If-Range": known["validator"]} if vouched else {}
+        return headers
 
     def continues(self, response: requests.Response) -> bool:
         """Whether an answer of 206 goes on with the bytes that are here."""
-        first, total = _read_range(response)
-        known = _read_if_there(self.notes)
+        (first, total), known = _read_range(response), _read_if_there(self.notes)
         same = _read_validator(response) in ("", known.get("validator")) and total == known.get("total")
         return first == self.received and bool(same or self.checksum)
 
-    def note(self, url: str, response: requests.Response, total: int | None) -> None:
-        """Keep what vouches for the bytes; of the address only a digest, since it may hold a token."""
-        write_json({"url": _digest(url), "validator": _read_validator(response), "total": total}, self.notes)
-
     def find_problem(self) -> str:
         """What is wrong with the complete file and what to do, or ""."""
-        if not self.received:
-            return "it is empty. Run the cell again; if it stays empty, the server's copy is."
-        if self.size and self.received != self.size:
-            return f"{self.received} bytes came, {self.size} were expected. It was not taken."
         kind, _, expected = self.checksum.partition(":")
+        if not self.received or self.received != (self.size or self.received):
+            return f"{self.received} bytes came, expected were {self.size or 'some'}. It was not taken."
         if kind and (found := hash_of(self.part, kind)) != expected.strip().lower():
             return (
                 f"its {kind} is {found}, expected was {expected}. It was not taken: the publisher has "
@@ -226,9 +203,7 @@ class PartialDownload:
         return ""
 
     def keep(self) -> Path:
-        """Flush it to the disk and give it its name."""
-        with open(self.part, "rb+") as stream:
-            os.fsync(stream.fileno())
+        """Give it its name."""
         os.replace(self.part, self.path)
         self.notes.unlink(missing_ok=True)
         return self.path
@@ -255,21 +230,17 @@ def _fetch_from(url: str, part: PartialDownload, session: requests.Session) -> P
 
 def _receive_all(url: str, part: PartialDownload, session: requests.Session) -> None:
     """Connect until all has come; give up after several tries that brought no new byte."""
+    broken = (
+        *(requests.exceptions.ConnectionError, requests.exceptions.Timeout),
+        urllib3.exceptions.HTTPError,
+    )
     retry = fresh = RETRY.new(connect=None, read=None)
     while True:
         before = part.received
         try:
             return _receive(url, part, session)
-        except requests.exceptions.SSLError:
-            reason = "the server's certificate is not valid. Check the address and this machine's clock"
-            raise DownloadError(f"{reason}.") from None
-        except (
-            *(_Interrupted, urllib3.exceptions.HTTPError),
-            *(requests.exceptions.ConnectionError, requests.exceptions.Timeout),
-        ) as error:
-            # the libraries' own words hold the whole address
-            known = isinstance(error, _Interrupted)
-            told = str(error) if known else f"no connection ({type(error).__name__})"
+        except broken as error:
+            told = f"no connection ({type(error).__name__})"  # its own words hold the whole address
             try:
                 retry = (fresh if part.received > before else retry).increment("GET", "", error=error)
             except urllib3.exceptions.MaxRetryError:
@@ -283,7 +254,7 @@ def _receive_all(url: str, part: PartialDownload, session: requests.Session) -> 
 
 def _receive(url: str, part: PartialDownload, session: requests.Session) -> None:
     """One connection: ask for what is missing and append it."""
-    headers = part.resume_headers(url)
+    headers = part.request_headers(url)
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         status, have = response.status_code, part.received if "Range" in headers else 0
         total = _read_range(response)[1]
@@ -291,7 +262,7 @@ def _receive(url: str, part: PartialDownload, session: requests.Session) -> None
             return
         if have and (status == 416 or (status == 206 and not part.continues(response))):
             part.discard()
-            raise _Interrupted("the file on the server has changed; it starts from the beginning")
+            raise urllib3.exceptions.ProtocolError("the file on the server has changed")
         if status not in (200, 206):
             remedy = _REMEDIES.get(status, "check the address, or name another mirror")
             raise DownloadError(f"the server answers {status}: {remedy}.")
@@ -304,36 +275,34 @@ def _receive(url: str, part: PartialDownload, session: requests.Session) -> None
                 "the address, or name another mirror."
             )
         refuse_full_disk(part.path.parent, (total or 0) - have, part.path.name)
+        # of the address only a digest is kept, since it may hold a token
+        notes = {"url": _digest(url), "validator": _read_validator(response), "total": total}
+        write_json(notes, part.notes)
         part.resumed = part.resumed or have > 0
-        part.note(url, response, total)
         _write(response, part, have, total)
 
 
 def _write(response: requests.Response, part: PartialDownload, have: int, total: int | None) -> None:
-    name = part.path.name
-    bar = tqdm(
-        total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, mininterval=1, desc=name,
-        disable=not part.progress,
-    )  # fmt: skip
+    how = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": not part.progress}
+    bar = tqdm(total=total, initial=have, desc=part.path.name, **how)
     with bar, explain_full_disk(part.path.parent), open(part.part, "ab" if have else "wb") as stream:
         for chunk in response.raw.stream(_CHUNK, decode_content=False):
             if not stream.tell():
-                _refuse_page(chunk, name)
+                _refuse_page(chunk, part.path.name.lower())
             bar.update(stream.write(chunk))
     if total is not None and part.received != total:  # urllib3 before 2.0 lets a short body pass
-        raise _Interrupted(f"the connection ended at {part.received} of {total} bytes")
+        raise urllib3.exceptions.ProtocolError("the connection ended early")
 
 
 def _refuse_page(start: bytes, name: str) -> None:
     """Refuse a web page or an error message that a server sends in place of an archive, image or table."""
-    binary, table = name.lower().endswith(_BINARY), name.lower().endswith(_TEXT)
-    head = start.lstrip(b"\xef\xbb\xbf \t\r\n")[:400].lower()
+    head, binary = start.lstrip(b"\xef\xbb\xbf \t\r\n")[:400].lower(), name.endswith(_BINARY)
     page = head.startswith((b"<!doctype html", b"<html", b"<head"))
-    markup = (binary or table) and (head[:1] == b"<" or re.match(rb'[{\[]\s*["{}\]]', head) is not None)
-    words = binary and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start[:512])
-    if page or markup or words:
+    if binary or name.endswith((".csv", ".tsv", ".txt")):
+        page = page or re.match(rb'<|[{\[]\s*["{}\]]', head) is not None
+    if page or (binary and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start[:512])):
         raise DownloadError(
-            f"instead of {name} came a web page or an error message. Probably a download quota is used up "
+            "instead of the file came a web page or an error message. Probably a download quota is used up "
             "(wait some hours, or make a copy of your own), the server asks for a login or for consent to "
             "terms, or the file is not there. Open the address in a browser, name another mirror, or "
             "download by hand and use source = folder."
@@ -364,31 +333,6 @@ def _read_if_there(path: Path) -> dict[str, Any]:
         return {}
 
 
-@contextmanager
-def _only_one(path: Path) -> Iterator[None]:
-    """Hold a lock while a file is fetched: two kernels must not append to one partial file."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    lock = path.with_name(f".{path.name}.lock")
-    with open(lock, "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DownloadError(
-                f"{path.name} is being fetched by another process. Wait for it, or stop it, then run the "
-                "cell again."
-            ) from None
-        except OSError:
-            pass  # a mounted drive without locks
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
 # --- disk -------------------------------------------------------------------------------------------------
 
 
@@ -396,11 +340,8 @@ def refuse_full_disk(folder: Path, needed: int, what: str) -> None:
     """Raise `DownloadError` where `needed` bytes (and a little to spare) do not fit."""
     free = shutil.disk_usage(folder).free
     if needed + _SPARE_BYTES > free:
-        raise DownloadError(
-            f"{what} needs {needed / 2**30:.1f} GiB more, but {folder} has {free / 2**30:.1f} GiB left. Free "
-            "some space or set download_dir to a larger disk, then run the cell again: what was received is "
-            "kept."
-        )
+        sizes = f"needs {needed / 2**30:.1f} GiB more, but {folder} has {free / 2**30:.1f} GiB left"
+        raise DownloadError(f"{what} {sizes}. {_FREE_SOME}")
 
 
 @contextmanager
@@ -411,10 +352,7 @@ def explain_full_disk(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise DownloadError(
-            f"The disk of {folder} is full. Free some space or set download_dir to a larger disk, then run "
-            "the cell again: what was received is kept."
-        ) from None
+        raise DownloadError(f"The disk of {folder} is full. {_FREE_SOME}") from None
 
 
 # --- archives ---------------------------------------------------------------------------------------------
@@ -425,15 +363,19 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
-def unpack(archive: Path | str, folder: Path | str, *, progress: bool = True) -> list[str]:
+def unpack(
+    archive: Path | str, folder: Path | str, *, delete: bool = False, progress: bool = True
+) -> list[str]:
     """Unpack all regular files of a tar or zip, each whole or not at all; a killed run is continued.
 
     Parameters
     ----------
     archive : path
-        `.tar`, `.tar.gz`, `.tgz`, `.tar.bz2`, `.tar.xz` or `.zip`.
+        `.tar`, `.tar.gz`, `.tgz`, `.tar.bz2`, `.tar.xz` or `.zip`; gone, if an earlier call deleted it.
     folder : path
         Where its files go; made where it is missing. `.NAME.unpacked.json` in it says what is done.
+    delete : bool
+        Delete the archive in the end.
     progress : bool
         Show a bar.
 
@@ -449,42 +391,15 @@ def unpack(archive: Path | str, folder: Path | str, *, progress: bool = True) ->
         or the disk is too small.
     """
     archive, folder = Path(archive), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    found = archive.stat()  # tells two archives of one name apart
-    identity = f"{found.st_size}-{found.st_mtime_ns}"
     done = find_unpacked(folder, archive.name)
-    if done is not None and done["identity"] == identity:
-        return done["left_out"]
-    mark = _mark(folder, archive.name)
-    begun = _read_if_there(mark).get("identity") == identity
-    write_json({"identity": identity}, mark)
-    try:
-        names, left_out = _unpack_members(archive, folder, begun, progress)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk, not the content
-        raise DownloadError(
-            f"{archive.name} is damaged ({type(error).__name__}: {error}). Delete it and run the cell again; "
-            "files already unpacked are kept."
-        ) from None
-    write_json({"identity": identity, "files": names, "left_out": left_out}, mark)
-    return left_out
-
-
-def fetch_and_unpack(
-    urls: Sequence[str], archive: Path | str, folder: Path | str, *, keep: bool = False, checksum: str = ""
-) -> list[str]:
-    """Download an archive, unpack it and, unless `keep`, delete it; nothing is asked where that was done.
-
-    Takes and raises what `fetch` and `unpack` do, and returns what was left out of the archive.
-    """
-    archive = Path(archive)
-    if done := find_unpacked(folder, archive.name):
-        return done["left_out"]
-    left_out = unpack(fetch(urls, archive, checksum=checksum), folder)
-    if not keep:
-        archive.unlink()
-    return left_out
+    if done is None or archive.is_file():
+        found = archive.stat()  # tells two archives of one name apart
+        identity = f"{found.st_size}-{found.st_mtime_ns}"
+        if done is None or done["identity"] != identity:
+            done = _unpack(archive, folder, identity, progress)
+        if delete:
+            archive.unlink()
+    return done["left_out"]
 
 
 def find_unpacked(folder: Path | str, archive: str) -> dict[str, Any] | None:
@@ -502,30 +417,36 @@ def find_target(folder: Path, name: str) -> Path:
     root = folder.resolve()
     try:
         inside = tarfile.data_filter(tarfile.TarInfo(name.replace("\\", "/")), str(root)).name
-    except (tarfile.FilterError, ValueError) as error:
+    except (tarfile.FilterError, ValueError):
+        inside = ".."
+    if ".." in Path(inside).parts:
         raise DownloadError(
-            f"'{name}' was not taken: it leads outside the folder {root} ({type(error).__name__}). Such an "
-            "archive is broken or hostile: get it from its publisher."
+            f"'{name}' was not taken: it leads outside the folder {root}. Such an archive is broken or "
+            "hostile: get it from its publisher."
+        )
+    return root / inside
+
+
+def _unpack(archive: Path, folder: Path, identity: str, progress: bool) -> dict[str, Any]:
+    mark, damages = _mark(folder, archive.name), (tarfile.TarError, zipfile.BadZipFile, zlib.error)
+    begun = _read_if_there(mark).get("identity") == identity
+    write_json({"identity": identity}, mark)
+    try:
+        names, left_out = _unpack_members(archive, folder, begun, progress)
+    except (*damages, lzma.LZMAError, EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk, not the content
+        raise DownloadError(
+            f"{archive.name} is damaged ({type(error).__name__}: {error}). Delete it and run the cell again; "
+            "files already unpacked are kept."
         ) from None
-    target = root / inside
-    if ".." in target.parts:
-        raise DownloadError(f"'{name}' was not taken: it leads outside the folder {root}, or names none.")
-    return target
-
-
-class _Member(NamedTuple):
-    """A file in an archive; `reason` says why it is left out, or ""."""
-
-    name: str
-    size: int
-    reason: str
-    open: Callable[[], IO[bytes]]
+    done = {"identity": identity, "files": names, "left_out": left_out}
+    write_json(done, mark)
+    return done
 
 
 def _unpack_members(archive: Path, folder: Path, begun: bool, progress: bool) -> tuple[list[str], list[str]]:
-    names: list[str] = []
-    left_out: list[str] = []
-    total = 0
+    names, left_out, total = [], [], 0
     for member in tqdm(_read_members(archive), f"unpack {archive.name}", unit="file", disable=not progress):
         if member.reason:
             left_out.append(f"{member.name}: {member.reason}, not unpacked")
@@ -536,9 +457,22 @@ def _unpack_members(archive: Path, folder: Path, begun: bool, progress: bool) ->
         # a file gets its name only when it is whole, so one of this size from the same archive is done
         if not (begun and target.is_file() and target.stat().st_size == member.size):
             refuse_full_disk(folder, member.size, f"{member.name} of {archive.name}")
-            _write_member(member, target)
+            with (
+                explain_full_disk(folder), writing(target) as temporary,
+                member.open() as source, open(temporary, "wb") as sink,
+            ):  # fmt: skip
+                shutil.copyfileobj(source, sink, 1 << 20)
         names.append(target.relative_to(folder.resolve()).as_posix())
     return names, left_out
+
+
+class _Member(NamedTuple):
+    """A file in an archive; `reason` says why it is left out, or ""."""
+
+    name: str
+    size: int
+    reason: str
+    open: Callable[[], IO[bytes]]
 
 
 def _read_members(path: Path) -> Iterator[_Member]:
@@ -561,19 +495,6 @@ def _read_members(path: Path) -> Iterator[_Member]:
         archive.fileobj.seek(archive.offset)
         if len(archive.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
             raise tarfile.ReadError("the end mark is missing")
-
-
-def _write_member(member: _Member, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.unpacking")
-    try:
-        with explain_full_disk(target.parent), member.open() as source, open(temporary, "wb") as sink:
-            shutil.copyfileobj(source, sink, 1 << 20)
-            sink.flush()
-            os.fsync(sink.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _refuse_bomb(archive: Path, total: int, count: int) -> None:

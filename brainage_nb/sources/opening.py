@@ -16,7 +16,7 @@ from brainage_nb.demo.cohort import make_cohort
 from brainage_nb.parameters import check_fields, pick_fields
 from brainage_nb.platforms import local_disk_for
 from brainage_nb.sources.cloud import BUCKET, fetch_drive, fetch_kaggle, fetch_openneuro, read_openneuro_terms
-from brainage_nb.sources.fetch import fetch, fetch_and_unpack, is_archive, split_addresses, unpack
+from brainage_nb.sources.fetch import fetch, find_unpacked, is_archive, split_addresses, unpack
 from brainage_nb.sources.folder import TERMS, FolderCohort, SourceError, Terms, find_table, folder_cohort
 from brainage_nb.tables.columns import COLUMN_PARAMETERS, plain_name
 from brainage_nb.tables.files import TABLE_SUFFIXES, TableError, read_cells
@@ -248,14 +248,12 @@ def _open_ixi(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Ope
     ending = Path(urlsplit(tables[0]).path).suffix.lower()  # a mirror may hold it as CSV
     table = fetch(tables, folder / f"IXI{ending if ending in TABLE_SUFFIXES else '.xls'}")
     md5 = settings.ixi_md5 or ("" if settings.ixi_images_url else IXI_MD5)
-    left_out = fetch_and_unpack(
-        split_addresses(settings.ixi_images_url) or IXI_IMAGES,
-        folder / "IXI-T1.tar",
-        folder / "images",
-        checksum=f"md5:{md5}" if md5 not in ("", "none") else "",
-        keep=settings.keep_archives,
-    )
-    found = folder_cohort(folder / "images", table, **how, source="ixi")
+    archive, images = folder / "IXI-T1.tar", folder / "images"
+    if not find_unpacked(images, archive.name):
+        checksum = f"md5:{md5}" if md5 not in ("", "none") else ""
+        fetch(split_addresses(settings.ixi_images_url) or IXI_IMAGES, archive, checksum=checksum)
+    left_out = unpack(archive, images, delete=not settings.keep_archives)
+    found = folder_cohort(images, table, **how, source="ixi")
     return replace(found, notes=[*found.notes, *left_out]), TERMS["ixi"]
 
 
