@@ -14,6 +14,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
@@ -23,15 +24,16 @@ from tqdm import tqdm
 
 from brainage_nb.platforms import attached_dataset
 from brainage_nb.sources.fetch import (
+    FREE_SOME,
     PASSING,
     TIMEOUT_S,
     DownloadError,
-    explain_full_disk,
     fetch,
     find_target,
     find_unpacked,
     hide_secrets,
     is_archive,
+    is_full_disk,
     open_session,
     refuse_full_disk,
     split_addresses,
@@ -59,18 +61,16 @@ _BIDS_TABLES = re.compile(
 _BIDS_T1W = re.compile(r"(sub-[^/]+)/(ses-[^/]+/)?anat/sub-[^/]+_T1w\.nii(\.gz)?")
 
 
-def _try_again(
-    call: Callable[[], Any], explain: Callable[[Exception], tuple[str, bool]], folder: Path
-) -> Any:
+def _try_again(call: Callable[[], Any], explain: Callable[[Exception], tuple[str, bool]]) -> Any:
     """Call until it returns; `explain` gives an error in words, and whether another try may help."""
     for wait in (*WAITS_S, None):
         try:
-            with explain_full_disk(folder):
-                return call()
-        except DownloadError:
-            raise
+            return call()
         except Exception as error:  # the clients raise many kinds, whose words may quote a request
             told, passing = explain(error)
+            full = is_full_disk(error)
+        if full:
+            raise DownloadError(f"The disk is full. {FREE_SOME}")
         if wait is None or not passing:
             raise DownloadError(told)
         time.sleep(wait)
@@ -149,19 +149,11 @@ def parse_drive_link(text: str) -> tuple[str, str]:
 
 def _list_drive_folder(identity: str, folder: Path) -> list[tuple[str, str]]:
     """Id and path of each file in a shared folder."""
-
-    def explain(error: Exception) -> tuple[str, bool]:
-        if "MaximumLimit" in type(error).__name__:  # gdown 5
-            return (
-                f"The Drive folder {identity} has 50 files or more, more than this gdown lists: put them "
-                "into one archive (zip or tar) and share that."
-            ), False
-        passing = isinstance(error, requests.exceptions.ConnectionError)
-        return f"The Drive folder {identity} cannot be listed ({type(error).__name__}). {_SHARE}.", passing
-
-    gdown = _import_client("gdown")
-    how = {"skip_download": True, "quiet": True, "use_cookies": False, "output": str(folder)}
-    listed = _try_again(lambda: gdown.download_folder(id=identity, **how), explain, folder)
+    gdown, how = _import_client("gdown"), {"skip_download": True, "quiet": True, "use_cookies": False}
+    listed = _try_again(
+        lambda: gdown.download_folder(id=identity, output=str(folder), **how),
+        partial(_explain_drive, identity),
+    )
     if not listed:
         raise DownloadError(f"The Drive folder {identity} is empty or not shared. {_SHARE}.")
     return [(item.id, item.path) for item in listed]
@@ -177,27 +169,13 @@ def _fetch_drive_file(identity: str, place: str, folder: Path) -> Path:
             return path
     incoming = folder / f".{identity}"  # one for each file: gdown goes on with the partial file it finds
     incoming.mkdir(parents=True, exist_ok=True)
-
-    def explain(error: Exception) -> tuple[str, bool]:
-        told, passing = str(error), isinstance(error, requests.exceptions.RequestException)
-        if "byte range" in told:  # gdown 6: the file has changed
-            for part in incoming.iterdir():
-                part.unlink()
-        if re.search(r"too many|quota", told, re.IGNORECASE):
-            return (
-                f"The download quota of the Drive file {identity} is used up: wait some hours (up to a day, "
-                "says Google), or make a copy of the file in your own Drive."
-            ), False
-        return (
-            f"Drive does not give the file {identity} ({type(error).__name__}): it is not shared, not there, "
-            f"or Drive is out of reach. {_SHARE}. What was received is kept for the next run."
-        ), passing or type(error).__name__ == "DownloadError"  # gdown 6: the connection was cut
-
     gdown = _import_client("gdown")
     how = {"resume": True, "quiet": bool(place), "use_cookies": False, "timeout": TIMEOUT_S}
     how = {name: value for name, value in how.items() if name in inspect.signature(gdown.download).parameters}
-    output = f"{incoming}{os.sep}"
-    came = _try_again(lambda: gdown.download(id=identity, output=output, **how), explain, folder)
+    came = _try_again(
+        lambda: gdown.download(id=identity, output=f"{incoming}{os.sep}", **how),
+        partial(_explain_drive, identity),
+    )
     name = place or Path(came).name
     path = find_target(folder, f"{identity}_{name}" if name in names.values() else name)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,6 +183,30 @@ def _fetch_drive_file(identity: str, place: str, folder: Path) -> Path:
     incoming.rmdir()
     write_json(names | {identity: path.relative_to(folder.resolve()).as_posix()}, notes)
     return path
+
+
+def _explain_drive(identity: str, error: Exception) -> tuple[str, bool]:
+    kind, told = type(error).__name__, str(error)
+    if "MaximumLimit" in kind:  # gdown 5
+        advice = (
+            "this gdown lists folders of up to 50 files only: put the scans into one archive and share that"
+        )
+    elif re.search(r"too many|quota", told, re.IGNORECASE):
+        advice = (
+            "its download quota is used up: wait some hours (up to a day, says Google), or make a copy in "
+            "your own Drive"
+        )
+    elif "byte range" in told:  # gdown 6
+        advice = (
+            f"the file has changed: delete the folder .{identity} in the downloads, then run the cell again"
+        )
+    else:
+        advice = f"it is not shared, not there, or Drive is out of reach ({kind}). {_SHARE}"
+    network = isinstance(error, requests.exceptions.RequestException) and error.response is None
+    return (
+        f"Drive does not give {identity}: {advice}. What was received is kept for the next run.",
+        network or "incomplete" in told,
+    )
 
 
 def _unpack_place(path: Path) -> Path:
@@ -241,20 +243,22 @@ def fetch_kaggle(handle: str, folder: Path | str) -> Path:
         return attached
     kagglehub = _import_client("kagglehub")
 
-    def explain(error: Exception) -> tuple[str, bool]:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if "Unauthenticated" in type(error).__name__ or "Credential" in type(error).__name__:
-            status = 401
-        remedy = _REMEDIES.get(status, "run the cell again later: what was received is kept")
-        # connections and damaged archives (which kagglehub has deleted by now) may go better next time
-        passing = status in PASSING or (status is None and isinstance(error, OSError))
-        return (
-            f"The Kaggle data set {handle} cannot be had ({status or type(error).__name__}): {remedy}. "
-            "Without internet, attach it to the session (Add input) before you start."
-        ), passing or "Corruption" in type(error).__name__
-
     with _kaggle_cache(Path(folder)):
-        return Path(_try_again(lambda: kagglehub.dataset_download(handle), explain, Path(folder)))
+        return Path(_try_again(lambda: kagglehub.dataset_download(handle), partial(_explain_kaggle, handle)))
+
+
+def _explain_kaggle(handle: str, error: Exception) -> tuple[str, bool]:
+    kind, status = type(error).__name__, getattr(getattr(error, "response", None), "status_code", None)
+    if "Unauthenticated" in kind or "Credential" in kind:
+        status = 401
+    remedy = _REMEDIES.get(status, "run the cell again later: what was received is kept")
+    # connections and damaged archives (which kagglehub has deleted by now) may go better next time
+    passing = status in PASSING or "Corruption" in kind or (status is None and isinstance(error, OSError))
+    return (
+        f"The Kaggle data set {handle} cannot be had ({status or kind}): {remedy}. Without internet, attach "
+        "it to the session (Add input) before you start.",
+        passing,
+    )
 
 
 @contextmanager
@@ -329,14 +333,16 @@ def read_openneuro_terms(folder: Path) -> Terms:
         stated = json.loads((folder / "dataset_description.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         stated = {}
-    doi, how, name, licence = (
-        str(stated.get(key, "")).strip() for key in ("DatasetDOI", "HowToAcknowledge", "Name", "License")
+    name, licence, doi, how = (
+        str(stated.get(key, "")).strip(" .") for key in ("Name", "License", "DatasetDOI", "HowToAcknowledge")
     )
-    cite = ". ".join(part.rstrip(".") for part in (doi, how) if part)
+    cited = ". ".join(
+        filter(None, (doi, how, TERMS["openneuro"].cite.removeprefix("the data set by its DOI, and ")))
+    )
     return TERMS["openneuro"].with_facts(
         name=f"OpenNeuro {folder.name}: {name}" if name else "",
         licence=f"{licence} (dataset_description.json)" if licence else "",
-        cite=f"{cite}. OpenNeuro: {TERMS['openneuro'].cite.split('OpenNeuro: ')[1]}" if cite else "",
+        cite=cited if doi or how else "",
         url=f"https://openneuro.org/datasets/{folder.name}",
     )
 

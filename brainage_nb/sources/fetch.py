@@ -49,7 +49,7 @@ _REMEDIES = {
     410: "the file was taken away: name another mirror",
     **dict.fromkeys(PASSING, "run the cell again later, or name another mirror"),
 }
-_FREE_SOME = (
+FREE_SOME = (
     "Free some space or set download_dir to a larger disk, then run the cell again: what came is kept."
 )
 
@@ -285,7 +285,7 @@ def _receive(url: str, part: PartialDownload, session: requests.Session) -> None
 def _write(response: requests.Response, part: PartialDownload, have: int, total: int | None) -> None:
     how = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": not part.progress}
     bar = tqdm(total=total, initial=have, desc=part.path.name, **how)
-    with bar, explain_full_disk(part.path.parent), open(part.part, "ab" if have else "wb") as stream:
+    with bar, _explain_full_disk(part.path.parent), open(part.part, "ab" if have else "wb") as stream:
         for chunk in response.raw.stream(_CHUNK, decode_content=False):
             if not stream.tell():
                 _refuse_page(chunk, part.path.name.lower())
@@ -341,18 +341,23 @@ def refuse_full_disk(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed + _SPARE_BYTES > free:
         sizes = f"needs {needed / 2**30:.1f} GiB more, but {folder} has {free / 2**30:.1f} GiB left"
-        raise DownloadError(f"{what} {sizes}. {_FREE_SOME}")
+        raise DownloadError(f"{what} {sizes}. {FREE_SOME}")
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether the system refused to write more."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def explain_full_disk(folder: Path) -> Iterator[None]:
+def _explain_full_disk(folder: Path) -> Iterator[None]:
     """Turn the system's error about a full disk into what to do."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not is_full_disk(error):
             raise
-        raise DownloadError(f"The disk of {folder} is full. {_FREE_SOME}") from None
+        raise DownloadError(f"The disk of {folder} is full. {FREE_SOME}") from None
 
 
 # --- archives ---------------------------------------------------------------------------------------------
@@ -458,7 +463,7 @@ def _unpack_members(archive: Path, folder: Path, begun: bool, progress: bool) ->
         if not (begun and target.is_file() and target.stat().st_size == member.size):
             refuse_full_disk(folder, member.size, f"{member.name} of {archive.name}")
             with (
-                explain_full_disk(folder), writing(target) as temporary,
+                _explain_full_disk(folder), writing(target) as temporary,
                 member.open() as source, open(temporary, "wb") as sink,
             ):  # fmt: skip
                 shutil.copyfileobj(source, sink, 1 << 20)

@@ -17,7 +17,15 @@ from brainage_nb.parameters import check_fields, pick_fields
 from brainage_nb.platforms import local_disk_for
 from brainage_nb.sources.cloud import BUCKET, fetch_drive, fetch_kaggle, fetch_openneuro, read_openneuro_terms
 from brainage_nb.sources.fetch import fetch, find_unpacked, is_archive, split_addresses, unpack
-from brainage_nb.sources.folder import TERMS, FolderCohort, SourceError, Terms, find_table, folder_cohort
+from brainage_nb.sources.folder import (
+    TERMS,
+    FolderCohort,
+    SourceError,
+    Terms,
+    find_table,
+    folder_cohort,
+    list_tables,
+)
 from brainage_nb.tables.columns import COLUMN_PARAMETERS, plain_name
 from brainage_nb.tables.files import TABLE_SUFFIXES, TableError, read_cells
 
@@ -323,7 +331,9 @@ LOCAL_SETS = {
 def _open_local_set(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
     source, data_dir = settings.source, Path(settings.data_dir).expanduser().absolute()
     known = LOCAL_SETS[source]
-    table = _find_named_table(known, data_dir, settings.table)
+    by_name = [one for one in list_tables(data_dir) if re.search(known.table_name, one.name, re.IGNORECASE)]
+    named = by_name[0] if len(by_name) == 1 and not settings.table else settings.table
+    table = find_table(data_dir, named)
     # whoever names columns knows the table
     if not any(name for role, name in how["columns"].items() if role != "age_unit"):
         _refuse_other_table(source, known, table)
@@ -334,17 +344,6 @@ def _open_local_set(settings: SourceSettings, downloads: Path, how: _Keywords) -
         )
     found = folder_cohort(data_dir, table, **how, source=source)
     return _take_one_per_session(found, known), TERMS[source]
-
-
-def _find_named_table(known: LocalSet, data_dir: Path, table: str) -> Path:
-    if table:
-        return find_table(data_dir, table)
-    by_name = [
-        path
-        for path in [*data_dir.glob("*"), *data_dir.glob("*/*")]
-        if path.suffix.lower() in TABLE_SUFFIXES and re.search(known.table_name, path.name, re.IGNORECASE)
-    ]
-    return by_name[0] if len(by_name) == 1 else find_table(data_dir)
 
 
 def _refuse_other_table(source: str, known: LocalSet, path: Path) -> None:

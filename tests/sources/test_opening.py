@@ -384,7 +384,7 @@ TOO_MANY = (
 )
 NOT_SHARED = "is not shared, not there, or Drive is out of reach.*'Anyone with the link'"
 REFUSALS = [
-    ("quota .* is used up: wait", Page(TOO_MANY, type="text/html")),
+    ("quota is used up: wait", Page(TOO_MANY, type="text/html")),
     (NOT_SHARED, Page(b"<html><title>Sign in - Google Accounts</title></html>", type="text/html")),
     (NOT_SHARED, Page(b"<html><title>Error 404 (Not Found)</title></html>", type="text/html")),
     (NOT_SHARED, Page(b"", always=("status", 403, {"Content-Type": "text/html"}, b"no"))),
