@@ -54,11 +54,11 @@ _REMEDIES = {
     403: "you have no permission: open its page while logged in, accept its terms, or ask its owner",
     404: "there is no such data set: take owner/name from the address of its page",
 }
-_BIDS_TABLES = re.compile(
-    r"(participants\.(tsv|json)|dataset_description\.json|sessions\.json"
-    r"|sub-[^/]+/sub-[^/]+_sessions\.(tsv|json))"
+_WANTED = re.compile(
+    r"participants\.(tsv|json)|dataset_description\.json|sessions\.json|sub-[^/]+/sub-[^/]+_sessions\.(tsv|json)"
+    r"|(?P<who>sub-[^/]+)/(ses-[^/]+/)?anat/sub-[^/]+_T1w\.nii(\.gz)?"
 )
-_BIDS_T1W = re.compile(r"(sub-[^/]+)/(ses-[^/]+/)?anat/sub-[^/]+_T1w\.nii(\.gz)?")
+"""What is downloaded of an OpenNeuro data set: its tables and, with their subject, its T1-weighted scans."""
 
 
 def _try_again(call: Callable[[], Any], explain: Callable[[Exception], tuple[str, bool]]) -> Any:
@@ -310,16 +310,15 @@ def fetch_openneuro(
         raise SourceError(f"openneuro_id = {accession!r}: expected a number such as ds000001.")
     folder = Path(folder) / accession
     files = _list_once(folder, base, accession)
-    people = {file["path"]: match[1] for file in files if (match := _BIDS_T1W.fullmatch(file["path"]))}
-    has_table = any(file["path"] == "participants.tsv" for file in files)
-    if not people or not has_table:
+    subjects = {file["path"]: _WANTED.fullmatch(file["path"])["who"] for file in files}
+    if not any(subjects.values()) or "participants.tsv" not in subjects:
         raise SourceError(
-            f"{accession} has {len(people)} T1-weighted scans and {'a' if has_table else 'no'} "
-            "participants.tsv in the bucket: both are needed. Choose another data set."
+            f"{accession} lacks T1-weighted scans or participants.tsv in the bucket: both are needed. Choose "
+            "another data set."
         )
-    taken = sorted(set(people.values()))[: max_subjects if max_subjects > 0 else None]
-    scans = [file for file in files if people.get(file["path"]) in taken]
-    _fetch_keys([file for file in files if file["path"] not in people], folder, base)
+    taken = sorted(set(filter(None, subjects.values())))[: max_subjects if max_subjects > 0 else None]
+    scans = [file for file in files if subjects[file["path"]] in taken]
+    _fetch_keys([file for file in files if not subjects[file["path"]]], folder, base)
     read_participants(folder / "participants.tsv", folder, columns or {})  # no ages, no download of scans
     missing = [scan for scan in scans if not (folder / scan["path"]).is_file()]
     refuse_full_disk(folder, sum(scan["size"] for scan in missing), f"{accession} ({len(missing)} scans)")
@@ -336,13 +335,11 @@ def read_openneuro_terms(folder: Path) -> Terms:
     name, licence, doi, how = (
         str(stated.get(key, "")).strip(" .") for key in ("Name", "License", "DatasetDOI", "HowToAcknowledge")
     )
-    cited = ". ".join(
-        filter(None, (doi, how, TERMS["openneuro"].cite.removeprefix("the data set by its DOI, and ")))
-    )
+    own = TERMS["openneuro"].cite.removeprefix("the data set by its DOI, and ")
     return TERMS["openneuro"].with_facts(
         name=f"OpenNeuro {folder.name}: {name}" if name else "",
         licence=f"{licence} (dataset_description.json)" if licence else "",
-        cite=cited if doi or how else "",
+        cite=". ".join(filter(None, (doi, how, own))) if doi or how else "",
         url=f"https://openneuro.org/datasets/{folder.name}",
     )
 
@@ -355,18 +352,18 @@ def _list_once(folder: Path, base: str, accession: str) -> list[dict[str, Any]]:
     files = list(_list_bucket(base, accession, folder))
     if not files:
         raise SourceError(f"There is nothing under {accession} in the bucket {base}: check openneuro_id.")
-    kinds = (_BIDS_TABLES, _BIDS_T1W)
-    wanted = [file for file in files if any(kind.fullmatch(file["path"]) for kind in kinds)]
+    wanted = [file for file in files if _WANTED.fullmatch(file["path"])]
     write_json(wanted, kept)
     return wanted
 
 
 def _list_bucket(base: str, accession: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Path, size [bytes] and md5 of all files of a data set, by pages of a thousand keys."""
-    address, token = f"{base}?list-type=2&prefix={accession}/&max-keys=1000", ""
+    address, page = f"{base}?list-type=2&prefix={accession}/&max-keys=1000", folder / ".listing.xml"
+    token = ""
     while True:
-        url = address + (f"&continuation-token={quote(token, safe='')}" if token else "")
-        page = fetch(url, folder / ".listing.xml", progress=False)
+        page.unlink(missing_ok=True)
+        fetch(f"{address}{token}", page, progress=False)
         try:
             root = ET.fromstring(page.read_bytes())
         except ET.ParseError as error:
@@ -381,23 +378,18 @@ def _list_bucket(base: str, accession: str, folder: Path) -> Iterator[dict[str, 
             if path and not path.endswith("/"):
                 md5 = etag if re.fullmatch(r"[0-9a-f]{32}", etag) else ""  # of a file in pieces it is no md5
                 yield {"path": path, "size": int(entry.findtext("{*}Size", "0")), "md5": md5}
-        token = root.findtext("{*}NextContinuationToken", "")
-        if root.findtext("{*}IsTruncated", "false") != "true" or not token:
+        if root.findtext("{*}IsTruncated") != "true":
             return
+        token = f"&continuation-token={quote(root.findtext('{*}NextContinuationToken', ''), safe='')}"
 
 
 def _fetch_keys(files: Any, folder: Path, base: str) -> None:
     session = open_session()
     for file in files:
+        url, target = f"{base}/{folder.name}/{quote(file['path'])}", find_target(folder, file["path"])
+        how = {"size": file["size"], "checksum": f"md5:{file['md5']}" if file["md5"] else ""}
         try:
-            fetch(
-                f"{base}/{folder.name}/{quote(file['path'])}",
-                find_target(folder, file["path"]),
-                size=file["size"],
-                checksum=f"md5:{file['md5']}" if file["md5"] else "",
-                session=session,
-                progress=False,
-            )
+            fetch(url, target, session=session, progress=False, **how)
         except DownloadError as error:
             raise DownloadError(
                 f"{error} If {folder.name} was revised meanwhile, delete {folder / '.listing.json'} first."

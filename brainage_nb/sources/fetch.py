@@ -191,6 +191,13 @@ class PartialDownload:
 
     def find_problem(self) -> str:
         """What is wrong with the complete file and what to do, or ""."""
+        if self.received and _is_page(self.part, self.path.name):
+            return (
+                "instead of the file came a web page or an error message. Probably a download quota is used "
+                "up (wait some hours, or make a copy of your own), the server asks for a login or consent to "
+                "terms, or the file is not there. Open the address in a browser, name another mirror, or "
+                "download by hand and use source = folder."
+            )
         kind, _, expected = self.checksum.partition(":")
         if not self.received or self.received != (self.size or self.received):
             return f"{self.received} bytes came, expected were {self.size or 'some'}. It was not taken."
@@ -230,10 +237,7 @@ def _fetch_from(url: str, part: PartialDownload, session: requests.Session) -> P
 
 def _receive_all(url: str, part: PartialDownload, session: requests.Session) -> None:
     """Connect until all has come; give up after several tries that brought no new byte."""
-    broken = (
-        *(requests.exceptions.ConnectionError, requests.exceptions.Timeout),
-        urllib3.exceptions.HTTPError,
-    )
+    broken = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError)
     retry = fresh = RETRY.new(connect=None, read=None)
     while True:
         before = part.received
@@ -245,7 +249,7 @@ def _receive_all(url: str, part: PartialDownload, session: requests.Session) -> 
                 retry = (fresh if part.received > before else retry).increment("GET", "", error=error)
             except urllib3.exceptions.MaxRetryError:
                 raise DownloadError(f"{told}. Run the cell again later, or name another mirror.") from None
-        except (requests.exceptions.RequestException, ValueError) as error:
+        except (requests.RequestException, ValueError) as error:
             raise DownloadError(f"this address leads nowhere ({type(error).__name__}). Check it.") from None
         if part.progress:
             print(f"{part.path.name}: {told}; trying again.")
@@ -287,26 +291,21 @@ def _write(response: requests.Response, part: PartialDownload, have: int, total:
     bar = tqdm(total=total, initial=have, desc=part.path.name, **how)
     with bar, _explain_full_disk(part.path.parent), open(part.part, "ab" if have else "wb") as stream:
         for chunk in response.raw.stream(_CHUNK, decode_content=False):
-            if not stream.tell():
-                _refuse_page(chunk, part.path.name.lower())
             bar.update(stream.write(chunk))
     if total is not None and part.received != total:  # urllib3 before 2.0 lets a short body pass
         raise urllib3.exceptions.ProtocolError("the connection ended early")
 
 
-def _refuse_page(start: bytes, name: str) -> None:
-    """Refuse a web page or an error message that a server sends in place of an archive, image or table."""
-    head, binary = start.lstrip(b"\xef\xbb\xbf \t\r\n")[:400].lower(), name.endswith(_BINARY)
-    page = head.startswith((b"<!doctype html", b"<html", b"<head"))
-    if binary or name.endswith((".csv", ".tsv", ".txt")):
-        page = page or re.match(rb'<|[{\[]\s*["{}\]]', head) is not None
-    if page or (binary and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start[:512])):
-        raise DownloadError(
-            "instead of the file came a web page or an error message. Probably a download quota is used up "
-            "(wait some hours, or make a copy of your own), the server asks for a login or for consent to "
-            "terms, or the file is not there. Open the address in a browser, name another mirror, or "
-            "download by hand and use source = folder."
-        )
+def _is_page(path: Path, name: str) -> bool:
+    """Whether a web page or an error message came in place of an archive, image or table."""
+    with open(path, "rb") as stream:
+        start = stream.read(512)
+    head, name = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower(), name.lower()
+    if name.endswith(_BINARY) and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start):
+        return True
+    if name.endswith((*_BINARY, ".csv", ".tsv", ".txt")):
+        return re.match(rb'<|[{\[]\s*["{}\]]', head) is not None
+    return head.startswith((b"<!doctype html", b"<html", b"<head"))
 
 
 def _read_range(response: requests.Response) -> tuple[int | None, int | None]:

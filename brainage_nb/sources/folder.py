@@ -18,14 +18,12 @@ import pandas as pd
 
 from brainage_nb.cohort.images import clean_text, describe_images, find_images, take_named
 from brainage_nb.cohort.matching import Match, match_images
+from brainage_nb.tables.columns import COLUMN_PARAMETERS
 from brainage_nb.tables.files import TABLE_SUFFIXES, TableError
 from brainage_nb.tables.participants import read_participants, refused_rows
 
 COHORT_COLUMNS = ["scan_id", "subject_id", "session_id", "image", "age", "sex", "site", "source"]
 _NAMES = ("subject_id", "table_id", "image_id")  # of people and images, in a table
-TABLE_COLUMNS = ("subject_id", "age", "sex", "site", "session_id", "diagnosis", "image_id", "age_unit")
-
-
 _OTHER_ROW = "images seem to be of this subject, but none is of this row: see the unmatched images"
 
 
@@ -92,9 +90,8 @@ def folder_cohort(
         Where the folder is missing, the table cannot be read safely, or nothing fits together.
     """
     data_dir = Path(data_dir).expanduser().absolute()
-    unknown = set(columns or {}) - set(TABLE_COLUMNS)
-    if unknown:
-        raise TableError(f"columns names {sorted(unknown)}; expected some of {', '.join(TABLE_COLUMNS)}.")
+    if unknown := set(columns or {}) - set(COLUMN_PARAMETERS):
+        raise TableError(f"columns names {sorted(unknown)}; expected some of {', '.join(COLUMN_PARAMETERS)}.")
     images = find_images(data_dir)
     if images.empty:
         raise SourceError(_no_image(images, data_dir))
@@ -323,13 +320,12 @@ def _make_distinct(names: pd.Series) -> list[str]:
 def _write_relative(frame: pd.DataFrame, root: Path | str | None) -> pd.DataFrame:
     """Images inside the workspace relative to it, all others absolute."""
     top = Path(root).absolute() if root else None
-    paths = [Path(image) for image in frame["image"]]
-    inside = [top is not None and path.is_relative_to(top) for path in paths]
-    shown = [
-        path.relative_to(top).as_posix() if near else str(path)
-        for path, near in zip(paths, inside, strict=True)
-    ]
-    return frame.assign(image=pd.Series(shown, index=frame.index, dtype=str))
+
+    def show(image: str) -> str:
+        path = Path(image)
+        return path.relative_to(top).as_posix() if top and path.is_relative_to(top) else str(path)
+
+    return frame.assign(image=[show(image) for image in frame["image"]])
 
 
 def _list_unmatched_rows(rows: pd.DataFrame, matches: list[Match]) -> pd.DataFrame:
