@@ -6,7 +6,6 @@ A file that is there is whole and the right one: what is on its way has a hidden
 from __future__ import annotations
 
 import errno
-import hashlib
 import lzma
 import os
 import re
@@ -110,7 +109,7 @@ def fetch(
     """Bring a file from the first address that gives it whole; a file that is there already is left alone.
 
     What was received stays beside it as `.NAME.part`. The next call, also of another process, continues it
-    where the server vouches that the file is still the same (ETag or date) or a checksum is known.
+    where the server vouches that the file is still the same (ETag or date).
 
     Parameters
     ----------
@@ -148,7 +147,8 @@ def fetch(
     part, failures = PartialDownload(path, size, checksum, progress), []
     for url in mirrors:
         try:
-            return _fetch_from(url, part, session or open_session())
+            _receive_all(url, part, session or open_session())
+            return part.finish()
         except DownloadError as error:
             failures.append(f"{path.name} from {hide_secrets(url)}: {error}")
         finally:
@@ -166,51 +166,31 @@ class PartialDownload:
         self.path, self.size, self.checksum, self.progress = path, size, checksum, progress
         self.part = path.with_name(f".{path.name}.part")
         self.notes = path.with_name(f".{path.name}.part.json")
-        self.resumed = False
 
     @property
     def received(self) -> int:
         """Bytes that have come."""
         return self.part.stat().st_size if self.part.exists() else 0
 
-    def request_headers(self, url: str) -> dict[str, str]:
-        """Ask for the rest where it surely belongs to what is here, else for all."""
+    def request_headers(self) -> dict[str, str]:
+        """Ask for the rest, if the server vouches that it belongs to what is here, else for all."""
         headers = {"Accept-Encoding": "identity"}  # ranges count stored bytes
-        known = _read_if_there(self.notes)
-        vouched = known.get("validator") and known.get("url") == _digest(url)
-        if self.received and (vouched or self.checksum):
-            headers["Range"] = f"bytes={self.received}-"
-            headers |= {"If-Range": known["validator"]} if vouched else {}
+        validator = _read_if_there(self.notes).get("validator")
+        if self.received and validator:
+            headers |= {"Range": f"bytes={self.received}-", "If-Range": validator}
         return headers
 
     def continues(self, response: requests.Response) -> bool:
-        """Whether an answer of 206 goes on with the bytes that are here."""
-        (first, total), known = _read_range(response), _read_if_there(self.notes)
-        same = _read_validator(response) in ("", known.get("validator")) and total == known.get("total")
-        return first == self.received and bool(same or self.checksum)
+        """Whether an answer of 206 goes on with the bytes that are here: some servers ignore If-Range."""
+        known, validator = _read_if_there(self.notes), _read_validator(response)
+        same = validator in ("", known["validator"])
+        return same and _read_range(response) == (self.received, known["total"])
 
-    def find_problem(self) -> str:
-        """What is wrong with the complete file and what to do, or ""."""
-        if self.received and _is_page(self.part, self.path.name):
-            return (
-                "instead of the file came a web page or an error message. Probably a download quota is used "
-                "up (wait some hours, or make a copy of your own), the server asks for a login or consent to "
-                "terms, or the file is not there. Open the address in a browser, name another mirror, or "
-                "download by hand and use source = folder."
-            )
-        kind, _, expected = self.checksum.partition(":")
-        if not self.received or self.received != (self.size or self.received):
-            return f"{self.received} bytes came, expected were {self.size or 'some'}. It was not taken."
-        if kind and (found := hash_of(self.part, kind)) != expected.strip().lower():
-            return (
-                f"its {kind} is {found}, expected was {expected}. It was not taken: the publisher has "
-                "replaced the file, or it is another one. Compare with the publisher's page, then name "
-                "another mirror or the new hash."
-            )
-        return ""
-
-    def keep(self) -> Path:
-        """Give it its name."""
+    def finish(self) -> Path:
+        """Give it its name, or refuse it and start from the beginning next time."""
+        if problem := self._find_problem():
+            self.discard()
+            raise DownloadError(problem)
         os.replace(self.part, self.path)
         self.notes.unlink(missing_ok=True)
         return self.path
@@ -220,19 +200,25 @@ class PartialDownload:
         self.part.unlink(missing_ok=True)
         self.notes.unlink(missing_ok=True)
 
-
-def _fetch_from(url: str, part: PartialDownload, session: requests.Session) -> Path:
-    """The file from one address; a second start where bytes of two files were put together."""
-    for _ in range(2):
-        part.resumed = False
-        _receive_all(url, part, session)
-        problem = part.find_problem()
-        if not problem:
-            return part.keep()
-        part.discard()
-        if not part.resumed:
-            break
-    raise DownloadError(problem)
+    def _find_problem(self) -> str:
+        """What is wrong with the complete file and what to do, or ""."""
+        if self.received and _is_page(self.part, self.path.name):
+            return (
+                "instead of the file came a web page or an error message. Probably a download quota is used "
+                "up (wait some hours, or make a copy of your own), the server asks for a login or consent to "
+                "terms, or the file is not there. Open the address in a browser, name another mirror, or "
+                "download by hand and use source = folder."
+            )
+        if not self.received or self.received != (self.size or self.received):
+            return f"{self.received} bytes came, expected were {self.size or 'some'}. It was not taken."
+        kind, _, expected = self.checksum.partition(":")
+        if kind and (found := hash_of(self.part, kind)) != expected.strip().lower():
+            return (
+                f"its {kind} is {found}, expected was {expected}. It was not taken: the publisher has "
+                "replaced the file, or it is another one. Compare with the publisher's page, then name "
+                "another mirror or the new hash."
+            )
+        return ""
 
 
 def _receive_all(url: str, part: PartialDownload, session: requests.Session) -> None:
@@ -258,7 +244,7 @@ def _receive_all(url: str, part: PartialDownload, session: requests.Session) -> 
 
 def _receive(url: str, part: PartialDownload, session: requests.Session) -> None:
     """One connection: ask for what is missing and append it."""
-    headers = part.request_headers(url)
+    headers = part.request_headers()
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         status, have = response.status_code, part.received if "Range" in headers else 0
         total = _read_range(response)[1]
@@ -279,10 +265,7 @@ def _receive(url: str, part: PartialDownload, session: requests.Session) -> None
                 "the address, or name another mirror."
             )
         refuse_full_disk(part.path.parent, (total or 0) - have, part.path.name)
-        # of the address only a digest is kept, since it may hold a token
-        notes = {"url": _digest(url), "validator": _read_validator(response), "total": total}
-        write_json(notes, part.notes)
-        part.resumed = part.resumed or have > 0
+        write_json({"validator": _read_validator(response), "total": total}, part.notes)
         _write(response, part, have, total)
 
 
@@ -319,10 +302,6 @@ def _read_validator(response: requests.Response) -> str:
     etag = response.headers.get("ETag", "")
     # a weak ETag vouches for the meaning, not for the bytes (RFC 9110, 13.1.5)
     return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _read_if_there(path: Path) -> dict[str, Any]:

@@ -193,9 +193,7 @@ def open_source(source: str, parameters: Mapping[str, Any], root: Path | str) ->
     settings = SourceSettings(**pick_fields(parameters, SourceSettings) | {"source": source})
     print(TERMS[source].line())  # before anything is fetched
     rules, root = CohortRules(**pick_fields(parameters, CohortRules)), Path(root)
-    downloads = (
-        Path(settings.download_dir).expanduser().absolute() if settings.download_dir else root / "downloads"
-    )
+    downloads = Path(settings.download_dir or root / "downloads").expanduser().absolute()
     columns = {role: getattr(settings, name) for role, name in COLUMN_PARAMETERS.items()}
     found, terms = SOURCES[source][0](settings, downloads, {"columns": columns, "root": root})
     ruled = apply_rules(found.cohort, rules)
