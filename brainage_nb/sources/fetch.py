@@ -41,6 +41,9 @@ SMALL_BYTES = 256 << 20  # below this no ratio is judged: an empty label map may
 _BINARY = (*ARCHIVE_SUFFIXES, ".nii.gz", ".nii", ".mgz", ".mgh", ".xls", ".xlsx", ".xlsm", ".ods")
 _CHUNK = 1 << 16
 _SPARE_BYTES = 64 << 20
+_DAMAGED = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, OSError,
+)  # fmt: skip
 _REMEDIES = {
     401: "it asks for a login: download in a browser and use source = folder",
     403: "it gives no permission: accept the data set's terms on its site, or wait if a quota is used up",
@@ -402,7 +405,7 @@ def find_target(folder: Path, name: str) -> Path:
         inside = tarfile.data_filter(tarfile.TarInfo(name.replace("\\", "/")), str(root)).name
     except (tarfile.FilterError, ValueError):
         inside = ".."
-    if ".." in Path(inside).parts:
+    if ".." in Path(inside).parts or not Path(inside).parts:
         raise DownloadError(
             f"'{name}' was not taken: it leads outside the folder {root}. Such an archive is broken or "
             "hostile: get it from its publisher."
@@ -411,12 +414,12 @@ def find_target(folder: Path, name: str) -> Path:
 
 
 def _unpack(archive: Path, folder: Path, identity: str, progress: bool) -> dict[str, Any]:
-    mark, damages = _mark(folder, archive.name), (tarfile.TarError, zipfile.BadZipFile, zlib.error)
+    mark = _mark(folder, archive.name)
     begun = _read_if_there(mark).get("identity") == identity
     write_json({"identity": identity}, mark)
     try:
         names, left_out = _unpack_members(archive, folder, begun, progress)
-    except (*damages, lzma.LZMAError, EOFError, OSError) as error:
+    except _DAMAGED as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk, not the content
         raise DownloadError(

@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 import pandas as pd
 
 from brainage_nb.cohort.rules import CohortRules, apply_rules
-from brainage_nb.demo.cohort import make_cohort
 from brainage_nb.parameters import check_fields, pick_fields
 from brainage_nb.platforms import local_disk_for
 from brainage_nb.sources.cloud import BUCKET, fetch_drive, fetch_kaggle, fetch_openneuro, read_openneuro_terms
@@ -214,6 +213,8 @@ _Keywords = dict[str, Any]
 
 
 def _open_demo(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+    from brainage_nb.demo.cohort import make_cohort  # a second that no other source needs
+
     folder, people = Path(how["root"]) / "demo", settings.n_subjects
     made = make_cohort(folder, n_subjects=people, seed=settings.seed, voxel_mm=settings.demo_voxel_mm)
     return folder_cohort(made, Path(made) / "participants.tsv", **how, source="demo"), TERMS["demo"]

@@ -653,7 +653,7 @@ def test_the_demo_is_read_like_anyone_s_data(tmp_path, monkeypatch):
         (folder / "truth.csv").write_text("scan_id,age\nx,1\n")
         return folder
 
-    monkeypatch.setattr(opening, "make_cohort", make_cohort)
+    monkeypatch.setattr("brainage_nb.demo.cohort.make_cohort", make_cohort)
     opened = open_source("demo", {"n_subjects": 1}, tmp_path)
     assert ages(opened) == {"0001_01": 30, "0001_02": 32}
     assert set(opened.cohort["source"]) == {"demo"}
