@@ -18,7 +18,8 @@ import brainage_nb
 from brainage_nb.models.settings import RECIPES as TRAINING_RECIPES
 from brainage_nb.parameters import fields_of, parse_parameters
 from brainage_nb.pipeline import Notebook
-from brainage_nb.sources.opening import USED_BY, SourceSettings
+from brainage_nb.sources.opening import SOURCES as DATA_SOURCES
+from brainage_nb.sources.opening import SourceSettings
 from brainage_nb.volumes.settings import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -211,7 +212,7 @@ def test_parameters_that_mirror_the_package_keep_its_defaults():
 def test_a_form_and_a_class_offer_the_same_choices_and_every_source():
     sources = Notebook(NOTEBOOKS[0]).cell_parameters()
     assert sources["age_unit"].choices == fields_of(SourceSettings)["age_unit"].choices
-    assert sources["source"].choices == tuple(USED_BY)
+    assert sources["source"].choices == tuple(DATA_SOURCES)
     recipes = [Notebook(path).cell_parameters()["recipe"].choices for path in NOTEBOOKS[2:4]]
     assert recipes == [tuple(RECIPES), tuple(TRAINING_RECIPES)]
 

@@ -1,468 +1,103 @@
-"""What a web server's answer says, and what of an address may be shown. Sends nothing.
+"""Fetch a file over HTTP (resumed, retried, checked) and unpack archives safely. Knows no data set.
 
-A file on its way: the half that has come, what is known of it, what the whole must be. Sends nothing.
-
-Is a file what its name says, and is it whole? Judged by its bytes, before anything relies on it.
-
-A server that refuses often answers with a web page under the name of the file; a cut file often opens.
-Decodes no image: that is for cleaning.
-
-Fetch a file over HTTP: it is whole and the right one, or absent. Resumed, retried, checked, then renamed.
-
-Knows no data set. `requests` is what every platform has; `pooch` (hashes, mirrors) cannot go on with a half
-file, and `tenacity` cannot start its count anew when bytes arrived, which a connection that drops every
-gigabyte needs: so the loop is written here.
-
-Unpack a tar or zip safely: nothing outside the folder, no links, no bombs, each file whole or absent.
-
-Files that are there from an earlier, killed run are kept; a finished archive is not opened again.
+A file that is there is whole and the right one: what is on its way has a hidden name beside it.
 """
 
 from __future__ import annotations
 
 import errno
-import gzip
-import hashlib
 import lzma
 import os
 import re
 import shutil
 import stat
-import struct
 import tarfile
-import time
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import IO, Any, NamedTuple
 
-from brainage_nb.workspace import hash_of, read_json, write_json
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    import requests
+from brainage_nb.workspace import hash_of, read_json, write_json, writing
 
-PASSING = {408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524}
-"""Codes after which the same request may go through later."""
+TIMEOUT_S = (20.0, 60.0)
+"""Longest wait [s] for a connection and for the next bytes."""
+LONGEST_WAIT_S = 300.0
+"""A server that asks for a longer pause [s] is not waited for."""
+PASSING = (408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524)
+"""Status codes after which the same request may succeed later."""
+ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip", ".tar.bz2", ".tar.xz")
+MOST_FILES = 500_000
+MOST_TIMES_LARGER = 200  # NIfTI files shrink to a half or a tenth; a bomb to a thousandth
+SMALL_BYTES = 256 << 20  # below this no ratio is judged: an empty label map may shrink a thousandfold
+
+_BINARY = (*ARCHIVE_SUFFIXES, ".nii.gz", ".nii", ".mgz", ".mgh", ".xls", ".xlsx", ".xlsm", ".ods")
+_CHUNK = 1 << 16
+_SPARE_BYTES = 64 << 20
+_DAMAGED = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, OSError,
+)  # fmt: skip
 _REMEDIES = {
-    401: "it asks for a login: download in a browser and use source = folder, or name an open address",
-    403: "it gives no permission: accept the data set's terms on its site, share the file with 'Anyone with "
-    "the link', or wait if a download quota is used up",
+    401: "it asks for a login: download in a browser and use source = folder",
+    403: "it gives no permission: accept the data set's terms on its site, or wait if a quota is used up",
     404: "there is no such file: check the address or the accession number, or name another mirror",
     410: "the file was taken away: name another mirror",
-    407: "a proxy asks for a login: check this machine's network",
+    **dict.fromkeys(PASSING, "run the cell again later, or name another mirror"),
 }
-
-
-def shown(url: str) -> str:
-    """An address without what may be secret in it: user, password, query."""
-    try:
-        parts = urlsplit(url)
-        port = f":{parts.port}" if parts.port else ""
-    except ValueError:
-        return "(an address that cannot be read)"
-    return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}" + ("?…" if parts.query else "")
-
-
-def addresses(text: str) -> list[str]:
-    """Addresses parted by blanks or commas, as parameters hold mirrors."""
-    return text.replace(",", " ").split()
-
-
-def has_password(url: str) -> bool:
-    """Whether an address carries a user or password: it would end up in logs and in the executed notebook."""
-    return "@" in urlsplit(url).netloc
-
-
-def remedy(status: int) -> str:
-    """What helps against a refusal that will not pass."""
-    return _REMEDIES.get(status, "check the address, or name another mirror")
-
-
-def asked_wait(response: requests.Response) -> float | None:
-    """Seconds that the server asks to wait (`Retry-After`, a number or a date), or None."""
-    text = response.headers.get("Retry-After", "").strip()
-    if text.isdigit():
-        return float(text)
-    try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except (TypeError, ValueError):
-        return None
-
-
-def length_of(response: requests.Response) -> int | None:
-    """Bytes that the answer announces, or None."""
-    text = response.headers.get("Content-Length", "")
-    return (
-        int(text)
-        if text.isdigit() and "chunked" not in response.headers.get("Transfer-Encoding", "")
-        else None
-    )
-
-
-def range_of(response: requests.Response) -> tuple[int | None, int | None]:
-    """First byte and total length that `Content-Range` states (`bytes 5-9/10`, `bytes */10`), else None."""
-    match = re.fullmatch(
-        r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "").strip()
-    )
-    if match is None:
-        return None, None
-    return int(match[1]) if match[1] else None, int(match[2]) if match[2] != "*" else None
-
-
-def validator_of(response: requests.Response) -> str:
-    """What vouches that a file is still the same: its strong ETag, else its date, else ""."""
-    etag = response.headers.get("ETag", "")
-    # a weak ETag vouches for the meaning, not for the bytes (RFC 9110, 13.1.5)
-    return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
-
-
-FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_SPARE = 64 << 20
+FREE_SOME = (
+    "Free some space or set download_dir to a larger disk, then run the cell again: what came is kept."
+)
 
 
 class DownloadError(RuntimeError):
-    """A file that could not be had whole; the message says what to do."""
+    """A file that could not be had whole and safely; the message says what to do."""
 
 
-class HalfFile:
-    """`.NAME.part` and `.NAME.part.json` beside the file they will become.
+class _Retry(urllib3.Retry):
+    """urllib3's retries, but a pause of an hour is reported instead of waited for."""
 
-    Parameters
-    ----------
-    path : Path
-        The file in the end.
+    def get_retry_after(self, response: Any) -> float | None:
+        wait = super().get_retry_after(response)
+        if wait is not None and wait > LONGEST_WAIT_S:
+            when = f"in {wait / 60:.0f} min, as the server asks"
+            raise DownloadError(f"the server answers {response.status}. Run the cell again {when}.")
+        return wait
+
+
+# Broken connections are left to `_receive_all`: urllib3 would log the whole address, which may hold a token.
+RETRY = _Retry(5, connect=0, read=0, status_forcelist=PASSING, backoff_factor=1, raise_on_status=False)
+
+
+def open_session() -> requests.Session:
+    """A session that repeats requests as `RETRY` says, and waits as long as a server asks (Retry-After)."""
+    session = requests.Session()
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, HTTPAdapter(max_retries=RETRY))
+    return session
+
+
+def split_addresses(text: str) -> list[str]:
+    """Addresses separated by blanks or commas, as parameters hold mirrors."""
+    return text.replace(",", " ").split()
+
+
+def hide_secrets(url: str) -> str:
+    """An address without what may be secret in it: user, password, query.
+
+    >>> hide_secrets("https://me:word@example.org/a.tar?token=1")
+    'https://example.org/a.tar?…'
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.part = path.with_name(f".{path.name}.part")
-        self.notes = path.with_name(f".{path.name}.part.json")
-
-    def received(self) -> int:
-        """Bytes that have come."""
-        return self.part.stat().st_size if self.part.exists() else 0
-
-    def known(self) -> dict[str, Any]:
-        """`url` (hashed), `validator` and `total` of what has come; {} where nothing is known."""
-        try:
-            return read_json(self.notes)
-        except (OSError, ValueError):
-            return {}
-
-    def note(self, **facts: Any) -> None:
-        """Add to what is known."""
-        write_json(self.known() | facts, self.notes)
-
-    def forget(self) -> None:
-        """Start anew."""
-        self.part.unlink(missing_ok=True)
-        self.notes.unlink(missing_ok=True)
-
-    def problem(self, size: int | None, checksum: str) -> str:
-        """What is wrong with the complete file and what to do, or ""."""
-        length = self.received()
-        if size and length != size:
-            return f"{length} bytes came, {size} were expected. It was not taken: check the address."
-        if checksum:
-            kind, _, expected = checksum.partition(":")
-            found = hash_of(self.part, kind)
-            if found != expected.strip().lower():
-                return (
-                    f"its {kind} is {found}, expected was {expected}. It was not taken: the publisher has "
-                    "replaced the file, or it is another one. Compare with the publisher's page, then name "
-                    "another mirror or the new hash."
-                )
-        try:
-            check_whole(self.part, self.path.name)
-        except (ContentError, FileNotFoundError) as error:
-            return f"{error} If that does not help, name another mirror."
-        return ""
-
-    def keep(self) -> Path:
-        """Flush it to the disk and give it its name."""
-        with open(self.part, "rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(self.part, self.path)
-        self.notes.unlink(missing_ok=True)
-        return self.path
+    return re.sub(r"\?.*", "?…", re.sub(r"//[^/]*@", "//", url))
 
 
-def refuse_full_disk(folder: Path, needed: int, what: str) -> None:
-    """Raise `DownloadError` where `needed` bytes (and a little to spare) do not fit."""
-    free = shutil.disk_usage(folder).free
-    if needed + _SPARE > free:
-        raise DownloadError(
-            f"{what} needs {needed / 2**30:.1f} GiB more, but {folder} has {free / 2**30:.1f} GiB left. Free "
-            "some space or set download_dir to a larger disk, then run the cell again: what was received is "
-            "kept."
-        )
-
-
-@contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Hold a lock while a file is fetched: two kernels must not append to one half file."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    lock = path.with_name(f".{path.name}.lock")
-    with open(lock, "w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DownloadError(
-                f"{path.name} is being fetched by another process. Wait for it, or stop it, then run the "
-                "cell again."
-            ) from None
-        except OSError:
-            pass  # a mounted drive without locks
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
-
-
-ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip", ".tar.bz2", ".tar.xz")
-_KINDS = {
-    "archive": ARCHIVE_SUFFIXES,
-    "image": (".nii.gz", ".nii", ".mgz", ".mgh"),
-    "table": (".csv", ".tsv", ".txt", ".xls", ".xlsx", ".xlsm", ".ods"),
-}
-_SPECIFIC = (".xlsx", ".xls", ".zip", ".tar", ".gz", ".tgz", ".mgz", ".nii", ".bz2", ".xz")
-_MAGIC = {
-    ".gz": b"\x1f\x8b",
-    ".tgz": b"\x1f\x8b",
-    ".mgz": b"\x1f\x8b",
-    ".zip": b"PK",
-    ".xlsx": b"PK",
-    ".xls": b"\xd0\xcf\x11\xe0",
-    ".bz2": b"BZh",
-    ".xz": b"\xfd7zXZ",
-}
-# What servers say on the page they send instead of a file, and what helps.
-_REFUSALS = (
-    (
-        r"quota exceeded|too many users|download limit|exceeded the limit",
-        "the server's download quota is used up: wait some hours (Google says up to a day), make a copy of "
-        "the file in your own Drive, or name another mirror",
-    ),
-    (
-        r"\bnot found\b|no longer exists|does ?n.t exist|nosuchkey|\b404\b",
-        "the file is not there (any more): check the address or name another mirror",
-    ),
-    (
-        r"access ?denied|permission|forbidden|not authori[sz]ed|need access",
-        "you have no permission: accept the data set's terms on its site, or let the owner share it with "
-        "'Anyone with the link'",
-    ),
-    (
-        r"sign[ -]?in|log[ -]?in|accounts\.google|password|authenticat",
-        "the server asks for a login: download the file in a browser and use source = folder, or share it "
-        "with 'Anyone with the link'",
-    ),
-)
-_CHUNK = 1 << 20
-
-
-class ContentError(ValueError):
-    """A file that is not what its name says, or not whole; the message says what to do."""
-
-
-def kind_of(name: str) -> str:
-    """'archive', 'image', 'table' or '' by the ending of a name."""
-    lower = name.lower()
-    return next((kind for kind, endings in _KINDS.items() if lower.endswith(endings)), "")
-
-
-def refuse_page(start: bytes, name: str) -> None:
-    """Refuse a web page, a JSON or XML error or another file type in place of an archive, image or table.
-
-    Parameters
-    ----------
-    start : bytes
-        The first bytes of the content (a few hundred are enough).
-    name : str
-        The name that the content came under; endings it does not know are let through, except web pages.
-
-    Raises
-    ------
-    ContentError
-        With what the page says and what to do.
-    """
-    head = start.lstrip(b"\xef\xbb\xbf \t\r\n")
-    page = head[:400].lower().startswith((b"<!doctype html", b"<html", b"<head", b"<!-- html"))
-    if kind_of(name):
-        page = page or head[:1] == b"<" or (head[:1] in b"{[" and head[1:2] in b'"{ \r\n}]')
-    if page:
-        raise ContentError(f"Instead of {name} came {_page_in_words(head)}. {_advice(start)}.")
-    if kind_of(name) in ("archive", "image") and _is_text(start):
-        raise ContentError(f"Instead of {name} came plain text. {_advice(start)}.")
-    magic = next((_MAGIC[end] for end in _MAGIC if name.lower().endswith(end)), b"")
-    if magic and start and not start.startswith(magic[: len(start)]):
-        raise ContentError(
-            f"{name} does not begin like such a file (first bytes {start[:8].hex(' ')}): the address leads "
-            "to something else. Check the address, or rename the file if only its ending is wrong."
-        )
-
-
-def check_whole(path: Path | str, name: str = "") -> None:
-    """Read a file to its end and refuse it where it is cut or damaged.
-
-    Archives: every header up to the end mark (zip: the directory; compressed tar: the checksum). Images: the
-    checksum of `.nii.gz` and `.mgz`, and that all voxels the header claims are there. Others: not empty.
-
-    Parameters
-    ----------
-    path : path
-        The file.
-    name : str
-        Its final name, where `path` is a temporary one.
-
-    Raises
-    ------
-    ContentError
-        Where it is not whole.
-    """
-    path, name = Path(path), (name or Path(path).name)
-    lower = name.lower()
-    with open(path, "rb") as stream:
-        start = stream.read(1024)
-    if not start:
-        raise ContentError(f"{name} is empty. Fetch it again; if it stays empty, the server's copy is.")
-    refuse_page(start, name)
-    try:
-        if lower.endswith((".zip", ".xlsx")):
-            with zipfile.ZipFile(path) as archive:
-                archive.infolist()
-        elif lower.endswith(".tar"):
-            _walk_tar(path)
-        elif start.startswith(_MAGIC[".gz"]):
-            _check_gzip(path, name)
-        elif lower.endswith(".nii"):
-            _check_nifti(start, path.stat().st_size)
-    except (OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile, struct.error) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk, not the content
-        raise ContentError(
-            f"{name} is cut or damaged ({type(error).__name__}: {error}; {path.stat().st_size} bytes). It "
-            "was not taken: fetch it again."
-        ) from None
-
-
-def _is_text(start: bytes) -> bool:
-    """Whether bytes are ASCII without a control character: no archive and no image begins like that."""
-    return bool(start) and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start[:512])
-
-
-def _page_in_words(head: bytes) -> str:
-    text = head[:4000].decode("utf-8", errors="replace")
-    title = re.search(r"<title[^>]*>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
-    if title and title[1].strip():
-        return f"a web page titled '{' '.join(title[1].split())[:80]}'"
-    if head[:1] in b"{[":
-        return f"a JSON answer: {' '.join(_without_secrets(text).split())[:120]}"
-    code = re.search(r"<Code>(\w+)</Code>", text)
-    return f"an XML answer '{code[1]}'" if code else "a web page"
-
-
-def _without_secrets(text: str) -> str:
-    """JSON without the values of what looks like a secret: servers echo tokens in their errors."""
-    return re.sub(r'("[^"]*(?:token|key|secret|password)[^"]*"\s*:\s*)"[^"]*"', r'\1"…"', text, flags=re.I)
-
-
-def _advice(start: bytes) -> str:
-    text = start.decode("utf-8", errors="replace")
-    for pattern, remedy in _REFUSALS:
-        if re.search(pattern, text, re.IGNORECASE):
-            return "Probably " + remedy
-    return (
-        "The server refuses (quota, login or permission) or the address is that of a page, not of the file: "
-        "open it in a browser, name another mirror, or download by hand and use source = folder"
-    )
-
-
-def _walk_tar(path: Path) -> None:
-    """Follow all headers of an uncompressed tar; after the last file a block of zeros has to stand."""
-    size = path.stat().st_size
-    end = 0
-    with tarfile.open(path, "r:") as archive:
-        for member in archive:
-            # a sparse file takes less room than its size says; links and folders take none
-            stored = member.size if member.isreg() and not member.issparse() else 0
-            end = member.offset_data + -(-stored // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            if end > size:
-                raise tarfile.ReadError(f"'{member.name}' ends {end - size} bytes behind the end of the file")
-    if end + tarfile.BLOCKSIZE > size:
-        raise tarfile.ReadError("the end mark is missing")
-
-
-def _check_gzip(path: Path, name: str) -> None:
-    """Decompress to the end (the checksum stands there); a NIfTI inside is as long as it says."""
-    with gzip.open(path, "rb") as stream:
-        start = stream.read(1024)
-        length = len(start)
-        while chunk := stream.read(_CHUNK):
-            length += len(chunk)
-    if name.lower().endswith(".nii.gz"):
-        _check_nifti(start, length)
-
-
-def _check_nifti(start: bytes, length: int) -> None:
-    """Whether all bytes are there that a NIfTI header claims; other content is let through for cleaning."""
-    for order in "<>":
-        if start[344:348] == b"n+1\0" and struct.unpack(order + "i", start[:4])[0] == 348:
-            dim = struct.unpack(order + "8h", start[40:56])
-            bits = struct.unpack(order + "h", start[72:74])[0]
-            offset = struct.unpack(order + "f", start[108:112])[0]
-            voxels = 1
-            for extent in dim[1 : 1 + max(0, min(dim[0], 7))]:
-                voxels *= max(extent, 1)
-            if length < offset + voxels * bits // 8:
-                raise EOFError(f"the header claims {voxels} voxels of {bits} bits, {length} bytes are there")
-
-
-_CHUNK_of_downloads = 1 << 18
-_ENOUGH_TO_JUDGE = 1 << 12
-
-
-class _Passing(Exception):
-    """A failure that may pass: tried again after `wait` seconds (None: the usual back-off)."""
-
-    def __init__(self, said: str, wait: float | None = None) -> None:
-        super().__init__(said)
-        self.wait = wait
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long to put up with a server.
-
-    Attributes
-    ----------
-    tries : int
-        Tries in a row that bring no new byte before an address is given up.
-    first_wait_s, longest_wait_s : float
-        Pause after the first failed try [s], doubled each time up to the longest; where the server asks for a
-        longer one, the address is given up with that word.
-    connect_s, read_s : float
-        Longest wait for a connection and for the next byte [s].
-    slow_window_s, slow_bytes : float, int
-        A connection that brings fewer than `slow_bytes` in `slow_window_s` is dropped and taken up again.
-    """
-
-    tries: int = 6
-    first_wait_s: float = 1.0
-    longest_wait_s: float = 300.0
-    connect_s: float = 20.0
-    read_s: float = 60.0
-    slow_window_s: float = 60.0
-    slow_bytes: int = 64 * 1024
+# --- downloads --------------------------------------------------------------------------------------------
 
 
 def fetch(
@@ -471,292 +106,242 @@ def fetch(
     *,
     size: int | None = None,
     checksum: str = "",
-    identity: str = "",
-    patience: Patience | None = None,
     session: requests.Session | None = None,
     progress: bool = True,
 ) -> Path:
     """Bring a file from the first address that gives it whole; a file that is there already is left alone.
 
-    What was received stays beside it as `.NAME.part` and is continued by the next call, also by another
-    process, if the server vouches that the file is still the same (ETag or date) or a checksum is known.
+    What was received stays beside it as `.NAME.part`. The next call, also of another process, continues it
+    where the server vouches that the file is still the same (ETag or date).
 
     Parameters
     ----------
     urls : str or sequence of str
         The address, or mirrors in the order to try.
     path : path
-        Where it goes. Its ending says what content is expected (see `content`).
+        Where it goes. Its ending says what content is expected.
     size : int, optional
         Bytes it must have.
     checksum : str
         "md5:…" or "sha256:…" that it must have; "" where none is known.
-    identity : str
-        What names the file where its address differs from call to call; "" where the address does.
-    patience : Patience, optional
     session : requests.Session, optional
-        For cookies; made where absent.
+        One of `open_session`, to keep connections between files.
     progress : bool
         Show a bar, and say why a try failed.
-
-    Returns
-    -------
-    Path
-        The file: complete, checked and flushed to the disk.
 
     Raises
     ------
     DownloadError
         Says what the server did and what to do; no file of the name `path` is left then.
-    """
-    import requests
 
+    >>> fetch("https://example.org/IXI.xls", "downloads/IXI.xls")  # doctest: +SKIP
+    PosixPath('downloads/IXI.xls')
+    """
     path = Path(path)
     if path.is_file():
         return path
     mirrors = [urls] if isinstance(urls, str) else list(urls)
-    if any(has_password(url) for url in mirrors):
+    if any(re.match(r"\w+://[^/]*@", url) for url in mirrors):
         raise DownloadError(
             f"The address of {path.name} holds a user or password, which would be kept in the executed "
             "notebook and in logs. Download the file by hand and use source = folder."
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    failures = []
-    with only_one(path), session or requests.Session() as session:
-        for url in mirrors:
-            job = _Job(url, path, size, checksum, identity, patience or Patience(), session, progress)
-            try:
-                return job.run()
-            except DownloadError as error:
-                failures.append(str(error))
-    raise DownloadError("\nNext address: ".join(failures))
-
-
-class _Job:
-    """One address and one file."""
-
-    def __init__(
-        self,
-        url: str,
-        path: Path,
-        size: int | None,
-        checksum: str,
-        identity: str,
-        patience: Patience,
-        session: requests.Session,
-        progress: bool,
-    ) -> None:
-        self.url, self.path, self.size, self.checksum = url, path, size, checksum
-        self.identity = identity or url
-        self.patience, self.session, self.progress = patience, session, progress
-        self.half = HalfFile(path)
-        self.name = f"{path.name} from {shown(url)}"
-        self.doubtful = False
-
-    def run(self) -> Path:
-        """Try until it is whole; one fresh start where it was glued or its length was never told."""
-        problem = ""
-        for _ in range(2):
-            self.doubtful = False
-            self._until_complete()
-            problem = self.half.problem(self.size, self.checksum)
-            if not problem:
-                return self.half.keep()
-            self.half.forget()
-            if not self.doubtful:
-                break
-        raise DownloadError(f"{self.name}: {problem}")
-
-    def _until_complete(self) -> None:
-        failed, wait = 0, self.patience.first_wait_s
-        while True:
-            before = self.half.received()
-            try:
-                return self._continue()
-            except _Passing as error:
-                if self.half.received() > before:
-                    failed, wait = 0, self.patience.first_wait_s
-                failed += 1
-                pause = wait if error.wait is None else error.wait
-                if failed >= self.patience.tries or pause > self.patience.longest_wait_s:
-                    raise DownloadError(self._given_up(str(error), failed, pause)) from None
-                if self.progress:
-                    print(f"{self.name}: {error}; again in {pause:.0f} s.")
-                time.sleep(pause)
-                wait = min(2 * wait, self.patience.longest_wait_s)
-
-    def _given_up(self, said: str, failed: int, pause: float) -> str:
-        kept = self.half.received()
-        asked = pause > self.patience.longest_wait_s
-        when = f"in {pause / 60:.0f} min, as the server asks" if asked else "later"
-        rest = f": {kept / 2**20:.1f} MiB are kept and it goes on from there" if kept else ""
-        tries = f"{failed} tries in a row" if failed > 1 else "first try"
-        return f"{self.name}: {said} ({tries}). Run the cell again {when}{rest}; or name another mirror."
-
-    # --- one connection ---------------------------------------------------------------------------------
-
-    def _continue(self) -> None:
-        """Ask for what is missing and append it."""
-        import requests
-
-        known, have = self.half.known(), self.half.received()
-        if have and not self._may_resume(known):
-            self.half.forget()
-            known, have = {}, 0
-        if have and known.get("total") == have:
-            return
-        # ranges count stored bytes, so no compression on the way
-        headers = {"Accept-Encoding": "identity"}
-        if have:
-            headers["Range"] = f"bytes={have}-"
-            if known.get("validator") and known.get("url") == self._url_id():
-                headers["If-Range"] = known["validator"]
-        timeouts = (self.patience.connect_s, self.patience.read_s)
+    part, failures = PartialDownload(path, size, checksum, progress), []
+    for url in mirrors:
         try:
-            with self.session.get(self.url, headers=headers, stream=True, timeout=timeouts) as response:
-                self._take(response, have, known)
-        # the library's own words hold the whole address, which may hold a token: they are not passed on
-        except requests.exceptions.SSLError:
-            problem = "the server's certificate is not valid. Check the address and this machine's clock"
-        except requests.exceptions.Timeout:
-            raise _Passing(f"no answer within {max(timeouts):g} s") from None
-        except (ValueError, requests.exceptions.TooManyRedirects) as error:
-            problem = f"this address leads nowhere ({type(error).__name__}). Check it"
-        except requests.exceptions.RequestException as error:
-            raise _Passing(f"no connection ({type(error).__name__})") from None
-        else:
-            return
-        raise DownloadError(f"{self.name}: {problem}.")
+            _receive_all(url, part, session or open_session())
+            return part.finish()
+        except DownloadError as error:
+            failures.append(f"{path.name} from {hide_secrets(url)}: {error}")
+        finally:
+            if not part.received:
+                part.discard()
+    if part.received:
+        failures.append(f"{part.received / 2**20:.1f} MiB are kept and it goes on from there.")
+    raise DownloadError("\n".join(failures))
 
-    def _may_resume(self, known: dict[str, Any]) -> bool:
-        """Whether the half that is here and the half still there are surely of one file."""
-        if self.checksum:
-            return True  # the whole is held against it in the end
-        return bool(known.get("validator")) and known.get("url") == self._url_id()
 
-    def _take(self, response: requests.Response, have: int, known: dict[str, Any]) -> None:
-        status = response.status_code
-        if status == 416 and have:
-            return self._at_the_end(response, have)
-        if status in PASSING:
-            raise _Passing(f"the server answers {status}", asked_wait(response))
-        if status not in (200, 206) or (status == 206 and not have):
-            raise DownloadError(f"{self.name}: the server answers {status}: {remedy(status)}.")
-        if status == 206:
-            total = self._checked_range(response, have, known)
-        else:  # the whole file again: it changed, or this server knows no ranges
-            have, total = 0, length_of(response)
-        if self.size and total not in (None, self.size):
-            raise DownloadError(
-                f"{self.name} has {total} bytes on the server, {self.size} were expected: it is another "
-                "file. Check the address, or name another mirror."
+class PartialDownload:
+    """A file on its way: `.NAME.part` beside it, and `.NAME.part.json` with what vouches for its bytes."""
+
+    def __init__(self, path: Path, size: int | None, checksum: str, progress: bool) -> None:
+        self.path, self.size, self.checksum, self.progress = path, size, checksum, progress
+        self.part = path.with_name(f".{path.name}.part")
+        self.notes = path.with_name(f".{path.name}.part.json")
+
+    @property
+    def received(self) -> int:
+        """Bytes that have come."""
+        return self.part.stat().st_size if self.part.exists() else 0
+
+    def request_headers(self) -> dict[str, str]:
+        """Ask for the rest, if the server vouches that it belongs to what is here, else for all."""
+        headers = {"Accept-Encoding": "identity"}  # ranges count stored bytes
+        validator = _read_if_there(self.notes).get("validator")
+        if self.received and validator:
+            headers |= {"Range": f"bytes={self.received}-", "If-Range": validator}
+        return headers
+
+    def continues(self, response: requests.Response) -> bool:
+        """Whether an answer of 206 goes on with the bytes that are here: some servers ignore If-Range."""
+        known, validator = _read_if_there(self.notes), _read_validator(response)
+        same = validator in ("", known["validator"])
+        return same and _read_range(response) == (self.received, known["total"])
+
+    def finish(self) -> Path:
+        """Give it its name, or refuse it and start from the beginning next time."""
+        if problem := self._find_problem():
+            self.discard()
+            raise DownloadError(problem)
+        os.replace(self.part, self.path)
+        self.notes.unlink(missing_ok=True)
+        return self.path
+
+    def discard(self) -> None:
+        """Start from the beginning."""
+        self.part.unlink(missing_ok=True)
+        self.notes.unlink(missing_ok=True)
+
+    def _find_problem(self) -> str:
+        """What is wrong with the complete file and what to do, or ""."""
+        if self.received and _is_page(self.part, self.path.name):
+            return (
+                "instead of the file came a web page or an error message. Probably a download quota is used "
+                "up (wait some hours, or make a copy of your own), the server asks for a login or consent to "
+                "terms, or the file is not there. Open the address in a browser, name another mirror, or "
+                "download by hand and use source = folder."
             )
-        refuse_full_disk(self.path.parent, (total or 0) - have, self.path.name)
-        self._write(response, have, total)
+        if not self.received or self.received != (self.size or self.received):
+            return f"{self.received} bytes came, expected were {self.size or 'some'}. It was not taken."
+        kind, _, expected = self.checksum.partition(":")
+        if kind and (found := hash_of(self.part, kind)) != expected.strip().lower():
+            return (
+                f"its {kind} is {found}, expected was {expected}. It was not taken: the publisher has "
+                "replaced the file, or it is another one. Compare with the publisher's page, then name "
+                "another mirror or the new hash."
+            )
+        return ""
 
-    def _at_the_end(self, response: requests.Response, have: int) -> None:
-        """The server has nothing behind byte `have`: either all is here, or the file has become shorter."""
-        if range_of(response)[1] != have:
-            self.half.forget()
-            raise _Passing("the file on the server has changed; it starts anew", 0.0)
-        self.half.note(total=have)
 
-    def _checked_range(self, response: requests.Response, have: int, known: dict[str, Any]) -> int | None:
-        first, total = range_of(response)
-        same = known.get("total") in (None, total)
-        if told := validator_of(response):
-            same = same and known.get("validator") == told
-        if first != have or not (same or self.checksum):
-            self.half.forget()
-            raise _Passing("the server does not continue this file; it starts anew", 0.0)
-        return total
-
-    def _write(self, response: requests.Response, have: int, total: int | None) -> None:
-        got, self.doubtful = have, self.doubtful or have > 0 or total is None
+def _receive_all(url: str, part: PartialDownload, session: requests.Session) -> None:
+    """Connect until all has come; give up after several tries that brought no new byte."""
+    broken = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError)
+    retry = fresh = RETRY.new(connect=None, read=None)
+    while True:
+        before = part.received
         try:
-            self.half.note(url=self._url_id(), validator=validator_of(response), total=total)
-            with open(self.half.part, "ab" if have else "wb") as stream, self._bar(have, total) as bar:
-                for chunk in self._chunks(response, judged=have > 0):
-                    if got == 0:
-                        refuse_page(chunk, self.path.name)
-                    got += stream.write(chunk)
-                    bar.update(len(chunk))
-            if total is None:
-                self.half.note(total=got)
-        except ContentError as error:
-            self.half.forget()
-            raise DownloadError(f"{shown(self.url)}: {error}") from None
-        except OSError as error:
-            if error.errno not in FULL_DISK:
-                raise
+            return _receive(url, part, session)
+        except broken as error:
+            told = f"no connection ({type(error).__name__})"  # its own words hold the whole address
+            try:
+                retry = (fresh if part.received > before else retry).increment("GET", "", error=error)
+            except urllib3.exceptions.MaxRetryError:
+                raise DownloadError(f"{told}. Run the cell again later, or name another mirror.") from None
+        except (requests.RequestException, ValueError) as error:
+            raise DownloadError(f"this address leads nowhere ({type(error).__name__}). Check it.") from None
+        if part.progress:
+            print(f"{part.path.name}: {told}; trying again.")
+        retry.sleep()
+
+
+def _receive(url: str, part: PartialDownload, session: requests.Session) -> None:
+    """One connection: ask for what is missing and append it."""
+    headers = part.request_headers()
+    with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
+        status, have = response.status_code, part.received if "Range" in headers else 0
+        total = _read_range(response)[1]
+        if have and status == 416 and total == have:
+            return
+        if have and (status == 416 or (status == 206 and not part.continues(response))):
+            part.discard()
+            raise urllib3.exceptions.ProtocolError("the file on the server has changed")
+        if status not in (200, 206):
+            remedy = _REMEDIES.get(status, "check the address, or name another mirror")
+            raise DownloadError(f"the server answers {status}: {remedy}.")
+        if status == 200:  # the whole file: it changed, or this server knows no ranges
+            have, length = 0, response.headers.get("Content-Length", "")
+            total = int(length) if length.isdigit() else None
+        if part.size and total not in (None, part.size):
             raise DownloadError(
-                f"{self.path.name}: the disk of {self.path.parent} is full. Free some space or set "
-                "download_dir to a larger disk. Run the cell again then: what was received is kept."
-            ) from None
-        if total is not None and got != total:  # urllib3 before 2.0 lets a short body pass
-            raise _Passing(f"the connection ended at {got} of {total} bytes")
-
-    def _chunks(self, response: requests.Response, judged: bool) -> Iterator[bytes]:
-        """The body as it comes, undecoded; the first piece is long enough to judge the file by."""
-        import urllib3
-
-        patience, head = self.patience, b""
-        # read1 gives what is there; read would wait until a whole chunk has trickled in
-        read = getattr(response.raw, "read1", response.raw.read)
-        begun, received = time.monotonic(), 0
-        try:
-            while chunk := read(_CHUNK_of_downloads, decode_content=False):
-                received += len(chunk)
-                head = head + chunk
-                if judged or len(head) >= _ENOUGH_TO_JUDGE:
-                    yield head
-                    head, judged = b"", True
-                if time.monotonic() - begun > patience.slow_window_s:
-                    if received < patience.slow_bytes:
-                        raise _Passing(f"only {received} bytes came in {patience.slow_window_s:g} s")
-                    begun, received = time.monotonic(), 0
-        except urllib3.exceptions.ReadTimeoutError:
-            raise _Passing(f"the server went silent for {patience.read_s:g} s") from None
-        except urllib3.exceptions.HTTPError as error:
-            raise _Passing(f"the connection broke ({type(error).__name__})") from None
-        if head:
-            yield head
-
-    def _url_id(self) -> str:
-        """Tells addresses apart without keeping what may be secret in them."""
-        return hashlib.sha256(self.identity.encode()).hexdigest()
-
-    def _bar(self, have: int, total: int | None) -> Any:
-        from tqdm import tqdm
-
-        return tqdm(
-            total=total, initial=have, unit="B", unit_scale=True, unit_divisor=1024, mininterval=1,
-            desc=self.path.name, disable=not self.progress,
-        )  # fmt: skip
+                f"it has {total} bytes on the server, {part.size} were expected: it is another file. Check "
+                "the address, or name another mirror."
+            )
+        refuse_full_disk(part.path.parent, (total or 0) - have, part.path.name)
+        write_json({"validator": _read_validator(response), "total": total}, part.notes)
+        _write(response, part, have, total)
 
 
-MOST_FILES = 500_000
-MOST_TIMES_LARGER = 200  # NIfTI heads shrink to a half or a tenth; a bomb to a thousandth
-_SMALL = 256 << 20  # below this no ratio is judged: an empty label map may shrink a thousandfold
-_CHUNK_of_archives = 1 << 20
-_DAMAGED = (
-    ContentError, tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, lzma.LZMAError,
-    EOFError, NotImplementedError,
-)  # fmt: skip
-_LITTER = ("__MACOSX", ".DS_Store", "Thumbs.db")
+def _write(response: requests.Response, part: PartialDownload, have: int, total: int | None) -> None:
+    how = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": not part.progress}
+    bar = tqdm(total=total, initial=have, desc=part.path.name, **how)
+    with bar, _explain_full_disk(part.path.parent), open(part.part, "ab" if have else "wb") as stream:
+        for chunk in response.raw.stream(_CHUNK, decode_content=False):
+            bar.update(stream.write(chunk))
+    if total is not None and part.received != total:  # urllib3 before 2.0 lets a short body pass
+        raise urllib3.exceptions.ProtocolError("the connection ended early")
 
 
-class ArchiveError(DownloadError):
-    """An archive that is damaged or not safe to unpack; the message says what to do."""
+def _is_page(path: Path, name: str) -> bool:
+    """Whether a web page or an error message came in place of an archive, image or table."""
+    with open(path, "rb") as stream:
+        start = stream.read(512)
+    head, name = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower(), name.lower()
+    if name.endswith(_BINARY) and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in start):
+        return True
+    if name.endswith((*_BINARY, ".csv", ".tsv", ".txt")):
+        return re.match(rb'<|[{\[]\s*["{}\]]', head) is not None
+    return head.startswith((b"<!doctype html", b"<html", b"<head"))
 
 
-@dataclass(frozen=True)
-class _Member:
-    """A file in an archive: its name, its size [bytes] and how to open it."""
+def _read_range(response: requests.Response) -> tuple[int | None, int | None]:
+    """First byte and total length that `Content-Range` states (`bytes 5-9/10`, `bytes */10`), else None."""
+    match = re.match(r"bytes (?:(\d+)-\d+|\*)/(\d+)?", response.headers.get("Content-Range", ""))
+    return tuple(int(number) if number else None for number in match.groups()) if match else (None, None)
 
-    name: str
-    size: int
-    handle: Any
+
+def _read_validator(response: requests.Response) -> str:
+    """What vouches that a file is still the same: its strong ETag, else its date, else ""."""
+    etag = response.headers.get("ETag", "")
+    # a weak ETag vouches for the meaning, not for the bytes (RFC 9110, 13.1.5)
+    return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
+
+
+def _read_if_there(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except (OSError, ValueError):
+        return {}
+
+
+# --- disk -------------------------------------------------------------------------------------------------
+
+
+def refuse_full_disk(folder: Path, needed: int, what: str) -> None:
+    """Raise `DownloadError` where `needed` bytes (and a little to spare) do not fit."""
+    free = shutil.disk_usage(folder).free
+    if needed + _SPARE_BYTES > free:
+        sizes = f"needs {needed / 2**30:.1f} GiB more, but {folder} has {free / 2**30:.1f} GiB left"
+        raise DownloadError(f"{what} {sizes}. {FREE_SOME}")
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether the system refused to write more."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def _explain_full_disk(folder: Path) -> Iterator[None]:
+    """Turn the system's error about a full disk into what to do."""
+    try:
+        yield
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        raise DownloadError(f"The disk of {folder} is full. {FREE_SOME}") from None
+
+
+# --- archives ---------------------------------------------------------------------------------------------
 
 
 def is_archive(name: str) -> bool:
@@ -764,15 +349,19 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
-def unpack(archive: Path | str, folder: Path | str, *, progress: bool = True) -> list[str]:
-    """Unpack all regular files of an archive.
+def unpack(
+    archive: Path | str, folder: Path | str, *, delete: bool = False, progress: bool = True
+) -> list[str]:
+    """Unpack all regular files of a tar or zip, each whole or not at all; a killed run is continued.
 
     Parameters
     ----------
     archive : path
-        `.tar`, `.tar.gz`, `.tgz`, `.tar.bz2`, `.tar.xz` or `.zip`.
+        `.tar`, `.tar.gz`, `.tgz`, `.tar.bz2`, `.tar.xz` or `.zip`; gone, if an earlier call deleted it.
     folder : path
-        Where its files go; made where it is missing.
+        Where its files go; made where it is missing. `.NAME.unpacked.json` in it says what is done.
+    delete : bool
+        Delete the archive in the end.
     progress : bool
         Show a bar.
 
@@ -783,242 +372,131 @@ def unpack(archive: Path | str, folder: Path | str, *, progress: bool = True) ->
 
     Raises
     ------
-    ArchiveError
-        Where a name leads outside the folder, the archive is damaged, encrypted, or would grow beyond reason.
     DownloadError
-        Where the disk is too small.
+        Where a name leads outside the folder, the archive is damaged, encrypted or would grow beyond reason,
+        or the disk is too small.
     """
     archive, folder = Path(archive), Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    identity = _identity(archive)
-    done = unpacked(folder, archive.name)
-    if done is not None and done["identity"] == identity:
-        return done["left_out"]
-    begun = _begun(folder, archive.name)
-    same = begun.get("identity") == identity
-    write_json({"identity": identity}, _mark(folder, archive.name, "begun"))
-    left_out: list[str] = []
-    try:
-        if archive.name.lower().endswith(".tar"):
-            check_whole(archive)  # a tar cut between two files opens like a shorter one
-        with _opened(archive) as members:
-            names = _unpack_members(members, archive, folder, left_out, same, progress)
-    except _DAMAGED as error:
-        raise ArchiveError(
-            f"{archive.name} is damaged ({type(error).__name__}: {error}). Delete it and run the cell again: "
-            "it is fetched anew; files already unpacked are kept."
-        ) from None
-    result = {"identity": identity, "files": names, "left_out": left_out}
-    write_json(result, _mark(folder, archive.name, "unpacked"))
-    _mark(folder, archive.name, "begun").unlink(missing_ok=True)
-    return left_out
+    done = find_unpacked(folder, archive.name)
+    if done is None or archive.is_file():
+        found = archive.stat()  # tells two archives of one name apart
+        identity = f"{found.st_size}-{found.st_mtime_ns}"
+        if done is None or done["identity"] != identity:
+            done = _unpack(archive, folder, identity, progress)
+        if delete:
+            archive.unlink()
+    return done["left_out"]
 
 
-def fetch_and_unpack(
-    urls: Sequence[str],
-    archive: Path | str,
-    folder: Path | str,
-    *,
-    checksum: str = "",
-    keep: bool = False,
-    patience: Patience | None = None,
-    progress: bool = True,
-) -> list[str]:
-    """Download an archive and unpack it; where that was done before, nothing is asked of the server.
-
-    Parameters
-    ----------
-    urls, checksum, patience, progress
-        As `downloads.fetch` takes them.
-    archive : path
-        Where the archive goes; deleted once it is unpacked, unless `keep`.
-    folder : path
-        Where its files go.
-
-    Returns
-    -------
-    list of str
-        What was left out of the archive, and why.
-
-    Raises
-    ------
-    DownloadError
-        As `fetch` and `unpack`.
-    """
-    archive = Path(archive)
-    if done := unpacked(folder, archive.name):
-        return done["left_out"]
-    fetch(urls, archive, checksum=checksum, patience=patience, progress=progress)
-    left_out = unpack(archive, folder, progress=progress)
-    if not keep:
-        archive.unlink()
-    return left_out
-
-
-def unpacked(folder: Path | str, archive: str) -> dict[str, Any] | None:
+def find_unpacked(folder: Path | str, archive: str) -> dict[str, Any] | None:
     """What an archive of this name left in `folder`, if it was unpacked to the end and nothing is missing."""
-    try:
-        done = read_json(_mark(Path(folder), archive, "unpacked"))
-    except (OSError, ValueError):
-        return None
-    whole = all((Path(folder) / name).is_file() for name in done["files"])
+    done = _read_if_there(_mark(Path(folder), archive))
+    whole = "files" in done and all((Path(folder) / name).is_file() for name in done["files"])
     return done if whole else None
 
 
-# --- members ----------------------------------------------------------------------------------------------
+def find_target(folder: Path, name: str) -> Path:
+    """Where a member of an archive, a key of a bucket or a shared file goes; refused where that is outside.
 
-
-def _unpack_members(
-    members: _Reader, archive: Path, folder: Path, left_out: list[str], same: bool, progress: bool
-) -> list[str]:
-    from tqdm import tqdm
-
-    names: list[str] = []
-    total = 0
+    Python's own filter for tar archives judges, also by way of links that are there.
+    """
     root = folder.resolve()
-    files = tqdm(members.files(left_out), desc=f"unpack {archive.name}", unit="file", disable=not progress)
-    for member in files:
-        target = safe_target(root, member.name, archive.name)
+    try:
+        inside = tarfile.data_filter(tarfile.TarInfo(name.replace("\\", "/")), str(root)).name
+    except (tarfile.FilterError, ValueError):
+        inside = ".."
+    if ".." in Path(inside).parts or not Path(inside).parts:
+        raise DownloadError(
+            f"'{name}' was not taken: it leads outside the folder {root}. Such an archive is broken or "
+            "hostile: get it from its publisher."
+        )
+    return root / inside
+
+
+def _unpack(archive: Path, folder: Path, identity: str, progress: bool) -> dict[str, Any]:
+    mark = _mark(folder, archive.name)
+    begun = _read_if_there(mark).get("identity") == identity
+    write_json({"identity": identity}, mark)
+    try:
+        names, left_out = _unpack_members(archive, folder, begun, progress)
+    except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk, not the content
+        raise DownloadError(
+            f"{archive.name} is damaged ({type(error).__name__}: {error}). Delete it and run the cell again; "
+            "files already unpacked are kept."
+        ) from None
+    done = {"identity": identity, "files": names, "left_out": left_out}
+    write_json(done, mark)
+    return done
+
+
+def _unpack_members(archive: Path, folder: Path, begun: bool, progress: bool) -> tuple[list[str], list[str]]:
+    names, left_out, total = [], [], 0
+    for member in tqdm(_read_members(archive), f"unpack {archive.name}", unit="file", disable=not progress):
+        if member.reason:
+            left_out.append(f"{member.name}: {member.reason}, not unpacked")
+            continue
+        target = find_target(folder, member.name)
         total += member.size
         _refuse_bomb(archive, total, len(names))
         # a file gets its name only when it is whole, so one of this size from the same archive is done
-        if not (same and target.is_file() and target.stat().st_size == member.size):
+        if not (begun and target.is_file() and target.stat().st_size == member.size):
             refuse_full_disk(folder, member.size, f"{member.name} of {archive.name}")
-            _write_member(members, member, target)
-        names.append(target.relative_to(root).as_posix())
-    return names
+            with (
+                _explain_full_disk(folder), writing(target) as temporary,
+                member.open() as source, open(temporary, "wb") as sink,
+            ):  # fmt: skip
+                shutil.copyfileobj(source, sink, 1 << 20)
+        names.append(target.relative_to(folder.resolve()).as_posix())
+    return names, left_out
 
 
-def safe_target(root: Path, name: str, archive: str) -> Path:
-    """Where a member goes; refused where that is not inside `root`, also by way of links that are there."""
-    parts = PurePosixPath(name.replace("\\", "/")).parts
-    outside = name.startswith(("/", "\\")) or ".." in parts or re.match(r"[A-Za-z]:", name) is not None
-    if outside or not parts or "\0" in name:
-        raise ArchiveError(
-            f"{archive} was not unpacked: '{name}' leads outside the folder. Such an archive is broken or "
-            "hostile: get it from its publisher."
-        )
-    target = root.joinpath(*parts)
-    if not target.parent.resolve().is_relative_to(root) or target.is_symlink():
-        raise ArchiveError(f"{archive} was not unpacked: '{name}' would go through a link out of {root}.")
-    return target
+class _Member(NamedTuple):
+    """A file in an archive; `reason` says why it is left out, or ""."""
+
+    name: str
+    size: int
+    reason: str
+    open: Callable[[], IO[bytes]]
+
+
+def _read_members(path: Path) -> Iterator[_Member]:
+    """Files of a tar or zip in the order they are stored; the content decides which of the two it is."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if info.flag_bits & 1:
+                    raise DownloadError(f"{path.name} needs a password: unpack by hand, use source = folder.")
+                link = "a link" if stat.S_ISLNK(info.external_attr >> 16) else ""
+                if not info.is_dir() and not _is_litter(info.filename):
+                    yield _Member(info.filename, info.file_size, link, partial(archive.open, info))
+        return
+    with tarfile.open(path, "r:*") as archive:
+        for info in archive:
+            kind = "" if info.isreg() else "a link" if info.issym() or info.islnk() else "no regular file"
+            if not info.isdir() and not _is_litter(info.name):
+                yield _Member(info.name, info.size, kind, partial(archive.extractfile, info))
+        # tarfile takes one that was cut between two files for a shorter one
+        archive.fileobj.seek(archive.offset)
+        if len(archive.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("the end mark is missing")
 
 
 def _refuse_bomb(archive: Path, total: int, count: int) -> None:
     stored = archive.stat().st_size
-    if count >= MOST_FILES or (total > _SMALL and total > MOST_TIMES_LARGER * stored):
-        raise ArchiveError(
+    if count >= MOST_FILES or (total > SMALL_BYTES and total > MOST_TIMES_LARGER * stored):
+        raise DownloadError(
             f"{archive.name} was not unpacked to the end: {stored / 2**20:.1f} MiB hold over "
             f"{total / 2**30:.1f} GiB in {count + 1} files, more than scans can. If it is right, unpack it "
             "by hand and use source = folder."
         )
 
 
-def _write_member(members: _Reader, member: _Member, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.unpacking")
-    try:
-        with members.open(member) as source, open(temporary, "wb") as sink:
-            written = 0
-            while chunk := source.read(min(_CHUNK_of_archives, member.size - written + 1)):
-                written += sink.write(chunk)
-                if written > member.size:
-                    break
-            sink.flush()
-            os.fsync(sink.fileno())
-        if written != member.size:
-            raise EOFError(f"'{member.name}' has {written} bytes, the archive says {member.size}")
-        os.replace(temporary, target)
-    except OSError as error:
-        if error.errno not in FULL_DISK:
-            raise
-        raise DownloadError(
-            f"The disk of {target.parent} is full. Free some space or set download_dir to a larger disk, "
-            "then run the cell again: files already unpacked are kept."
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# --- tar and zip alike ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[_Reader]:
-    # the content decides: a tar.gz renamed to .tar is common
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            yield _ZipReader(archive)
-    else:
-        with tarfile.open(path, "r:*") as archive:
-            yield _TarReader(archive)
-
-
-class _TarReader:
-    """Regular files of a tar, in the order they are stored: going back would decompress from the start."""
-
-    def __init__(self, archive: tarfile.TarFile) -> None:
-        self.archive = archive
-
-    def files(self, left_out: list[str]) -> Iterator[_Member]:
-        for info in self.archive:
-            if info.isreg() and not _is_litter(info.name):
-                yield _Member(info.name, info.size, info)
-            elif not info.isdir() and not info.isreg():
-                kind = "a link" if info.issym() or info.islnk() else "no regular file"
-                left_out.append(f"{info.name}: {kind}, not unpacked")
-
-    def open(self, member: _Member) -> IO[bytes]:
-        return self.archive.extractfile(member.handle)
-
-
-class _ZipReader:
-    """Regular files of a zip."""
-
-    def __init__(self, archive: zipfile.ZipFile) -> None:
-        self.archive = archive
-
-    def files(self, left_out: list[str]) -> Iterator[_Member]:
-        for info in self.archive.infolist():
-            mode = info.external_attr >> 16
-            if info.flag_bits & 1:
-                raise ArchiveError(
-                    f"'{info.filename}' needs a password. Unpack by hand and use source = folder."
-                )
-            if mode and stat.S_ISLNK(mode):
-                left_out.append(f"{info.filename}: a link, not unpacked")
-            elif not info.is_dir() and not _is_litter(info.filename):
-                yield _Member(info.filename, info.file_size, info)
-
-    def open(self, member: _Member) -> IO[bytes]:
-        return self.archive.open(member.handle)
-
-
-_Reader = _TarReader | _ZipReader
-
-
 def _is_litter(name: str) -> bool:
     parts = PurePosixPath(name).parts
-    return any(part in _LITTER or part.startswith("._") for part in parts)
+    return any(part in ("__MACOSX", ".DS_Store", "Thumbs.db") or part.startswith("._") for part in parts)
 
 
-def _identity(archive: Path) -> str:
-    """Tells two archives of one name apart by size, first and last megabyte."""
-    size = archive.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(archive, "rb") as stream:
-        digest.update(stream.read(_CHUNK_of_archives))
-        stream.seek(max(0, size - _CHUNK_of_archives))
-        digest.update(stream.read(_CHUNK_of_archives))
-    return digest.hexdigest()
-
-
-def _mark(folder: Path, archive: str, state: str) -> Path:
-    return folder / f".{archive}.{state}.json"
-
-
-def _begun(folder: Path, archive: str) -> dict[str, Any]:
-    try:
-        return read_json(_mark(folder, archive, "begun"))
-    except (OSError, ValueError):
-        return {}
+def _mark(folder: Path, archive: str) -> Path:
+    return folder / f".{archive}.unpacked.json"

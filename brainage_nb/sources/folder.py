@@ -1,15 +1,16 @@
-"""Where scans and ages come from: a folder with a table, or the known-answer cohort. Opens no image.
-
-Every source ends in `folder_cohort`, which puts images and rows together and lists what found no partner.
-"""
+"""A folder of images and a table of ages become a cohort; what found no partner is listed. Opens no image."""
 
 from __future__ import annotations
 
 import os
 import re
+import tomllib
 import unicodedata
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.resources import files
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ import pandas as pd
 
 from brainage_nb.cohort.images import clean_text, describe_images, find_images, take_named
 from brainage_nb.cohort.matching import Match, match_images
+from brainage_nb.tables.columns import COLUMN_PARAMETERS
 from brainage_nb.tables.files import TABLE_SUFFIXES, TableError
 from brainage_nb.tables.participants import read_participants, refused_rows
 
 COHORT_COLUMNS = ["scan_id", "subject_id", "session_id", "image", "age", "sex", "site", "source"]
 _NAMES = ("subject_id", "table_id", "image_id")  # of people and images, in a table
-TABLE_COLUMNS = ("subject_id", "age", "sex", "site", "session_id", "diagnosis", "image_id", "age_unit")
+_OTHER_ROW = "images seem to be of this subject, but none is of this row: see the unmatched images"
 
 
 class SourceError(ValueError):
@@ -88,9 +90,8 @@ def folder_cohort(
         Where the folder is missing, the table cannot be read safely, or nothing fits together.
     """
     data_dir = Path(data_dir).expanduser().absolute()
-    unknown = set(columns or {}) - set(TABLE_COLUMNS)
-    if unknown:
-        raise TableError(f"columns names {sorted(unknown)}; expected some of {', '.join(TABLE_COLUMNS)}.")
+    if unknown := set(columns or {}) - set(COLUMN_PARAMETERS):
+        raise TableError(f"columns names {sorted(unknown)}; expected some of {', '.join(COLUMN_PARAMETERS)}.")
     images = find_images(data_dir)
     if images.empty:
         raise SourceError(_no_image(images, data_dir))
@@ -102,12 +103,13 @@ def folder_cohort(
     matches = _match_own_images(images, rows, path, data_dir)
     if all(match.row is None for match in matches):
         raise SourceError(_nothing_fits(images, rows, matches, path))
-    cohort = _joined(images, rows, matches, source)
-    cohort["image"] = [_relative(image, root) for image in cohort["image"]]
+    reasons = images.assign(reason=[match.reason for match in matches])
+    unmatched = [images.attrs["left_out"], reasons[reasons["reason"] != ""]]
+    unmatched = pd.concat([frame[["image", "reason"]] for frame in unmatched], ignore_index=True)
     return FolderCohort(
-        cohort,
-        _images_left(images, matches, root),
-        _rows_left(rows, matches),
+        _write_relative(_join_rows(images, rows, matches, source), root),
+        _write_relative(unmatched, root),
+        _list_unmatched_rows(rows, matches),
         [*images.attrs["notes"], *notes, *_notes_on_matching(rows, matches)],
     )
 
@@ -126,9 +128,9 @@ def ages_of_scans(
     Returns
     -------
     ages : list
-        Years, or None, one a scan.
+        Years or None, one per scan.
     reasons : list of str
-        Why a scan has no age, or "", one a scan.
+        Why a scan has no age, or "", one per scan.
     notes : list of str
         What was resolved in the table and in matching, by what rule.
 
@@ -154,9 +156,8 @@ def ages_of_scans(
         row = None if found[scan].row is None else rows.loc[found[scan].row]
         has_age = row is not None and row["age"] == row["age"]
         ages.append(float(row["age"]) if has_age else None)
-        reasons.append(
-            "" if has_age else found[scan].reason or f"its row gives no usable age: {row['age_note']}"
-        )
+        no_age = "" if has_age else found[scan].reason or f"its row gives no usable age: {row['age_note']}"
+        reasons.append(no_age)
     return ages, reasons, [*notes, *_notes_on_matching(rows, matches)]
 
 
@@ -173,39 +174,35 @@ def _has_participants(folder: Path) -> bool:
 
 def _join_sets(sets: list[Path], images: pd.DataFrame, columns: Any, root: Any, source: str) -> FolderCohort:
     """Several data sets, each with its own table; ids take the folder's name: `site1_01`, `site2_01`."""
-    found, aside = {}, []
+    found, refused = {}, {}
     for folder in sets:
-        inside = [image for image in images["image"] if Path(image).is_relative_to(folder)]
+        how = {"columns": columns, "root": root, "source": source}
         try:
-            found[clean_text(folder.name)] = folder_cohort(
-                folder, folder / "participants.tsv", columns=columns, root=root, source=source
-            )
+            found[clean_text(folder.name)] = folder_cohort(folder, folder / "participants.tsv", **how)
         except (TableError, SourceError) as error:
-            aside += [(_relative(image, root), str(error)) for image in inside]
-    lone = [image for image in images["image"] if not any(Path(image).is_relative_to(one) for one in sets)]
-    aside += [(_relative(image, root), "no participants.tsv lies in its data set") for image in lone]
+            refused[folder] = str(error)
     if not found:
-        raise SourceError(" ".join(dict.fromkeys(reason for _, reason in aside)))
+        raise SourceError(" ".join(dict.fromkeys(refused.values())))
     for name, one in found.items():
         for frame in (one.cohort, one.unmatched_rows):
             frame["subject_id"] = name + "_" + frame["subject_id"]
         one.cohort["scan_id"] = name + "_" + one.cohort["scan_id"]
         one.cohort["site"] = one.cohort["site"].where(one.cohort["site"] != "", name)
     cohort = pd.concat([one.cohort for one in found.values()], ignore_index=True)
-    cohort["scan_id"] = _distinct_names(cohort["scan_id"])
+    cohort["scan_id"] = _make_distinct(cohort["scan_id"])
+    refused[None] = "no participants.tsv lies in its data set"
+    owners = [
+        next((one for one in sets if Path(image).is_relative_to(one)), None) for image in images["image"]
+    ]
+    aside = images[["image"]].assign(reason=[refused.get(owner, "") for owner in owners])
+    aside = _write_relative(aside[aside["reason"] != ""], root)
+    names = ", ".join(f"{name}_…" for name in found)
     return FolderCohort(
         cohort.fillna(dict.fromkeys(cohort.columns.drop("age"), "")),
-        pd.concat(
-            [
-                *(one.unmatched_images for one in found.values()),
-                pd.DataFrame(aside, columns=["image", "reason"]),
-            ],
-            ignore_index=True,
-        ),
+        pd.concat([*(one.unmatched_images for one in found.values()), aside], ignore_index=True),
         pd.concat([one.unmatched_rows for one in found.values()], ignore_index=True),
         [
-            f"{len(found)} data sets side by side, each with its own participants.tsv: their subjects are "
-            f"named {', '.join(f'{name}_…' for name in found)}.",
+            f"{len(found)} data sets side by side, each with its own table; subjects are named {names}.",
             *(f"{name}: {note}" for name, one in found.items() for note in one.notes),
         ],
     )
@@ -227,32 +224,6 @@ def _match_own_images(images: pd.DataFrame, rows: pd.DataFrame, path: Path, data
     return [Match(reason=reason) if reason else next(matches) for reason in reasons]
 
 
-def demo_cohort(
-    folder: Path | str,
-    n_subjects: int,
-    seed: int,
-    *,
-    voxel_mm: float = 1.0,
-    n_jobs: int = 0,
-    root: Path | str | None = None,
-) -> FolderCohort:
-    """Make the known-answer cohort and read it like anyone's data.
-
-    Parameters
-    ----------
-    folder : path
-        Where its images and table are written.
-    n_subjects, seed, voxel_mm, n_jobs
-        As `phantom.make_cohort` takes them.
-    root : path, optional
-        The workspace, as in `folder_cohort`.
-    """
-    from brainage_nb.demo.cohort import make_cohort
-
-    made = make_cohort(folder, n_subjects=n_subjects, seed=seed, voxel_mm=voxel_mm, n_jobs=n_jobs)
-    return folder_cohort(made, Path(made) / "participants.tsv", root=root, source="demo")
-
-
 def find_table(data_dir: Path | str, table: Path | str = "") -> Path:
     """The table named, or, for "", `participants.tsv` in the folder, or the only table in it.
 
@@ -267,21 +238,24 @@ def find_table(data_dir: Path | str, table: Path | str = "") -> Path:
         return named if named.exists() or not (data_dir / named).exists() else data_dir / named
     if _has_participants(data_dir):
         return data_dir / "participants.tsv"
-    listed = sorted(
-        path
-        for path in [*data_dir.glob("*"), *data_dir.glob("*/*")]
-        if path.suffix.lower() in TABLE_SUFFIXES
-        and not path.name.startswith((".", "~"))
-        and not re.search(
-            r"_(sessions|scans|events|channels)\.tsv$|^(readme|license|changes)", path.name.lower()
-        )
-    )
+    listed = list_tables(data_dir)
     if len(listed) == 1:
         return listed[0]
     if not listed:
         raise TableError(f"No table lies in {data_dir}. Set table to a CSV, TSV, XLS or XLSX file with ages.")
     shown = ", ".join(str(path.relative_to(data_dir)) for path in listed[:10])
     raise TableError(f"{len(listed)} tables lie in {data_dir}: {shown}. Set table to the one with the ages.")
+
+
+def list_tables(folder: Path) -> list[Path]:
+    """Tables in a folder and one below that may hold participants: none of sessions, scans or events."""
+    aside = re.compile(
+        r"[.~]|readme|license|changes|.*_(sessions|scans|events|channels)\.tsv$", re.IGNORECASE
+    )
+    found = [*folder.glob("*"), *folder.glob("*/*")]
+    return sorted(
+        path for path in found if path.suffix.lower() in TABLE_SUFFIXES and not aside.match(path.name)
+    )
 
 
 def _all_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -295,15 +269,17 @@ def _all_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     return rows, list(table.attrs["notes"])
 
 
-def _joined(images: pd.DataFrame, rows: pd.DataFrame, matches: list[Match], source: str) -> pd.DataFrame:
-    """A row a matched image, in the order of paths."""
-    found = [index for index, match in enumerate(matches) if match.row is not None]
-    seen = images.iloc[found].reset_index(drop=True)
-    known = rows.loc[[matches[index].row for index in found]].reset_index(drop=True)
-    labels = pd.Series([matches[index].label for index in found], dtype=str)
-    sessions = pd.Series([matches[index].session for index in found], dtype=str)
+def _join_rows(images: pd.DataFrame, rows: pd.DataFrame, matches: list[Match], source: str) -> pd.DataFrame:
+    """One row per matched image, in the order of paths."""
+    seen = images[[match.row is not None for match in matches]].reset_index(drop=True)
+    matches = [match for match in matches if match.row is not None]
+    known = rows.loc[[match.row for match in matches]].reset_index(drop=True)
+    labels = pd.Series([match.label for match in matches], dtype=str)
+    sessions = pd.Series([match.session for match in matches], dtype=str)
+    # ids as the images write them (`IXI002` for the table's 2), as long as all images of a subject agree
+    agreed = (labels.groupby(known["subject_id"]).transform("nunique") == 1) & (labels != "")
     cohort = known.assign(
-        subject_id=_subject_ids(known["subject_id"], labels),
+        subject_id=labels.where(agreed, known["subject_id"]),
         session_id=sessions.where(sessions != "", known["session_id"]),
         site=known["site"].where(known["site"] != "", seen["site_hint"]),
         image=seen["image"],
@@ -314,92 +290,68 @@ def _joined(images: pd.DataFrame, rows: pd.DataFrame, matches: list[Match], sour
     return cohort[[*COHORT_COLUMNS, *extra]]
 
 
-def _subject_ids(ids: pd.Series, labels: pd.Series) -> pd.Series:
-    """Ids as the images write them (`IXI002` for the table's 2), as long as all images of a subject agree."""
-    agreed = labels.groupby(ids).transform("nunique") == 1
-    return labels.where(agreed & (labels != ""), ids)
-
-
 def _scan_ids(cohort: pd.DataFrame, images: pd.DataFrame) -> list[str]:
     """`subject[_session][_run]`; where several images would share it, their names, then their paths."""
     parts = zip(cohort["subject_id"], cohort["session_id"], images["run_hint"], strict=True)
-    ids = pd.Series(["_".join(filter(None, part)) for part in parts], dtype=str).map(_file_name)
+    ids = pd.Series(["_".join(filter(None, part)) for part in parts], dtype=str).map(_to_file_name)
     for longer in (images["stem"], images["folders"] + "_" + images["stem"], images["image"]):
         # two ids that differ in case alone would be one file on some disks
-        ids = longer.map(_file_name).where(ids.str.casefold().duplicated(keep=False), ids)
-    return _distinct_names(ids)
+        ids = longer.map(_to_file_name).where(ids.str.casefold().duplicated(keep=False), ids)
+    return _make_distinct(ids)
 
 
-def _file_name(name: str) -> str:
+def _to_file_name(name: str) -> str:
     """A name that can be that of a file: letters of any script, digits, `.`, `_` and `-`."""
     safe = (one if one in "._-" or unicodedata.category(one)[0] in "LNM" else "-" for one in clean_text(name))
     return re.sub("-+", "-", "".join(safe)).strip("-")
 
 
-def _distinct_names(names: pd.Series) -> list[str]:
+def _make_distinct(names: pd.Series) -> list[str]:
     """Names of which no two are the same file: later ones are numbered."""
     taken: set[str] = set()
     distinct = []
     for name in names:
-        number, one = 1, name
-        while one.casefold() in taken:
-            number, one = number + 1, f"{name}-{number + 1}"
-        taken.add(one.casefold())
-        distinct.append(one)
+        candidates = chain([name], (f"{name}-{number}" for number in count(2)))
+        distinct.append(next(one for one in candidates if one.casefold() not in taken))
+        taken.add(distinct[-1].casefold())
     return distinct
 
 
-def _relative(image: str, root: Path | str | None) -> str:
-    path, root = Path(image), Path(root).absolute() if root else None
-    return path.relative_to(root).as_posix() if root and path.is_relative_to(root) else str(path)
+def _write_relative(frame: pd.DataFrame, root: Path | str | None) -> pd.DataFrame:
+    """Images inside the workspace relative to it, all others absolute."""
+    top = Path(root).absolute() if root else None
+
+    def show(image: str) -> str:
+        path = Path(image)
+        return path.relative_to(top).as_posix() if top and path.is_relative_to(top) else str(path)
+
+    return frame.assign(image=[show(image) for image in frame["image"]])
 
 
-def _images_left(images: pd.DataFrame, matches: list[Match], root: Path | str | None) -> pd.DataFrame:
-    left = [*images.attrs["left_out"][["image", "reason"]].itertuples(index=False)]
-    left += [
-        (image, match.reason) for image, match in zip(images["image"], matches, strict=True) if match.reason
-    ]
-    return pd.DataFrame(
-        [(_relative(image, root), reason) for image, reason in left], columns=["image", "reason"]
-    )
-
-
-def _rows_left(rows: pd.DataFrame, matches: list[Match]) -> pd.DataFrame:
+def _list_unmatched_rows(rows: pd.DataFrame, matches: list[Match]) -> pd.DataFrame:
     left = rows.drop(index={match.row for match in matches if match.row is not None})
-    seen = {subject for match in matches for subject in match.subjects}
-    reasons = [
-        "images seem to be of this subject, but none is of this row: see the unmatched images"
-        if subject in seen
-        else "no image carries this id"
-        for subject in left["subject_id"]
-    ]
-    no_age = left["age"].isna()
-    reasons = pd.Series(reasons, index=left.index, dtype=str)
-    reasons = reasons.where(~no_age, reasons + "; no age either: " + left["age_note"])
-    return left[["subject_id", "session_id"]].assign(reason=reasons).reset_index(drop=True)
+    seen = left["subject_id"].isin({subject for match in matches for subject in match.subjects})
+    reasons = seen.map({True: _OTHER_ROW, False: "no image carries this id"})
+    no_age = ("; no age either: " + left["age_note"]).where(left["age"].isna(), "")
+    return left[["subject_id", "session_id"]].assign(reason=reasons + no_age).reset_index(drop=True)
 
 
 def _notes_on_matching(rows: pd.DataFrame, matches: list[Match]) -> list[str]:
-    notes = []
-    if padded := [match for match in matches if match.row is not None and match.label]:
-        first = padded[0]
+    notes, joined = [], [match for match in matches if match.row is not None]
+    if padded := [match for match in joined if match.label]:
+        example = f"'{padded[0].label}' is the table's '{padded[0].subjects[0]}'"
+        notes.append(f"Ids matched by number: {len(padded)}; {example}.")
+    visits = {
+        (match.row, match.session, match.visit) for match in joined if not rows["session_id"][match.row]
+    }
+    scans = Counter(row for row, _, _ in visits)
+    if several := sum(number > 1 for number in scans.values()):
+        told = "" if any(session for _, session, _ in visits) else " (or dates, or numbers after the id)"
         notes.append(
-            f"Ids matched by number: {len(padded)}; '{first.label}' is the table's '{first.subjects[0]}'."
-        )
-    visits = pd.DataFrame(
-        [(match.row, match.session, match.visit) for match in matches if match.row is not None],
-        columns=["row", "session", "visit"],
-    )
-    visits = visits[visits["row"].map(rows["session_id"]) == ""].drop_duplicates()
-    several = visits["row"].value_counts() > 1
-    if several.any():
-        told = "" if visits["session"].any() else " (or dates, or numbers after the id)"
-        notes.append(
-            f"Subjects with several sessions{told} on disk and one age in the table: {several.sum()}; all "
+            f"Subjects with several sessions{told} on disk and one age in the table: {several}; all "
             "sessions take this age, which is probably that at the first."
         )
-    taken = [match.row for match in matches if match.row is not None]
-    if missing := int(rows["age"][taken].isna().sum()):
+    if missing := int(rows["age"][[match.row for match in joined]].isna().sum()):
         notes.append(f"Images whose row gives no usable age: {missing}; cleaning drops them with the reason.")
     return notes
 
@@ -468,101 +420,8 @@ class Terms:
         return "\n".join(lines)
 
 
-_OASIS = "https://sites.wustl.edu/oasisbrains/"
-
-
-_OASIS_TERMS = (
-    "OASIS Data Use Agreement (accept it on the publisher's page before you download; no attempt to identify "
-    "anybody; keep the acknowledgement in what you publish)"
-)
-
-
-_OASIS_GRANTS = "P50 AG05681, P01 AG03991, P01 AG026276, R01 AG021910, P20 MH071616, U24 RR021382"
-
-
 TERMS = {
-    "demo": Terms(
-        "Known-answer heads, made here",
-        "nothing",
-        "yours; the anatomy is the MNI152 template that nilearn ships, whose notice allows use, copying and "
-        "change",
-        "Fonov et al. 2011, NeuroImage 54:313-327, doi:10.1016/j.neuroimage.2010.07.033 (the template)",
-        caution="a test object: figures on it say nothing about people",
-    ),
-    "folder": Terms(
-        "Your own folder",
-        "`data_dir` (a Drive folder too) and `table`",
-        "those under which you hold the data; check that your ethics approval covers this use",
-        "whoever collected the data",
-    ),
-    "gdown": Terms(
-        "Files shared on Google Drive",
-        "`drive_links`: share links ('Anyone with the link') of a folder, archive, images or table",
-        "those of whoever collected the data; a share link is no licence",
-        "whoever collected the data",
-    ),
-    "kaggle_dataset": Terms(
-        "A Kaggle data set",
-        "`kaggle_dataset` as owner/name: attached to the session, or downloaded with your Kaggle key",
-        "as stated on its page; re-uploads of IXI, OASIS and others stand under the original's terms",
-        "the original data set, not only the upload",
-    ),
-    "ixi": Terms(
-        "IXI: Information eXtraction from Images",
-        "nothing: several GB are downloaded, and twice that is needed on the disk",
-        "CC BY-SA 3.0 (Creative Commons Attribution-ShareAlike)",
-        "IXI data set, https://brain-development.org/ixi-dataset/ (EPSRC grant GR/S21533/02)",
-        "https://brain-development.org/ixi-dataset/",
-        "three hospitals, each with its own scanner and ages: look at errors by site; OpenBHB contains IXI",
-    ),
-    "oasis1": Terms(
-        "OASIS-1: cross-sectional, 18 to 96 years",
-        "`data_dir` with the unpacked discs and the table oasis_cross-sectional, which you download yourself",
-        _OASIS_TERMS,
-        "Marcus et al. 2007, J Cogn Neurosci 19:1498-1507, doi:10.1162/jocn.2007.19.9.1498; acknowledge "
-        "'OASIS: Cross-Sectional: Principal Investigators: D. Marcus, R. Buckner, J. Csernansky, J. Morris; "
-        f"{_OASIS_GRANTS}'",
-        _OASIS,
-        "the T88_111 images are already registered and faces are removed",
-    ),
-    "oasis2": Terms(
-        "OASIS-2: longitudinal, 60 to 96 years",
-        "`data_dir` with OAS2_RAW_PART1 and 2 and the table of demographics, which you download yourself",
-        _OASIS_TERMS,
-        "Marcus et al. 2010, J Cogn Neurosci 22:2677-2684, doi:10.1162/jocn.2009.21407; acknowledge 'OASIS: "
-        "Longitudinal: Principal Investigators: D. Marcus, R. Buckner, J. Csernansky, J. Morris; "
-        f"{_OASIS_GRANTS}'",
-        _OASIS,
-        "nobody is younger than 60: a model trained on it alone knows no young brain",
-    ),
-    "openneuro": Terms(
-        "An OpenNeuro data set",
-        "`openneuro_id`, such as ds000001",
-        "stated in its dataset_description.json, mostly CC0",
-        "the data set by its DOI, and OpenNeuro: Markiewicz et al. 2021, eLife 10:e71774, "
-        "doi:10.7554/eLife.71774",
-        "https://openneuro.org",
-    ),
-    "openbhb": Terms(
-        "OpenBHB: Open Big Healthy Brains, ten cohorts",
-        "`data_dir` with its participants.tsv and the original scans (folders rawdata), which you download "
-        "yourself",
-        "CC BY-NC-SA 3.0, and the most restrictive agreement of the cohorts it is made of",
-        "Dufumier et al. 2022, NeuroImage 263:119637, doi:10.1016/j.neuroimage.2022.119637, and its cohorts",
-        "https://baobablab.github.io/bhb/",
-        "it contains IXI, ABIDE, CoRR, GSP and others under new ids: never test on one of these a model "
-        "trained on it",
-    ),
-    "adni": Terms(
-        "ADNI: Alzheimer's Disease Neuroimaging Initiative",
-        "`data_dir` with the images and `table`, the CSV that comes with them; access is granted on "
-        "application",
-        "ADNI Data Use Agreement: not to be passed on, manuscripts are sent to ADNI before they are "
-        "submitted",
-        "'Data used in preparation of this article were obtained from the Alzheimer's Disease Neuroimaging "
-        "Initiative (ADNI) database (adni.loni.usc.edu)', with the full statement of its agreement",
-        "https://adni.loni.usc.edu",
-        "ages of the table are those at the visit; mostly over 55 years",
-    ),
+    name: Terms(**entry)
+    for name, entry in tomllib.loads((files(__package__) / "terms.toml").read_text(encoding="utf-8")).items()
 }
 """By the name of the source."""

@@ -1,20 +1,4 @@
-"""IXI from its publisher: the archive of T1-weighted scans and the table, to a cohort.
-
-Addresses and the archive's md5 are those of TorchIO's `torchio.datasets.IXI`; they were not tried against the
-live server here. The table has no hash on record, so it is taken by what it holds.
-
-Data sets that a person downloads after agreeing to terms: OASIS-1, OASIS-2, OpenBHB, ADNI.
-
-Their tables are told from others, and of several pictures of one session the one that suits is taken.
-Downloads nothing.
-
-What each source needs, under which terms its data stand, and what to cite. Reads no data.
-
-Licences and citations were read from the publishers' papers and from public code and data cards; the
-publishers' own pages may have changed since, and they are what counts.
-
-The one entry to all sources: a name and parameters in, a cohort with its terms and what rules left out.
-"""
+"""The one entry to all sources: a name and parameters in, a cohort with its terms and what rules left out."""
 
 from __future__ import annotations
 
@@ -30,266 +14,26 @@ import pandas as pd
 from brainage_nb.cohort.rules import CohortRules, apply_rules
 from brainage_nb.parameters import check_fields, pick_fields
 from brainage_nb.platforms import local_disk_for
-from brainage_nb.sources.fetch import Patience, addresses, fetch, fetch_and_unpack, is_archive, unpack
+from brainage_nb.sources.cloud import BUCKET, fetch_drive, fetch_kaggle, fetch_openneuro, read_openneuro_terms
+from brainage_nb.sources.fetch import fetch, find_unpacked, is_archive, split_addresses, unpack
 from brainage_nb.sources.folder import (
     TERMS,
     FolderCohort,
     SourceError,
     Terms,
-    demo_cohort,
     find_table,
     folder_cohort,
+    list_tables,
 )
 from brainage_nb.tables.columns import COLUMN_PARAMETERS, plain_name
 from brainage_nb.tables.files import TABLE_SUFFIXES, TableError, read_cells
 
-_HOST = "biomedic.doc.ic.ac.uk/brain-development/downloads/IXI"
-IMAGES = (f"https://{_HOST}/IXI-T1.tar", f"http://{_HOST}/IXI-T1.tar")
-TABLE = (f"https://{_HOST}/IXI.xls", f"http://{_HOST}/IXI.xls")
-IMAGES_MD5 = "34901a0593b41dd19c1a1f746eac2d58"
-
-
-def ixi_cohort(
-    folder: Path | str,
-    *,
-    images_url: str = "",
-    table_url: str = "",
-    images_md5: str = "",
-    keep_archives: bool = False,
-    columns: Mapping[str, str] | None = None,
-    root: Path | str | None = None,
-    patience: Patience | None = None,
-) -> FolderCohort:
-    """Download IXI and put its scans and ages together.
-
-    Parameters
-    ----------
-    folder : path
-        Where it goes.
-    images_url, table_url : str
-        Mirrors of IXI-T1.tar and IXI.xls, parted by blanks; "" for the publisher's.
-    images_md5 : str
-        md5 of the archive, or "none"; "" for the one on record, if the archive comes from the publisher.
-    keep_archives : bool
-        Keep the archive once it is unpacked.
-    columns, root
-        As `folder_cohort` takes them.
-    patience : Patience, optional
-
-    Returns
-    -------
-    FolderCohort
-
-    Raises
-    ------
-    DownloadError
-        Where a file cannot be had; the message says what to do.
-    """
-    folder = Path(folder)
-    md5 = images_md5 or ("" if images_url else IMAGES_MD5)
-    # the table first: it is small, and without it the scans are of no use
-    tables = addresses(table_url) or TABLE
-    ending = Path(urlsplit(tables[0]).path).suffix.lower()
-    name = f"IXI{ending if ending in TABLE_SUFFIXES else '.xls'}"  # a mirror may hold it as CSV
-    table = fetch(tables, folder / name, patience=patience)
-    left_out = fetch_and_unpack(
-        addresses(images_url) or IMAGES,
-        folder / "IXI-T1.tar",
-        folder / "images",
-        checksum=f"md5:{md5}" if md5 not in ("", "none") else "",
-        keep=keep_archives,
-        patience=patience,
-    )
-    found = folder_cohort(folder / "images", table, columns=columns, root=root, source="ixi")
-    found.notes.extend(left_out)
-    return found
-
-
-_SAGITTAL = (
-    "stored in sagittal slices under a header that does not say so: take the T88_111 image, or convert to "
-    "NIfTI with the right affine (Clinica's oasis-to-bids)"
-)
-_ANOTHER = "another picture of this session: {taken} is taken"
-
-
-@dataclass(frozen=True)
-class LocalSet:
-    """How to know a set's table, and which picture of a session to take.
-
-    Attributes
-    ----------
-    columns : tuple of str
-        Columns that its table has, in plain form, `|` between alternatives; where one is missing it is
-        another table.
-    table_name : str
-        Pattern of the table's file name, to find it among several.
-    preferred : tuple of str
-        Patterns of image paths, the best first; of one session only the best is taken.
-    refused : str
-        Pattern of image paths that are never taken.
-    refusal : str
-        Why not.
-    """
-
-    columns: tuple[str, ...]
-    table_name: str
-    preferred: tuple[str, ...] = ()
-    refused: str = ""
-    refusal: str = ""
-
-
-SETS = {
-    "oasis1": LocalSet(
-        ("id", "age", "cdr"),
-        r"oasis.*cross",
-        # averaged, in Talairach space, with the skull; then what was converted to NIfTI; then without skull
-        (r"_t88_gfc\.(hdr|img)$", r"\.nii(\.gz)?$", r"_t88_masked_gfc\.(hdr|img)$"),
-        r"(?:_sbj_111|_mpr-\d+_anon)\.(?:hdr|img)$",
-        _SAGITTAL,
-    ),
-    "oasis2": LocalSet(
-        ("subject_id", "mri_id", "age", "cdr"),
-        r"oasis.*long",
-        tuple(rf"mpr-{number}[._]" for number in range(1, 8)),
-    ),
-    "openbhb": LocalSet(
-        ("participant_id", "age", "site"),
-        r"^participants\.tsv$",
-        (r"rawdata/.*_T1w\.nii(\.gz)?$", r"_T1w\.nii"),
-    ),
-    "adni": LocalSet(("subject|ptid", "age"), r"adni|idasearch|\d+_\d+_\d{4}"),
-}
-
-
-def local_set_cohort(
-    source: str,
-    data_dir: Path | str,
-    table: Path | str = "",
-    *,
-    columns: Mapping[str, str] | None = None,
-    root: Path | str | None = None,
-) -> FolderCohort:
-    """Put images and table of a local copy together.
-
-    Parameters
-    ----------
-    source : {"oasis1", "oasis2", "openbhb", "adni"}
-    data_dir : path
-        Folder with the images, as unpacked.
-    table : path
-        The set's table; "" to find it in `data_dir`.
-    columns, root
-        As `folder_cohort` takes them.
-
-    Returns
-    -------
-    FolderCohort
-        One picture a session where the set has several; the others are listed with the reason.
-
-    Raises
-    ------
-    SourceError, TableError
-        Where the folder or the table is not that of the set.
-    """
-    known = SETS[source]
-    data_dir = Path(data_dir).expanduser().absolute()
-    path = _table_of(source, known, data_dir, table)
-    _refuse_other_table(source, known, path, columns or {})
-    if source == "openbhb" and not any(data_dir.rglob("*_T1w.nii*")) and any(data_dir.rglob("*_T1w.npy")):
-        raise SourceError(
-            f"{data_dir} holds OpenBHB's preprocessed arrays (.npy), which have no orientation. Download the "
-            "folders rawdata (original T1-weighted scans, .nii.gz) as well."
-        )
-    found = folder_cohort(data_dir, path, columns=columns, root=root, source=source)
-    return _one_a_session(found, known)
-
-
-def _table_of(source: str, known: LocalSet, data_dir: Path, table: Path | str) -> Path:
-    if str(table) or not data_dir.is_dir():
-        return find_table(data_dir, table)
-    by_name = sorted(
-        path
-        for path in [*data_dir.glob("*"), *data_dir.glob("*/*")]
-        if path.suffix.lower() in (".csv", ".tsv", ".xls", ".xlsx")
-        and re.search(known.table_name, path.name, re.I)
-    )
-    return by_name[0] if len(by_name) == 1 else find_table(data_dir)
-
-
-def _refuse_other_table(source: str, known: LocalSet, path: Path, columns: Mapping[str, str]) -> None:
-    if any(name for role, name in columns.items() if role != "age_unit"):
-        return  # whoever names columns knows the table
-    sheets, _ = read_cells(path)
-    names = {plain_name(name) for cells in sheets.values() for name in cells}
-    missing = [name for name in known.columns if not names & set(name.split("|"))]
-    if missing:
-        told = ", ".join(missing).replace("|", " or ")
-        raise TableError(
-            f"{path} is not the table of {source}: it has no column {told}. Set table to the publisher's, or "
-            "use source = folder for a table of your own."
-        )
-
-
-def _one_a_session(found: FolderCohort, known: LocalSet) -> FolderCohort:
-    """Take the preferred picture of each session; list the others."""
-    cohort = found.cohort
-    images = cohort["image"].str.replace("\\", "/")
-    reasons = pd.Series("", index=cohort.index, dtype=str)
-    if known.refused:
-        reasons = reasons.mask(images.str.contains(known.refused, flags=re.I), known.refusal)
-    rank = images.map(lambda image: _rank(image, known.preferred))
-    if known.preferred:
-        left = cohort[reasons == ""].assign(rank=rank).sort_values(["rank", "image"], kind="stable")
-        best = left.groupby(["subject_id", "session_id"])["image"].transform("first")
-        others = left.index[left["image"] != best]
-        taken = best[others].map(lambda image: _ANOTHER.format(taken=Path(image).name))
-        reasons = reasons.where(~reasons.index.isin(others), taken.reindex(reasons.index))
-    kept = cohort[reasons == ""].reset_index(drop=True)
-    if kept.empty:
-        raise SourceError(f"None of the {len(cohort)} images can be taken: {reasons.iloc[0]}.")
-    aside = pd.DataFrame({"image": cohort["image"], "reason": reasons})[reasons != ""]
-    unmatched = pd.concat([found.unmatched_images, aside], ignore_index=True)
-    note = f"Images that were set aside for a better one of their session, or refused: {len(aside)}."
-    return replace(
-        found,
-        cohort=kept.assign(scan_id=_short_ids(kept)),
-        unmatched_images=unmatched,
-        notes=[*found.notes, *([note] if len(aside) else [])],
-    )
-
-
-def _rank(image: str, preferred: tuple[str, ...]) -> int:
-    found = (number for number, pattern in enumerate(preferred) if re.search(pattern, image, re.IGNORECASE))
-    return next(found, len(preferred))
-
-
-def _short_ids(cohort: pd.DataFrame) -> pd.Series:
-    """`subject_session` again where that has become unique; several pictures had made ids of file names."""
-    short = cohort["subject_id"] + ("_" + cohort["session_id"]).where(cohort["session_id"] != "", "")
-    clear = ~short.str.lower().duplicated(keep=False)
-    return short.where(clear, cohort["scan_id"])
-
-
-_OWN_DATA = ("data_dir", "table", *COLUMN_PARAMETERS.values())
-USED_BY = {
-    "demo": ("n_subjects", "demo_voxel_mm"),
-    "folder": _OWN_DATA,
-    "gdown": ("drive_links", "drive_url", "keep_archives", "download_dir", *_OWN_DATA[1:]),
-    "kaggle_dataset": ("kaggle_dataset", "download_dir", *_OWN_DATA[1:]),
-    "ixi": (
-        *("ixi_images_url", "ixi_table_url", "ixi_md5", "keep_archives", "download_dir"),
-        *COLUMN_PARAMETERS.values(),
-    ),
-    "oasis1": _OWN_DATA,
-    "oasis2": _OWN_DATA,
-    "openneuro": (
-        *("openneuro_id", "max_subjects", "openneuro_url", "download_dir"),
-        *COLUMN_PARAMETERS.values(),
-    ),
-    "openbhb": _OWN_DATA,
-    "adni": _OWN_DATA,
-}
-"""Source -> the fields of `SourceSettings` that it reads; every other one is refused beside it."""
+# Addresses and the archive's md5 are those of TorchIO's `torchio.datasets.IXI`, not tried against the live
+# server here. The table has no hash on record, so it is taken by what it holds.
+_IXI_HOST = "biomedic.doc.ic.ac.uk/brain-development/downloads/IXI"
+IXI_IMAGES = tuple(f"{scheme}://{_IXI_HOST}/IXI-T1.tar" for scheme in ("https", "http"))
+IXI_TABLE = tuple(f"{scheme}://{_IXI_HOST}/IXI.xls" for scheme in ("https", "http"))
+IXI_MD5 = "34901a0593b41dd19c1a1f746eac2d58"
 
 
 @dataclass(frozen=True)
@@ -299,7 +43,7 @@ class SourceSettings:
     Attributes
     ----------
     source : str
-        Where the scans come from, a key of `terms.TERMS`.
+        Where the scans come from, a key of `TERMS`.
     data_dir : str
         Folder of scans, any nesting, or an archive of them.
     table : str
@@ -322,9 +66,7 @@ class SourceSettings:
     image_column : str
         Column with the file name or image id of the scan; empty: found by name.
     drive_links : str
-        Share links or ids of files, archives or folders (folder:ID), parted by blanks (source gdown).
-    drive_url : str
-        Address of a server that answers like Google Drive; empty: Google's (source gdown).
+        Share links or ids of files, archives or folders (folder:ID), separated by blanks (source gdown).
     kaggle_dataset : str
         Owner/name of a data set that is attached, or else downloaded (source kaggle_dataset).
     openneuro_id : str
@@ -334,7 +76,7 @@ class SourceSettings:
     openneuro_url : str
         Address of the OpenNeuro bucket or a mirror of it; empty: the public one (source openneuro).
     ixi_images_url, ixi_table_url : str
-        Addresses of IXI-T1.tar and IXI.xls, mirrors parted by blanks; empty: the publisher's (source ixi).
+        Addresses of IXI-T1.tar and IXI.xls, mirrors separated by blanks; empty: the publisher's (source ixi).
     ixi_md5 : str
         MD5 of IXI-T1.tar, or none; empty: the one on record for the publisher's (source ixi).
     download_dir : str
@@ -366,7 +108,6 @@ class SourceSettings:
     diagnosis_column: str = ""
     image_column: str = ""
     drive_links: str = ""
-    drive_url: str = ""
     kaggle_dataset: str = ""
     openneuro_id: str = ""
     max_subjects: int = 0
@@ -381,17 +122,17 @@ class SourceSettings:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        if self.source not in USED_BY:
-            raise SourceError(f"source = {self.source!r}: it is one of {', '.join(USED_BY)}.")
+        if self.source not in SOURCES:
+            raise SourceError(f"source = {self.source!r}: it is one of {', '.join(SOURCES)}.")
         check_fields(self)
         for item in fields(self):
-            readers = [source for source, names in USED_BY.items() if item.name in names]
+            readers = [source for source, (_, names) in SOURCES.items() if item.name in names]
             if readers and self.source not in readers and getattr(self, item.name) != item.default:
                 raise SourceError(
                     f"{item.name} = {getattr(self, item.name)!r} is not read with source = {self.source!r}. "
                     f"Set source to {' or '.join(readers)}, or leave {item.name} out."
                 )
-        if "data_dir" in USED_BY[self.source]:
+        if "data_dir" in SOURCES[self.source][1]:
             self._check_places()
 
     def _check_places(self) -> None:
@@ -409,30 +150,20 @@ class SourceSettings:
             )
 
 
-@dataclass(frozen=True)
-class OpenedSource:
+@dataclass(frozen=True, kw_only=True)
+class OpenedSource(FolderCohort):
     """A source's cohort after its rules.
 
     Attributes
     ----------
-    cohort : DataFrame
-        As `cohort.csv`.
-    unmatched_images, unmatched_rows : DataFrame
-        What found no partner, as in `FolderCohort`.
-    notes : list of str
-        What was resolved and by what rule.
     dropped : DataFrame
         Scans that the cohort rules left out: `scan_id, subject_id, session_id, rule, detail`.
     rules : DataFrame
-        A row a rule, with what it left out.
+        One row per rule, with what it left out.
     terms : Terms
         Licence and citation.
     """
 
-    cohort: pd.DataFrame
-    unmatched_images: pd.DataFrame
-    unmatched_rows: pd.DataFrame
-    notes: list[str]
     dropped: pd.DataFrame
     rules: pd.DataFrame
     terms: Terms
@@ -444,29 +175,26 @@ def open_source(source: str, parameters: Mapping[str, Any], root: Path | str) ->
     Parameters
     ----------
     source : str
-        A key of `terms.TERMS`.
+        A key of `TERMS`.
     parameters : mapping
         What was set of `SourceSettings` and `CohortRules`.
     root : path
         The workspace. Downloads go to `download_dir`, else to `downloads` in it.
 
-    Returns
-    -------
-    OpenedSource
-
     Raises
     ------
     SourceError, TableError, DownloadError
         The message says what to set or to do.
+
+    >>> found = open_source("folder", {"data_dir": "scans", "max_cdr": 0.0}, "workspace")  # doctest: +SKIP
+    >>> found.cohort[["scan_id", "age"]]  # doctest: +SKIP
     """
     settings = SourceSettings(**pick_fields(parameters, SourceSettings) | {"source": source})
     print(TERMS[source].line())  # before anything is fetched
-    rules = CohortRules(**pick_fields(parameters, CohortRules))
-    parameters = vars(settings)
-    named = parameters["download_dir"]
-    downloads = Path(named).expanduser().absolute() if named else Path(root) / "downloads"
-    columns = {role: parameters[name] for role, name in COLUMN_PARAMETERS.items()}
-    found, terms = _OPENERS[source](parameters, downloads, columns, Path(root))
+    rules, root = CohortRules(**pick_fields(parameters, CohortRules)), Path(root)
+    downloads = Path(settings.download_dir or root / "downloads").expanduser().absolute()
+    columns = {role: getattr(settings, name) for role, name in COLUMN_PARAMETERS.items()}
+    found, terms = SOURCES[source][0](settings, downloads, {"columns": columns, "root": root})
     ruled = apply_rules(found.cohort, rules)
     if ruled.cohort.empty:
         shown = ruled.summary[["rule", "scans left out", "remark"]].to_string(index=False)
@@ -474,123 +202,212 @@ def open_source(source: str, parameters: Mapping[str, Any], root: Path | str) ->
             f"The cohort rules left out all {len(found.cohort)} scans:\n{shown}\nSet max_cdr = -1, "
             "controls_only = False or control_words, if these people are wanted."
         )
-    return OpenedSource(
-        ruled.cohort,
-        found.unmatched_images,
-        found.unmatched_rows,
-        found.notes,
-        ruled.dropped,
-        ruled.summary,
-        terms,
-    )
+    kept = vars(replace(found, cohort=ruled.cohort))
+    return OpenedSource(**kept, dropped=ruled.dropped, rules=ruled.summary, terms=terms)
 
+
+# --- one opener per source: settings, folder of downloads, keywords of `folder_cohort` ----------------------
 
 _Opened = tuple[FolderCohort, Terms]
-_Opener = Callable[[Mapping[str, Any], Path, dict[str, str], Path], _Opened]
+_Keywords = dict[str, Any]
 
 
-def _demo(parameters: Mapping[str, Any], downloads: Path, columns: dict[str, str], root: Path) -> _Opened:
-    found = demo_cohort(
-        root / "demo",
-        parameters["n_subjects"],
-        parameters["seed"],
-        voxel_mm=parameters["demo_voxel_mm"],
-        root=root,
-    )
-    return found, TERMS["demo"]
+def _open_demo(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+    from brainage_nb.demo.cohort import make_cohort  # a second that no other source needs
+
+    folder, people = Path(how["root"]) / "demo", settings.n_subjects
+    made = make_cohort(folder, n_subjects=people, seed=settings.seed, voxel_mm=settings.demo_voxel_mm)
+    return folder_cohort(made, Path(made) / "participants.tsv", **how, source="demo"), TERMS["demo"]
 
 
-def _folder(parameters: Mapping[str, Any], downloads: Path, columns: dict[str, str], root: Path) -> _Opened:
-    place, table = Path(parameters["data_dir"]).expanduser(), parameters["table"]
-    left_out: list[str] = []
+def _open_folder(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+    place, table, left_out = Path(settings.data_dir).expanduser(), settings.table, []
     if place.is_file() and is_archive(place.name):
         # One large file is read from Drive at full speed, a thousand small ones are not.
         found = place.stat()  # another archive of the same name is another folder
         name = f"{place.name}-{found.st_size}-{found.st_mtime_ns}"
-        folder = (local_disk_for(root) or root) / "unpacked" / name
+        folder = (local_disk_for(how["root"]) or how["root"]) / "unpacked" / name
         left_out = unpack(place, folder)
         table = str(place.parent / table) if table and (place.parent / table).is_file() else table
         place = folder
-    found = folder_cohort(place, table, columns=columns, root=root)
+    found = folder_cohort(place, table, **how)
     return replace(found, notes=[*left_out, *found.notes]), TERMS["folder"]
 
 
-def _gdown(parameters: Mapping[str, Any], downloads: Path, columns: dict[str, str], root: Path) -> _Opened:
-    from brainage_nb.sources.cloud import DRIVE, drive_folder
-
+def _open_drive(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
     folder = downloads / "drive"
-    left_out = drive_folder(
-        folder,
-        parameters["drive_links"],
-        keep_archives=parameters["keep_archives"],
-        drive=parameters["drive_url"] or DRIVE,
+    left_out = fetch_drive(folder, settings.drive_links, keep_archives=settings.keep_archives)
+    found = folder_cohort(folder, settings.table, **how, source="gdown")
+    return replace(found, notes=[*found.notes, *left_out]), TERMS["gdown"]
+
+
+def _open_kaggle(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+    handle = settings.kaggle_dataset
+    folder = fetch_kaggle(handle, downloads / "kaggle")
+    terms = TERMS["kaggle_dataset"].with_facts(url=f"https://www.kaggle.com/datasets/{handle}")
+    return folder_cohort(folder, settings.table, **how, source=f"kaggle {handle}"), terms
+
+
+def _open_ixi(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+    folder = downloads / "ixi"
+    # the table first: it is small, and without it the scans are of no use
+    tables = split_addresses(settings.ixi_table_url) or IXI_TABLE
+    ending = Path(urlsplit(tables[0]).path).suffix.lower()  # a mirror may hold it as CSV
+    table = fetch(tables, folder / f"IXI{ending if ending in TABLE_SUFFIXES else '.xls'}")
+    md5 = settings.ixi_md5 or ("" if settings.ixi_images_url else IXI_MD5)
+    archive, images = folder / "IXI-T1.tar", folder / "images"
+    if not find_unpacked(images, archive.name):
+        checksum = f"md5:{md5}" if md5 not in ("", "none") else ""
+        fetch(split_addresses(settings.ixi_images_url) or IXI_IMAGES, archive, checksum=checksum)
+    left_out = unpack(archive, images, delete=not settings.keep_archives)
+    found = folder_cohort(images, table, **how, source="ixi")
+    return replace(found, notes=[*found.notes, *left_out]), TERMS["ixi"]
+
+
+def _open_openneuro(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+    folder = fetch_openneuro(
+        downloads / "openneuro",
+        settings.openneuro_id,
+        max_subjects=settings.max_subjects,
+        base=settings.openneuro_url or BUCKET,
+        columns=how["columns"],
     )
-    found = folder_cohort(folder, parameters["table"], columns=columns, root=root, source="gdown")
-    found.notes.extend(left_out)
-    return found, TERMS["gdown"]
+    found = folder_cohort(folder, folder / "participants.tsv", **how, source=f"openneuro {folder.name}")
+    return found, read_openneuro_terms(folder)
 
 
-def _kaggle(parameters: Mapping[str, Any], downloads: Path, columns: dict[str, str], root: Path) -> _Opened:
-    from brainage_nb.sources.cloud import kaggle_folder
-
-    handle = parameters["kaggle_dataset"]
-    folder = kaggle_folder(handle, downloads / "kaggle")
-    found = folder_cohort(folder, parameters["table"], columns=columns, root=root, source=f"kaggle {handle}")
-    return found, TERMS["kaggle_dataset"].with_facts(url=f"https://www.kaggle.com/datasets/{handle}")
+# --- data sets that a person downloads after agreeing to terms ----------------------------------------------
 
 
-def _ixi(parameters: Mapping[str, Any], downloads: Path, columns: dict[str, str], root: Path) -> _Opened:
+@dataclass(frozen=True)
+class LocalSet:
+    """How to know a set's table, and which picture of a session to take.
 
-    found = ixi_cohort(
-        downloads / "ixi",
-        images_url=parameters["ixi_images_url"],
-        table_url=parameters["ixi_table_url"],
-        images_md5=parameters["ixi_md5"],
-        keep_archives=parameters["keep_archives"],
-        columns=columns,
-        root=root,
-    )
-    return found, TERMS["ixi"]
+    Attributes
+    ----------
+    columns : tuple of str
+        Columns that its table has, in plain form, `|` between alternatives; where one is missing it is
+        another table.
+    table_name : str
+        Pattern of the table's file name, to find it among several.
+    preferred : tuple of str
+        Patterns of image paths, the best first; of one session only the best is taken.
+    refused, refusal : str
+        Pattern of image paths that are never taken, and why not.
+    """
 
-
-def _openneuro(
-    parameters: Mapping[str, Any], downloads: Path, columns: dict[str, str], root: Path
-) -> _Opened:
-    from brainage_nb.sources.cloud import BUCKET, openneuro_cohort, openneuro_terms
-
-    accession = parameters["openneuro_id"]
-    folder = downloads / "openneuro"
-    found = openneuro_cohort(
-        folder,
-        accession,
-        max_subjects=parameters["max_subjects"],
-        base=parameters["openneuro_url"] or BUCKET,
-        columns=columns,
-        root=root,
-    )
-    return found, openneuro_terms(folder, accession)
+    columns: tuple[str, ...]
+    table_name: str
+    preferred: tuple[str, ...] = ()
+    refused: str = ""
+    refusal: str = ""
 
 
-def _local(source: str) -> _Opener:
-    def opened(
-        parameters: Mapping[str, Any], downloads: Path, columns: dict[str, str], root: Path
-    ) -> _Opened:
-
-        data_dir, table = parameters["data_dir"], parameters["table"]
-        return local_set_cohort(source, data_dir, table, columns=columns, root=root), TERMS[source]
-
-    return opened
-
-
-_OPENERS: dict[str, _Opener] = {
-    "demo": _demo,
-    "folder": _folder,
-    "gdown": _gdown,
-    "kaggle_dataset": _kaggle,
-    "ixi": _ixi,
-    "oasis1": _local("oasis1"),
-    "oasis2": _local("oasis2"),
-    "openneuro": _openneuro,
-    "openbhb": _local("openbhb"),
-    "adni": _local("adni"),
+LOCAL_SETS = {
+    "oasis1": LocalSet(
+        ("id", "age", "cdr"),
+        r"oasis.*cross",
+        # averaged, in Talairach space, with the skull; then what was converted to NIfTI; then without skull
+        (r"_t88_gfc\.(hdr|img)$", r"\.nii(\.gz)?$", r"_t88_masked_gfc\.(hdr|img)$"),
+        r"(?:_sbj_111|_mpr-\d+_anon)\.(?:hdr|img)$",
+        "stored in sagittal slices under a header that does not say so: take the T88_111 image, or convert "
+        "to NIfTI with the right affine (Clinica's oasis-to-bids)",
+    ),
+    "oasis2": LocalSet(
+        ("subject_id", "mri_id", "age", "cdr"),
+        r"oasis.*long",
+        tuple(rf"mpr-{number}[._]" for number in range(1, 8)),
+    ),
+    "openbhb": LocalSet(
+        ("participant_id", "age", "site"),
+        r"^participants\.tsv$",
+        (r"rawdata/.*_T1w\.nii(\.gz)?$", r"_T1w\.nii"),
+    ),
+    "adni": LocalSet(("subject|ptid", "age"), r"adni|idasearch|\d+_\d+_\d{4}"),
 }
+
+
+def _open_local_set(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+    source, data_dir = settings.source, Path(settings.data_dir).expanduser().absolute()
+    known = LOCAL_SETS[source]
+    by_name = [one for one in list_tables(data_dir) if re.search(known.table_name, one.name, re.IGNORECASE)]
+    named = by_name[0] if len(by_name) == 1 and not settings.table else settings.table
+    table = find_table(data_dir, named)
+    # whoever names columns knows the table
+    if not any(name for role, name in how["columns"].items() if role != "age_unit"):
+        _refuse_other_table(source, known, table)
+    if source == "openbhb" and not any(data_dir.rglob("*_T1w.nii*")) and any(data_dir.rglob("*_T1w.npy")):
+        raise SourceError(
+            f"{data_dir} holds OpenBHB's preprocessed arrays (.npy), which have no orientation. Download the "
+            "folders rawdata (original T1-weighted scans, .nii.gz) as well."
+        )
+    found = folder_cohort(data_dir, table, **how, source=source)
+    return _take_one_per_session(found, known), TERMS[source]
+
+
+def _refuse_other_table(source: str, known: LocalSet, path: Path) -> None:
+    names = {plain_name(name) for cells in read_cells(path)[0].values() for name in cells}
+    missing = [name for name in known.columns if not names & set(name.split("|"))]
+    if missing:
+        told = ", ".join(missing).replace("|", " or ")
+        raise TableError(
+            f"{path} is not the table of {source}: it has no column {told}. Set table to the publisher's, or "
+            "use source = folder for a table of your own."
+        )
+
+
+def _take_one_per_session(found: FolderCohort, known: LocalSet) -> FolderCohort:
+    """Take the preferred picture of each session; list the others."""
+
+    def rank(image: str) -> int:
+        fits = (re.search(pattern, image, re.IGNORECASE) for pattern in known.preferred)
+        return next((number for number, match in enumerate(fits) if match), len(known.preferred))
+
+    cohort, reasons = found.cohort, pd.Series("", index=found.cohort.index, dtype=str)
+    images = cohort["image"].str.replace("\\", "/")
+    if known.refused:
+        reasons = reasons.mask(images.str.contains(known.refused, flags=re.IGNORECASE), known.refusal)
+    if known.preferred:
+        left = (
+            cohort[reasons == ""].assign(rank=images.map(rank)).sort_values(["rank", "image"], kind="stable")
+        )
+        best = left.groupby(["subject_id", "session_id"])["image"].transform("first")
+        for index in left.index[left["image"] != best]:
+            reasons[index] = f"another picture of this session: {Path(best[index]).name} is taken"
+    kept = cohort[reasons == ""].reset_index(drop=True)
+    if kept.empty:
+        raise SourceError(f"None of the {len(cohort)} images can be taken: {reasons.iloc[0]}.")
+    # `subject_session` where that has become unique; several pictures had made ids of file names
+    short = kept["subject_id"] + ("_" + kept["session_id"]).where(kept["session_id"] != "", "")
+    kept["scan_id"] = short.where(~short.str.lower().duplicated(keep=False), kept["scan_id"])
+    aside = pd.DataFrame({"image": cohort["image"], "reason": reasons})[reasons != ""]
+    note = f"Images that were set aside for a better one of their session, or refused: {len(aside)}."
+    return replace(
+        found,
+        cohort=kept,
+        unmatched_images=pd.concat([found.unmatched_images, aside], ignore_index=True),
+        notes=[*found.notes, *([note] if len(aside) else [])],
+    )
+
+
+_COLUMNS = tuple(COLUMN_PARAMETERS.values())
+_OWN_DATA = ("data_dir", "table", *_COLUMNS)
+SOURCES: dict[str, tuple[Callable[[SourceSettings, Path, _Keywords], _Opened], tuple[str, ...]]] = {
+    "demo": (_open_demo, ("n_subjects", "demo_voxel_mm")),
+    "folder": (_open_folder, _OWN_DATA),
+    "gdown": (_open_drive, ("drive_links", "keep_archives", "download_dir", "table", *_COLUMNS)),
+    "kaggle_dataset": (_open_kaggle, ("kaggle_dataset", "download_dir", "table", *_COLUMNS)),
+    "ixi": (
+        _open_ixi,
+        ("ixi_images_url", "ixi_table_url", "ixi_md5", "keep_archives", "download_dir", *_COLUMNS),
+    ),
+    "oasis1": (_open_local_set, _OWN_DATA),
+    "oasis2": (_open_local_set, _OWN_DATA),
+    "openneuro": (
+        _open_openneuro,
+        ("openneuro_id", "max_subjects", "openneuro_url", "download_dir", *_COLUMNS),
+    ),
+    "openbhb": (_open_local_set, _OWN_DATA),
+    "adni": (_open_local_set, _OWN_DATA),
+}
+"""Source -> its opener, and the fields of `SourceSettings` that it reads; others are refused beside it."""

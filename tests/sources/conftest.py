@@ -1,4 +1,4 @@
-"""Fixtures of the cohort's tests."""
+"""Fixtures of the sources' tests."""
 
 from tests.sources.loopback import loopback
 

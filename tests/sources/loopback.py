@@ -25,12 +25,12 @@ class Page:
     ranges : bool
         Whether ranges are served.
     if_range : bool
-        Whether a range is refused to whom names another version.
+        Whether a range of another version is refused.
     etag, modified : str
         Validators; "" for none.
     faults : list
-        One a request, in order: an int status, ("cut", n) to close after n bytes, ("status", code, headers,
-        body), ("stall", n, seconds), ("drip", n, seconds a byte), ("length", n) to announce another length,
+        One per request, in order: an int status, ("cut", n) to close after n bytes, ("status", code, headers,
+        body), ("stall", n, seconds), ("length", n) to announce another length,
         ("swap", body, etag) to become another file. None: no fault.
     always : object
         The fault of every request after those.
@@ -127,7 +127,7 @@ class Loopback:
                 self.end_headers()
                 with contextlib.suppress(OSError):  # the client may have gone
                     self.send_body(body, fault)
-                if announced != len(body) or fault[0] in ("cut", "stall", "drip"):
+                if announced != len(body) or fault[0] in ("cut", "stall"):
                     self.close_connection = True
 
             def send_body(self, body, fault):
@@ -138,11 +138,6 @@ class Loopback:
                     self.wfile.write(body[: fault[1]])
                     self.wfile.flush()
                     time.sleep(fault[2])
-                elif kind == "drip":
-                    self.wfile.write(body[: fault[1]])
-                    for byte in body[fault[1] : fault[1] + 200]:
-                        self.wfile.write(bytes([byte]))
-                        time.sleep(fault[2])
                 else:
                     self.wfile.write(body)
 

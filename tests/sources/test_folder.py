@@ -6,7 +6,6 @@ import unicodedata
 import pandas as pd
 import pytest
 
-from brainage_nb.sources import folder as sources
 from brainage_nb.sources.folder import SourceError, ages_of_scans, find_table, folder_cohort
 from brainage_nb.tables.files import TableError, read_cells
 
@@ -267,24 +266,6 @@ def test_what_makes_no_cohort_says_what_to_set(data):
         folder_cohort(folder)
     with pytest.raises(TableError, match="ages"):
         folder_cohort(folder, columns={"ages": "age"})
-
-
-def test_the_demo_goes_through_the_folder_source(data, tmp_path, monkeypatch):
-    def make_cohort(folder, n_subjects, seed, voxel_mm, n_jobs):
-        return data(
-            {
-                "participants.tsv": "participant_id\tsession_id\tage\n"
-                "sub-0001\tses-01\t30\nsub-0001\tses-02\t32\n",
-                "truth.csv": "scan_id,age\nx,1\n",
-                **{f"sub-0001/ses-0{i}/anat/sub-0001_ses-0{i}_T1w.nii.gz": None for i in (1, 2)},
-            }
-        )
-
-    phantom = type("phantom", (), {"make_cohort": staticmethod(make_cohort)})
-    monkeypatch.setitem(__import__("sys").modules, "brainage_nb.demo.cohort", phantom)
-    found = sources.demo_cohort(tmp_path / "data", 1, 0, root=tmp_path)
-    assert ages(found) == {"0001_01": 30, "0001_02": 32}
-    assert set(found.cohort["source"]) == {"demo"}
 
 
 # --- real scans -----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import sys
 import time
 
 import nbformat
+import numpy as np
 import psutil
 
 from brainage_nb.workspace import open_workspace
@@ -26,7 +27,8 @@ def kill_with_kernel(process):
 
 
 def test_ixi_killed_while_it_downloads_then_run_again(loopback, tmp_path):
-    tar = tarred({name: nifti(seed) for seed, name in enumerate(IXI_NAMES)})
+    notes = {"notes.bin": np.random.default_rng(0).bytes(500_000)}
+    tar = tarred({name: nifti(seed) for seed, name in enumerate(IXI_NAMES)} | notes)
     half = len(tar) // 2
     table = "IXI_ID,AGE,CDR\n2,35.80,0\n12,38.78,0\n13,46.71,1\n99,50,0\n"
     parameters = {
