@@ -152,7 +152,7 @@ def predict_out_of_fold(
 ) -> np.ndarray:
     """Inner cross-validated predictions in years for every choice of `ParameterGrid(grid)`: (choices, n).
 
-    What `GridSearchCV(make_svr(), …)` would fit, twelve times faster: a fold's kernel serves all choices.
+    What `GridSearchCV(make_svr(), …)` would fit, ten times faster: a fold's kernel serves all choices.
     A NaN row (a scan without these features) takes no part and stays NaN.
     """
     choices = ParameterGrid(grid)
@@ -358,6 +358,7 @@ def score_weights(ages: np.ndarray, age: np.ndarray, subject_id: Sequence[str]) 
 
 
 FUSIONS = {"early": EarlyFusion, "late": LateFusion}
+Fusions = dict[str, EarlyFusion | LateFusion]
 
 
 # --- the model ------------------------------------------------------------------------------------------
@@ -536,11 +537,6 @@ class VggRun:
     reused: bool = False
     changed: Sequence[str] = ()
 
-    def summary(self) -> pd.DataFrame:
-        """What was chosen on training subjects, one column per fusion."""
-        headline = self.settings["variant"]
-        return pd.DataFrame({name: self.settings[name] | {"headline": name == headline} for name in FUSIONS})
-
     @property
     def reference_age(self) -> float:
         """What the mean predictor says for everybody, years."""
@@ -587,9 +583,7 @@ def train_vgg_svr(
     if before.get("inputs") == inputs:
         return VggRun(folder, *(read_csv(folder / f"{name}.csv") for name in TABLES), before, reused=True)
     if network.weights_sha256 != features.facts["weights_sha256"]:
-        raise ValueError(
-            "The features come from other weights than this network's: extract them again with it."
-        )
+        raise ValueError("The features come from other weights than this network's: extract them again.")
     known = splits["scan_id"].isin(list(features.files))
     scans = splits[known].reset_index(drop=True)
     fusions, rows = _fit_and_predict(features, scans, network.seed)
@@ -599,28 +593,16 @@ def train_vgg_svr(
     settings["n_scans"] = {name: int(n) for name, n in scans["split"].value_counts().items()}
     settings["n_left_out"] = int(left_out["scan_id"].nunique())
     grid = pd.concat([fusion.grid_.assign(variant=name) for name, fusion in fusions.items()])
-    old = before.get("inputs", {})
-    changed = [
-        f"{name}: {old[name]} -> {inputs[name]}"
-        for name in inputs
-        if old.get(name, inputs[name]) != inputs[name]
-    ]
+    changes = {name: (before.get("inputs", {}).get(name, new), new) for name, new in inputs.items()}
+    changed = [f"{name}: {old} -> {new}" for name, (old, new) in changes.items() if old != new]
     run = VggRun(folder, rows[~lost], grid, fusions["late"].by_position_, left_out, settings, False, changed)
-    model = VggSvr(
-        *fusions.values(),
-        network,
-        features.settings,
-        features.facts["spacing_mm"],
-        settings["variant"],
-        settings,
-    )
+    spacing_mm, variant = features.facts["spacing_mm"], settings["variant"]
+    model = VggSvr(*fusions.values(), network, features.settings, spacing_mm, variant, settings)
     _write(run, model)
     return run
 
 
-def _fit_and_predict(
-    features: Features, scans: pd.DataFrame, seed: int
-) -> tuple[dict[str, EarlyFusion | LateFusion], pd.DataFrame]:
+def _fit_and_predict(features: Features, scans: pd.DataFrame, seed: int) -> tuple[Fusions, pd.DataFrame]:
     folds = sorted(fold for fold in scans["fold"].unique() if fold >= 0)
     learning = scans["split"].isin(["train", "val"]) if folds else scans["split"] == "train"
     fusions = _fit(features, scans[learning])
@@ -633,15 +615,13 @@ def _fit_and_predict(
     return fusions, pd.concat(parts, ignore_index=True).assign(seed=seed)[list(COLUMNS)]
 
 
-def _fit(features: Features, training: pd.DataFrame) -> dict[str, EarlyFusion | LateFusion]:
+def _fit(features: Features, training: pd.DataFrame) -> Fusions:
     rows = [features[scan_id] for scan_id in training["scan_id"]]
     age, subject_id = training["age"].to_numpy(dtype=np.float64), training["subject_id"].to_numpy()
     return {name: fusion().fit(rows, age, subject_id) for name, fusion in FUSIONS.items()}
 
 
-def _predict(
-    features: Features, scans: pd.DataFrame, fusions: Mapping[str, EarlyFusion | LateFusion]
-) -> pd.DataFrame:
+def _predict(features: Features, scans: pd.DataFrame, fusions: Fusions) -> pd.DataFrame:
     if scans.empty:
         return pd.DataFrame(columns=[*scans.columns, "variant", "predicted_age"])
     rows = [features[scan_id] for scan_id in scans["scan_id"]]
@@ -654,9 +634,8 @@ def _left_out(absent: pd.DataFrame, failed: pd.DataFrame, lost: pd.DataFrame) ->
     reasons = dict(zip(failed["scan_id"], failed["reason"], strict=True))
     reason = absent["scan_id"].map(reasons).fillna("no features: run the extraction for this scan")
     lost = lost.assign(reason=lost["variant"] + ": none of the triplets the model uses shows brain")
-    return pd.concat([absent.assign(reason=reason), lost])[["scan_id", "split", "reason"]].reset_index(
-        drop=True
-    )
+    left_out = pd.concat([absent.assign(reason=reason), lost], ignore_index=True)
+    return left_out[["scan_id", "split", "reason"]]
 
 
 def _inputs(features: Features, splits: pd.DataFrame, network: Vgg16Features) -> dict[str, Any]:
@@ -675,16 +654,10 @@ def _inputs(features: Features, splits: pd.DataFrame, network: Vgg16Features) ->
 def _settings(
     features: Features,
     network: Vgg16Features,
-    fusions: Mapping[str, EarlyFusion | LateFusion],
+    fusions: Fusions,
     inputs: dict[str, Any],
 ) -> dict[str, Any]:
-    chosen = {
-        name: fusion.choice_
-        | {"inner_cv_mae_years": fusion.inner_mae_, "n_triplets": len(fusion.positions_)}
-        | {"slope": fusion.weighting_.slope}
-        for name, fusion in fusions.items()
-    }
-    return {
+    settings = {
         "method": "vgg16_svr",
         "title": network.title,
         "variant": min(fusions, key=lambda name: fusions[name].inner_mae_),
@@ -693,9 +666,12 @@ def _settings(
         "weights": network.mode,
         "weights_sha256": network.weights_sha256,
         "features": features.facts,
-        **chosen,
         "inputs": inputs,
     }
+    for name, fusion in fusions.items():
+        known = {"inner_cv_mae_years": fusion.inner_mae_, "n_triplets": len(fusion.positions_)}
+        settings[name] = {**fusion.choice_, **known, "slope": fusion.weighting_.slope}
+    return settings
 
 
 def _write(run: VggRun, model: VggSvr) -> None:

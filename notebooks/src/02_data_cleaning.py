@@ -145,7 +145,8 @@ split_table(splits)
 
 # %%
 print("the youngest twelve, as they were dealt")
-splits.drop_duplicates("subject_id").sort_values("age").head(12).set_index("subject_id")[["age", "split"]].T
+youngest = splits.drop_duplicates("subject_id").nsmallest(12, "age")
+youngest[["subject_id", "age", "split"]].T
 
 # %%
 figure, ax = plt.subplots(figsize=(8, 2.8), layout="constrained")

@@ -186,7 +186,7 @@ if fitted.reused:
     print("This run was there already, with the same features and splits: read, not fitted again.")
 elif fitted.changed:
     print("Replaced a run with other settings:", *fitted.changed, sep="\n  ")
-fitted.summary()
+pd.DataFrame({name: fitted.settings[name] for name in ("early", "late")}).round(3)
 
 # %%
 display(fitted.left_out)
