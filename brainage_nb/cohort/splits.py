@@ -39,7 +39,8 @@ def deal_splits(
         Turns the dealing pattern and breaks ties of age; the same seed deals the same subjects alike.
     existing : DataFrame, optional
         A split table dealt before. Its subjects keep their split, and their fold while `folds` is the same
-        (another number of folds deals only the folds again). New subjects are dealt among themselves so that the whole comes nearest to `fractions`. Subjects not in `scans` are left out.
+        (another number of folds deals only the folds again). New subjects are dealt among themselves
+        so that the whole comes nearest to `fractions`. Subjects not in `scans` are left out.
     fractions : tuple of float
         Shares of subjects for train, validation and test, summing to 1. Every share above 0 gets a subject.
 
