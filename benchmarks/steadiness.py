@@ -29,7 +29,6 @@ from tqdm import tqdm
 
 from brainage_nb.cohort.cleaning import clean
 from brainage_nb.cohort.inspection import inspect_scans
-from brainage_nb.cohort.rules import CleaningRules
 from brainage_nb.cohort.splits import deal_splits
 from brainage_nb.evaluation.metrics import mean_with_interval
 from brainage_nb.models.settings import TrainingSettings
@@ -57,8 +56,7 @@ def prepared(data: Path, cache: Path) -> Workspace:
     write_csv(cohort, ws.path("cohort.csv"))
     known = set(ws.read("cleaning.csv")["scan_id"]) if ws.path("cleaning.csv").exists() else set()
     if known != set(cohort["scan_id"]):
-        rules = CleaningRules()
-        write_csv(clean(cohort, inspect_scans(cohort, ws.resolve, rules), rules), ws.path("cleaning.csv"))
+        write_csv(clean(cohort, inspect_scans(cohort, ws.resolve)), ws.path("cleaning.csv"))
     cleaning, kept = ws.read("cleaning.csv"), kept_scans(ws)
     share = min(SCANS / kept["subject_id"].nunique(), 0.5)
     fractions = ((1 - share) * (1 - VALIDATION), (1 - share) * VALIDATION, share)

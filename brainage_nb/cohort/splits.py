@@ -19,10 +19,6 @@ COLOURS = {"train": "#0072B2", "val": "#E69F00", "test": "#009E73"}  # Okabe-Ito
 MARKERS = {"train": "o", "val": "s", "test": "^"}
 
 
-class SplitError(ValueError):
-    """The scans cannot be dealt, or a split table would let a subject leak from one part to another."""
-
-
 def deal_splits(
     scans: pd.DataFrame,
     *,
@@ -36,15 +32,15 @@ def deal_splits(
     Parameters
     ----------
     scans : DataFrame
-        A row a usable scan: `scan_id, subject_id, session_id, image, age` (years), `sex, site` where known.
+        One row per usable scan: `scan_id, subject_id, session_id, image, age` (years), `sex, site` if known.
     folds : int
         Number of cross-validation folds over the subjects of train and validation; 0 for none.
     seed : int
         Turns the dealing pattern and breaks ties of age; the same seed deals the same subjects alike.
     existing : DataFrame, optional
         A split table dealt before. Its subjects keep their split, and their fold while `folds` is the same
-        (another number of folds deals the folds anew and leaves every split as it is). New subjects are dealt
-        among themselves so that the whole comes nearest to `fractions`. Subjects not in `scans` are left out.
+        (another number of folds deals only the folds again). New subjects are dealt among themselves
+        so that the whole comes nearest to `fractions`. Subjects not in `scans` are left out.
     fractions : tuple of float
         Shares of subjects for train, validation and test, summing to 1. Every share above 0 gets a subject.
 
@@ -55,11 +51,20 @@ def deal_splits(
 
     Raises
     ------
-    SplitError
+    ValueError
         Too few subjects, an age missing, or an `existing` table that contradicts itself.
+
+    Examples
+    --------
+    >>> splits = deal_splits(kept, folds=5, seed=1)
+    >>> splits.groupby("split")["subject_id"].nunique()
     """
     age = _age_of_subjects(scans)
-    shares = _checked_fractions(fractions)
+    shares = pd.Series(fractions, index=SPLITS, dtype=float)
+    if (shares < 0).any() or not np.isclose(shares.sum(), 1) or shares["train"] == 0:
+        raise ValueError(
+            f"fractions = {tuple(fractions)}: expected shares of train, val, test that sum to 1, train > 0."
+        )
     rng = np.random.default_rng(seed)
     known = _known(existing, age.index)
     split = _deal_new(age.drop(known.index), known["split"], shares, rng)
@@ -83,7 +88,7 @@ def deal_folds(
     Parameters
     ----------
     age : Series
-        Age in years, indexed by `subject_id` (one row a subject).
+        Age in years, indexed by `subject_id` (one row per subject).
     folds : int
         Number of folds, at least 2.
     seed : int or Generator
@@ -110,25 +115,25 @@ def deal_folds(
 
 
 def check_splits(splits: pd.DataFrame) -> pd.DataFrame:
-    """Return the table unchanged, or raise `SplitError` where it would leak; for tables read from a file.
+    """Return the table unchanged, or raise `ValueError` where it would leak; for tables read from a file.
 
     Every row needs a split out of train, val and test and a unique `scan_id`; a subject, and an image file,
     is in one split and one fold only.
     """
     missing = [name for name in ("scan_id", "subject_id", "image", "split", "fold") if name not in splits]
     if missing:
-        raise SplitError(f"The split table lacks the columns {missing}; it needs {', '.join(COLUMNS)}.")
+        raise ValueError(f"The split table lacks the columns {missing}; it needs {', '.join(COLUMNS)}.")
     unknown = sorted(set(splits["split"].astype(str)) - set(SPLITS))
     if unknown:
-        raise SplitError(f"The column split holds {unknown}; expected only {', '.join(SPLITS)}.")
+        raise ValueError(f"The column split holds {unknown}; expected only {', '.join(SPLITS)}.")
     doubled = splits.loc[splits["scan_id"].duplicated(), "scan_id"]
     if len(doubled):
-        raise SplitError(f"{len(doubled)} scan_id stand twice in the split table: {_some(doubled)}.")
+        raise ValueError(f"{len(doubled)} scan_id stand twice in the split table: {_some(doubled)}.")
     for key, what in (("subject_id", "subjects"), ("image", "image files")):
         for column, place in (("split", "splits"), ("fold", "folds")):
             parts = splits.groupby(key)[column].nunique()
             if (parts > 1).any():
-                raise SplitError(
+                raise ValueError(
                     f"{(parts > 1).sum()} {what} are in two {place}: {_some(parts.index[parts > 1])}. "
                     f"All scans of a subject belong together; give them one {column}."
                 )
@@ -136,17 +141,18 @@ def check_splits(splits: pd.DataFrame) -> pd.DataFrame:
 
 
 def split_table(splits: pd.DataFrame) -> pd.DataFrame:
-    """Count scans and subjects, age in years (youngest, mean, oldest) and share of women; a row a split."""
-    groups = splits.groupby(pd.Categorical(splits["split"], SPLITS), observed=True)
-    known_sex = splits["sex"].where(splits["sex"].isin(["F", "M"]))
-    table = groups.agg(
+    """Count scans and subjects, age in years (youngest, mean, oldest), women of those whose sex is known; one
+    row per split."""
+    women = splits["sex"].map({"F": 100.0, "M": 0.0})
+    table = splits.assign(women=women).groupby(pd.Categorical(splits["split"], SPLITS), observed=True)
+    table = table.agg(
         scans=("scan_id", "size"),
         subjects=("subject_id", "nunique"),
         youngest=("age", "min"),
         mean_age=("age", "mean"),
         oldest=("age", "max"),
+        women_percent=("women", "mean"),
     )
-    table["women_percent"] = 100 * known_sex.eq("F").where(known_sex.notna()).groupby(splits["split"]).mean()
     return table.round(1).rename_axis("split")
 
 
@@ -170,19 +176,10 @@ def _age_of_subjects(scans: pd.DataFrame) -> pd.Series:
     """Mean age of each subject's scans [years], indexed by subject_id in the order of the scans."""
     missing = scans.loc[~np.isfinite(scans["age"].astype(float)), "scan_id"]
     if len(missing):
-        raise SplitError(
+        raise ValueError(
             f"{len(missing)} scans have no age: {_some(missing)}. Deal only scans that cleaning kept."
         )
     return scans.groupby("subject_id", sort=False)["age"].mean()
-
-
-def _checked_fractions(fractions: tuple[float, float, float]) -> pd.Series:
-    shares = pd.Series(fractions, index=SPLITS, dtype=float)
-    if (shares < 0).any() or not np.isclose(shares.sum(), 1) or shares["train"] == 0:
-        raise SplitError(
-            f"fractions = {tuple(fractions)}: expected shares of train, val, test that sum to 1, train > 0."
-        )
-    return shares
 
 
 def _known(existing: pd.DataFrame | None, subjects: pd.Index) -> pd.DataFrame:
@@ -233,9 +230,9 @@ def _by_age(age: pd.Series, rng: np.random.Generator) -> pd.Index:
 def _require_every_split(split: pd.Series, shares: pd.Series) -> None:
     empty = [name for name in SPLITS if shares[name] > 0 and not (split == name).any()]
     if empty:
-        raise SplitError(
+        raise ValueError(
             f"{len(split)} subjects leave {', '.join(empty)} empty. At least {int((shares > 0).sum())} are "
-            "needed; if an older splits.csv is in the way, delete it and the splits are dealt anew."
+            "needed; if an older splits.csv is in the way, delete it and the splits are dealt again."
         )
 
 
@@ -244,7 +241,7 @@ def _fold_of_subjects(age: pd.Series, known: pd.Series, folds: int, rng: np.rand
     if folds == 0:
         return pd.Series(dtype=int)
     if folds < 2 or folds > len(age):
-        raise SplitError(
+        raise ValueError(
             f"folds = {folds}: expected 0 (none), or 2 to {len(age)} (subjects of train and val together)."
         )
     kept = known[known.index.isin(age.index)]

@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainage_nb.cohort.cleaning import clean, counts_by_reason
+from brainage_nb.cohort.cleaning import FLAGS, REASONS, CleaningRules, clean, counts_by_reason
 from brainage_nb.cohort.inspection import FACTS, inspect_scans
-from brainage_nb.cohort.rules import FLAGS, REASONS, CleaningRules
 
 GOOD = {
     "error": "",
@@ -154,7 +153,7 @@ def test_limits_can_be_changed():
 def test_one_picture_under_two_ids_with_two_ages_loses_both():
     table = clean(cohort_of(4), facts_of(4, {1: {"voxels_sha256": "x"}, 3: {"voxels_sha256": "x"}}))
     assert list(table["reason"]) == ["", "ambiguous", "", "ambiguous"]
-    assert "s03 (age 36.0)" in table["detail"][1]
+    assert "s01 (age 32.0), s03 (age 36.0)" in table["detail"][1]
     assert "4.0 years apart" in table["detail"][1]
 
 
@@ -269,7 +268,7 @@ def real_outcome(shared_data, every):
     cohort = cohort_of(
         len(files), scan_id=names, subject_id=names, image=[str(path) for path in files], age=ages
     )
-    return clean(cohort, inspect_scans(cohort, Path, CleaningRules())).set_index("scan_id")
+    return clean(cohort, inspect_scans(cohort, Path)).set_index("scan_id")
 
 
 def assert_real_outcome(table, n_real):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainage_nb.cohort.cleaning_plots import age_histogram, flagged_montage, plot_reasons
+from brainage_nb.cohort.cleaning_plots import age_histogram, flagged_montage
 
 
 @pytest.fixture
@@ -26,17 +26,6 @@ def heights(ax):
 
 def labels(ax):
     return [text.get_text() for text in ax.get_legend().get_texts()]
-
-
-def test_reasons_are_bars_of_their_counts_and_the_title_counts_scans_once(ax):
-    counts = pd.DataFrame(
-        [("kept", "", 7, ""), ("dropped", "blank", 3, ""), ("flagged", "coarse", 2, "")],
-        columns=["outcome", "code", "scans", "meaning"],
-    )
-    assert plot_reasons(ax, counts) is ax
-    assert [bar.get_width() for bar in ax.patches] == [7, 3, 2]
-    assert [text.get_text() for text in ax.get_yticklabels()] == ["kept", "dropped: blank", "flagged: coarse"]
-    assert "n = 10 scans" in ax.get_title()
 
 
 def test_a_subject_with_two_scans_counts_once_and_one_without_age_not_at_all(ax):

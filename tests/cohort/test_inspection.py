@@ -12,9 +12,7 @@ import pytest
 
 from brainage_nb.cohort.cleaning import clean
 from brainage_nb.cohort.inspection import FACTS, each_in_parallel, inspect_scan, inspect_scans
-from brainage_nb.cohort.rules import CleaningRules
 
-RULES = CleaningRules()
 AFFINE = np.diag([6.0, 5.0, 6.0, 1.0])
 
 
@@ -34,7 +32,7 @@ def save(path, array, affine=AFFINE):
 
 
 def test_facts_of_a_scan_are_those_of_its_header_and_voxels(tmp_path):
-    facts = inspect_scan(save(tmp_path / "a.nii.gz", head()), RULES)
+    facts = inspect_scan(save(tmp_path / "a.nii.gz", head()))
     assert "error" not in facts
     assert set(facts) <= set(FACTS)
     assert facts["shape"] == (32, 40, 32)
@@ -49,9 +47,9 @@ def test_facts_of_a_scan_are_those_of_its_header_and_voxels(tmp_path):
 
 
 def test_a_head_beyond_the_edge_is_measured_on_that_side(tmp_path):
-    facts = inspect_scan(save(tmp_path / "a.nii.gz", head()[:, :, :20]), RULES)
+    facts = inspect_scan(save(tmp_path / "a.nii.gz", head()[:, :, :20]))
     assert [share > 0.5 for share in facts["edge_fractions"]] == [False, False, False, False, True]
-    assert inspect_scan(save(tmp_path / "b.nii.gz", head()[:, :, 16:]), RULES)["bottom_cut"]
+    assert inspect_scan(save(tmp_path / "b.nii.gz", head()[:, :, 16:]))["bottom_cut"]
 
 
 def test_the_same_picture_has_the_same_voxel_hash_in_any_orientation_compression_and_number_type(tmp_path):
@@ -61,14 +59,14 @@ def test_the_same_picture_has_the_same_voxel_hash_in_any_orientation_compression
     save(tmp_path / "a.nii.gz", head())
     save(tmp_path / "b.nii", np.asarray(turned.dataobj).astype(np.float32), turned.affine)
     save(tmp_path / "c.nii.gz", head(seed=1))
-    one, same, other = (inspect_scan(tmp_path / name, RULES) for name in ("a.nii.gz", "b.nii", "c.nii.gz"))
+    one, same, other = (inspect_scan(tmp_path / name) for name in ("a.nii.gz", "b.nii", "c.nii.gz"))
     assert same["orientation"] == "PSR"
     assert one["voxels_sha256"] == same["voxels_sha256"]
     assert one["sha256"] != same["sha256"]
     assert one["voxels_sha256"] != other["voxels_sha256"]
     array = head()
     save(tmp_path / "d.nii", array.reshape(32, 32, 40))
-    assert inspect_scan(tmp_path / "d.nii", RULES)["voxels_sha256"] != one["voxels_sha256"]
+    assert inspect_scan(tmp_path / "d.nii")["voxels_sha256"] != one["voxels_sha256"]
 
 
 @pytest.mark.parametrize("ending", ["nii", "nii.gz"])
@@ -79,9 +77,9 @@ def test_a_header_that_claims_30000_cubed_is_refused_without_taking_memory(tmp_p
     content = header.binaryblock + b"\0" * 1000
     path = tmp_path / f"huge.{ending}"
     path.write_bytes(gzip.compress(content) if ending.endswith("gz") else content)
-    inspect_scan(save(tmp_path / "warm.nii.gz", head()), RULES)  # imports take memory too
+    inspect_scan(save(tmp_path / "warm.nii.gz", head()))  # imports take memory too
     tracemalloc.start()
-    facts = inspect_scan(path, RULES)
+    facts = inspect_scan(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert facts["error"] == "too_large"
@@ -99,7 +97,7 @@ def test_a_header_that_disagrees_or_is_in_metres_is_kept_and_flagged_in_its_own_
     nib.save(image, tmp_path / "b.nii.gz")
     ids = ["a", "b"]
     cohort = pd.DataFrame({"scan_id": ids, "subject_id": ids, "session_id": "", "image": ids, "age": 40.0})
-    facts = inspect_scans(cohort, lambda image: tmp_path / f"{image}.nii.gz", RULES)
+    facts = inspect_scans(cohort, lambda image: tmp_path / f"{image}.nii.gz")
     assert facts["voxel_mm"].tolist() == [(6.6, 5.5, 6.6), (6.0, 5.0, 6.0)]
     table = clean(cohort, facts).set_index("scan_id")
     assert table["kept"].all()
@@ -113,7 +111,7 @@ def test_pairs_with_equal_headers_are_told_apart_by_their_voxels(tmp_path):
     for name, seed in (("a", 0), ("b", 1)):
         nib.save(nib.Nifti1Pair(head(seed=seed), AFFINE), tmp_path / f"{name}.img")
     assert (tmp_path / "a.hdr").read_bytes() == (tmp_path / "b.hdr").read_bytes()
-    one, other = (inspect_scan(tmp_path / f"{name}.hdr", RULES) for name in "ab")
+    one, other = (inspect_scan(tmp_path / f"{name}.hdr") for name in "ab")
     assert one["sha256"] != other["sha256"]
 
 
@@ -121,7 +119,7 @@ def test_what_is_dropped_is_described_in_mm_too(tmp_path):
     image = nib.Nifti1Image(np.stack([head(), head()], axis=-1), np.diag([0.006, 0.005, 0.006, 1.0]))
     image.header.set_xyzt_units("meter")
     nib.save(image, tmp_path / "series.nii.gz")
-    facts = inspect_scan(tmp_path / "series.nii.gz", RULES)
+    facts = inspect_scan(tmp_path / "series.nii.gz")
     assert (facts["error"], facts["voxel_mm"]) == ("not_3d", (6.0, 5.0, 6.0))
 
 
@@ -129,18 +127,18 @@ def test_a_tilted_affine_is_measured_in_degrees(tmp_path):
     angle = np.radians(25)
     turn = np.eye(4)
     turn[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
-    facts = inspect_scan(save(tmp_path / "a.nii.gz", head(), turn @ AFFINE), RULES)
+    facts = inspect_scan(save(tmp_path / "a.nii.gz", head(), turn @ AFFINE))
     assert facts["oblique_degrees"] == pytest.approx(25, abs=0.2)
 
 
 def test_label_maps_have_equal_neighbours_and_lettering_stands_at_the_maximum(tmp_path):
     labels = (head() > 500).astype(np.uint8) * 3
-    assert inspect_scan(save(tmp_path / "labels.nii.gz", labels), RULES)["equal_neighbours"] > 0.9
+    assert inspect_scan(save(tmp_path / "labels.nii.gz", labels))["equal_neighbours"] > 0.9
     empty_around = head() * (head() > 500)
-    assert inspect_scan(save(tmp_path / "empty_around.nii.gz", empty_around), RULES)["equal_neighbours"] < 0.1
+    assert inspect_scan(save(tmp_path / "empty_around.nii.gz", empty_around))["equal_neighbours"] < 0.1
     lettered = head()
     lettered[12:20, 10:30, 16:18] = 2000
-    assert inspect_scan(save(tmp_path / "lettered.nii.gz", lettered), RULES)["at_maximum"] > 0.02
+    assert inspect_scan(save(tmp_path / "lettered.nii.gz", lettered))["at_maximum"] > 0.02
 
 
 def test_bad_files_get_an_error_each_and_the_others_their_facts(tmp_path):
@@ -161,7 +159,7 @@ def test_bad_files_get_an_error_each_and_the_others_their_facts(tmp_path):
         "series.nii.gz",
     ]
     cohort = pd.DataFrame({"scan_id": [name.split(".")[0] for name in names], "image": names})
-    facts = inspect_scans(cohort, lambda image: tmp_path / image, RULES, n_jobs=2)
+    facts = inspect_scans(cohort, lambda image: tmp_path / image, n_jobs=2)
     assert list(facts["scan_id"]) == list(cohort["scan_id"])
     assert list(facts.columns) == list(FACTS)
     error = facts.set_index("scan_id")["error"].to_dict()
@@ -190,7 +188,7 @@ def test_a_fault_inside_a_reader_becomes_the_error_of_that_scan(tmp_path, monkey
         raise fault
 
     monkeypatch.setattr("brainage_nb.cohort.inspection.load_scan", broken)
-    facts = inspect_scan(save(tmp_path / "a.nii.gz", head()), RULES)
+    facts = inspect_scan(save(tmp_path / "a.nii.gz", head()))
     assert facts["error"] == error
     assert said in facts["error_detail"]
 
@@ -210,6 +208,6 @@ def test_a_process_that_dies_loses_only_its_own_task():
 
 
 def test_an_empty_cohort_gives_an_empty_table():
-    facts = inspect_scans(pd.DataFrame({"scan_id": [], "image": []}), Path, RULES)
+    facts = inspect_scans(pd.DataFrame({"scan_id": [], "image": []}), Path)
     assert list(facts.columns) == list(FACTS)
     assert facts.empty
