@@ -1,4 +1,4 @@
-"""What pyproject declares against what the package imports: nothing is asked for in vain, nothing is missing."""
+"""What pyproject declares against what the package imports: nothing asked for in vain, nothing missing."""
 
 import ast
 import sys

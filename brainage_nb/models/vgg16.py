@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from brainage_nb.evaluation.plots import legend_under
+from brainage_nb.drawing import legend_under
 from brainage_nb.volumes.heads import head_in
 from brainage_nb.workspace import read_csv, read_json, sha256_of, write_csv, write_json, writing
 

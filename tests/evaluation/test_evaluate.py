@@ -69,8 +69,7 @@ def test_planted_gaps_are_recovered_and_oracle_and_attainable_stand_beside_ours(
     assert len(recovered) == 3
 
 
-def test_two_sessions_and_diagnoses_are_reported_where_there_are_enough(demo):
-    assert demo.results["_reliability"]["resnet18"]["n_subjects"] == 12
+def test_diagnoses_are_compared_where_there_are_enough(demo):
     assert demo.results["_diagnosis"]["resnet18"][0]["diagnosis"] == "AD"
 
 

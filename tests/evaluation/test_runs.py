@@ -4,7 +4,7 @@ import pytest
 
 from brainage_nb.evaluation.correction import CorrectionRefused
 from brainage_nb.evaluation.metrics import mean_training_age, metrics_by_split
-from brainage_nb.evaluation.runs import InconsistentRun, controls_of, headline_rows, list_runs, read_run
+from brainage_nb.evaluation.runs import InconsistentRun, headline_rows, list_runs, pick_controls, read_run
 from brainage_nb.workspace import MissingInput, write_csv
 from tests.evaluation.fake_workspace import (
     cohort_frame,
@@ -108,14 +108,14 @@ def test_a_missing_run_names_the_notebook_that_makes_it(tmp_path, scans):
 
 def test_controls_are_those_of_the_cohort_rules_and_everybody_counts_without_diagnoses():
     rows = pd.DataFrame({"diagnosis": ["Control", "AD", "", "CTL"], "subject_id": list("abcd")})
-    assert controls_of(rows).index.tolist() == [0, 3]
-    assert len(controls_of(rows.assign(diagnosis=""))) == 4
-    assert len(controls_of(rows.drop(columns="diagnosis"))) == 4
+    assert pick_controls(rows).index.tolist() == [0, 3]
+    assert len(pick_controls(rows.assign(diagnosis=""))) == 4
+    assert len(pick_controls(rows.drop(columns="diagnosis"))) == 4
 
 
 def test_diagnoses_without_a_word_for_controls_are_refused_by_name():
     with pytest.raises(CorrectionRefused, match=r"G1 2, G2 1.*Set control_words .* notebook 01"):
-        controls_of(pd.DataFrame({"diagnosis": ["G1", "G2", "G1"], "subject_id": list("abc")}))
+        pick_controls(pd.DataFrame({"diagnosis": ["G1", "G2", "G1"], "subject_id": list("abc")}))
 
 
 def test_the_mean_predictor_counts_a_subject_once(tmp_path):
