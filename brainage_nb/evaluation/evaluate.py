@@ -29,10 +29,12 @@ from brainage_nb.evaluation.correction import (
 from brainage_nb.evaluation.external import ExternalEvaluation
 from brainage_nb.evaluation.metrics import (
     Metrics,
-    figures_as_text,
+    flat,
     measure_rows,
     metrics_by_group,
     paired_difference,
+    text_table,
+    titled,
 )
 from brainage_nb.evaluation.runs import (
     InconsistentRun,
@@ -367,9 +369,9 @@ def headline_table(results: dict[str, Any], split: str = "test") -> pd.DataFrame
     """The raw figures of one split as text, one row per run: `7.10 [6.20, 8.00]`, each MAE beside the mean
     predictor's."""
     rows = {
-        name: {"scans": parts[split]["n"], "subjects": parts[split]["n_subjects"]}
-        | figures_as_text(parts[split], HEADLINE)
+        name: flat(parts[split])
         for name, parts in results.items()
         if not name.startswith("_") and split in parts
     }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(f"run, {split}")
+    columns = {"scans": "n", "subjects": "n_subjects", **titled(*HEADLINE)}
+    return text_table(rows.values(), columns).set_axis(list(rows)).rename_axis(f"run, {split}")

@@ -87,13 +87,15 @@ def metrics_by_split(predictions: pd.DataFrame, variant: str) -> pd.DataFrame:
     variant : str
         Which rows count: the headline of the run's `settings.json`.
     """
-    rows = {}
-    headline = predictions[predictions["variant"] == variant] if len(predictions) else predictions
+    if not len(predictions):
+        return pd.DataFrame()
+    reference_age, rows = mean_training_age(predictions), {}
     for split in ("train", "val", "test"):
-        if len(headline) and len(part := headline[headline["split"] == split]):
-            figures = measure_rows(part, reference_age=mean_training_age(predictions))
-            rows[split] = {"scans": len(part)} | figures_as_text(figures, ("mae", "mean_predictor_mae", "r"))
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("split")
+        part = predictions[(predictions["variant"] == variant) & (predictions["split"] == split)]
+        if len(part):
+            rows[split] = flat(measure_rows(part, reference_age=reference_age))
+    table = text_table(rows.values(), {"scans": "n", **titled("mae", "mean_predictor_mae", "r")})
+    return table.set_axis(list(rows)).rename_axis("split")
 
 
 def metrics_by_group(predictions: pd.DataFrame, by: str, **options: Any) -> pd.DataFrame:
@@ -229,14 +231,28 @@ def with_interval(figure: Mapping[str, Any], digits: int = 2, key: str = "value"
     return f"{value:.{digits}f}{ends}"
 
 
-def figures_as_text(figures: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """Chosen metrics, nested or `flat`, as {title: text with interval}."""
-    return {
-        TITLES[name]: with_interval(figures[name])
-        if isinstance(figures[name], dict)
-        else with_interval(figures, key=name)
-        for name in names
-    }
+def text_table(
+    rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], digits: int = 2
+) -> pd.DataFrame:
+    """Rows of `flat` figures as a table for people: what has an interval as `with_interval`, the rest as is.
+
+    Parameters
+    ----------
+    rows : iterable of mappings
+    columns : mapping
+        Title of each column -> its key in the rows; `titled` gives those of metrics.
+    """
+
+    def cell(row: Mapping[str, Any], key: str) -> Any:
+        has_interval = key == "value" or f"{key}_low" in row
+        return with_interval(row, digits, key) if has_interval else row[key]
+
+    return pd.DataFrame([{title: cell(row, key) for title, key in columns.items()} for row in rows])
+
+
+def titled(*names: str) -> dict[str, str]:
+    """{title: name} of metrics, for `text_table`."""
+    return {TITLES[name]: name for name in names}
 
 
 def _resampled_sums(

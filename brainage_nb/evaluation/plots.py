@@ -88,7 +88,7 @@ def draw_predicted_vs_true(
     shown = interval is not None and np.isfinite(interval[0]).all() and len(age) <= 300
     if shown:
         ax.vlines(age, *interval, color=SKY, lw=0.8, alpha=0.6, label=f"{level:.0%} interval", zorder=1)
-    _scatter(ax, age, predicted, BLUE, "a scan")
+    _draw_points(ax, age, predicted, BLUE)
     _draw_identity(ax, age, *(interval if shown else [predicted]))
     if reference_age is not None:
         ax.axhline(reference_age, color=VERMILLION, ls="--", lw=1.2, label="mean predictor", zorder=2)
@@ -100,31 +100,48 @@ def draw_predicted_vs_true(
     return label_axes(ax, title, TRUE_AGE, "predicted age [years]")
 
 
-def draw_correction(
-    age: np.ndarray, predicted: np.ndarray, intercept: float, slope: float, *, ax: Axes, title: str
+def draw_points_and_line(
+    x: np.ndarray,
+    y: np.ndarray,
+    *,
+    ax: Axes,
+    labels: tuple[str, str, str],
+    line: tuple[float, float] | None = None,
+    words: str = "",
+    colour: str = BLUE,
+    zero: bool = False,
 ) -> Axes:
-    """The points (n,) that the bias correction was fitted on and its line, predicted = intercept + slope *
-    age (years)."""
-    _scatter(ax, age, predicted, BLUE, "a scan")
-    _draw_identity(ax, age, predicted)
-    _draw_line(ax, age, intercept, slope, f"{intercept:.1f} + {slope:.2f} × age")
-    legend_under(ax, ncols=2)
-    return label_axes(ax, title, TRUE_AGE, "predicted age [years]")
+    """Points and a straight line (red) beside the one they would ideally lie on (black).
 
+    Predicted against true age with the line of the correction, gaps against age (any slope is age bias, not
+    biology), or recovered against planted gaps.
 
-def draw_gap_vs_age(
-    age: np.ndarray, gap: np.ndarray, *, ax: Axes, title: str, colour: str = BLUE, ylabel: str = "gap [years]"
-) -> Axes:
-    """Brain-age gap against true age with its straight line: any slope is age bias, not biology."""
-    ax.axhline(0, color="black", lw=1, zorder=1)
-    _scatter(ax, age, gap, colour)
-    if len(age) > 2 and np.ptp(age) > 0:
-        slope, intercept = np.polyfit(age, gap, 1)
-        _draw_line(ax, age, intercept, slope, f"{slope:+.2f} years per year of age")
-        legend_under(ax)
-    reach = 1.15 * max(1.0, float(np.abs(gap).max()))
-    ax.set_ylim(-reach, reach)
-    return label_axes(ax, title, TRUE_AGE, ylabel)
+    Parameters
+    ----------
+    x, y : array (n,)
+        Years.
+    labels : (title, x label, y label)
+    line : (intercept, slope), optional
+        The red line; fitted to the points where not given and there are more than two.
+    words : str
+        What the legend says of it, such as `{slope:+.2f} years per year of age`; empty: no legend.
+    zero : bool
+        The ideal is y = 0 instead of y = x.
+    """
+    _draw_points(ax, x, y, colour)
+    if zero:
+        ax.axhline(0, color="black", lw=1, zorder=1)
+    else:
+        _draw_identity(ax, x, y)
+    if line is None and len(x) > 2 and np.ptp(x) > 0:
+        line = np.polyfit(x, y, 1)[::-1]
+    if line is not None:
+        (intercept, slope), ends = line, np.array([np.min(x), np.max(x)])
+        label = words.format(intercept=intercept, slope=slope)
+        ax.plot(ends, intercept + slope * ends, color=VERMILLION, lw=1.5, label=label, zorder=4)
+    if words:
+        legend_under(ax, ncols=2)
+    return label_axes(ax, *labels)
 
 
 def draw_training_curve(
@@ -204,24 +221,9 @@ def draw_estimates(
     return label_axes(ax, title, xlabel, "")
 
 
-def draw_planted_vs_recovered(planted: np.ndarray, recovered: np.ndarray, *, ax: Axes, title: str) -> Axes:
-    """Gap planted in the known-answer cohort against the gap found (years), with the line of perfect recovery
-    (black) and the straight line through the dots (red)."""
-    _draw_identity(ax, planted, recovered)
-    _scatter(ax, planted, recovered, GREEN)
-    slope, intercept = np.polyfit(planted, recovered, 1)
-    _draw_line(ax, planted, intercept, slope)
-    return label_axes(ax, title, "planted gap [years]", "recovered gap [years]")
-
-
-def _scatter(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str, label: str | None = None) -> None:
+def _draw_points(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str) -> None:
     size, alpha = (22, 0.8) if len(x) < 300 else (6, 0.35)
-    ax.scatter(x, y, color=colour, label=label, s=size, alpha=alpha, linewidths=0, zorder=3)
-
-
-def _draw_line(ax: Axes, x: np.ndarray, intercept: float, slope: float, label: str | None = None) -> None:
-    ends = np.array([np.min(x), np.max(x)])
-    ax.plot(ends, intercept + slope * ends, color=VERMILLION, lw=1.5, label=label, zorder=4)
+    ax.scatter(x, y, color=colour, label="a scan", s=size, alpha=alpha, linewidths=0, zorder=3)
 
 
 def _draw_identity(ax: Axes, *values: np.ndarray) -> None:
@@ -327,20 +329,22 @@ def _draw_predicted(found: RunEvaluation) -> Drawn:
     )
 
 
-def _draw_bias_line(found: RunEvaluation) -> Drawn:
+def _draw_correction(found: RunEvaluation) -> Drawn:
     corrector, test = found.calibration.corrector, found.test
     if corrector is None:
         return None
-    fitted_on = found.run.calibration_rows()
-    kind = "out-of-fold" if found.run.folds else "validation"
+    fitted_on, kind = found.run.calibration_rows(), "out-of-fold" if found.run.folds else "validation"
     figure, axes = new_figure(2, width=3.7, height=4.1)
-    line = (corrector.intercept_, corrector.slope_)
-    title = f"fitted on {kind} controls, n = {len(fitted_on)} scans"
-    draw_correction(fitted_on["age"], fitted_on["predicted_age"], *line, title=title, ax=axes[0])
-    title = f"test, corrected without true age, n = {len(test)} scans"
-    line = np.polyfit(test["age"], test["corrected_age"], 1)[::-1] if np.ptp(test["age"]) else (0, 1)
-    draw_correction(test["age"], test["corrected_age"], *line, title=title, ax=axes[1])
-    axes[1].set_ylabel("corrected age [years]")
+    for ax, rows, column, line, title in (
+        (
+            axes[0], fitted_on, "predicted_age", (corrector.intercept_, corrector.slope_),
+            f"fitted on {kind} controls, n = {len(fitted_on)} scans",
+        ),
+        (axes[1], test, "corrected_age", None, f"test, corrected without true age, n = {len(test)} scans"),
+    ):  # fmt: skip
+        labels = (title, TRUE_AGE, f"{column.replace('_', ' ')} [years]")
+        words = "{intercept:.1f} + {slope:.2f} × age"
+        draw_points_and_line(rows["age"], rows[column], line=line, words=words, labels=labels, ax=ax)
     return figure, (
         ": left, the line of the correction on the points that it was fitted on; right, test scans after "
         "the correction that needs no true age, with the line through them. The nearer red is to black, the "
@@ -349,24 +353,25 @@ def _draw_bias_line(found: RunEvaluation) -> Drawn:
 
 
 def _draw_gaps(found: RunEvaluation) -> Drawn:
-    rows, panels = found.test, [("gap", "raw gap", BLUE)]
-    caption = ", test scans: predicted minus true age against true age. A sloping red line is age bias of the"
-    caption += " model."
-    if found.calibration.corrector:
+    corrected, panels = found.calibration.corrector is not None, [("gap", "raw gap", BLUE)]
+    if corrected:
         panels += [
             ("corrected_gap", "gap of age-free\ncorrected prediction", PURPLE),
             ("adjusted_gap", "gap adjusted\nby true age", GREEN),
         ]
-    else:
-        caption += " The correction was refused, so only the raw gap is shown."
-    figure, axes = new_figure(len(panels), width=2.9 if len(panels) > 1 else 4.4, height=3.1)
-    reach = 1.3 * float(np.abs(rows[[column for column, _, _ in panels]].to_numpy()).max())
+    figure, axes = new_figure(len(panels), width=2.9 if corrected else 4.4, height=3.1)
+    reach = 1.3 * max(found.test[column].abs().max() for column, _, _ in panels)
+    words = "{slope:+.2f} years per year of age"
     for ax, (column, title, colour) in zip(np.atleast_1d(axes), panels, strict=True):
-        bias = regression_metrics(rows["age"], rows["age"] + rows[column], n_bootstrap=0)["gap_age_r"]
-        title += f"\nr with age {with_interval(bias)}, n = {len(rows)}"
-        draw_gap_vs_age(rows["age"], rows[column], title=title, colour=colour, ax=ax)
+        age, gap = found.test["age"], found.test[column]
+        bias = regression_metrics(age, age + gap, n_bootstrap=0)["gap_age_r"]
+        labels = (f"{title}\nr with age {with_interval(bias)}, n = {len(gap)}", TRUE_AGE, "gap [years]")
+        draw_points_and_line(age, gap, words=words, labels=labels, colour=colour, zero=True, ax=ax)
         ax.set_ylim(-reach, reach)
-    return figure, caption
+    return figure, (
+        ", test scans: predicted minus true age against true age. A sloping red line is the model's age bias."
+        + ("" if corrected else " The correction was refused, so only the raw gap is shown.")
+    )
 
 
 def _draw_intervals(found: RunEvaluation) -> Drawn:
@@ -413,9 +418,11 @@ def _draw_planted(found: RunEvaluation) -> Drawn:
     figure, axes = new_figure(len(recovered), width=2.9, height=3.4)
     for ax, row in zip(np.atleast_1d(axes), recovered, strict=True):
         kind = row["kind"].replace("gap of the age-free corrected prediction", "age-free corrected gap")
-        title = f"{kind}\nr {with_interval(row, key='r')}, n = {row['n']}"
-        title += f"\nslope {with_interval(row, key='slope')}"
-        draw_planted_vs_recovered(rows["planted_gap"], rows[RECOVERED_KINDS[row["kind"]]], title=title, ax=ax)
+        r, slope = with_interval(row, key="r"), with_interval(row, key="slope")
+        title = f"{kind}\nr {r}, n = {row['n']}\nslope {slope}"
+        labels = (title, "planted gap [years]", "recovered gap [years]")
+        gap = rows[RECOVERED_KINDS[row["kind"]]]
+        draw_points_and_line(rows["planted_gap"], gap, labels=labels, colour=GREEN, ax=ax)
     return figure, (
         ": the gap that was planted in each test scan against the gap the model found. Black: found as "
         "planted; red: straight line through the dots."
@@ -425,7 +432,7 @@ def _draw_planted(found: RunEvaluation) -> Drawn:
 RUN_FIGURES = {
     ("training", "training"): _draw_training,
     ("predicted_vs_true", "accuracy"): _draw_predicted,
-    ("correction", "bias"): _draw_bias_line,
+    ("correction", "bias"): _draw_correction,
     ("gap_vs_age", "bias"): _draw_gaps,
     ("intervals", "intervals"): _draw_intervals,
     ("groups", "groups"): _draw_groups,

@@ -17,7 +17,7 @@ from brainage_nb.evaluation.cautions import TEST_OBJECT
 from brainage_nb.evaluation.correction import WHY_GAP_ONLY
 from brainage_nb.evaluation.evaluate import HEADLINE, Evaluation, headline_table
 from brainage_nb.evaluation.external import ExternalEvaluation
-from brainage_nb.evaluation.metrics import figures_as_text, with_interval
+from brainage_nb.evaluation.metrics import flat, text_table, titled, with_interval
 from brainage_nb.evaluation.plots import ReportFigure, draw_figures
 from brainage_nb.evaluation.runs import OUT_OF_FOLD, RunEvaluation
 from brainage_nb.platforms import version_of
@@ -27,8 +27,6 @@ from brainage_nb.workspace import Workspace, write_csv, write_json, write_text
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-EXTERNAL_FIGURES = ("mae", "mean_predictor_mae", "r", "mean_gap")
-GROUP_FIGURES = ("mae", "mean_predictor_mae", "mean_gap")
 SPLIT_WORDS = {
     "train": "training (the model has seen these)",
     "val": "validation (may have chosen the best epoch)",
@@ -40,6 +38,26 @@ KNOWN_WORDS = {
     "ours": "this model",
     "attainable": "attainable: best regression on the planted anatomy",
     "oracle": "oracle: knows the planted brain age",
+}
+KNOWN_COLUMNS = {
+    "who predicts": "who",
+    "MAE on test [years]": "test",
+    "MAE on the whole cohort, as in notebook 01 [years]": "cohort",
+}
+RECOVERED_COLUMNS = {"kind of gap": "kind", "n": "n", "r with planted": "r", "slope on planted": "slope"}
+COVERAGE_COLUMNS = {
+    "true age [years]": "group",
+    "scans": "n",
+    "inside [%]": "coverage",
+    "width [years]": "mean_width",
+}
+DIAGNOSIS_COLUMNS = {
+    "diagnosis": "diagnosis",
+    "subjects": "n_subjects",
+    "controls": "n_controls",
+    "gap difference [years]": "difference",
+    "adjusted difference [years]": "adjusted",
+    "adjusted for": "adjusted_for",
 }
 PACKAGES = (
     "brainage-nb", "torch", "monai", "numpy", "pandas", "scikit-learn", "scipy", "statsmodels", "matplotlib",
@@ -137,32 +155,26 @@ def headline_sentences(evaluation: Evaluation) -> list[str]:
 
 def other_splits(evaluation: Evaluation) -> pd.DataFrame:
     """Raw figures of the other splits, each row named for what it can be used for."""
-    return pd.DataFrame(
-        [
-            {"run": name, "split": SPLIT_WORDS[split], "scans": figures["n"]}
-            | figures_as_text(figures, ("mae", "mean_predictor_mae", "r", "gap_age_r"))
-            for name, found in evaluation.runs.items()
-            for split, figures in found.metrics.items()
-            # With folds, train and validation rows are out-of-fold too: one row says all of it.
-            if split != "test" and (split == OUT_OF_FOLD or not found.run.folds)
-        ]
-    )
+    rows = [
+        {"run": name, "part": SPLIT_WORDS[split]} | flat(figures)
+        for name, found in evaluation.runs.items()
+        for split, figures in found.metrics.items()
+        # With folds, train and validation rows are out-of-fold too: one row says all of it.
+        if split != "test" and (split == OUT_OF_FOLD or not found.run.folds)
+    ]
+    figures = titled("mae", "mean_predictor_mae", "r", "gap_age_r")
+    return text_table(rows, {"run": "run", "split": "part", "scans": "n", **figures})
 
 
 def comparison_table(evaluation: Evaluation) -> pd.DataFrame:
     """Paired MAE differences as text."""
-    rows = []
-    for row in evaluation.comparisons.to_dict("records"):
+    rows = evaluation.comparisons.to_dict("records")
+    for row in rows:
         nearer = row["a"] if row["high"] < 0 else row["b"] if row["low"] > 0 else ""
-        rows.append(
-            {
-                "compared": f"{row['a']} minus {row['b']}",
-                "MAE difference [years]": with_interval(row),
-                "test scans": row["n"],
-                "reads": f"{nearer} is nearer" if nearer else "no difference shown",
-            }
-        )
-    return pd.DataFrame(rows)
+        row["compared"] = f"{row['a']} minus {row['b']}"
+        row["reads"] = f"{nearer} is nearer" if nearer else "no difference shown"
+    columns = {"compared": "compared", "MAE difference [years]": "value", "test scans": "n", "reads": "reads"}
+    return text_table(rows, columns)
 
 
 def known_tables(evaluation: Evaluation) -> dict[str, dict[str, pd.DataFrame]]:
@@ -170,31 +182,18 @@ def known_tables(evaluation: Evaluation) -> dict[str, dict[str, pd.DataFrame]]:
     `recovered`."""
     tables = {}
     for name, found in evaluation.runs.items():
-        if not found.known:
+        if not (known := found.known):
             continue
-        cohort = found.known["mae_whole_cohort"]
-        errors = found.known["mae"] | {"mean": found.metrics["test"]["mean_predictor_mae"]}
-        shown = [
-            {
-                "who predicts": words,
-                "MAE on test [years]": with_interval(errors[key]),
-                "MAE on the whole cohort, as in notebook 01 [years]": with_interval(cohort[key])
-                if key in cohort
-                else "–",
-            }
+        errors = known["mae"] | {"mean": found.metrics["test"]["mean_predictor_mae"]}
+        rows = [
+            flat({"who": words, "test": errors[key], "cohort": known["mae_whole_cohort"].get(key, "–")})
             for key, words in KNOWN_WORDS.items()
             if key in errors
         ]
-        recovered = [
-            {
-                "kind of gap": row["kind"],
-                "n": row["n"],
-                "r with planted": with_interval(row, key="r"),
-                "slope on planted": with_interval(row, key="slope"),
-            }
-            for row in found.known["recovered"]
-        ]
-        tables[name] = {"errors": pd.DataFrame(shown), "recovered": pd.DataFrame(recovered)}
+        tables[name] = {
+            "errors": text_table(rows, KNOWN_COLUMNS),
+            "recovered": text_table(known["recovered"], RECOVERED_COLUMNS),
+        }
     return tables
 
 
@@ -220,87 +219,42 @@ def flat_settings(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def bias_table(found: RunEvaluation) -> pd.DataFrame:
     """Slope and gap-age r before and after, as text; empty where the correction was refused."""
-    rows = [
-        {
-            "scans": row["split"],
-            "form": row["kind"],
-            "slope": "no prediction"
-            if row["kind"].startswith("gap")
-            else with_interval({"value": row["slope"]}),
-            "gap-age r": with_interval({"value": row["gap_age_r"]}),
-        }
-        for row in found.bias.to_dict("records")
-    ]
-    return pd.DataFrame(rows)
+    rows = found.bias.to_dict("records")
+    for row in rows:
+        row |= {name: with_interval({"value": row[name]}) for name in ("slope", "gap_age_r")}
+        row["slope"] = "no prediction" if row["kind"].startswith("gap") else row["slope"]
+    return text_table(rows, {"scans": "split", "form": "kind", **titled("slope", "gap_age_r")})
 
 
 def coverage_table(found: RunEvaluation) -> pd.DataFrame:
     """Coverage and width of the prediction interval by age bin, as text."""
-    rows = found.coverage.assign(
-        **{name: 100 * found.coverage[name] for name in ("coverage", "coverage_low", "coverage_high")}
-    )
-    return pd.DataFrame(
-        [
-            {
-                "true age [years]": row["group"],
-                "scans": row["n"],
-                "inside [%]": with_interval(row, 0, key="coverage"),
-                "width [years]": f"{row['mean_width']:.1f}".replace("inf", "infinite"),
-            }
-            for row in rows.to_dict("records")
-        ]
-    )
+    table = found.coverage.copy()
+    table[["coverage", "coverage_low", "coverage_high"]] *= 100
+    table["mean_width"] = [f"{width:.1f}".replace("inf", "infinite") for width in table["mean_width"]]
+    return text_table(table.to_dict("records"), COVERAGE_COLUMNS, digits=0)
 
 
 def groups_table(found: RunEvaluation) -> pd.DataFrame:
     """Raw figures by group, as text."""
-    return pd.DataFrame(
-        [
-            {
-                "by": row["by"].replace("_", " "),
-                "group": row["group"],
-                "scans": row["n"],
-                "subjects": row["n_subjects"],
-            }
-            | figures_as_text(row, GROUP_FIGURES)
-            for row in found.groups.to_dict("records")
-        ]
-    )
+    figures = titled("mae", "mean_predictor_mae", "mean_gap")
+    columns = {"by": "by", "group": "group", "scans": "n", "subjects": "n_subjects", **figures}
+    return text_table(found.groups.replace({"by": {"age_bin": "age"}}).to_dict("records"), columns)
 
 
 def diagnosis_table(found: RunEvaluation) -> pd.DataFrame:
     """Gap differences between diagnoses, as text."""
-    return pd.DataFrame(
-        [
-            {
-                "diagnosis": row["diagnosis"],
-                "subjects": row["n_subjects"],
-                "controls": row["n_controls"],
-                "gap difference [years]": with_interval(row, key="difference"),
-                "adjusted difference [years]": with_interval(row, key="adjusted"),
-                "adjusted for": row["adjusted_for"],
-            }
-            for row in found.diagnosis.to_dict("records")
-        ]
-    )
+    return text_table(found.diagnosis.to_dict("records"), DIAGNOSIS_COLUMNS)
 
 
 def external_tables(found: ExternalEvaluation) -> dict[str, pd.DataFrame]:
     """Another cohort as text: `raw` figures of all its scans, `offsets` of its sites and, where named
     controls calibrated, the `rest` of it before and after."""
-    raw = {"scans": found.metrics["n"], "subjects": found.metrics["n_subjects"]}
-    offsets = [
-        {"site": row["site"], "controls' mean gap [years]": with_interval(row), "scans": row["n"]}
-        for row in found.offsets.to_dict("records")
-    ]
-    rest = [
-        {"form": row["form"], "scans": row["n"]} | figures_as_text(row, EXTERNAL_FIGURES)
-        for row in found.rest.to_dict("records")
-    ]
+    figures = {"scans": "n", **titled("mae", "mean_predictor_mae", "r", "mean_gap")}
+    offsets = {"site": "site", "controls' mean gap [years]": "value", "scans": "n"}
     return {
-        "raw": pd.DataFrame([raw | figures_as_text(found.metrics, EXTERNAL_FIGURES)]),
-        "offsets": pd.DataFrame(offsets),
-        "rest": pd.DataFrame(rest),
+        "raw": text_table([flat(found.metrics)], {"subjects": "n_subjects", **figures}),
+        "offsets": text_table(found.offsets.to_dict("records"), offsets),
+        "rest": text_table(found.rest.to_dict("records"), {"form": "form", **figures}),
     }
 
 
@@ -340,10 +294,8 @@ def write_report(
 
 
 def _report_html(evaluation: Evaluation, figures: list[tuple[ReportFigure, str]], title: str) -> str:
-    ws, runs = evaluation.workspace, evaluation.runs
     headline = headline_table(evaluation.results).T.rename_axis(index="test, raw", columns=None)
-    per_run = {"bias": bias_table, "coverage": coverage_table, "groups": groups_table}
-    per_run["diagnosis"] = diagnosis_table
+    versions = pd.DataFrame({"package": PACKAGES, "version": [version_of(name) for name in PACKAGES]})
     return (
         _templates()
         .get_template("report.html.j2")
@@ -352,19 +304,10 @@ def _report_html(evaluation: Evaluation, figures: list[tuple[ReportFigure, str]]
             when=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
             evaluation=evaluation,
             headline=headline.reset_index(),
-            sentences=headline_sentences(evaluation),
-            other_splits=other_splits(evaluation),
-            cohort=cohort_table(ws),
-            dropped=dropped_table(ws),
-            splits=splits_table(ws),
+            known=known_tables(evaluation),
             figures=figures,
             why_gap_only=WHY_GAP_ONLY,
-            comparisons=comparison_table(evaluation),
-            known=known_tables(evaluation),
-            external={name: external_tables(found) for name, found in evaluation.external.items()},
-            settings=settings_table(evaluation),
-            versions=pd.DataFrame({"package": PACKAGES, "version": [version_of(name) for name in PACKAGES]}),
-            **{key: {name: make(found) for name, found in runs.items()} for key, make in per_run.items()},
+            versions=versions,
         )
     )
 
@@ -388,25 +331,17 @@ def model_card(evaluation: Evaluation, run: str = "") -> str:
 
 
 def _card_content(evaluation: Evaluation, name: str) -> dict[str, Any]:
-    ws, found = evaluation.workspace, evaluation.runs[name]
-    cohort, test = ws.read("cohort.csv"), found.metrics["test"]
-    figures = figures_as_text(test, HEADLINE)
+    found, cohort = evaluation.runs[name], evaluation.workspace.read("cohort.csv")
+    figures = text_table([flat(found.metrics["test"])], titled(*HEADLINE)).T.reset_index()
     return {
         "name": name,
         "when": datetime.now(UTC).strftime("%Y-%m-%d"),
         "version": version_of("brainage-nb"),
-        "settings": flat_settings(found.run.settings),
-        "fingerprint": found.run.settings.get("fingerprint", "not recorded"),
+        "workspace": evaluation.workspace,
+        "found": found,
+        "figures": figures.set_axis(["figure", "value [95 % interval]"], axis=1),
         "sources": sorted(set(cohort.get("source", ())) - {""}),
         "sites": sorted(set(cohort.get("site", ())) - {""}),
-        "training": found.run.part("train"),
-        "test": test,
-        "figures": pd.DataFrame({"figure": figures.keys(), "value [95 % interval]": figures.values()}),
-        "splits": splits_table(ws),
-        "groups": groups_table(found),
-        "calibration": found.calibration,
-        "coverage": coverage_table(found).iloc[0],
-        "diagnosed": "diagnosis" in found.run.predictions,
         "recipe_elsewhere": "" if evaluation.is_test_object else recipe_elsewhere(found.run.settings),
         "test_object": TEST_OBJECT if evaluation.is_test_object else "",
         "warnings": [text for text in evaluation.warnings if text.startswith(f"{name}:")],
@@ -426,6 +361,12 @@ def recipe_elsewhere(settings: Mapping[str, Any]) -> str:
     return f"{MEASURED[recipe]} {NOT_SHOWN}" if recipe == prepared and recipe in MEASURED else ""
 
 
+TABLES = (
+    cohort_table, dropped_table, splits_table, headline_sentences, other_splits, comparison_table,
+    settings_table, flat_settings, bias_table, coverage_table, groups_table, diagnosis_table, external_tables,
+)  # fmt: skip
+
+
 @cache
 def _templates() -> Environment:
     """The jinja2 environment of report and card; text is escaped in the page."""
@@ -438,6 +379,7 @@ def _templates() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"table": as_html_table, "markdown": as_markdown}
+    environment.globals |= {make.__name__: make for make in TABLES}
     return environment
 
 

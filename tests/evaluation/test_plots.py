@@ -7,6 +7,8 @@ from brainage_nb.evaluation import plots
 from brainage_nb.evaluation.correction import coverage
 from brainage_nb.evaluation.metrics import regression_metrics
 
+LABELS = ("title", "x", "y")
+
 
 @pytest.fixture
 def ax():
@@ -57,7 +59,9 @@ def test_intervals_are_drawn_inside_the_axes_and_left_out_where_infinite(ax, mad
 
 def test_the_line_through_gaps_has_their_slope(ax):
     age = np.linspace(20, 80, 30)
-    plots.draw_gap_vs_age(age, 5 - 0.3 * (age - 50), title="gaps", ax=ax)
+    plots.draw_points_and_line(
+        age, 5 - 0.3 * (age - 50), words="{slope:+.2f} years per year of age", labels=LABELS, zero=True, ax=ax
+    )
     assert "-0.30 years per year of age" in [text.get_text() for text in ax.get_legend().get_texts()]
 
 
@@ -81,7 +85,7 @@ def test_coverage_estimates_and_planted_gaps_are_drawn(made):
     plots.draw_coverage(coverage(age, predicted - 9, predicted + 9), 0.9, ax=axes[0])
     table = pd.DataFrame({"label": ["a", "b"], "value": [1.0, 2], "low": [0.5, np.nan], "high": [2, np.nan]})
     plots.draw_estimates(table, title="two", xlabel="MAE [years]", zero=True, ax=axes[1])
-    plots.draw_planted_vs_recovered(age - 50, 0.5 * (age - 50), title="gap", ax=axes[2])
+    plots.draw_points_and_line(age - 50, 0.5 * (age - 50), labels=LABELS, ax=axes[2])
     assert [text.get_text() for text in axes[1].get_yticklabels()] == ["a", "b"]
     x, y = axes[2].get_lines()[1].get_data()
     assert np.diff(y) / np.diff(x) == pytest.approx(0.5)
@@ -90,7 +94,8 @@ def test_coverage_estimates_and_planted_gaps_are_drawn(made):
 
 def test_the_line_of_the_correction_lies_on_its_points(ax, made):
     age, _ = made
-    plots.draw_correction(age, 15 + 0.7 * age, 15.0, 0.7, title="fit", ax=ax)
+    words = "{intercept:.1f} + {slope:.2f} × age"
+    plots.draw_points_and_line(age, 15 + 0.7 * age, line=(15.0, 0.7), words=words, labels=LABELS, ax=ax)
     points, (identity, line) = ax.collections[0].get_offsets(), ax.get_lines()
     assert np.array_equal(identity.get_xdata(), identity.get_ydata())
     assert np.interp(points[:, 0], *line.get_data()) == pytest.approx(points[:, 1])
@@ -99,6 +104,6 @@ def test_the_line_of_the_correction_lies_on_its_points(ax, made):
 
 def test_a_figure_is_written_as_png(tmp_path, made):
     figure, ax = new_figure()
-    plots.draw_gap_vs_age(made[0], made[1] - made[0], title="gaps", ax=ax)
+    plots.draw_points_and_line(*made, labels=LABELS, ax=ax)
     path = plots.ReportFigure("gap", "bias", figure, "").save(tmp_path / "figures")
     assert path.name == "gap.png" and path.read_bytes().startswith(b"\x89PNG")
