@@ -15,11 +15,6 @@ from brainage_nb.evaluation.metrics import age_bins, regression_metrics
 ENOUGH_SUBJECTS = 40
 LEVEL = 0.9
 HELD_OUT, OUT_OF_FOLD = "validation", "out-of-fold"
-WHY_GAP_ONLY = (
-    "The age-dependent adjustment subtracts what the fit expects at each subject's true age; a number that "
-    "was given the answer cannot say how well the answer is predicted, so it appears as a gap and never as "
-    "an accuracy."
-)
 
 
 class CorrectionRefused(ValueError):

@@ -126,7 +126,12 @@ def evaluate_external(
     rows["calibrates"] = rows["subject_id"].isin(set(calibrate_on))
     calibration, rest, offsets = {}, pd.DataFrame(), pd.DataFrame()
     options = {"reference_age": reference_age} | bootstrap
-    warnings = age_range_warnings(rows["age"], trained_ages)
+    (low, high), warnings = trained_ages, []
+    if outside := int((~rows["age"].between(low, high)).sum()):
+        warnings.append(
+            f"{outside} of {len(rows)} scans are of people outside the ages the model was trained on "
+            f"({low:.0f} to {high:.0f} years); its predictions there are extrapolations."
+        )
     try:
         offsets = site_offsets(rows, **bootstrap)
         if lost := sorted(set(_sites(rows)) - set(offsets.get("site", ()))):
@@ -161,18 +166,6 @@ def site_offsets(rows: pd.DataFrame, **bootstrap: int) -> pd.DataFrame:
 def _sites(rows: pd.DataFrame) -> pd.Series:
     sites = rows["site"] if "site" in rows else pd.Series("all", index=rows.index)
     return sites.fillna("").astype(str).replace("", "not known")
-
-
-def age_range_warnings(age: pd.Series, trained_ages: tuple[float, float]) -> list[str]:
-    """A sentence where ages lie outside what the model was trained on."""
-    low, high = trained_ages
-    n_outside = int((~age.between(low, high)).sum())
-    if not n_outside:
-        return []
-    return [
-        f"{n_outside} of {len(age)} scans are of people outside the ages the model was trained on ({low:.0f} "
-        f"to {high:.0f} years); its predictions there are extrapolations."
-    ]
 
 
 def _calibrate(rows: pd.DataFrame, names: Collection[str]) -> dict[str, Any]:

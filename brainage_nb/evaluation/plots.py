@@ -3,10 +3,10 @@ Computes no metric (they are given) and shows nothing by itself; a figure withou
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -192,18 +192,17 @@ def draw_calibration(curve: pd.DataFrame, *, ax: Axes) -> Axes:
     return label_axes(ax, title, "promised inside [%]", "inside [%]")
 
 
-def draw_estimates(
-    table: pd.DataFrame, *, ax: Axes, title: str, xlabel: str, zero: bool = False, reference: str = ""
-) -> Axes:
+def draw_estimates(table: pd.DataFrame, *, ax: Axes, labels: tuple[str, str], reference: str = "") -> Axes:
     """Estimates with intervals under each other: groups, models, differences.
 
     Parameters
     ----------
     table : DataFrame
-        Columns `label`, `value`, `low`, `high` and, optionally, a column named by `reference`, drawn as a
-        cross on the same row (the mean predictor's MAE beside ours).
-    zero : bool
-        Draw a line at 0 (for differences).
+        Columns `label`, `value`, `low`, `high`.
+    labels : (title, x label)
+    reference : str, optional
+        A column drawn as a cross on the same row (the mean predictor's MAE beside ours); without one the
+        estimates are differences, and 0 is marked.
     """
     y = np.arange(len(table))[::-1]
     ax.hlines(y, table["low"], table["high"], color=BLUE, lw=2)
@@ -212,13 +211,13 @@ def draw_estimates(
         ax.plot(table[reference], y, "x", color=VERMILLION, ms=6, mew=1.8, label=reference)
         ax.set_xlim(left=0)
         ax.figure.legend(loc="outside lower center", fontsize=SMALL, frameon=False, ncols=2)
-    if zero:
+    else:
         ax.axvline(0, color="black", lw=1, zorder=0)
     ax.set_yticks(y, table["label"])
     ax.set_ylim(-0.7, len(table) - 0.3)
     ax.grid(axis="x", color="#dddddd", lw=0.6)
     ax.set_axisbelow(True)
-    return label_axes(ax, title, xlabel, "")
+    return label_axes(ax, *labels, "")
 
 
 def _draw_points(ax: Axes, x: np.ndarray, y: np.ndarray, colour: str) -> None:
@@ -246,14 +245,26 @@ def draw_figures(evaluation: Evaluation) -> list[ReportFigure]:
     >>> [drawn.name for drawn in draw_figures(evaluation) if drawn.section == "bias"]
     ['correction_resnet18', 'gap_vs_age_resnet18']
     """
+    drawn = [ReportFigure("age_by_split", "splits", _draw_ages(evaluation), _caption(_draw_ages))]
+    for name, found in evaluation.runs.items():
+        for stem, (section, draw) in RUN_FIGURES.items():
+            if (figure := draw(found)) is not None:
+                figure.suptitle(name, fontsize=10, fontweight="bold")  # several runs have the same figures
+                drawn.append(ReportFigure(f"{stem}_{name}", section, figure, f"{name}: {_caption(draw)}"))
+    models = _draw_models(evaluation.runs)
+    drawn.append(ReportFigure("models_compared", "models", models, _caption(_draw_models)))
+    return drawn + [draw_external(name, found) for name, found in evaluation.external.items()]
+
+
+def _caption(draw: Callable[..., Any]) -> str:
+    return " ".join((draw.__doc__ or "").split())
+
+
+def _draw_ages(evaluation: Evaluation) -> Figure:
+    """Ages of the subjects in each split, five-year bins; a subject counts once."""
     figure, ax = new_figure(width=5.6, height=3.4)
     age_histogram(ax, evaluation.workspace.read("splits.csv"), by="split")
-    caption = "Ages of the subjects in each split, five-year bins; a subject counts once."
-    drawn = [ReportFigure("age_by_split", "splits", figure, caption)]
-    for name, found in evaluation.runs.items():
-        drawn += _draw_run(name, found)
-    drawn.append(_draw_models(evaluation.runs))
-    return drawn + [draw_external(name, found) for name, found in evaluation.external.items()]
+    return figure
 
 
 def draw_external(name: str, found: ExternalEvaluation) -> ReportFigure:
@@ -266,33 +277,20 @@ def draw_external(name: str, found: ExternalEvaluation) -> ReportFigure:
     return ReportFigure(f"external_{plain_name}", "external", figure, caption)
 
 
-def _draw_models(runs: dict[str, RunEvaluation]) -> ReportFigure:
+def _draw_models(runs: dict[str, RunEvaluation]) -> Figure:
+    """MAE on test with 95 % subject bootstrap, and the mean predictor's on the same scans. Further left is
+    better."""
     tests = {name: found.metrics["test"] for name, found in runs.items()}
     table = pd.DataFrame([{"label": name} | test["mae"] for name, test in tests.items()])
     table["mean predictor"] = [test["mean_predictor_mae"]["value"] for test in tests.values()]
     figure, ax = new_figure(width=6.2, height=1.3 + 0.45 * len(table))
-    title = "Error of each model on its test scans, raw"
-    draw_estimates(table, title=title, xlabel="MAE [years]", reference="mean predictor", ax=ax)
-    caption = (
-        "MAE on test with 95 % subject bootstrap, and the mean predictor's on the same scans. Further left "
-        "is better."
-    )
-    return ReportFigure("models_compared", "models", figure, caption)
+    labels = ("Error of each model on its test scans, raw", "MAE [years]")
+    draw_estimates(table, labels=labels, reference="mean predictor", ax=ax)
+    return figure
 
 
-def _draw_run(name: str, found: RunEvaluation) -> Iterator[ReportFigure]:
-    for (stem, section), draw in RUN_FIGURES.items():
-        drawn = draw(found)
-        if drawn is not None:
-            figure, caption = drawn
-            figure.suptitle(name, fontsize=10, fontweight="bold")  # several runs have the same figures
-            yield ReportFigure(f"{stem}_{name}", section, figure, f"{name}{caption}")
-
-
-Drawn = tuple[Any, str] | None  # a figure and its caption, to stand behind the run's name
-
-
-def _draw_training(found: RunEvaluation) -> Drawn:
+def _draw_training(found: RunEvaluation) -> Figure | None:
+    """How the run learned."""
     history = found.run.history.dropna(axis=1, how="all")
     panels = {
         label: columns
@@ -307,10 +305,12 @@ def _draw_training(found: RunEvaluation) -> Drawn:
     figure, axes = new_figure(len(panels), width=3.6, height=2.9)
     for ax, (label, columns) in zip(np.atleast_1d(axes), panels.items(), strict=True):
         draw_training_curve(history, columns, title=f"{label} by epoch", ylabel=label, ax=ax)
-    return figure, ": how the run learned."
+    return figure
 
 
-def _draw_predicted(found: RunEvaluation) -> Drawn:
+def _draw_predicted(found: RunEvaluation) -> Figure | None:
+    """Raw predicted age of test scans against true age. Dots on the black line are right; the dashed line is
+    what predicting the mean training age for everyone gives."""
     rows, interval = found.test, found.calibration.interval
     figure, ax = new_figure(width=5.0, height=5.2)
     draw_predicted_vs_true(
@@ -323,36 +323,34 @@ def _draw_predicted(found: RunEvaluation) -> Drawn:
         level=interval.level if interval else 0.0,
         ax=ax,
     )
-    return figure, (
-        ": raw predicted age of test scans against true age. Dots on the black line are right; the dashed "
-        "line is what predicting the mean training age for everyone gives."
-    )
+    return figure
 
 
-def _draw_correction(found: RunEvaluation) -> Drawn:
+def _draw_correction(found: RunEvaluation) -> Figure | None:
+    """Left, the line of the correction on the points that it was fitted on; right, test scans after the
+    correction that needs no true age, with the line through them. The nearer red is to black, the less age
+    bias there is."""
     corrector, test = found.calibration.corrector, found.test
     if corrector is None:
         return None
     fitted_on, kind = found.run.calibration_rows(), "out-of-fold" if found.run.folds else "validation"
     figure, axes = new_figure(2, width=3.7, height=4.1)
-    for ax, rows, column, line, title in (
-        (
-            axes[0], fitted_on, "predicted_age", (corrector.intercept_, corrector.slope_),
-            f"fitted on {kind} controls, n = {len(fitted_on)} scans",
-        ),
-        (axes[1], test, "corrected_age", None, f"test, corrected without true age, n = {len(test)} scans"),
-    ):  # fmt: skip
+    line, title = (
+        (corrector.intercept_, corrector.slope_),
+        f"fitted on {kind} controls, n = {len(fitted_on)} scans",
+    )
+    panels = [(fitted_on, "predicted_age", line, title)]
+    panels += [(test, "corrected_age", None, f"test, corrected without true age, n = {len(test)} scans")]
+    for ax, (rows, column, line, title) in zip(axes, panels, strict=True):
         labels = (title, TRUE_AGE, f"{column.replace('_', ' ')} [years]")
         words = "{intercept:.1f} + {slope:.2f} × age"
         draw_points_and_line(rows["age"], rows[column], line=line, words=words, labels=labels, ax=ax)
-    return figure, (
-        ": left, the line of the correction on the points that it was fitted on; right, test scans after "
-        "the correction that needs no true age, with the line through them. The nearer red is to black, the "
-        "less age bias there is."
-    )
+    return figure
 
 
-def _draw_gaps(found: RunEvaluation) -> Drawn:
+def _draw_gaps(found: RunEvaluation) -> Figure | None:
+    """Test scans: predicted minus true age against true age. A sloping red line is age bias of the model.
+    Where the correction was refused, only the raw gap is shown."""
     corrected, panels = found.calibration.corrector is not None, [("gap", "raw gap", BLUE)]
     if corrected:
         panels += [
@@ -368,37 +366,35 @@ def _draw_gaps(found: RunEvaluation) -> Drawn:
         labels = (f"{title}\nr with age {with_interval(bias)}, n = {len(gap)}", TRUE_AGE, "gap [years]")
         draw_points_and_line(age, gap, words=words, labels=labels, colour=colour, zero=True, ax=ax)
         ax.set_ylim(-reach, reach)
-    return figure, (
-        ", test scans: predicted minus true age against true age. A sloping red line is the model's age bias."
-        + ("" if corrected else " The correction was refused, so only the raw gap is shown.")
-    )
+    return figure
 
 
-def _draw_intervals(found: RunEvaluation) -> Drawn:
+def _draw_intervals(found: RunEvaluation) -> Figure | None:
+    """Left, the share of test scans whose true age lies in its interval, by age, with the uncertainty of that
+    share; right, the same for other levels."""
     interval = found.calibration.interval
     if interval is None or interval.support_:
         return None
     figure, axes = new_figure(2, width=3.8, height=3.1)
     draw_coverage(found.coverage, interval.level, ax=axes[0])
     draw_calibration(found.curve, ax=axes[1])
-    return figure, (
-        f": left, the share of test scans whose true age lies in its {interval.level:.0%} interval, by age, "
-        "with the uncertainty of that share; right, the same for other levels."
-    )
+    return figure
 
 
-def _draw_groups(found: RunEvaluation) -> Drawn:
+def _draw_groups(found: RunEvaluation) -> Figure | None:
+    """Raw error within groups of test scans, 95 % subject bootstrap; n counts scans."""
     names = {"mae": "value", "mae_low": "low", "mae_high": "high", "mean_predictor_mae": "mean predictor"}
     table = found.groups.rename(columns=names)
     by = table["by"].replace("age_bin", "age")
     table["label"] = by + " " + table["group"] + "  (n = " + table["n"].astype(str) + ")"
     figure, ax = new_figure(width=6.2, height=1.3 + 0.27 * len(table))
-    title = "Raw MAE on test by group"
-    draw_estimates(table, title=title, xlabel="MAE [years]", reference="mean predictor", ax=ax)
-    return figure, ": raw error within groups of test scans, 95 % subject bootstrap; n counts scans."
+    labels = ("Raw MAE on test by group", "MAE [years]")
+    draw_estimates(table, labels=labels, reference="mean predictor", ax=ax)
+    return figure
 
 
-def _draw_diagnosis(found: RunEvaluation) -> Drawn:
+def _draw_diagnosis(found: RunEvaluation) -> Figure | None:
+    """Mean gap of each diagnosis minus that of controls, test subjects, 95 % interval."""
     if found.diagnosis.empty:
         return None
     names = {"adjusted": "value", "adjusted_low": "low", "adjusted_high": "high"}
@@ -407,11 +403,13 @@ def _draw_diagnosis(found: RunEvaluation) -> Drawn:
     figure, ax = new_figure(width=6.2, height=1.4 + 0.35 * len(table))
     n_controls, adjusted_for = table[["n_controls", "adjusted_for"]].iloc[0]
     title = f"Gap beyond that of {n_controls} controls, adjusted for {adjusted_for}"
-    draw_estimates(table, title=title, xlabel="difference in gap [years]", zero=True, ax=ax)
-    return figure, ": mean gap of each diagnosis minus that of controls, test subjects, 95 % interval."
+    draw_estimates(table, labels=(title, "difference in gap [years]"), ax=ax)
+    return figure
 
 
-def _draw_planted(found: RunEvaluation) -> Drawn:
+def _draw_planted(found: RunEvaluation) -> Figure | None:
+    """The gap that was planted in each test scan against the gap the model found. Black: found as planted;
+    red: straight line through the dots."""
     if not found.known:
         return None
     recovered, rows = found.known["recovered"], found.planted
@@ -423,19 +421,16 @@ def _draw_planted(found: RunEvaluation) -> Drawn:
         labels = (title, "planted gap [years]", "recovered gap [years]")
         gap = rows[RECOVERED_KINDS[row["kind"]]]
         draw_points_and_line(rows["planted_gap"], gap, labels=labels, colour=GREEN, ax=ax)
-    return figure, (
-        ": the gap that was planted in each test scan against the gap the model found. Black: found as "
-        "planted; red: straight line through the dots."
-    )
+    return figure
 
 
-RUN_FIGURES = {
-    ("training", "training"): _draw_training,
-    ("predicted_vs_true", "accuracy"): _draw_predicted,
-    ("correction", "bias"): _draw_correction,
-    ("gap_vs_age", "bias"): _draw_gaps,
-    ("intervals", "intervals"): _draw_intervals,
-    ("groups", "groups"): _draw_groups,
-    ("diagnosis", "groups"): _draw_diagnosis,
-    ("planted_gap", "known"): _draw_planted,
+RUN_FIGURES = {  # name -> section and drawing; the docstring is the caption
+    "training": ("training", _draw_training),
+    "predicted_vs_true": ("accuracy", _draw_predicted),
+    "correction": ("bias", _draw_correction),
+    "gap_vs_age": ("bias", _draw_gaps),
+    "intervals": ("intervals", _draw_intervals),
+    "groups": ("groups", _draw_groups),
+    "diagnosis": ("groups", _draw_diagnosis),
+    "planted_gap": ("known", _draw_planted),
 }

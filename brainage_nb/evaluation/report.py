@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from brainage_nb.evaluation.cautions import TEST_OBJECT
-from brainage_nb.evaluation.correction import WHY_GAP_ONLY
 from brainage_nb.evaluation.evaluate import HEADLINE, Evaluation, headline_table
 from brainage_nb.evaluation.external import ExternalEvaluation
 from brainage_nb.evaluation.metrics import flat, text_table, titled, with_interval
@@ -62,47 +61,37 @@ DIAGNOSIS_COLUMNS = {
 PACKAGES = (
     "brainage-nb", "torch", "monai", "numpy", "pandas", "scikit-learn", "scipy", "statsmodels", "matplotlib",
 )  # fmt: skip
-# Of `benchmarks/accuracy.py` and `benchmarks/steadiness.py`; the README has the tables.
-MEASURED = {
-    "best": (
-        "On 121 people (IXI), at 4 mm, half the width, 5-fold cross-validation: MAE 5.17 years [4.46, 5.96], "
-        "r 0.92; at full width the same head tilted by up to 15 degrees moved an age by 0.3 years [0.3, 0.4] "
-        "on average (40 other people than it learned from)."
-    ),
-    "reference": (
-        "On 121 people (IXI), at 4 mm, half the width, 5-fold cross-validation: MAE 7.51 years [6.41, 8.63], "
-        "r 0.82; at full width the same head tilted by up to 15 degrees moved an age by 4.2 years [3.1, 5.2] "
-        "on average (40 other people than it learned from)."
-    ),
-}
-NOT_SHOWN = (
-    "One site, one scanner, 20 to 82 years: other scanners, ages and illnesses are not in these figures, and "
-    "neither is the model of this card."
-)
-
-
 # --- tables of text: of the workspace --------------------------------------------------------------------
 
 
-def cohort_table(ws: Workspace) -> pd.DataFrame:
-    """Who came in: scans, subjects, ages, sex by source and site."""
-    cohort = ws.read("cohort.csv")
-    cohort["initial"] = cohort["sex"].str.upper().str[:1] if "sex" in cohort else ""
-    keys = [name for name in ("source", "site") if name in cohort]
+def people_table(scans: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Who is in each group of scans: scans, subjects, ages and sex; a subject counts once in a group."""
     rows = []
-    for names, part in cohort.groupby(keys or [lambda _: "all"], dropna=False):
-        women, men = ((part.drop_duplicates("subject_id")["initial"] == initial).sum() for initial in "FM")
-        subjects, age = part["subject_id"].nunique(), part["age"]
-        rows.append(
-            dict(zip(keys, names, strict=False))
-            | {
-                "scans": len(part),
-                "subjects": subjects,
-                "ages [years]": f"{age.min():.1f} to {age.max():.1f} (mean {age.mean():.1f})",
-                "women / men / not known": f"{women} / {men} / {subjects - women - men}",
-            }
-        )
+    for names, part in scans.groupby(by, sort=False, dropna=False):
+        people = part.groupby("subject_id").first()
+        initial = people.get("sex", people["age"].astype(str)).str.upper().str[:1]
+        women, men, age = (initial == "F").sum(), (initial == "M").sum(), people["age"]
+        counts = {
+            "scans": len(part),
+            "subjects": len(people),
+            "ages [years]": f"{age.min():.1f} to {age.max():.1f} (mean {age.mean():.1f})",
+            "women / men / not known": f"{women} / {men} / {len(people) - women - men}",
+        }
+        rows.append(dict(zip(by, names, strict=True)) | counts)
     return pd.DataFrame(rows)
+
+
+def cohort_table(ws: Workspace) -> pd.DataFrame:
+    """Who came in, by source and site."""
+    cohort = ws.read("cohort.csv")
+    by = [name for name in ("source", "site") if name in cohort]
+    return people_table(cohort.sort_values(by), by)
+
+
+def splits_table(ws: Workspace) -> pd.DataFrame:
+    """Who is in each split."""
+    dealt, order = ws.read("splits.csv"), ["train", "val", "test"]
+    return people_table(dealt.sort_values("split", key=lambda names: names.map(order.index)), ["split"])
 
 
 def dropped_table(ws: Workspace) -> pd.DataFrame:
@@ -116,41 +105,7 @@ def dropped_table(ws: Workspace) -> pd.DataFrame:
     return table.sort_values("scans", ascending=False)
 
 
-def splits_table(ws: Workspace) -> pd.DataFrame:
-    """Subjects, scans and ages of each split."""
-    dealt, rows = ws.read("splits.csv"), []
-    for split in ("train", "val", "test"):
-        if len(part := dealt[dealt["split"] == split]):
-            people = part.groupby("subject_id")["age"].mean()
-            spread = f" ({people.std():.1f})" if len(people) > 1 else ""
-            rows.append(
-                {
-                    "split": split,
-                    "subjects": len(people),
-                    "scans": len(part),
-                    "mean age (SD) [years]": f"{people.mean():.1f}{spread}",
-                    "ages [years]": f"{part['age'].min():.1f} to {part['age'].max():.1f}",
-                }
-            )
-    return pd.DataFrame(rows)
-
-
 # --- of all runs -----------------------------------------------------------------------------------------
-
-
-def headline_sentences(evaluation: Evaluation) -> list[str]:
-    """What each run reached on test, in one sentence, beside the mean predictor."""
-    sentences = []
-    for name, found in evaluation.runs.items():
-        test = found.metrics["test"]
-        sentences.append(
-            f"{name}: on {test['n']} test scans of {test['n_subjects']} subjects that took no part in "
-            f"training, predicted and true age differ by {with_interval(test['mae'], 1)} years on average "
-            f"(MAE; r {with_interval(test['r'])}). Saying the mean training age, "
-            f"{found.run.reference_age:.1f} years, for everyone differs by "
-            f"{with_interval(test['mean_predictor_mae'], 1)} years."
-        )
-    return sentences
 
 
 def other_splits(evaluation: Evaluation) -> pd.DataFrame:
@@ -306,7 +261,6 @@ def _report_html(evaluation: Evaluation, figures: list[tuple[ReportFigure, str]]
             headline=headline.reset_index(),
             known=known_tables(evaluation),
             figures=figures,
-            why_gap_only=WHY_GAP_ONLY,
             versions=versions,
         )
     )
@@ -342,27 +296,26 @@ def _card_content(evaluation: Evaluation, name: str) -> dict[str, Any]:
         "figures": figures.set_axis(["figure", "value [95 % interval]"], axis=1),
         "sources": sorted(set(cohort.get("source", ())) - {""}),
         "sites": sorted(set(cohort.get("site", ())) - {""}),
-        "recipe_elsewhere": "" if evaluation.is_test_object else recipe_elsewhere(found.run.settings),
+        "recipe": "" if evaluation.is_test_object else measured_recipe(found.run.settings),
         "test_object": TEST_OBJECT if evaluation.is_test_object else "",
         "warnings": [text for text in evaluation.warnings if text.startswith(f"{name}:")],
     }
 
 
-def recipe_elsewhere(settings: Mapping[str, Any]) -> str:
-    """What was measured with the recipe that prepared and trained a run; empty where there is no one.
+def measured_recipe(settings: Mapping[str, Any]) -> str:
+    """Name of the recipe that prepared and trained a run, as the card has figures of it; empty for another.
 
     What prepared it is judged by its steps: the same name may have meant others in an older release.
     """
-    recipe = settings.get("recipe", "")
     try:
         prepared = PreprocessingSettings.from_json(settings["preprocessing"]).recipe
     except (KeyError, ValueError):
         return ""
-    return f"{MEASURED[recipe]} {NOT_SHOWN}" if recipe == prepared and recipe in MEASURED else ""
+    return prepared if settings.get("recipe") == prepared else ""
 
 
-TABLES = (
-    cohort_table, dropped_table, splits_table, headline_sentences, other_splits, comparison_table,
+SHOWN = (
+    with_interval, cohort_table, dropped_table, splits_table, other_splits, comparison_table,
     settings_table, flat_settings, bias_table, coverage_table, groups_table, diagnosis_table, external_tables,
 )  # fmt: skip
 
@@ -379,7 +332,7 @@ def _templates() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"table": as_html_table, "markdown": as_markdown}
-    environment.globals |= {make.__name__: make for make in TABLES}
+    environment.globals |= {make.__name__: make for make in SHOWN}
     return environment
 
 

@@ -3,7 +3,7 @@ truth that was planted in a known-answer cohort. Stops where files contradict ea
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,12 @@ class Run:
         Headline rows, one per scan: `scan_id, subject_id, session_id, split, fold, age, predicted_age` and,
         from the cohort, `control` ("yes", "no" or "") and, where known, `sex, site, diagnosis, source`.
         `fold` >= 0 on train and validation rows marks an out-of-fold prediction.
-    members : DataFrame
-        All rows of `predictions.csv`, with every seed, fold and variant.
     """
 
     name: str
     settings: dict[str, Any]
     history: pd.DataFrame
     predictions: pd.DataFrame
-    members: pd.DataFrame = field(repr=False)
 
     @property
     def folds(self) -> bool:
@@ -160,7 +157,6 @@ def read_run(workspace: Workspace | Path | str, name: str) -> Run:
         predictions=headline_rows(members, settings.get("variant", "")).merge(
             about.drop_duplicates("scan_id"), on="scan_id", how="left", validate="many_to_one"
         ),
-        members=members,
     )
     _check(run, ws.read("splits.csv"))
     return run

@@ -84,7 +84,7 @@ def test_coverage_estimates_and_planted_gaps_are_drawn(made):
     figure, axes = new_figure(3)
     plots.draw_coverage(coverage(age, predicted - 9, predicted + 9), 0.9, ax=axes[0])
     table = pd.DataFrame({"label": ["a", "b"], "value": [1.0, 2], "low": [0.5, np.nan], "high": [2, np.nan]})
-    plots.draw_estimates(table, title="two", xlabel="MAE [years]", zero=True, ax=axes[1])
+    plots.draw_estimates(table, labels=("two", "MAE [years]"), ax=axes[1])
     plots.draw_points_and_line(age - 50, 0.5 * (age - 50), labels=LABELS, ax=axes[2])
     assert [text.get_text() for text in axes[1].get_yticklabels()] == ["a", "b"]
     x, y = axes[2].get_lines()[1].get_data()

@@ -5,7 +5,7 @@ import pytest
 from brainage_nb.evaluation.correction import CorrectionRefused
 from brainage_nb.evaluation.metrics import mean_training_age, metrics_by_split
 from brainage_nb.evaluation.runs import InconsistentRun, headline_rows, list_runs, pick_controls, read_run
-from brainage_nb.workspace import MissingInput, write_csv
+from brainage_nb.workspace import MissingInput, read_csv, write_csv
 from tests.evaluation.fake_workspace import (
     cohort_frame,
     simulated,
@@ -52,7 +52,7 @@ def test_folds_give_out_of_fold_rows_and_the_mean_on_test(tmp_path, scans):
     assert run.folds and run.splits() == ["train", "val", "out_of_fold", "test"]
     assert len(run.part("out_of_fold")) == (scans["split"] != "test").sum()
     assert set(run.calibration_rows()["split"]) == {"train", "val"}
-    members = run.members[run.members["variant"] != "mean"]
+    members = read_csv(ws.run("folded") / "predictions.csv").query("variant != 'mean'")
     expected = members[members["split"] == "test"].groupby("scan_id")["predicted_age"].mean()
     found = run.part("test").set_index("scan_id")["predicted_age"]
     assert found.to_dict() == pytest.approx(expected.to_dict())
