@@ -17,7 +17,11 @@ LEVEL = 0.9
 HELD_OUT, OUT_OF_FOLD = "validation", "out-of-fold"
 
 
-class CorrectionRefused(ValueError):
+class EvaluationError(ValueError):
+    """A figure would mislead: files contradict each other, or people were seen in training."""
+
+
+class CorrectionRefused(EvaluationError):
     """The correction would be fitted on subjects, or from a slope, that cannot carry it."""
 
 

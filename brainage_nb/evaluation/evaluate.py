@@ -23,7 +23,7 @@ from brainage_nb.evaluation.correction import (
     Calibration,
     ConformalInterval,
     CorrectionRefused,
-    conformal_quantile,
+    EvaluationError,
     coverage,
 )
 from brainage_nb.evaluation.external import ExternalEvaluation
@@ -37,7 +37,6 @@ from brainage_nb.evaluation.metrics import (
     titled,
 )
 from brainage_nb.evaluation.runs import (
-    InconsistentRun,
     Run,
     RunEvaluation,
     add_truth,
@@ -51,7 +50,6 @@ from brainage_nb.workspace import MissingInput, Workspace, open_workspace
 FEWEST = 3  # subjects a diagnosis needs to be compared at all
 CONTROLS = "(controls)"  # all of them together, however their diagnosis is written
 GROUPINGS = ("age_bin", "sex", "site", "diagnosis")
-LEVELS = np.round(np.arange(0.1, 1.0, 0.1), 2)
 HEADLINE = ("mae", "mean_predictor_mae", "rmse", "r", "r2", "slope", "gap_age_r")
 
 
@@ -132,7 +130,7 @@ def evaluate_runs(
     ------
     MissingInput
         A file is missing; the message names the notebook that makes it.
-    InconsistentRun
+    EvaluationError
         A run contradicts the cohort.
 
     Examples
@@ -173,7 +171,7 @@ def evaluate_run(
 ) -> RunEvaluation:
     """Evaluate one run; see `evaluate_runs` for the parameters."""
     if not len(run.part("test")):
-        raise InconsistentRun(
+        raise EvaluationError(
             f"{run.name} has no test predictions, so there is nothing to evaluate honestly."
         )
     calibration = calibrate(run, level)
@@ -189,7 +187,6 @@ def evaluate_run(
         corrected=_measure_splits(run, rows, "corrected_age", bootstrap) if corrector else {},
         bias=_bias_before_and_after(run, corrector) if corrector else pd.DataFrame(),
         coverage=coverage(test["age"], test["low"], test["high"]),
-        curve=_calibration_curve(run.calibration_rows(controls_only=False), test),
         groups=pd.concat(
             [metrics_by_group(test, name, reference_age=run.reference_age, **bootstrap) for name in by],
             ignore_index=True,
@@ -257,15 +254,6 @@ def _bias_before_and_after(run: Run, corrector: AgeBiasCorrector) -> pd.DataFram
     parts = {fitted_on: run.calibration_rows(), "test": run.part("test")}
     tables = {name: corrector.summary(part["predicted_age"], part["age"]) for name, part in parts.items()}
     return pd.concat(tables, names=["split", "kind"]).reset_index()
-
-
-def _calibration_curve(calibration_rows: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
-    if not len(calibration_rows):
-        return pd.DataFrame()
-    error = (calibration_rows["predicted_age"] - calibration_rows["age"]).abs()
-    half = np.array([conformal_quantile(error, level) for level in LEVELS])
-    inside = np.abs(test["gap"].to_numpy()) <= half[:, None]
-    return pd.DataFrame({"level": LEVELS, "coverage": inside.mean(axis=1), "n": len(test)})
 
 
 def diagnosis_differences(rows: pd.DataFrame, gap: str = "gap", controls: str | None = None) -> pd.DataFrame:

@@ -10,15 +10,11 @@ from typing import Any
 import pandas as pd
 
 from brainage_nb.cohort.rules import judge_controls
-from brainage_nb.evaluation.correction import AgeBiasCorrector, CorrectionRefused
+from brainage_nb.evaluation.correction import AgeBiasCorrector, CorrectionRefused, EvaluationError
 from brainage_nb.evaluation.metrics import Metrics, flat, mean_with_interval, measure_rows
 from brainage_nb.evaluation.runs import pick_controls
 
 FEWEST_FOR_LINE = 20  # calibration subjects below which only an offset is fitted, not a slope
-
-
-class TrainedOnThem(ValueError):
-    """Subjects or images of the external cohort took part in training."""
 
 
 @dataclass
@@ -77,14 +73,12 @@ def refuse_trained_on(names: Sequence[str], seen: Sequence[bool], what: str = "s
 
     Raises
     ------
-    TrainedOnThem
+    EvaluationError
         Any of them did.
     """
-    if len(names) != len(seen):
-        raise ValueError(f"{len(names)} {what} with {len(seen)} answers; give one for each.")
     shared = sorted({str(name) for name, known in zip(names, seen, strict=True) if known})
     if shared:
-        raise TrainedOnThem(
+        raise EvaluationError(
             f"{len(shared)} of {len(set(names))} {what} of this cohort took part in training (first: "
             f"{shared[:5]}). The figures would be too good: leave them out, or, where only the ids happen to "
             "be equal, rename them."

@@ -181,17 +181,6 @@ def draw_coverage(coverage: pd.DataFrame, level: float, *, ax: Axes) -> Axes:
     )
 
 
-def draw_calibration(curve: pd.DataFrame, *, ax: Axes) -> Axes:
-    """Promised against observed share inside, over many levels (columns `level, coverage, n`)."""
-    ax.plot([0, 100], [0, 100], color="black", lw=1, label="as promised")
-    promised, observed = 100 * curve["level"], 100 * curve["coverage"]
-    ax.plot(promised, observed, "o-", color=BLUE, ms=4, lw=1.2, label="observed on test")
-    ax.set(xlim=(0, 102), ylim=(0, 102))
-    ax.legend(fontsize=SMALL, frameon=False, loc="upper left")
-    title = f"Calibration of the intervals, n = {curve['n'].iloc[0]} test scans"
-    return label_axes(ax, title, "promised inside [%]", "inside [%]")
-
-
 def draw_estimates(table: pd.DataFrame, *, ax: Axes, labels: tuple[str, str], reference: str = "") -> Axes:
     """Estimates with intervals under each other: groups, models, differences.
 
@@ -256,7 +245,7 @@ def draw_figures(evaluation: Evaluation) -> list[ReportFigure]:
     return drawn + [draw_external(name, found) for name, found in evaluation.external.items()]
 
 
-def _caption(draw: Callable[..., Any]) -> str:
+def _caption(draw: Callable[..., Figure | None]) -> str:
     return " ".join((draw.__doc__ or "").split())
 
 
@@ -335,11 +324,8 @@ def _draw_correction(found: RunEvaluation) -> Figure | None:
         return None
     fitted_on, kind = found.run.calibration_rows(), "out-of-fold" if found.run.folds else "validation"
     figure, axes = new_figure(2, width=3.7, height=4.1)
-    line, title = (
-        (corrector.intercept_, corrector.slope_),
-        f"fitted on {kind} controls, n = {len(fitted_on)} scans",
-    )
-    panels = [(fitted_on, "predicted_age", line, title)]
+    title = f"fitted on {kind} controls, n = {len(fitted_on)} scans"
+    panels = [(fitted_on, "predicted_age", (corrector.intercept_, corrector.slope_), title)]
     panels += [(test, "corrected_age", None, f"test, corrected without true age, n = {len(test)} scans")]
     for ax, (rows, column, line, title) in zip(axes, panels, strict=True):
         labels = (title, TRUE_AGE, f"{column.replace('_', ' ')} [years]")
@@ -370,14 +356,13 @@ def _draw_gaps(found: RunEvaluation) -> Figure | None:
 
 
 def _draw_intervals(found: RunEvaluation) -> Figure | None:
-    """Left, the share of test scans whose true age lies in its interval, by age, with the uncertainty of that
-    share; right, the same for other levels."""
+    """The share of test scans whose true age lies in its interval, by age, with the uncertainty of that
+    share."""
     interval = found.calibration.interval
     if interval is None or interval.support_:
         return None
-    figure, axes = new_figure(2, width=3.8, height=3.1)
-    draw_coverage(found.coverage, interval.level, ax=axes[0])
-    draw_calibration(found.curve, ax=axes[1])
+    figure, ax = new_figure(width=5.0, height=3.1)
+    draw_coverage(found.coverage, interval.level, ax=ax)
     return figure
 
 

@@ -11,7 +11,7 @@ import pandas as pd
 
 from brainage_nb.cohort.rules import count_diagnoses, judge_controls
 from brainage_nb.demo.cohort import FEWEST_ATTAINABLE, attainable_ages
-from brainage_nb.evaluation.correction import LEVEL, Calibration, CorrectionRefused
+from brainage_nb.evaluation.correction import LEVEL, Calibration, CorrectionRefused, EvaluationError
 from brainage_nb.evaluation.metrics import (
     Metrics,
     flat,
@@ -28,10 +28,6 @@ RECOVERED_KINDS = {
     "gap of the age-free corrected prediction": "corrected_gap",
     "gap adjusted by true age": "adjusted_gap",
 }
-
-
-class InconsistentRun(ValueError):
-    """A run's files contradict the cohort or each other; a figure from them would mislead."""
 
 
 @dataclass
@@ -101,8 +97,8 @@ class RunEvaluation:
         prediction (empty where the correction was refused).
     bias : DataFrame
         Slope and gap-age r before and after, on calibration and test scans.
-    coverage, curve : DataFrame
-        Of that interval on test, by age bin; promised against observed share over many levels.
+    coverage : DataFrame
+        Of that interval on test, by age bin.
     groups, diagnosis : DataFrame
         Test figures by age bin, sex, site and diagnosis; gap differences between diagnoses (empty without
         them).
@@ -119,7 +115,6 @@ class RunEvaluation:
     corrected: dict[str, Metrics]
     bias: pd.DataFrame
     coverage: pd.DataFrame
-    curve: pd.DataFrame
     groups: pd.DataFrame
     diagnosis: pd.DataFrame
     known: dict[str, Any]
@@ -138,7 +133,7 @@ def read_run(workspace: Workspace | Path | str, name: str) -> Run:
     ------
     MissingInput
         A file is not there; the message names the notebook that makes it.
-    InconsistentRun
+    EvaluationError
         A subject is in two splits, or split or age differ from the workspace's tables.
     """
     ws = workspace if isinstance(workspace, Workspace) else open_workspace(workspace)
@@ -183,7 +178,7 @@ def headline_rows(members: pd.DataFrame, variant: str) -> pd.DataFrame:
 
     Raises
     ------
-    InconsistentRun
+    EvaluationError
         No row has the headline variant, or a prediction is missing.
     """
     variant = _known_variant(members, variant)
@@ -191,7 +186,7 @@ def headline_rows(members: pd.DataFrame, variant: str) -> pd.DataFrame:
     if variant == "mean":
         chosen = pd.concat([chosen, members[~members["scan_id"].isin(chosen["scan_id"])]])
     if lost := chosen.loc[chosen["predicted_age"].isna(), "scan_id"].tolist():
-        raise InconsistentRun(
+        raise EvaluationError(
             f"{len(lost)} scans have no predicted age (first: {lost[:5]}). Train or predict them again."
         )
     averaged = chosen.loc[(chosen["split"] == "test") & (chosen["fold"] == -1), "scan_id"]
@@ -211,7 +206,7 @@ def _known_variant(members: pd.DataFrame, variant: str) -> str:
         return variant
     if not variant and len(known) == 1:
         return known[0]
-    raise InconsistentRun(
+    raise EvaluationError(
         f"settings.json names the headline variant {variant!r}, but predictions.csv has {known}. Run the "
         "training notebook again, or set `variant` in settings.json to one of these."
     )
@@ -247,7 +242,7 @@ def _check(run: Run, dealt: pd.DataFrame) -> None:
     ):
         if wrong.any():
             names = rows.loc[wrong, of].unique().tolist()
-            raise InconsistentRun(f"{run.name}: {len(names)} {what.format(first=f' (first: {names[:5]})')}")
+            raise EvaluationError(f"{run.name}: {len(names)} {what.format(first=f' (first: {names[:5]})')}")
 
 
 def pick_controls(rows: pd.DataFrame) -> pd.DataFrame:

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from brainage_nb.cohort.rules import CohortRules, apply_rules
-from brainage_nb.evaluation.correction import ConformalInterval
+from brainage_nb.evaluation.correction import ConformalInterval, EvaluationError
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
 from brainage_nb.evaluation.report import other_splits
-from brainage_nb.evaluation.runs import InconsistentRun, read_run
+from brainage_nb.evaluation.runs import read_run
 from brainage_nb.predict.saving import facts_of_run
 from brainage_nb.workspace import MissingInput, read_csv, read_json, write_csv, write_json
 from tests.evaluation.fake_workspace import (
@@ -214,7 +214,7 @@ def test_no_run_and_no_test_rows_are_said_plainly(tmp_path):
         evaluate_runs(ws)
     untested = scans[scans["split"] != "test"]
     write_run(ws, "untested", untested, simulated(untested))
-    with pytest.raises(InconsistentRun, match="no test predictions"):
+    with pytest.raises(EvaluationError, match="no test predictions"):
         evaluate_runs(ws, **FEW)
 
 
