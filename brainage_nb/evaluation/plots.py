@@ -335,7 +335,7 @@ def _draw_correction(found: RunEvaluation) -> Figure | None:
 
 
 def _draw_gaps(found: RunEvaluation) -> Figure | None:
-    """Test scans: predicted minus true age against true age. A sloping red line is age bias of the model.
+    """Predicted minus true age of test scans against true age. A sloping red line is age bias of the model.
     Where the correction was refused, only the raw gap is shown."""
     corrected, panels = found.calibration.corrector is not None, [("gap", "raw gap", BLUE)]
     if corrected:

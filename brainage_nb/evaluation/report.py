@@ -68,13 +68,14 @@ def people_table(scans: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Who is in each group of scans: scans, subjects, ages and sex; a subject counts once in a group."""
     rows = []
     for names, part in scans.groupby(by, sort=False, dropna=False):
-        people = part.groupby("subject_id").first()
-        initial = people.get("sex", people["age"].astype(str)).str.upper().str[:1]
-        women, men, age = (initial == "F").sum(), (initial == "M").sum(), people["age"]
+        people, age = part.drop_duplicates("subject_id"), part.groupby("subject_id")["age"].mean()
+        initial = people.get("sex", pd.Series(dtype=str)).str.upper().str[:1]
+        women, men = (initial == "F").sum(), (initial == "M").sum()
         counts = {
             "scans": len(part),
             "subjects": len(people),
-            "ages [years]": f"{age.min():.1f} to {age.max():.1f} (mean {age.mean():.1f})",
+            "ages [years]": f"{part['age'].min():.1f} to {part['age'].max():.1f} (mean {age.mean():.1f}, SD "
+            f"{age.std():.1f})".replace(", SD nan", ""),
             "women / men / not known": f"{women} / {men} / {len(people) - women - men}",
         }
         rows.append(dict(zip(by, names, strict=True)) | counts)
@@ -84,14 +85,14 @@ def people_table(scans: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 def cohort_table(ws: Workspace) -> pd.DataFrame:
     """Who came in, by source and site."""
     cohort = ws.read("cohort.csv")
-    by = [name for name in ("source", "site") if name in cohort]
-    return people_table(cohort.sort_values(by), by)
+    by = ["source", "site"] if "site" in cohort else ["source"]
+    return people_table(cohort.assign(source=cohort.get("source", "not known")).sort_values(by), by)
 
 
 def splits_table(ws: Workspace) -> pd.DataFrame:
     """Who is in each split."""
-    dealt, order = ws.read("splits.csv"), ["train", "val", "test"]
-    return people_table(dealt.sort_values("split", key=lambda names: names.map(order.index)), ["split"])
+    dealt, order = ws.read("splits.csv"), {"train": 0, "val": 1, "test": 2}
+    return people_table(dealt.sort_values("split", key=lambda names: names.map(order)), ["split"])
 
 
 def dropped_table(ws: Workspace) -> pd.DataFrame:
@@ -162,9 +163,10 @@ def flat_settings(settings: Mapping[str, Any]) -> dict[str, str]:
     """Nested settings as `outer.inner` -> text, without the prefix `settings.`, what a run compares itself by
     (it repeats the settings) and what is too long to read."""
     (nested,) = pd.json_normalize(dict(settings)).to_dict("records")
+    asked_first = sorted(nested.items(), key=lambda item: not item[0].startswith("settings."))
     return {
-        name.removeprefix("settings."): str(value)
-        for name, value in nested.items()
+        name.removeprefix("settings."): str(value)  # what became of "auto" stands outside, and counts
+        for name, value in asked_first
         if not {"identity", "inputs"} & set(name.split(".")) and len(str(value)) <= 80
     }
 

@@ -199,10 +199,12 @@ def test_another_cohort_has_its_section_with_raw_figures_and_no_names(tmp_path):
 def test_nested_settings_become_one_row_each_without_repetition():
     nested = {
         "variant": "mean",
-        "settings": {"epochs": 3, "augmentation": {"flip": 0.5}},
+        "device": "CPU",
+        "settings": {"epochs": 3, "device": "auto", "augmentation": {"flip": 0.5}},
         "identity": {"epochs": 3},
     }
-    assert flat_settings(nested) == {"variant": "mean", "epochs": "3", "augmentation.flip": "0.5"}
+    flat = {"variant": "mean", "device": "CPU", "epochs": "3", "augmentation.flip": "0.5"}
+    assert flat_settings(nested) == flat
 
 
 def test_text_from_tables_cannot_become_markup():
