@@ -54,7 +54,7 @@ class AgeBiasCorrector:
     >>> corrector.transform(predicted_test)
     """
 
-    FITTED = ("intercept", "slope", "slope_interval", "n_subjects", "age_range", "support")
+    _FITTED = ("intercept", "slope", "slope_interval", "n_subjects", "age_range", "support")
 
     def fit(
         self,
@@ -143,14 +143,14 @@ class AgeBiasCorrector:
     def to_dict(self) -> dict[str, Any]:
         """Everything `from_dict` needs, as plain JSON values."""
         _need_fit(self, "slope_")
-        fitted = {name: getattr(self, f"{name}_") for name in self.FITTED}
+        fitted = {name: getattr(self, f"{name}_") for name in self._FITTED}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fitted.items()}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> AgeBiasCorrector:
         """A fitted corrector from `to_dict`."""
         self = cls()
-        for name in cls.FITTED:
+        for name in cls._FITTED:
             value = content[name]
             setattr(self, f"{name}_", tuple(value) if isinstance(value, list) else value)
         return self

@@ -58,7 +58,7 @@ def regression_metrics(
 
     Examples
     --------
-    >>> regression_metrics([20, 40, 60], [22, 40, 58], reference_age=40)["slope"]["value"]
+    >>> round(regression_metrics([20, 40, 60], [22, 40, 58], reference_age=40)["slope"]["value"], 2)
     0.9
     """
     age, predicted = _checked(age, predicted)
