@@ -41,9 +41,9 @@ def noise_test(n_subjects: int = 400) -> dict[str, bool]:
         card = ws.path("evaluation", "model_card.md").read_text(encoding="utf-8")
         rows = pd.read_csv(ws.path("evaluation", "predictions.csv"))
     print(headline_table(evaluation.results).T.to_string(), "\n")
-    print(evaluation.runs["noise"].refused, "\n")
+    print(evaluation.runs["noise"].calibration.refused, "\n")
     test = evaluation.results["noise"]["test"]
-    found = evaluation.runs["noise"]
+    found = evaluation.runs["noise"].calibration
     shown = f"{test['mae']['value']:.2f}"
     return {
         "MAE is not below the mean predictor's": test["mae"]["value"] >= test["mean_predictor_mae"]["value"],
@@ -120,13 +120,12 @@ def main() -> None:
     first = repeated.head(200).mean()
     for name, value in found.items():
         print(f"  {name:<34}{value:8.3f}   first 200: {first[name]:.3f}")
-    coverages = [table[f"coverage, {form}"] for table in (found, first) for form in ("plain", "scaled")]
     holds = {
         "noise": all(noise.values()),
         "parameters in their 95 % intervals": all(found[name] > 0.93 for name in found if "interval" in name),
         "corrected gap-age r about 0": abs(found["corrected gap-age r"]) < 0.05
         and abs(found["adjusted gap-age r"]) < 0.05,
-        "coverage 90 % +- 3": all(abs(value - 0.9) <= 0.03 for value in coverages),
+        "coverage 90 % +- 3": all(abs(table["coverage"] - 0.9) <= 0.03 for table in (found, first)),
     }
     verdict = {
         "name": "evaluation_honesty",

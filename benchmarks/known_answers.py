@@ -18,13 +18,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from brainage_nb.demo.cohort import TRUTH, attainable_ages, image_path, make_cohort
-from brainage_nb.evaluation.metrics import (
-    bootstrap_sums,
-    mean_with_interval,
-    subject_codes,
-    value_with_interval,
-    with_interval,
-)
+from brainage_nb.evaluation.metrics import mean_with_interval, ratio_with_interval, with_interval
 from brainage_nb.pipeline import find_notebooks, run_notebooks
 from brainage_nb.predict.bundle import load_bundle
 from brainage_nb.predict.cautions import Failure
@@ -112,12 +106,6 @@ def judged(rows: pd.DataFrame, training: pd.DataFrame) -> dict[str, object]:
         "r": round(r, 3),
         "mae": errors.mean().round(3).to_dict(),
     }
-
-
-def ratio_with_interval(ours: pd.Series, other: pd.Series, subjects: np.ndarray) -> dict[str, float]:
-    """Ratio of two mean errors of the same scans (n,), with its 95 % subject bootstrap interval."""
-    draws = bootstrap_sums(np.c_[ours, other], subject_codes(subjects, len(ours)), 2000, seed=0)
-    return value_with_interval(ours.mean() / other.mean(), draws[:, 0] / draws[:, 1])
 
 
 if __name__ == "__main__":

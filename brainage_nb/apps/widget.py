@@ -59,13 +59,14 @@ def history_figure(history: pd.DataFrame) -> Figure:
 
     The training loss is what is minimised, the validation loss is always Huber's, in years.
     """
-    from brainage_nb.evaluation.plots import new_figure, training_curve
+    from brainage_nb.drawing import new_figure
+    from brainage_nb.evaluation.plots import draw_training_curve
 
     figure, axes = new_figure(2, width=4.2, height=3.0)
     losses = [name for name in ("train_loss", "val_loss") if name in history]
-    training_curve(history, losses, title="Loss", ylabel="loss", ax=axes[0])
+    draw_training_curve(history, losses, title="Loss", ylabel="loss", ax=axes[0])
     errors = [name for name in ("train_mae", "val_mae") if name in history]
-    training_curve(history, errors, title="Mean absolute error", ylabel="MAE [years]", ax=axes[1])
+    draw_training_curve(history, errors, title="Mean absolute error", ylabel="MAE [years]", ax=axes[1])
     return figure
 
 

@@ -1,14 +1,5 @@
-"""Do groups of people differ in their brain-age gap? Differences with intervals, plain and adjusted.
-
-About gaps only; how accurate a model is within a group is `metrics.metrics_by_group`.
-
-One training run, evaluated: raw figures, correction, intervals, groups and known answers. Writes
-nothing.
-
-All runs of a workspace, evaluated and compared; `results` is what `results.json` holds.
-
-Computes; draws and writes nothing (see `report`). Raw figures are never replaced by corrected ones.
-"""
+"""All runs of a workspace evaluated and compared: raw figures, correction, interval, groups, known answers.
+Computes; draws and writes nothing (see `report`). Raw figures are never replaced by corrected ones."""
 
 from __future__ import annotations
 
@@ -17,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from brainage_nb.cohort.rules import judge_controls
-from brainage_nb.evaluation.cautions import cautions
+from brainage_nb.evaluation.cautions import find_cautions
 from brainage_nb.evaluation.correction import (
     HELD_OUT,
     LEVEL,
@@ -32,240 +23,34 @@ from brainage_nb.evaluation.correction import (
     Calibration,
     ConformalInterval,
     CorrectionRefused,
-    conformal_quantile,
+    EvaluationError,
     coverage,
 )
 from brainage_nb.evaluation.external import ExternalEvaluation
 from brainage_nb.evaluation.metrics import (
-    mean_with_interval,
+    Metrics,
+    flat,
+    measure_rows,
     metrics_by_group,
     paired_difference,
-    regression_metrics,
-    with_interval,
+    text_table,
+    titled,
 )
 from brainage_nb.evaluation.runs import (
-    InconsistentRun,
     Run,
     RunEvaluation,
+    add_truth,
+    check_known_answers,
     list_runs,
     read_run,
     read_truth,
-    recovered_gap,
-    reference_errors,
-    two_session_reliability,
-    with_truth,
 )
 from brainage_nb.workspace import MissingInput, Workspace, open_workspace
 
-if TYPE_CHECKING:
-    from brainage_nb.evaluation.runs import Run
-
 FEWEST = 3  # subjects a diagnosis needs to be compared at all
 CONTROLS = "(controls)"  # all of them together, however their diagnosis is written
-
-
-def diagnosis_differences(rows: pd.DataFrame, gap: str = "gap", controls: str | None = None) -> pd.DataFrame:
-    """Mean gap of each diagnosis minus that of controls, plain and adjusted for age, sex and site.
-
-    Ordinary least squares with standard errors that count subjects, not scans (cluster-robust, statsmodels).
-    The adjusted form takes care of groups of different age, which the age bias of a model would otherwise
-    turn into a gap.
-
-    Parameters
-    ----------
-    rows : DataFrame
-        A row a scan of test subjects: `subject_id, age, diagnosis`, the column `gap` (years) and, where
-        known, `sex, site`.
-    gap : str
-        Column to compare.
-    controls : str, optional
-        The diagnosis to compare with; by default all controls (`judge_controls`), in any spelling.
-
-    Returns
-    -------
-    DataFrame
-        Columns `diagnosis`, `n_subjects`, `n_controls`, `difference`, `difference_low`, `difference_high`,
-        `adjusted`, `adjusted_low`, `adjusted_high` (years, 95 %) and `adjusted_for`. Empty where there is
-        nothing to compare.
-    """
-    rows = rows[rows["diagnosis"].fillna("").astype(str) != ""] if "diagnosis" in rows else rows.iloc[:0]
-    if not len(rows):
-        return pd.DataFrame()
-    if controls is None:
-        named = CONTROLS
-        rows = rows.assign(diagnosis=rows["diagnosis"].mask(judge_controls(rows) == "yes", CONTROLS))
-    else:
-        named = _checked_name(rows, controls)
-    counts = rows.groupby("diagnosis")["subject_id"].nunique()
-    others = [name for name in counts.index if name != named and counts[name] >= FEWEST]
-    if counts.get(named, 0) < FEWEST or not others:
-        return pd.DataFrame()
-    rows = rows[rows["diagnosis"].isin([named, *others])].reset_index(drop=True)
-    covariates = ["age", *(name for name in ("sex", "site") if _varies(rows, name))]
-    plain = _differences(rows, gap, named, others, [])
-    adjusted = _differences(rows, gap, named, others, covariates)
-    return pd.DataFrame(
-        {
-            "diagnosis": others,
-            "n_subjects": [int(counts[name]) for name in others],
-            "n_controls": int(counts[named]),
-            "difference": plain[:, 0],
-            "difference_low": plain[:, 1],
-            "difference_high": plain[:, 2],
-            "adjusted": adjusted[:, 0],
-            "adjusted_low": adjusted[:, 1],
-            "adjusted_high": adjusted[:, 2],
-            "adjusted_for": ", ".join(covariates),
-        }
-    )
-
-
-def _checked_name(rows: pd.DataFrame, controls: str) -> str:
-    if controls not in set(rows["diagnosis"]):
-        known = sorted(rows["diagnosis"].unique())
-        raise ValueError(f"controls = {controls!r} is not a diagnosis here; there are {known}.")
-    return controls
-
-
-def _varies(rows: pd.DataFrame, name: str) -> bool:
-    return (
-        name in rows
-        and rows[name].notna().all()
-        and (rows[name] != "").all()
-        and len(rows[name].unique()) > 1
-    )
-
-
-def _differences(
-    rows: pd.DataFrame, gap: str, named: str, others: list[str], covariates: list[str]
-) -> np.ndarray:
-    """(len(others), 3): difference, low, high in years."""
-    from statsmodels.regression.linear_model import OLS
-
-    columns = {f"is {name}": (rows["diagnosis"] == name).astype(float) for name in others}
-    design = pd.DataFrame({"constant": 1.0} | columns, index=rows.index)
-    for name in covariates:
-        if name == "age":
-            design["age"] = rows["age"] - rows["age"].mean()
-        else:
-            design = design.join(pd.get_dummies(rows[name], prefix=name, drop_first=True, dtype=float))
-    fitted = OLS(rows[gap], design).fit(
-        cov_type="cluster", cov_kwds={"groups": pd.factorize(rows["subject_id"])[0]}, use_t=True
-    )
-    interval = fitted.conf_int(0.05)
-    return np.array([[fitted.params[f"is {name}"], *interval.loc[f"is {name}"]] for name in others])
-
-
 GROUPINGS = ("age_bin", "sex", "site", "diagnosis")
-LEVELS = np.round(np.arange(0.1, 1.0, 0.1), 2)
-RECOVERED_KINDS = {
-    "raw gap": "gap",
-    "gap of the age-free corrected prediction": "corrected_gap",
-    "gap adjusted by true age": "adjusted_gap",
-}
-
-
-def evaluate_run(
-    run: Run,
-    *,
-    level: float = LEVEL,
-    truth: pd.DataFrame | None = None,
-    controls: str | None = None,
-    n_bootstrap: int = 2000,
-    seed: int = 0,
-) -> RunEvaluation:
-    """Evaluate one run; see `evaluate_runs` for the parameters."""
-    if not len(run.part("test")):
-        raise InconsistentRun(
-            f"{run.name} has no test predictions, so there is nothing to evaluate honestly."
-        )
-    bootstrap = {"n_bootstrap": n_bootstrap, "seed": seed}
-    found = RunEvaluation(run, _metrics_of(run, run.predictions, bootstrap), calibrate(run, level))
-    found.rows = run.predictions.assign(gap=run.predictions["predicted_age"] - run.predictions["age"])
-    _correct(found, bootstrap)
-    _add_intervals(found)
-    test = found.rows[found.rows["split"] == "test"]
-    tables = [
-        metrics_by_group(test, by, reference_age=run.reference_age, **bootstrap)
-        for by in GROUPINGS
-        if _has(test, by)
-    ]
-    found.groups = pd.concat(tables, ignore_index=True)
-    fair_gap = "adjusted_gap" if found.calibration.corrector else "gap"
-    if _has(test, "diagnosis"):
-        found.diagnosis = diagnosis_differences(test, fair_gap, controls)
-    if truth is not None and len(known := with_truth(test, truth)) > 2:
-        found.planted = known
-        found.known = _known_answers(known, truth, bootstrap)
-    found.reliability = two_session_reliability(test, column=fair_gap, **bootstrap)
-    return found
-
-
-def _metrics_of(run: Run, rows: pd.DataFrame, bootstrap: dict[str, int]) -> dict[str, dict[str, Any]]:
-    figures = {}
-    for split in run.splits():
-        part = rows.loc[run.part(split).index]
-        figures[split] = regression_metrics(
-            part["age"],
-            part["predicted_age"],
-            part["subject_id"].to_numpy(),
-            reference_age=run.reference_age,
-            **bootstrap,
-        )
-    return figures
-
-
-def _correct(found: RunEvaluation, bootstrap: dict[str, int]) -> None:
-    rows, corrector = found.rows, found.calibration.corrector
-    rows["corrected_age"], rows["corrected_gap"], rows["adjusted_gap"] = np.nan, np.nan, np.nan
-    if corrector is None:
-        return
-    rows["corrected_age"] = corrector.transform(rows["predicted_age"])
-    rows["corrected_gap"] = rows["corrected_age"] - rows["age"]
-    rows["adjusted_gap"] = corrector.adjust_gap(rows["predicted_age"], rows["age"])
-    found.corrected = _metrics_of(found.run, rows.assign(predicted_age=rows["corrected_age"]), bootstrap)
-    test = found.run.part("test")
-    fitted_on = "out-of-fold" if found.run.folds else "validation"
-    found.bias = pd.concat(
-        {
-            f"{fitted_on} (fitted on)": corrector.before_after_,
-            "test": corrector.summary(test["predicted_age"], test["age"]),
-        },
-        names=["split", "kind"],
-    ).reset_index()
-
-
-def _add_intervals(found: RunEvaluation) -> None:
-    rows, interval = found.rows, found.calibration.interval
-    rows["low"], rows["high"] = -np.inf, np.inf
-    if interval is not None:
-        rows["low"], rows["high"] = interval.predict(rows["predicted_age"])
-    test = rows[rows["split"] == "test"]
-    found.coverage = coverage(test["age"], test["low"], test["high"])
-    found.curve = _calibration_curve(found.run.calibration_rows(controls_only=False), test)
-
-
-def _calibration_curve(cal: pd.DataFrame, test: pd.DataFrame) -> pd.DataFrame:
-    if not len(cal):
-        return pd.DataFrame()
-    error = np.abs(cal["predicted_age"] - cal["age"]).to_numpy()
-    half = np.array([conformal_quantile(error, level) for level in LEVELS])
-    inside = np.abs(test["gap"].to_numpy()) <= half[:, None]
-    return pd.DataFrame({"level": LEVELS, "coverage": inside.mean(axis=1), "n": len(test)})
-
-
-def _known_answers(known: pd.DataFrame, truth: pd.DataFrame, bootstrap: dict[str, int]) -> dict[str, Any]:
-    kinds = {kind: column for kind, column in RECOVERED_KINDS.items() if known[column].notna().all()}
-    ours = mean_with_interval(known["gap"].abs(), known["subject_id"].to_numpy(), **bootstrap)
-    return {
-        "mae": {"ours": ours} | reference_errors(known, **bootstrap),
-        "mae_whole_cohort": reference_errors(truth, **bootstrap),
-        "recovered": recovered_gap(known, kinds, **bootstrap).to_dict("records"),
-    }
-
-
-def _has(rows: pd.DataFrame, by: str) -> bool:
-    return by == "age_bin" or (by in rows and bool((rows[by].fillna("").astype(str) != "").any()))
+HEADLINE = ("mae", "mean_predictor_mae", "rmse", "r", "r2", "slope", "gap_age_r")
 
 
 @dataclass
@@ -280,7 +65,6 @@ class Evaluation:
     runs: dict[str, RunEvaluation]
     comparisons: pd.DataFrame
     is_test_object: bool
-    level: float
     warnings: list[str]
     parameters: dict[str, Any]
     external: dict[str, ExternalEvaluation] = field(default_factory=dict)
@@ -288,26 +72,26 @@ class Evaluation:
     @property
     def predictions(self) -> pd.DataFrame:
         """All runs' headline rows; `predicted_age` is raw."""
-        parts = [found.rows.assign(run=name) for name, found in self.runs.items()]
-        rows = pd.concat(parts, ignore_index=True)
-        return rows[["run", *(column for column in rows if column != "run")]]
+        rows = pd.concat({name: found.rows for name, found in self.runs.items()}, names=["run", None])
+        return rows.reset_index(level="run").reset_index(drop=True)
 
     @property
     def results(self) -> dict[str, Any]:
         """{run: {split: {metric: {"value", "low", "high"}}}}; keys that start with `_` hold what is not a raw
         figure."""
-        raw: dict[str, Any] = {name: found.metrics for name, found in self.runs.items()}
         each = self.runs.items()
-        return raw | {
+        tables = {
+            f"_{table}": {name: getattr(found, table).to_dict("records") for name, found in each}
+            for table in ("coverage", "groups", "diagnosis")
+        }
+        return {
+            **{name: found.metrics for name, found in each},
             "_age_free_corrected": {
                 name: found.corrected or {"refused": found.calibration.refused} for name, found in each
             },
             "_calibration": {name: found.calibration.to_dict() for name, found in each},
-            "_coverage": {name: found.coverage.to_dict("records") for name, found in each},
-            "_groups": {name: found.groups.to_dict("records") for name, found in each},
-            "_diagnosis": {name: found.diagnosis.to_dict("records") for name, found in each},
+            **tables,
             "_known_answers": {name: found.known for name, found in each if found.known},
-            "_reliability": {name: found.reliability for name, found in each if found.reliability},
             "_external": {name: found.summary() for name, found in self.external.items()},
             "_comparisons": self.comparisons.to_dict("records"),
             "_test_object": self.is_test_object,
@@ -346,18 +130,20 @@ def evaluate_runs(
     ------
     MissingInput
         A file is missing; the message names the notebook that makes it.
-    InconsistentRun
+    EvaluationError
         A run contradicts the cohort.
+
+    Examples
+    --------
+    >>> evaluation = evaluate_runs("workspace", "resnet18,vgg16_svr")
+    >>> headline_table(evaluation.results)
     """
     ws = workspace if isinstance(workspace, Workspace) else open_workspace(workspace)
-    names = (
-        [name.strip() for name in runs.split(",") if name.strip()] if isinstance(runs, str) else list(runs)
-    )
-    names = names or list_runs(ws)
+    names = [name.strip() for name in runs.split(",")] if isinstance(runs, str) else list(runs)
+    names = [name for name in names if name] or list_runs(ws)
     if not names:
         raise MissingInput(f"No run in {ws.path('runs')} has predictions. Run notebook 04 or 05 first.")
-    planted = read_truth(ws, truth)
-    bootstrap = {"n_bootstrap": n_bootstrap, "seed": seed}
+    planted, bootstrap = read_truth(ws, truth), {"n_bootstrap": n_bootstrap, "seed": seed}
     found = {
         name: evaluate_run(read_run(ws, name), level=level, truth=planted, controls=controls, **bootstrap)
         for name in names
@@ -370,76 +156,52 @@ def evaluate_runs(
         runs=found,
         comparisons=comparisons,
         is_test_object=is_test_object,
-        level=level,
-        warnings=cautions(found, comparisons, ws, is_test_object=is_test_object),
+        warnings=find_cautions(found, comparisons, ws, is_test_object=is_test_object),
         parameters={"runs": names, "level": level} | bootstrap,
     )
 
 
-def compare_runs(found: dict[str, RunEvaluation], *, n_bootstrap: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Paired MAE differences (years) on the test scans two runs share, and of each run with the mean
-    predictor.
-
-    Returns
-    -------
-    DataFrame
-        Columns `a`, `b`, `value`, `low`, `high` (MAE of a minus MAE of b; negative: a is nearer), `n`,
-        `n_subjects`.
-    """
-    bootstrap = {"n_bootstrap": n_bootstrap, "seed": seed}
-    rows = []
-    for name, one in found.items():
-        test = one.run.part("test")
-        constant = np.full(len(test), one.run.reference_age)
-        difference = paired_difference(
-            test["age"], test["predicted_age"], constant, test["subject_id"], **bootstrap
+def evaluate_run(
+    run: Run,
+    *,
+    level: float = LEVEL,
+    truth: pd.DataFrame | None = None,
+    controls: str | None = None,
+    **bootstrap: int,
+) -> RunEvaluation:
+    """Evaluate one run; see `evaluate_runs` for the parameters."""
+    if not len(run.part("test")):
+        raise EvaluationError(
+            f"{run.name} has no test predictions, so there is nothing to evaluate honestly."
         )
-        rows.append({"a": name, "b": "mean predictor"} | difference)
-    for a, b in combinations(found, 2):
-        shared = (
-            found[a]
-            .run.part("test")
-            .merge(found[b].run.part("test")[["scan_id", "predicted_age"]], on="scan_id", suffixes=("", "_b"))
-        )
-        if len(shared):
-            difference = paired_difference(
-                shared["age"],
-                shared["predicted_age"],
-                shared["predicted_age_b"],
-                shared["subject_id"],
-                **bootstrap,
-            )
-            rows.append({"a": a, "b": b} | difference)
-    return pd.DataFrame(rows)
-
-
-def headline_table(results: dict[str, Any], split: str = "test") -> pd.DataFrame:
-    """The raw figures of one split as text, a row a run: `7.10 [6.20, 8.00]`, each MAE beside the mean
-    predictor's."""
-    columns = {
-        "mae": "MAE [years]",
-        "mean_predictor_mae": "mean predictor's MAE [years]",
-        "rmse": "RMSE [years]",
-        "r": "r",
-        "r2": "R²",
-        "slope": "slope",
-        "gap_age_r": "gap-age r",
-    }
-    runs = {
-        name: parts[split] for name, parts in results.items() if not name.startswith("_") and split in parts
-    }
-    rows = {
-        name: {"scans": figures["n"], "subjects": figures["n_subjects"]}
-        | {title: with_interval(figures[key]) for key, title in columns.items()}
-        for name, figures in runs.items()
-    }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis(f"run, {split}")
+    calibration = calibrate(run, level)
+    corrector, rows = calibration.corrector, _with_gaps(run, calibration)
+    test = rows[rows["split"] == "test"]
+    by = [name for name in GROUPINGS if name == "age_bin" or (name in test and test[name].ne("").any())]
+    planted = pd.DataFrame() if truth is None else add_truth(test, truth)
+    return RunEvaluation(
+        run=run,
+        rows=rows,
+        calibration=calibration,
+        metrics=_measure_splits(run, rows, "predicted_age", bootstrap),
+        corrected=_measure_splits(run, rows, "corrected_age", bootstrap) if corrector else {},
+        bias=_bias_before_and_after(run, corrector) if corrector else pd.DataFrame(),
+        coverage=coverage(test["age"], test["low"], test["high"]),
+        groups=pd.concat(
+            [metrics_by_group(test, name, reference_age=run.reference_age, **bootstrap) for name in by],
+            ignore_index=True,
+        ),
+        diagnosis=diagnosis_differences(test, "adjusted_gap" if corrector else "gap", controls),
+        known=check_known_answers(planted, truth, **bootstrap),
+        planted=planted,
+    )
 
 
 def calibrate(run: Run, level: float = LEVEL) -> Calibration:
     """Fit the bias correction on a run's calibration controls and the interval on all its calibration scans.
 
-    Calibration scans are validation, or out-of-fold where folds were run. Test scans take no part.
+    Calibration scans are validation, or out-of-fold where folds were run. Test scans take no part. The one
+    place where both are fitted, for the report and the bundle alike.
     """
     corrector, reason = None, ""
     try:
@@ -450,7 +212,7 @@ def calibrate(run: Run, level: float = LEVEL) -> Calibration:
                 controls["predicted_age"],
                 controls["age"],
                 controls["split"],
-                subject_id=controls["subject_id"].to_numpy(),
+                subject_id=controls["subject_id"],
             )
     except CorrectionRefused as refused:
         reason = str(refused)
@@ -458,3 +220,146 @@ def calibrate(run: Run, level: float = LEVEL) -> Calibration:
     interval = ConformalInterval(level, OUT_OF_FOLD if run.folds else HELD_OUT)
     fitted = interval.fit(rows["predicted_age"], rows["age"], rows["split"]) if len(rows) else None
     return Calibration(corrector, reason, fitted)
+
+
+def _with_gaps(run: Run, calibration: Calibration) -> pd.DataFrame:
+    """Headline rows with raw, corrected and adjusted gaps and the ends of the interval."""
+    corrector, interval, rows = calibration.corrector, calibration.interval, run.predictions
+    predicted, age = rows["predicted_age"], rows["age"]
+    low, high = interval.predict(predicted) if interval else (-np.inf, np.inf)
+    corrected = corrector.transform(predicted) if corrector else np.nan
+    return rows.assign(
+        gap=predicted - age,
+        corrected_age=corrected,
+        corrected_gap=corrected - age,
+        adjusted_gap=corrector.adjust_gap(predicted, age) if corrector else np.nan,
+        low=low,
+        high=high,
+    )
+
+
+def _measure_splits(
+    run: Run, rows: pd.DataFrame, column: str, bootstrap: dict[str, int]
+) -> dict[str, Metrics]:
+    return {
+        split: measure_rows(
+            rows.loc[run.part(split).index], column, reference_age=run.reference_age, **bootstrap
+        )
+        for split in run.splits()
+    }
+
+
+def _bias_before_and_after(run: Run, corrector: AgeBiasCorrector) -> pd.DataFrame:
+    fitted_on = f"{OUT_OF_FOLD if run.folds else HELD_OUT} (fitted on)"
+    parts = {fitted_on: run.calibration_rows(), "test": run.part("test")}
+    tables = {name: corrector.summary(part["predicted_age"], part["age"]) for name, part in parts.items()}
+    return pd.concat(tables, names=["split", "kind"]).reset_index()
+
+
+def diagnosis_differences(rows: pd.DataFrame, gap: str = "gap", controls: str | None = None) -> pd.DataFrame:
+    """Mean gap of each diagnosis minus that of controls, plain and adjusted for age, sex and site.
+
+    Ordinary least squares with standard errors that count subjects, not scans (cluster-robust, statsmodels).
+    The adjusted form takes care of groups of different age, which the age bias of a model would otherwise
+    turn into a gap.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        One row per scan of test subjects: `subject_id, age, diagnosis`, the column `gap` (years) and, where
+        known, `sex, site`.
+    gap : str
+        Column to compare.
+    controls : str, optional
+        The diagnosis to compare with; by default all controls (`judge_controls`), in any spelling.
+
+    Returns
+    -------
+    DataFrame
+        Columns `diagnosis`, `n_subjects`, `n_controls`, `difference`, `difference_low`, `difference_high`,
+        `adjusted`, `adjusted_low`, `adjusted_high` (years, 95 %) and `adjusted_for`. Empty where there is
+        nothing to compare.
+    """
+    rows = rows[rows["diagnosis"].fillna("") != ""] if "diagnosis" in rows else rows.iloc[:0]
+    if not len(rows):
+        return pd.DataFrame()
+    if controls is None:
+        controls = CONTROLS
+        rows = rows.assign(diagnosis=rows["diagnosis"].mask(judge_controls(rows) == "yes", CONTROLS))
+    elif controls not in (known := sorted(rows["diagnosis"].unique())):
+        raise ValueError(f"controls = {controls!r} is not a diagnosis here; there are {known}.")
+    counts = rows.groupby("diagnosis")["subject_id"].nunique()[lambda n: n >= FEWEST]
+    others = counts.drop(controls, errors="ignore")
+    if len(others) == len(counts) or others.empty:
+        return pd.DataFrame()
+    rows = rows[rows["diagnosis"].isin(counts.index)].assign(gap=rows[gap])
+    covariates = ["age", *(name for name in ("sex", "site") if _varies(rows, name))]
+    table = {"diagnosis": others.index, "n_subjects": others.to_numpy(), "n_controls": counts[controls]}
+    table |= _differences(rows, controls, "difference", [])
+    table |= _differences(rows, controls, "adjusted", covariates)
+    return pd.DataFrame(table | {"adjusted_for": ", ".join(covariates)})
+
+
+def _differences(
+    rows: pd.DataFrame, controls: str, name: str, covariates: list[str]
+) -> dict[str, np.ndarray]:
+    """{name, name_low, name_high}: the difference of each other diagnosis, in alphabetical order."""
+    import statsmodels.formula.api as smf
+
+    terms = [f"C(diagnosis, Treatment({controls!r}))"]
+    terms += [covariate if covariate == "age" else f"C({covariate})" for covariate in covariates]
+    fitted = smf.ols(f"gap ~ {' + '.join(terms)}", rows).fit(
+        cov_type="cluster", cov_kwds={"groups": pd.factorize(rows["subject_id"])[0]}, use_t=True
+    )
+    found = fitted.conf_int(0.05).assign(value=fitted.params).filter(like="C(diagnosis", axis=0)
+    return {
+        name: found["value"].to_numpy(),
+        f"{name}_low": found[0].to_numpy(),
+        f"{name}_high": found[1].to_numpy(),
+    }
+
+
+def _varies(rows: pd.DataFrame, name: str) -> bool:
+    return name in rows and rows[name].fillna("").ne("").all() and len(set(rows[name])) > 1
+
+
+def compare_runs(found: dict[str, RunEvaluation], **bootstrap: int) -> pd.DataFrame:
+    """Paired MAE differences (years) on the test scans two runs share, and of each run with the mean
+    predictor.
+
+    Returns
+    -------
+    DataFrame
+        Columns `a`, `b`, `value`, `low`, `high` (MAE of a minus MAE of b; negative: a is nearer), `n`,
+        `n_subjects`.
+    """
+    tests = {name: one.test[["scan_id", "subject_id", "age", "predicted_age"]] for name, one in found.items()}
+    pairs = [
+        (name, "mean predictor", tests[name].assign(other=one.run.reference_age))
+        for name, one in found.items()
+    ]
+    for a, b in combinations(found, 2):
+        other = tests[b][["scan_id", "predicted_age"]].rename(columns={"predicted_age": "other"})
+        pairs.append((a, b, tests[a].merge(other, on="scan_id")))
+    return pd.DataFrame(
+        [
+            {"a": a, "b": b}
+            | paired_difference(
+                both["age"], both["predicted_age"], both["other"], both["subject_id"], **bootstrap
+            )
+            for a, b, both in pairs
+            if len(both)
+        ]
+    )
+
+
+def headline_table(results: dict[str, Any], split: str = "test") -> pd.DataFrame:
+    """The raw figures of one split as text, one row per run: `7.10 [6.20, 8.00]`, each MAE beside the mean
+    predictor's."""
+    rows = {
+        name: flat(parts[split])
+        for name, parts in results.items()
+        if not name.startswith("_") and split in parts
+    }
+    columns = {"scans": "n", "subjects": "n_subjects", **titled(*HEADLINE)}
+    return text_table(rows.values(), columns).set_axis(list(rows)).rename_axis(f"run, {split}")

@@ -1,8 +1,5 @@
-"""Applying a trained model to another cohort: raw figures first, then site offset and calibration on named
-controls.
-
-Arrays and frames in, frames out; predicting is the models' business. Refuses people the model was trained on.
-"""
+"""A trained model on another cohort: raw figures first, then site offset and calibration on named controls.
+Frames in, frames out; predicting is the models' business."""
 
 from __future__ import annotations
 
@@ -10,19 +7,14 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from brainage_nb.cohort.rules import judge_controls
-from brainage_nb.evaluation.correction import AgeBiasCorrector, CorrectionRefused
-from brainage_nb.evaluation.metrics import flat, mean_with_interval, regression_metrics
-from brainage_nb.evaluation.runs import controls_of
+from brainage_nb.evaluation.correction import AgeBiasCorrector, CorrectionRefused, EvaluationError
+from brainage_nb.evaluation.metrics import Metrics, flat, mean_with_interval, measure_rows
+from brainage_nb.evaluation.runs import pick_controls
 
 FEWEST_FOR_LINE = 20  # calibration subjects below which only an offset is fitted, not a slope
-
-
-class TrainedOnThem(ValueError):
-    """Subjects or images of the external cohort took part in training."""
 
 
 @dataclass
@@ -40,7 +32,7 @@ class ExternalEvaluation:
         How it was calibrated: `kind` (`offset` or `line`), `n_subjects`, `subjects` (their names) and the
         fitted numbers.
     rest : DataFrame
-        Raw and calibrated figures of everybody who did *not* calibrate: a row each; empty without
+        Raw and calibrated figures of everybody who did *not* calibrate: one row each; empty without
         calibration.
     predictions : DataFrame
         The rows given, with `gap`, `calibrates` and, where calibrated, `calibrated_age`, `calibrated_gap`.
@@ -48,7 +40,7 @@ class ExternalEvaluation:
     warnings : list of str
     """
 
-    metrics: dict[str, Any]
+    metrics: Metrics
     offsets: pd.DataFrame
     calibration: dict[str, Any]
     rest: pd.DataFrame
@@ -57,9 +49,13 @@ class ExternalEvaluation:
 
     def summary(self) -> dict[str, Any]:
         """All but the predictions, for `results.json`; names of people are left out."""
-        calibration = {name: value for name, value in self.calibration.items() if name != "subjects"}
-        tables = {"offsets": self.offsets.to_dict("records"), "rest": self.rest.to_dict("records")}
-        return {"metrics": self.metrics, "calibration": calibration, "warnings": self.warnings} | tables
+        return {
+            "metrics": self.metrics,
+            "offsets": self.offsets.to_dict("records"),
+            "calibration": {name: value for name, value in self.calibration.items() if name != "subjects"},
+            "rest": self.rest.to_dict("records"),
+            "warnings": self.warnings,
+        }
 
 
 def refuse_trained_on(names: Sequence[str], seen: Sequence[bool], what: str = "subjects") -> None:
@@ -77,14 +73,12 @@ def refuse_trained_on(names: Sequence[str], seen: Sequence[bool], what: str = "s
 
     Raises
     ------
-    TrainedOnThem
+    EvaluationError
         Any of them did.
     """
-    if len(names) != len(seen):
-        raise ValueError(f"{len(names)} {what} with {len(seen)} answers; give one for each.")
     shared = sorted({str(name) for name, known in zip(names, seen, strict=True) if known})
     if shared:
-        raise TrainedOnThem(
+        raise EvaluationError(
             f"{len(shared)} of {len(set(names))} {what} of this cohort took part in training (first: "
             f"{shared[:5]}). The figures would be too good: leave them out, or, where only the ids happen to "
             "be equal, rename them."
@@ -97,8 +91,7 @@ def evaluate_external(
     reference_age: float,
     trained_ages: tuple[float, float],
     calibrate_on: Collection[str] = (),
-    n_bootstrap: int = 2000,
-    seed: int = 0,
+    **bootstrap: int,
 ) -> ExternalEvaluation:
     """Raw figures of an external cohort and, where controls are named for it, a calibration reported on the
     rest.
@@ -106,7 +99,7 @@ def evaluate_external(
     Parameters
     ----------
     predictions : DataFrame
-        A row a scan: `scan_id, subject_id, age, predicted_age` (raw, years) and, where known, `site,
+        One row per scan: `scan_id, subject_id, age, predicted_age` (raw, years) and, where known, `site,
         diagnosis, control`.
     reference_age : float
         Mean age of the training subjects, years.
@@ -114,37 +107,37 @@ def evaluate_external(
         Youngest and oldest training subject, years.
     calibrate_on : subject ids
         Controls that may calibrate; they are left out of the calibrated figures. Empty: no calibration.
+    n_bootstrap, seed : int
+        Of the subject bootstrap.
 
     Raises
     ------
     ValueError
         A named subject is not in the cohort or is not a control.
     """
-    bootstrap = {"n_bootstrap": n_bootstrap, "seed": seed}
-    rows = predictions.reset_index(drop=True)
-    rows["gap"] = rows["predicted_age"] - rows["age"]
+    rows = predictions.reset_index(drop=True).assign(gap=lambda table: table["predicted_age"] - table["age"])
     rows["control"] = judge_controls(rows)
     rows["calibrates"] = rows["subject_id"].isin(set(calibrate_on))
     calibration, rest, offsets = {}, pd.DataFrame(), pd.DataFrame()
-    warnings = age_range_warnings(rows["age"], trained_ages)
+    options = {"reference_age": reference_age} | bootstrap
+    (low, high), warnings = trained_ages, []
+    if outside := int((~rows["age"].between(low, high)).sum()):
+        warnings.append(
+            f"{outside} of {len(rows)} scans are of people outside the ages the model was trained on "
+            f"({low:.0f} to {high:.0f} years); its predictions there are extrapolations."
+        )
     try:
         offsets = site_offsets(rows, **bootstrap)
         if lost := sorted(set(_sites(rows)) - set(offsets.get("site", ()))):
             warnings.append(f"No offset of {', '.join(lost)}: there are no controls.")
         if len(calibrate_on):
             calibration = _calibrate(rows, calibrate_on)
-            rest = _rest_figures(rows[~rows["calibrates"]], reference_age, bootstrap)
+            rest = _rest_figures(rows[~rows["calibrates"]], options)
     except CorrectionRefused as refused:
         lost = ["site offset"] * offsets.empty + ["calibration"] * bool(len(calibrate_on))
         warnings.append(f"No {' and no '.join(lost)}. {refused}")
     return ExternalEvaluation(
-        metrics=regression_metrics(
-            rows["age"],
-            rows["predicted_age"],
-            rows["subject_id"].to_numpy(),
-            reference_age=reference_age,
-            **bootstrap,
-        ),
+        metrics=measure_rows(rows, **options),
         offsets=offsets,
         calibration=calibration,
         rest=rest,
@@ -153,14 +146,15 @@ def evaluate_external(
     )
 
 
-def site_offsets(rows: pd.DataFrame, *, n_bootstrap: int = 2000, seed: int = 0) -> pd.DataFrame:
+def site_offsets(rows: pd.DataFrame, **bootstrap: int) -> pd.DataFrame:
     """Mean raw gap of controls at each site, in years: what a new scanner adds, mixed with age bias."""
-    controls, table = controls_of(rows), []
-    for site, part in controls.groupby(_sites(controls)):
-        gap = part["predicted_age"] - part["age"]
-        offset = mean_with_interval(gap, part["subject_id"].to_numpy(), n_bootstrap=n_bootstrap, seed=seed)
-        table.append({"site": site} | offset)
-    return pd.DataFrame(table)
+    controls = pick_controls(rows)
+    return pd.DataFrame(
+        [
+            {"site": site} | mean_with_interval(part["gap"], part["subject_id"], **bootstrap)
+            for site, part in controls.groupby(_sites(controls))
+        ]
+    )
 
 
 def _sites(rows: pd.DataFrame) -> pd.Series:
@@ -168,36 +162,23 @@ def _sites(rows: pd.DataFrame) -> pd.Series:
     return sites.fillna("").astype(str).replace("", "not known")
 
 
-def age_range_warnings(age: np.ndarray, trained_ages: tuple[float, float]) -> list[str]:
-    """A sentence where ages lie outside what the model was trained on."""
-    age, (low, high) = np.asarray(age, dtype=float), trained_ages
-    n_outside = int(((age < low) | (age > high)).sum())
-    if not n_outside:
-        return []
-    return [
-        f"{n_outside} of {len(age)} scans are of people outside the ages the model was trained on ({low:.0f} "
-        f"to {high:.0f} years); its predictions there are extrapolations."
-    ]
-
-
 def _calibrate(rows: pd.DataFrame, names: Collection[str]) -> dict[str, Any]:
     """Fit offset or line on the named controls and add the calibrated columns to `rows`."""
-    unknown = sorted(set(names) - set(rows["subject_id"]))
-    if unknown:
-        raise ValueError(
-            f"{len(unknown)} calibration subjects are not in this cohort (first: {unknown[:5]})."
-        )
     chosen = rows[rows["calibrates"]]
-    ill = sorted(chosen.loc[~chosen.index.isin(controls_of(chosen).index), "subject_id"].unique())
-    if ill:
-        raise ValueError(
-            f"{len(ill)} calibration subjects are not controls (first: {ill[:5]}); name controls only."
-        )
-    n = chosen["subject_id"].nunique()
-    fitted: dict[str, Any] = {"n_subjects": n, "subjects": sorted(chosen["subject_id"].unique())}
-    if n >= FEWEST_FOR_LINE:
+    subjects = sorted(chosen["subject_id"].unique())
+    patients = chosen.loc[~chosen.index.isin(pick_controls(chosen).index), "subject_id"]
+    for wrong, what in (
+        (sorted(set(names) - set(subjects)), "not in this cohort"),
+        (sorted(set(patients)), "not controls"),
+    ):
+        if wrong:
+            raise ValueError(
+                f"{len(wrong)} calibration subjects are {what} (first: {wrong[:5]}); name its controls."
+            )
+    fitted: dict[str, Any] = {"n_subjects": len(subjects), "subjects": subjects}
+    if len(subjects) >= FEWEST_FOR_LINE:
         line = AgeBiasCorrector().fit(
-            chosen["predicted_age"], chosen["age"], "calibration", subject_id=chosen["subject_id"].to_numpy()
+            chosen["predicted_age"], chosen["age"], "calibration", subject_id=chosen["subject_id"]
         )
         rows["calibrated_age"] = line.transform(rows["predicted_age"])
         fitted = {"kind": "line"} | fitted | line.to_dict()
@@ -209,15 +190,12 @@ def _calibrate(rows: pd.DataFrame, names: Collection[str]) -> dict[str, Any]:
     return fitted
 
 
-def _rest_figures(rest: pd.DataFrame, reference_age: float, bootstrap: dict[str, int]) -> pd.DataFrame:
+def _rest_figures(rest: pd.DataFrame, options: dict[str, Any]) -> pd.DataFrame:
     if not len(rest):
         raise ValueError(
             "Every subject of this cohort was named for calibration; nobody is left to report on."
         )
-    table = []
-    for form, column in (("raw", "predicted_age"), ("calibrated on named controls", "calibrated_age")):
-        figures = regression_metrics(
-            rest["age"], rest[column], rest["subject_id"].to_numpy(), reference_age=reference_age, **bootstrap
-        )
-        table.append({"form": form} | flat(figures))
-    return pd.DataFrame(table)
+    forms = {"raw": "predicted_age", "calibrated on named controls": "calibrated_age"}
+    return pd.DataFrame(
+        [{"form": form} | flat(measure_rows(rest, column, **options)) for form, column in forms.items()]
+    )

@@ -1,14 +1,5 @@
-"""What an evaluation found and what the workspace holds, as small tables of text for people. Computes no
-figure.
-
-The model card: what a run is for, what it was made from, how good it is and where not to use it.
-
-Made from the run and the workspace alone; nothing in it is typed by hand.
-
-The written evaluation: results.json, predictions.csv, figures, a one-file report.html and a model card.
-
-Formats what `evaluate` found; computes no figure of its own.
-"""
+"""What an evaluation found as small tables of text, and the evaluation as written: results.json,
+predictions.csv, figures, a one-file report.html and a model card. Computes no figure of its own."""
 
 from __future__ import annotations
 
@@ -16,415 +7,215 @@ import base64
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from brainage_nb.evaluation.cautions import TEST_OBJECT
-from brainage_nb.evaluation.correction import WHY_GAP_ONLY
-from brainage_nb.evaluation.evaluate import Evaluation, headline_table
+from brainage_nb.evaluation.evaluate import HEADLINE, Evaluation, headline_table
 from brainage_nb.evaluation.external import ExternalEvaluation
-from brainage_nb.evaluation.metrics import text_of, with_interval
-from brainage_nb.evaluation.plots import ReportFigure, draw_figures, save_figure
+from brainage_nb.evaluation.metrics import flat, text_table, titled, with_interval
+from brainage_nb.evaluation.plots import ReportFigure, draw_figures
 from brainage_nb.evaluation.runs import OUT_OF_FOLD, RunEvaluation
 from brainage_nb.platforms import version_of
 from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.workspace import Workspace, write_csv, write_json, write_text
 
-EXTERNAL_FIGURES = {
-    "mae": "MAE [years]",
-    "mean_predictor_mae": "mean predictor's MAE [years]",
-    "r": "r",
-    "mean_gap": "mean gap [years]",
-}
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
 SPLIT_WORDS = {
     "train": "training (the model has seen these)",
     "val": "validation (may have chosen the best epoch)",
     OUT_OF_FOLD: "out-of-fold (each by a model that did not see the subject)",
     "test": "test (never seen)",
 }
+KNOWN_WORDS = {
+    "mean": "mean predictor",
+    "ours": "this model",
+    "attainable": "attainable: best regression on the planted anatomy",
+    "oracle": "oracle: knows the planted brain age",
+}
+KNOWN_COLUMNS = {
+    "who predicts": "who",
+    "MAE on test [years]": "test",
+    "MAE on the whole cohort, as in notebook 01 [years]": "cohort",
+}
+RECOVERED_COLUMNS = {"kind of gap": "kind", "n": "n", "r with planted": "r", "slope on planted": "slope"}
+COVERAGE_COLUMNS = {
+    "true age [years]": "group",
+    "scans": "n",
+    "inside [%]": "coverage",
+    "width [years]": "mean_width",
+}
+DIAGNOSIS_COLUMNS = {
+    "diagnosis": "diagnosis",
+    "subjects": "n_subjects",
+    "controls": "n_controls",
+    "gap difference [years]": "difference",
+    "adjusted difference [years]": "adjusted",
+    "adjusted for": "adjusted_for",
+}
+PACKAGES = (
+    "brainage-nb", "torch", "monai", "numpy", "pandas", "scikit-learn", "scipy", "statsmodels", "matplotlib",
+)  # fmt: skip
+# --- tables of text: of the workspace --------------------------------------------------------------------
 
 
-def headline_sentences(evaluation: Evaluation) -> list[str]:
-    """What each run reached on test, in one sentence, beside the mean predictor."""
-    sentences = []
-    for name, found in evaluation.runs.items():
-        test = found.metrics["test"]
-        sentences.append(
-            f"{name}: on {test['n']} test scans of {test['n_subjects']} subjects that took no part in "
-            f"training, predicted and true age differ by {with_interval(test['mae'], 1)} years on average "
-            f"(MAE; r {with_interval(test['r'])}). Saying the mean training age, "
-            f"{found.run.reference_age:.1f} years, for everyone differs by "
-            f"{with_interval(test['mean_predictor_mae'], 1)} years."
-        )
-    return sentences
-
-
-def other_splits(evaluation: Evaluation) -> pd.DataFrame:
-    """Raw figures of the other splits, each row named for what it can be used for."""
+def people_table(scans: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Who is in each group of scans: scans, subjects, ages and sex; a subject counts once in a group."""
     rows = []
-    for name, found in evaluation.runs.items():
-        for split, figures in found.metrics.items():
-            # With folds, train and validation rows are out-of-fold too: one row says all of it.
-            if split != "test" and (split == OUT_OF_FOLD or not found.run.folds):
-                shown = {
-                    "run": name,
-                    "split": SPLIT_WORDS[split],
-                    "scans": figures["n"],
-                    "MAE [years]": with_interval(figures["mae"]),
-                    "mean predictor's MAE [years]": with_interval(figures["mean_predictor_mae"]),
-                    "r": with_interval(figures["r"]),
-                    "gap-age r": with_interval(figures["gap_age_r"]),
-                }
-                rows.append(shown)
+    for names, part in scans.groupby(by, sort=False, dropna=False):
+        people, age = part.drop_duplicates("subject_id"), part.groupby("subject_id")["age"].mean()
+        initial = people.get("sex", pd.Series(dtype=str)).str.upper().str[:1]
+        women, men = (initial == "F").sum(), (initial == "M").sum()
+        counts = {
+            "scans": len(part),
+            "subjects": len(people),
+            "ages [years]": f"{part['age'].min():.1f} to {part['age'].max():.1f} (mean {age.mean():.1f}, SD "
+            f"{age.std():.1f})".replace(", SD nan", ""),
+            "women / men / not known": f"{women} / {men} / {len(people) - women - men}",
+        }
+        rows.append(dict(zip(by, names, strict=True)) | counts)
     return pd.DataFrame(rows)
 
 
 def cohort_table(ws: Workspace) -> pd.DataFrame:
-    """Who came in: scans, subjects, ages, sex by source and site."""
+    """Who came in, by source and site."""
     cohort = ws.read("cohort.csv")
-    keys = [name for name in ("source", "site") if name in cohort] or [lambda _: "all"]
-    rows = []
-    for names, part in cohort.groupby(keys, dropna=False):
-        people = part.drop_duplicates("subject_id")
-        sex = people["sex"].str.upper().str[:1] if "sex" in people else pd.Series("", index=people.index)
-        rows.append(
-            dict(zip(("source", "site"), names, strict=False))
-            | {
-                "scans": len(part),
-                "subjects": len(people),
-                "ages [years]": f"{part['age'].min():.1f} to {part['age'].max():.1f} (mean "
-                f"{part['age'].mean():.1f})",
-                "women / men / not known": f"{(sex == 'F').sum()} / {(sex == 'M').sum()} / "
-                f"{(~sex.isin(['F', 'M'])).sum()}",
-            }
-        )
-    return pd.DataFrame(rows)
+    by = ["source", "site"] if "site" in cohort else ["source"]
+    return people_table(cohort.assign(source=cohort.get("source", "not known")).sort_values(by), by)
+
+
+def splits_table(ws: Workspace) -> pd.DataFrame:
+    """Who is in each split."""
+    dealt, order = ws.read("splits.csv"), {"train": 0, "val": 1, "test": 2}
+    return people_table(dealt.sort_values("split", key=lambda names: names.map(order)), ["split"])
 
 
 def dropped_table(ws: Workspace) -> pd.DataFrame:
-    """What cleaning dropped: scans a reason, with one example's detail."""
+    """What cleaning dropped: scans per reason, with one example's detail."""
     if not ws.path("cleaning.csv").exists():
         return pd.DataFrame()
     cleaning = ws.read("cleaning.csv")
     lost = cleaning[~cleaning["kept"].astype(str).str.lower().isin(["true", "1"])]
+    table = lost.assign(example=lost["scan_id"] + ": " + lost["detail"]).groupby("reason", as_index=False)
+    table = table.agg(**{"scans": ("scan_id", "size"), "for example": ("example", "first")})
+    return table.sort_values("scans", ascending=False)
+
+
+# --- of all runs -----------------------------------------------------------------------------------------
+
+
+def other_splits(evaluation: Evaluation) -> pd.DataFrame:
+    """Raw figures of the other splits, each row named for what it can be used for."""
     rows = [
-        {
-            "reason": reason,
-            "scans": len(part),
-            "for example": f"{part['scan_id'].iloc[0]}: {part['detail'].iloc[0]}",
-        }
-        for reason, part in lost.groupby("reason")
+        {"run": name, "part": SPLIT_WORDS[split]} | flat(figures)
+        for name, found in evaluation.runs.items()
+        for split, figures in found.metrics.items()
+        # With folds, train and validation rows are out-of-fold too: one row says all of it.
+        if split != "test" and (split == OUT_OF_FOLD or not found.run.folds)
     ]
-    return pd.DataFrame(rows).sort_values("scans", ascending=False) if rows else pd.DataFrame()
-
-
-def splits_table(ws: Workspace) -> pd.DataFrame:
-    """Subjects, scans and ages of each split."""
-    rows = []
-    dealt = ws.read("splits.csv")
-    for split in ("train", "val", "test"):
-        part = dealt[dealt["split"] == split]
-        if len(part):
-            people = part.groupby("subject_id")["age"].mean()
-            rows.append(
-                {
-                    "split": split,
-                    "subjects": len(people),
-                    "scans": len(part),
-                    "mean age (SD) [years]": f"{people.mean():.1f} ({people.std():.1f})".replace(
-                        " (nan)", ""
-                    ),
-                    "ages [years]": f"{part['age'].min():.1f} to {part['age'].max():.1f}",
-                }
-            )
-    return pd.DataFrame(rows)
+    figures = titled("mae", "mean_predictor_mae", "r", "gap_age_r")
+    return text_table(rows, {"run": "run", "split": "part", "scans": "n", **figures})
 
 
 def comparison_table(evaluation: Evaluation) -> pd.DataFrame:
     """Paired MAE differences as text."""
-    return pd.DataFrame(
-        [
-            {
-                "compared": f"{row['a']} minus {row['b']}",
-                "MAE difference [years]": with_interval(row),
-                "test scans": row["n"],
-                "reads": _verdict(row),
-            }
-            for row in evaluation.comparisons.to_dict("records")
-        ]
-    )
+    rows = evaluation.comparisons.to_dict("records")
+    for row in rows:
+        nearer = row["a"] if row["high"] < 0 else row["b"] if row["low"] > 0 else ""
+        row["compared"] = f"{row['a']} minus {row['b']}"
+        row["reads"] = f"{nearer} is nearer" if nearer else "no difference shown"
+    columns = {"compared": "compared", "MAE difference [years]": "value", "test scans": "n", "reads": "reads"}
+    return text_table(rows, columns)
 
 
 def known_tables(evaluation: Evaluation) -> dict[str, dict[str, pd.DataFrame]]:
-    """Known-answer checks a run: the errors side by side, and how much of the planted gap was recovered."""
-    words = {
-        "ours": "this model",
-        "attainable": "attainable: best regression on the planted anatomy",
-        "oracle": "oracle: knows the planted brain age",
-    }
+    """Known-answer checks of each run: the `errors` side by side, and how much of the planted gap was
+    `recovered`."""
     tables = {}
     for name, found in evaluation.runs.items():
-        if not found.known:
+        if not (known := found.known):
             continue
-        cohort = found.known["mae_whole_cohort"]
-        errors = found.known["mae"] | {"mean": found.metrics["test"]["mean_predictor_mae"]}
-        words["mean"] = "mean predictor"
-        recovered = pd.DataFrame(found.known["recovered"])
+        errors = known["mae"] | {"mean": found.metrics["test"]["mean_predictor_mae"]}
+        rows = [
+            flat({"who": words, "test": errors[key], "cohort": known["mae_whole_cohort"].get(key, "–")})
+            for key, words in KNOWN_WORDS.items()
+            if key in errors
+        ]
         tables[name] = {
-            "errors": pd.DataFrame(
-                [
-                    {
-                        "who predicts": words[key],
-                        "MAE on test [years]": with_interval(errors[key]),
-                        "MAE on the whole cohort, as in notebook 01 [years]": with_interval(cohort[key])
-                        if key in cohort
-                        else "–",
-                    }
-                    for key in ("mean", "ours", "attainable", "oracle")
-                    if key in errors
-                ]
-            ),
-            "recovered": pd.DataFrame(
-                {
-                    "kind of gap": recovered["kind"],
-                    "n": recovered["n"],
-                    "r with planted": [text_of(row, "r") for row in found.known["recovered"]],
-                    "slope on planted": [text_of(row, "slope") for row in found.known["recovered"]],
-                }
-            ),
+            "errors": text_table(rows, KNOWN_COLUMNS),
+            "recovered": text_table(known["recovered"], RECOVERED_COLUMNS),
         }
     return tables
+
+
+def settings_table(evaluation: Evaluation) -> pd.DataFrame:
+    """Settings of each run, one row per setting, one column per run."""
+    columns = {name: flat_settings(found.run.settings) for name, found in evaluation.runs.items()}
+    return pd.DataFrame(columns).fillna("").rename_axis("setting").reset_index()
+
+
+def flat_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Nested settings as `outer.inner` -> text, without the prefix `settings.`, what a run compares itself by
+    (it repeats the settings) and what is too long to read."""
+    (nested,) = pd.json_normalize(dict(settings)).to_dict("records")
+    asked_first = sorted(nested.items(), key=lambda item: not item[0].startswith("settings."))
+    return {
+        name.removeprefix("settings."): str(value)  # what became of "auto" stands outside, and counts
+        for name, value in asked_first
+        if not {"identity", "inputs"} & set(name.split(".")) and len(str(value)) <= 80
+    }
+
+
+# --- of one run, and of another cohort -------------------------------------------------------------------
+
+
+def bias_table(found: RunEvaluation) -> pd.DataFrame:
+    """Slope and gap-age r before and after, as text; empty where the correction was refused."""
+    rows = found.bias.to_dict("records")
+    for row in rows:
+        row |= {name: with_interval({"value": row[name]}) for name in ("slope", "gap_age_r")}
+        row["slope"] = "no prediction" if row["kind"].startswith("gap") else row["slope"]
+    return text_table(rows, {"scans": "split", "form": "kind", **titled("slope", "gap_age_r")})
+
+
+def coverage_table(found: RunEvaluation) -> pd.DataFrame:
+    """Coverage and width of the prediction interval by age bin, as text."""
+    table = found.coverage.copy()
+    table[["coverage", "coverage_low", "coverage_high"]] *= 100
+    table["mean_width"] = [f"{width:.1f}".replace("inf", "infinite") for width in table["mean_width"]]
+    return text_table(table.to_dict("records"), COVERAGE_COLUMNS, digits=0)
+
+
+def groups_table(found: RunEvaluation) -> pd.DataFrame:
+    """Raw figures by group, as text."""
+    figures = titled("mae", "mean_predictor_mae", "mean_gap")
+    columns = {"by": "by", "group": "group", "scans": "n", "subjects": "n_subjects", **figures}
+    return text_table(found.groups.replace({"by": {"age_bin": "age"}}).to_dict("records"), columns)
+
+
+def diagnosis_table(found: RunEvaluation) -> pd.DataFrame:
+    """Gap differences between diagnoses, as text."""
+    return text_table(found.diagnosis.to_dict("records"), DIAGNOSIS_COLUMNS)
 
 
 def external_tables(found: ExternalEvaluation) -> dict[str, pd.DataFrame]:
     """Another cohort as text: `raw` figures of all its scans, `offsets` of its sites and, where named
     controls calibrated, the `rest` of it before and after."""
-    raw = {title: with_interval(found.metrics[key]) for key, title in EXTERNAL_FIGURES.items()}
-    offsets = [
-        {"site": row["site"], "controls' mean gap [years]": with_interval(row), "scans": row["n"]}
-        for row in found.offsets.to_dict("records")
-    ]
-    rest = [
-        {"form": row["form"], "scans": row["n"]}
-        | {title: text_of(row, key) for key, title in EXTERNAL_FIGURES.items()}
-        for row in found.rest.to_dict("records")
-    ]
+    figures = {"scans": "n", **titled("mae", "mean_predictor_mae", "r", "mean_gap")}
+    offsets = {"site": "site", "controls' mean gap [years]": "value", "scans": "n"}
     return {
-        "raw": pd.DataFrame([{"scans": found.metrics["n"], "subjects": found.metrics["n_subjects"]} | raw]),
-        "offsets": pd.DataFrame(offsets),
-        "rest": pd.DataFrame(rest),
+        "raw": text_table([flat(found.metrics)], {"subjects": "n_subjects", **figures}),
+        "offsets": text_table(found.offsets.to_dict("records"), offsets),
+        "rest": text_table(found.rest.to_dict("records"), {"form": "form", **figures}),
     }
 
 
-def settings_table(evaluation: Evaluation) -> pd.DataFrame:
-    """Settings of each run, a row a setting, a column a run."""
-    columns = {name: flat_settings(found.run.settings) for name, found in evaluation.runs.items()}
-    return pd.DataFrame(columns).fillna("").rename_axis("setting").reset_index()
-
-
-def flat_settings(settings: dict[str, Any], within: str = "") -> dict[str, str]:
-    """Nested settings as `outer.inner` -> text; the prefix `settings.` is left out, and so is what is too
-    long to read."""
-    flat: dict[str, str] = {}
-    for name, value in settings.items():
-        if name in ("identity", "inputs"):  # what a run compares itself by: repeats the settings
-            continue
-        label = f"{within}.{name}" if within and within != "settings" else name
-        if isinstance(value, dict):
-            flat |= flat_settings(value, label)
-        elif len(str(value)) <= 80:
-            flat[label] = str(value)
-    return flat
-
-
-def bias_table(found: RunEvaluation) -> pd.DataFrame:
-    """Slope and gap-age r before and after, as text; empty where the correction was refused."""
-    if not found.calibration.corrector:
-        return pd.DataFrame()
-    table = found.bias.rename(columns={"split": "scans", "kind": "form", "gap_age_r": "gap-age r"})
-    return table.assign(
-        slope=[
-            "no prediction" if form.startswith("gap") else with_interval({"value": value})
-            for form, value in zip(table["form"], table["slope"], strict=True)
-        ],
-        **{"gap-age r": [with_interval({"value": value}) for value in table["gap-age r"]]},
-    )
-
-
-def coverage_table(found: RunEvaluation) -> pd.DataFrame:
-    """Coverage and width of the prediction interval by age bin, as text."""
-    rows = list(found.coverage.itertuples())
-    widths = [f"{row.mean_width:.1f}" if np.isfinite(row.mean_width) else "infinite" for row in rows]
-    return pd.DataFrame(
-        {
-            "true age [years]": [row.group for row in rows],
-            "scans": [row.n for row in rows],
-            "inside [%]": [
-                f"{100 * row.coverage:.0f} [{100 * row.coverage_low:.0f}, {100 * row.coverage_high:.0f}]"
-                for row in rows
-            ],
-            "width [years]": widths,
-        }
-    )
-
-
-def groups_table(found: RunEvaluation) -> pd.DataFrame:
-    """Raw figures by group, as text."""
-    names = {
-        "mae": "MAE [years]",
-        "mean_predictor_mae": "mean predictor's MAE [years]",
-        "mean_gap": "mean gap [years]",
-    }
-    rows = found.groups.to_dict("records")
-    first = {"by": [row["by"].replace("_", " ") for row in rows], "group": [row["group"] for row in rows]}
-    counts = {"scans": [row["n"] for row in rows], "subjects": [row["n_subjects"] for row in rows]}
-    return pd.DataFrame(
-        first | counts | {title: [text_of(row, key) for row in rows] for key, title in names.items()}
-    )
-
-
-def diagnosis_table(found: RunEvaluation) -> pd.DataFrame:
-    """Gap differences between diagnoses, as text."""
-    rows = found.diagnosis.to_dict("records")
-    return pd.DataFrame(
-        {
-            "diagnosis": [row["diagnosis"] for row in rows],
-            "subjects": [row["n_subjects"] for row in rows],
-            "controls": [row["n_controls"] for row in rows],
-            "gap difference [years]": [text_of(row, "difference") for row in rows],
-            "adjusted difference [years]": [text_of(row, "adjusted") for row in rows],
-            "adjusted for": [row["adjusted_for"] for row in rows],
-        }
-    )
-
-
-def _verdict(row: dict[str, Any]) -> str:
-    if row["high"] < 0:
-        return f"{row['a']} is nearer"
-    if row["low"] > 0:
-        return f"{row['b']} is nearer"
-    return "no difference shown"
-
-
-FIGURES = {
-    "mae": "MAE [years]",
-    "mean_predictor_mae": "mean predictor's MAE [years]",
-    "rmse": "RMSE [years]",
-    "r": "r, predicted with true age",
-    "r2": "R²",
-    "slope": "slope of predicted on true age",
-    "gap_age_r": "r, gap with true age",
-}
-# Of `benchmarks/accuracy.py` and `benchmarks/steadiness.py`; the README has the tables.
-MEASURED = {
-    "best": (
-        "On 121 people (IXI), at 4 mm, half the width, 5-fold cross-validation: MAE 5.17 years [4.46, 5.96], "
-        "r 0.92; at full width the same head tilted by up to 15 degrees moved an age by 0.3 years [0.3, 0.4] "
-        "on average (40 other people than it learned from)."
-    ),
-    "reference": (
-        "On 121 people (IXI), at 4 mm, half the width, 5-fold cross-validation: MAE 7.51 years [6.41, 8.63], "
-        "r 0.82; at full width the same head tilted by up to 15 degrees moved an age by 4.2 years [3.1, 5.2] "
-        "on average (40 other people than it learned from)."
-    ),
-}
-NOT_SHOWN = (
-    "One site, one scanner, 20 to 82 years: other scanners, ages and illnesses are not in these figures, and "
-    "neither is the model of this card."
-)
-
-
-def model_card(evaluation: Evaluation, run: str = "") -> str:
-    """The card as Markdown: of one run, or of every run under each other.
-
-    Parameters
-    ----------
-    evaluation : Evaluation
-    run : str
-        One run's name; empty for all.
-    """
-    names = [run] if run else list(evaluation.runs)
-    template = templates().get_template("model_card.md.j2")
-    cards = [template.render(**_content(evaluation, name, evaluation.runs[name])) for name in names]
-    return "\n\n---\n\n".join(card.strip() for card in cards) + "\n"
-
-
-def templates(*, autoescape: bool = False) -> Any:
-    """The jinja2 environment of this package's templates."""
-    from jinja2 import Environment, PackageLoader
-
-    return Environment(
-        loader=PackageLoader("brainage_nb.evaluation", "."),
-        autoescape=autoescape,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-def _content(evaluation: Evaluation, name: str, found: RunEvaluation) -> dict[str, Any]:
-    ws, test, training = evaluation.workspace, found.metrics["test"], found.run.part("train")
-    cohort = ws.read("cohort.csv")
-    return {
-        "name": name,
-        "when": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "version": version_of("brainage-nb"),
-        "settings": flat_settings(found.run.settings),
-        "fingerprint": found.run.settings.get("fingerprint", "not recorded"),
-        "sources": sorted(cohort["source"].unique()) if "source" in cohort else [],
-        "sites": sorted(site for site in cohort["site"].unique() if site) if "site" in cohort else [],
-        "training": training,
-        "age_low": training["age"].min(),
-        "age_high": training["age"].max(),
-        "test": test,
-        "figures": [(title, with_interval(test[key])) for key, title in FIGURES.items()],
-        "splits": markdown(splits_table(ws)),
-        "groups": markdown(groups_table(found)),
-        "corrector": found.calibration.corrector,
-        "refused": found.calibration.refused,
-        "interval": found.calibration.interval,
-        "coverage": found.coverage.iloc[0],
-        "diagnosed": "diagnosis" in found.run.predictions,
-        "recipe_elsewhere": "" if evaluation.is_test_object else recipe_elsewhere(found.run.settings),
-        "test_object": TEST_OBJECT if evaluation.is_test_object else "",
-        "warnings": [text for text in evaluation.warnings if text.startswith(f"{name}:")],
-    }
-
-
-def recipe_elsewhere(settings: Mapping[str, Any]) -> str:
-    """What was measured with the recipe that prepared and trained a run; empty where there is no one.
-
-    What prepared it is judged by its steps: the same name may have meant others in an older release.
-    """
-    recipe = settings.get("recipe", "")
-    try:
-        prepared = PreprocessingSettings.from_json(settings["preprocessing"]).recipe
-    except (KeyError, ValueError):
-        return ""
-    return f"{MEASURED[recipe]} {NOT_SHOWN}" if recipe == prepared and recipe in MEASURED else ""
-
-
-def markdown(frame: pd.DataFrame) -> str:
-    """A frame of text and numbers as a Markdown table."""
-    lines = [list(frame.columns), ["---"] * frame.shape[1], *frame.astype(str).to_numpy().tolist()]
-    return "\n".join(
-        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
-
-
-PACKAGES = (
-    "brainage-nb",
-    "torch",
-    "monai",
-    "numpy",
-    "pandas",
-    "scikit-learn",
-    "scipy",
-    "statsmodels",
-    "matplotlib",
-)
+# --- the written evaluation ------------------------------------------------------------------------------
 
 
 def write_report(
@@ -438,7 +229,13 @@ def write_report(
     Returns
     -------
     list of Path
-        `results.json`, `predictions.csv`, `report.html`, `model_card.md` and the figures as PNG and SVG.
+        `report.html` (one page that needs no other file and no network), `results.json`, `predictions.csv`,
+        `model_card.md` and the figures as PNG.
+
+    Examples
+    --------
+    >>> write_report(evaluate_runs("workspace"))[0].name
+    'report.html'
     """
     folder = evaluation.workspace.path("evaluation")
     figures = draw_figures(evaluation) if figures is None else figures
@@ -447,72 +244,110 @@ def write_report(
         write_csv(evaluation.predictions, folder / "predictions.csv"),
         write_text(model_card(evaluation), folder / "model_card.md"),
     ]
-    images = {}
-    for drawn in figures:
-        png, svg = save_figure(drawn.figure, folder / "figures" / drawn.name)
-        images[drawn.name] = base64.b64encode(png.read_bytes()).decode("ascii")
-        written += [png, svg]
-    page = report_html(evaluation, figures, images, title=title)
-    return [write_text(page, folder / "report.html"), *written]
+    pictures = [drawn.save(folder / "figures") for drawn in figures]
+    encoded = [base64.b64encode(path.read_bytes()).decode("ascii") for path in pictures]
+    page = _report_html(evaluation, list(zip(figures, encoded, strict=True)), title)
+    return [write_text(page, folder / "report.html"), *written, *pictures]
 
 
-def report_html(
-    evaluation: Evaluation,
-    figures: list[ReportFigure],
-    images: dict[str, str],
-    *,
-    title: str = "Brain-age evaluation",
-) -> str:
-    """The report as one HTML page that needs no other file and no network.
+def _report_html(evaluation: Evaluation, figures: list[tuple[ReportFigure, str]], title: str) -> str:
+    headline = headline_table(evaluation.results).T.rename_axis(index="test, raw", columns=None)
+    versions = pd.DataFrame({"package": PACKAGES, "version": [version_of(name) for name in PACKAGES]})
+    return (
+        _templates()
+        .get_template("report.html.j2")
+        .render(
+            title=title,
+            when=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+            evaluation=evaluation,
+            headline=headline.reset_index(),
+            known=known_tables(evaluation),
+            figures=figures,
+            versions=versions,
+        )
+    )
+
+
+def model_card(evaluation: Evaluation, run: str = "") -> str:
+    """The card as Markdown, made from run and workspace alone: what it is for, from what, how good,
+    and where not.
 
     Parameters
     ----------
     evaluation : Evaluation
-    figures : list of ReportFigure
-        What is shown, in order.
-    images : dict
-        Name of a figure -> its PNG, base64.
-    title : str
+    run : str
+        One run's name; empty for all, under each other.
     """
-    environment = templates(autoescape=True)
-    environment.filters["table"] = as_html_table
-    ws = evaluation.workspace
-    return environment.get_template("report.html.j2").render(
-        title=title,
-        when=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        evaluation=evaluation,
-        headline=headline_table(evaluation.results)
-        .T.rename_axis(index="test, raw", columns=None)
-        .reset_index(),
-        sentences=headline_sentences(evaluation),
-        other_splits=other_splits(evaluation),
-        cohort=cohort_table(ws),
-        dropped=dropped_table(ws),
-        splits=splits_table(ws),
-        figures=[(drawn, images[drawn.name]) for drawn in figures],
-        why_gap_only=WHY_GAP_ONLY,
-        bias={name: bias_table(found) for name, found in evaluation.runs.items()},
-        coverage={name: coverage_table(found) for name, found in evaluation.runs.items()},
-        groups={name: groups_table(found) for name, found in evaluation.runs.items()},
-        diagnosis={
-            name: diagnosis_table(found) for name, found in evaluation.runs.items() if len(found.diagnosis)
-        },
-        comparisons=comparison_table(evaluation),
-        known=known_tables(evaluation),
-        reliability={name: found.reliability for name, found in evaluation.runs.items() if found.reliability},
-        external={name: external_tables(found) for name, found in evaluation.external.items()},
-        settings=settings_table(evaluation),
-        versions=pd.DataFrame({"package": PACKAGES, "version": [version_of(name) for name in PACKAGES]}),
-        with_interval=with_interval,
+    template = _templates().get_template("model_card.md.j2")
+    cards = [
+        template.render(_card_content(evaluation, name)).strip()
+        for name in ([run] if run else evaluation.runs)
+    ]
+    return "\n\n---\n\n".join(cards) + "\n"
+
+
+def _card_content(evaluation: Evaluation, name: str) -> dict[str, Any]:
+    found, cohort = evaluation.runs[name], evaluation.workspace.read("cohort.csv")
+    figures = text_table([flat(found.metrics["test"])], titled(*HEADLINE)).T.reset_index()
+    return {
+        "name": name,
+        "when": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "version": version_of("brainage-nb"),
+        "workspace": evaluation.workspace,
+        "found": found,
+        "figures": figures.set_axis(["figure", "value [95 % interval]"], axis=1),
+        "sources": sorted(set(cohort.get("source", ())) - {""}),
+        "sites": sorted(set(cohort.get("site", ())) - {""}),
+        "recipe": "" if evaluation.is_test_object else measured_recipe(found.run.settings),
+        "test_object": TEST_OBJECT if evaluation.is_test_object else "",
+        "warnings": [text for text in evaluation.warnings if text.startswith(f"{name}:")],
+    }
+
+
+def measured_recipe(settings: Mapping[str, Any]) -> str:
+    """Name of the recipe that prepared and trained a run, as the card has figures of it; empty for another.
+
+    What prepared it is judged by its steps: the same name may have meant others in an older release.
+    """
+    try:
+        prepared = PreprocessingSettings.from_json(settings["preprocessing"]).recipe
+    except (KeyError, ValueError):
+        return ""
+    return prepared if settings.get("recipe") == prepared else ""
+
+
+SHOWN = (
+    with_interval, cohort_table, dropped_table, splits_table, other_splits, comparison_table,
+    settings_table, flat_settings, bias_table, coverage_table, groups_table, diagnosis_table, external_tables,
+)  # fmt: skip
+
+
+@cache
+def _templates() -> Environment:
+    """The jinja2 environment of report and card; text is escaped in the page."""
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    environment = Environment(
+        loader=PackageLoader("brainage_nb.evaluation", "."),
+        autoescape=select_autoescape(["html.j2"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    environment.filters |= {"table": as_html_table, "markdown": as_markdown}
+    environment.globals |= {make.__name__: make for make in SHOWN}
+    return environment
+
+
+def as_markdown(frame: pd.DataFrame) -> str:
+    """A frame of text and numbers as a Markdown table."""
+    cells = frame.astype(str).replace(r"\|", r"\\|", regex=True).to_numpy().tolist()
+    lines = [list(frame.columns), ["---"] * frame.shape[1], *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def as_html_table(frame: pd.DataFrame) -> Any:
-    """A DataFrame as an HTML table, text escaped."""
+    """A DataFrame as an HTML table, text escaped, a value and its interval on one line."""
     from markupsafe import Markup
 
-    text = frame.to_html(
-        index=False, border=0, na_rep="–", float_format=lambda value: f"{value + 0.0:.2f}", justify="left"
-    )
-    keep_together = re.sub(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]", r"\1&nbsp;[\2,&nbsp;\3]", text)
-    return Markup(keep_together.replace("-0.00", "0.00"))
+    text = frame.to_html(index=False, border=0, na_rep="–", justify="left")
+    return Markup(re.sub(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]", r"\1&nbsp;[\2,&nbsp;\3]", text))

@@ -1,186 +1,33 @@
-"""Checks against what was planted in the known-answer cohort, and between two sessions of one person.
-
-Only meaningful where the truth is known (a test object) or where people came twice; says nothing about
-accuracy on people.
-
-What a workspace holds for evaluation: each run's headline predictions, and which rows may calibrate.
-
-Reads; computes no figure. Stops where the files contradict each other (a subject in two splits, an age that
-differs).
-"""
+"""What a workspace holds for evaluation: each run's headline predictions, which rows may calibrate, and the
+truth that was planted in a known-answer cohort. Stops where files contradict each other."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from brainage_nb.cohort.rules import count_diagnoses, judge_controls
 from brainage_nb.demo.cohort import FEWEST_ATTAINABLE, attainable_ages
-from brainage_nb.evaluation.correction import LEVEL, Calibration, CorrectionRefused
+from brainage_nb.evaluation.correction import LEVEL, Calibration, CorrectionRefused, EvaluationError
 from brainage_nb.evaluation.metrics import (
-    correlation_with_interval,
+    Metrics,
+    flat,
     has_folds,
     mean_training_age,
     mean_with_interval,
+    regression_metrics,
 )
 from brainage_nb.workspace import Workspace, open_workspace, read_csv, read_json
 
-FEWEST_TWICE = 10  # subjects with two sessions, below which a reliability means little
-
-
-def read_truth(workspace: Workspace, path: str | Path = "") -> pd.DataFrame | None:
-    """The planted truth: from `path`, else `demo/truth.csv` (or another folder's) in the workspace; None
-    where there is none.
-
-    With `attainable` (years, see `attainable_ages`) where there are people enough to fit it on.
-    """
-    places = [Path(path)] if str(path) else []
-    if not places:
-        places = [workspace.path("demo", "truth.csv"), workspace.path("truth.csv")]
-        places += sorted(workspace.root.glob("*/truth.csv"))
-    found = next((place for place in places if str(path) or place.exists()), None)
-    if found is None:
-        return None
-    truth = read_csv(found)
-    if truth["subject_id"].nunique() >= FEWEST_ATTAINABLE:
-        truth["attainable"] = attainable_ages(truth)
-    return truth
-
-
-def with_truth(rows: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
-    """Rows that have a planted gap, with `planted_gap`, `brain_age` and, where the truth has it, `attainable`
-    (years).
-
-    Matched by `scan_id`, or by subject and session where a scan goes by another name.
-    """
-    planted = truth.rename(columns={"gap": "planted_gap"})
-    found = [name for name in ("planted_gap", "brain_age", "attainable") if name in planted]
-    by_scan = rows[["scan_id"]].merge(planted[["scan_id", *found]].drop_duplicates("scan_id"), how="left")
-    keys = ["subject_id", "session_id"]
-    by_session = rows[keys].merge(planted[[*keys, *found]].drop_duplicates(keys), on=keys, how="left")
-    known = by_scan[found].fillna(by_session[found])
-    return rows.reset_index(drop=True).join(known).dropna(subset=["planted_gap"])
-
-
-def recovered_gap(
-    rows: pd.DataFrame, kinds: dict[str, str], *, n_bootstrap: int = 2000, seed: int = 0
-) -> pd.DataFrame:
-    """How much of the planted gap is found: correlation and slope with 95 % subject bootstrap.
-
-    Parameters
-    ----------
-    rows : DataFrame
-        Test rows from `with_truth`, with the columns named in `kinds`.
-    kinds : dict
-        Name in words -> column of a recovered gap in years, such as {"raw": "gap"}.
-
-    Returns
-    -------
-    DataFrame
-        Columns `kind`, `n`, `r`, `r_low`, `r_high`, `slope`, `slope_low`, `slope_high` (of recovered on
-        planted; 1 is perfect).
-    """
-    table = []
-    for kind, column in kinds.items():
-        known = rows.dropna(subset=[column])
-        found = correlation_with_interval(
-            known["planted_gap"],
-            known[column],
-            known["subject_id"].to_numpy(),
-            n_bootstrap=n_bootstrap,
-            seed=seed,
-        )
-        row = {"kind": kind, "n": len(known)}
-        for name in ("r", "slope"):
-            row |= {
-                name: found[name]["value"],
-                f"{name}_low": found[name]["low"],
-                f"{name}_high": found[name]["high"],
-            }
-        table.append(row)
-    return pd.DataFrame(table)
-
-
-def reference_errors(rows: pd.DataFrame, *, n_bootstrap: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """MAE (years) of the two references of notebook 01 on the given scans.
-
-    Parameters
-    ----------
-    rows : DataFrame
-        From `with_truth`: the test rows, or those of the whole cohort.
-
-    Returns
-    -------
-    dict
-        `oracle`: knows the planted brain age and gives it as the age. `attainable`: the best regression of
-        age on the planted anatomy, where there are people enough. Each {"value", "low", "high", "n",
-        "n_subjects"}.
-    """
-    subjects = rows["subject_id"].to_numpy()
-    return {
-        name: mean_with_interval(
-            (rows[column] - rows["age"]).abs(), subjects, n_bootstrap=n_bootstrap, seed=seed
-        )
-        for name, column in (("oracle", "brain_age"), ("attainable", "attainable"))
-        if column in rows
-    }
-
-
-def two_session_reliability(
-    rows: pd.DataFrame, *, column: str = "gap", n_bootstrap: int = 2000, seed: int = 0
-) -> dict[str, Any] | None:
-    """Two-session reliability of a gap in test subjects: ICC(2,1), absolute agreement (Shrout & Fleiss 1979).
-
-    Of the gap, not the predicted age: ages differ so much between people that any model's predicted ages
-    agree.
-
-    Returns
-    -------
-    dict or None
-        `icc` and `difference` (mean absolute, years) as {"value", "low", "high"} and `n_subjects`; None with
-        fewer than ten subjects who came twice.
-    """
-    sessions = rows.groupby(["subject_id", "session_id"], sort=True)[column].mean()
-    twice = (
-        sessions.groupby("subject_id").filter(lambda values: len(values) >= 2).groupby("subject_id").head(2)
-    )
-    pairs = twice.to_numpy().reshape(-1, 2)
-    if len(pairs) < FEWEST_TWICE:
-        return None
-    rng = np.random.default_rng(seed)
-    draws = [icc(pairs[rng.integers(0, len(pairs), len(pairs))]) for _ in range(n_bootstrap)]
-    low, high = np.percentile(draws, [2.5, 97.5]) if draws else (np.nan, np.nan)
-    return {
-        "icc": {"value": icc(pairs), "low": float(low), "high": float(high)},
-        "difference": mean_with_interval(
-            np.abs(pairs[:, 0] - pairs[:, 1]), n_bootstrap=n_bootstrap, seed=seed
-        ),
-        "n_subjects": len(pairs),
-    }
-
-
-def icc(pairs: np.ndarray) -> float:
-    """ICC(2,1) of an array (n_subjects, k sessions): two-way random effects, absolute agreement, single
-    measure."""
-    n, k = pairs.shape
-    grand = pairs.mean()
-    between_people = k * ((pairs.mean(axis=1) - grand) ** 2).sum() / (n - 1)
-    between_sessions = n * ((pairs.mean(axis=0) - grand) ** 2).sum() / (k - 1)
-    rest = pairs - pairs.mean(axis=1, keepdims=True) - pairs.mean(axis=0) + grand
-    error = (rest**2).sum() / ((n - 1) * (k - 1))
-    below = between_people + (k - 1) * error + k * (between_sessions - error) / n
-    return float((between_people - error) / below) if below > 0 else float("nan")
-
-
 OUT_OF_FOLD = "out_of_fold"
-
-
-class InconsistentRun(ValueError):
-    """A run's files contradict the cohort or each other; a figure from them would mislead."""
+RECOVERED_KINDS = {
+    "raw gap": "gap",
+    "gap of the age-free corrected prediction": "corrected_gap",
+    "gap adjusted by true age": "adjusted_gap",
+}
 
 
 @dataclass
@@ -195,18 +42,15 @@ class Run:
     history : DataFrame
         `history.csv`; empty where the run has none.
     predictions : DataFrame
-        Headline rows, one a scan: `scan_id, subject_id, session_id, split, fold, age, predicted_age` and,
+        Headline rows, one per scan: `scan_id, subject_id, session_id, split, fold, age, predicted_age` and,
         from the cohort, `control` ("yes", "no" or "") and, where known, `sex, site, diagnosis, source`.
         `fold` >= 0 on train and validation rows marks an out-of-fold prediction.
-    members : DataFrame
-        All rows of `predictions.csv`, with every seed, fold and variant.
     """
 
     name: str
     settings: dict[str, Any]
     history: pd.DataFrame
     predictions: pd.DataFrame
-    members: pd.DataFrame = field(repr=False)
 
     @property
     def folds(self) -> bool:
@@ -227,17 +71,59 @@ class Run:
 
     def splits(self) -> list[str]:
         """Names of the parts that have rows, test last."""
-        names = ["train", "val", *([OUT_OF_FOLD] if self.folds else []), "test"]
-        return [name for name in names if len(self.part(name))]
+        return [name for name in ("train", "val", OUT_OF_FOLD, "test") if len(self.part(name))]
 
     def calibration_rows(self, *, controls_only: bool = True) -> pd.DataFrame:
-        """Rows that may fit the bias correction and the interval: out-of-fold where folds were run, else
-        validation.
-
-        Of controls only (see `controls_of`), or of everybody.
-        """
+        """Rows that may fit the bias correction (controls, see `pick_controls`) and the interval (everybody):
+        out-of-fold where folds were run, else validation."""
         rows = self.part(OUT_OF_FOLD if self.folds else "val")
-        return controls_of(rows) if controls_only else rows
+        return pick_controls(rows) if controls_only else rows
+
+
+@dataclass
+class RunEvaluation:
+    """What was found for one run.
+
+    Attributes
+    ----------
+    run : Run
+    rows : DataFrame
+        Headline rows with `gap`, `corrected_age`, `corrected_gap`, `adjusted_gap` and the interval's ends
+        `low`, `high` (years). `predicted_age` stays raw.
+    calibration : Calibration
+        Bias correction and prediction interval, as the run's bundle has them.
+    metrics, corrected : dict
+        split -> figures (`regression_metrics`) of the raw and, kept apart, of the age-free corrected
+        prediction (empty where the correction was refused).
+    bias : DataFrame
+        Slope and gap-age r before and after, on calibration and test scans.
+    coverage : DataFrame
+        Of that interval on test, by age bin.
+    groups, diagnosis : DataFrame
+        Test figures by age bin, sex, site and diagnosis; gap differences between diagnoses (empty without
+        them).
+    known : dict
+        Known-answer checks (`check_known_answers`); empty where no truth was planted.
+    planted : DataFrame
+        The test rows behind them.
+    """
+
+    run: Run
+    rows: pd.DataFrame
+    calibration: Calibration
+    metrics: dict[str, Metrics]
+    corrected: dict[str, Metrics]
+    bias: pd.DataFrame
+    coverage: pd.DataFrame
+    groups: pd.DataFrame
+    diagnosis: pd.DataFrame
+    known: dict[str, Any]
+    planted: pd.DataFrame
+
+    @property
+    def test(self) -> pd.DataFrame:
+        """The rows of test scans."""
+        return self.rows[self.rows["split"] == "test"]
 
 
 def read_run(workspace: Workspace | Path | str, name: str) -> Run:
@@ -247,21 +133,27 @@ def read_run(workspace: Workspace | Path | str, name: str) -> Run:
     ------
     MissingInput
         A file is not there; the message names the notebook that makes it.
-    InconsistentRun
+    EvaluationError
         A subject is in two splits, or split or age differ from the workspace's tables.
     """
     ws = workspace if isinstance(workspace, Workspace) else open_workspace(workspace)
     members = read_csv(ws.need(f"runs/{name}/predictions.csv"))
     settings = read_json(ws.need(f"runs/{name}/settings.json"))
     history = ws.path("runs", name, "history.csv")
+    cohort = ws.read("cohort.csv")
+    cohort["control"] = judge_controls(cohort)
+    about = cohort.filter(["scan_id", "sex", "site", "diagnosis", "source", "control"])
+    if "diagnosis" in about:
+        about["diagnosis"] = about["diagnosis"].fillna("").astype(str)
     run = Run(
         name=name,
         settings=settings,
         history=pd.read_csv(history) if history.exists() and history.stat().st_size > 1 else pd.DataFrame(),
-        predictions=_with_cohort(headline_rows(members, settings.get("variant", "")), ws),
-        members=members,
+        predictions=headline_rows(members, settings.get("variant", "")).merge(
+            about.drop_duplicates("scan_id"), on="scan_id", how="left", validate="many_to_one"
+        ),
     )
-    _check(run, ws)
+    _check(run, ws.read("splits.csv"))
     return run
 
 
@@ -278,7 +170,7 @@ def reported_level(workspace: Workspace) -> float:
 
 
 def headline_rows(members: pd.DataFrame, variant: str) -> pd.DataFrame:
-    """One row a scan from `predictions.csv`: the rows of the headline variant.
+    """One row per scan from `predictions.csv`: the rows of the headline variant.
 
     A scan that several members predicted has their mean row where one was written (`fold` -1 on test scans),
     else the mean is taken here. Where the headline is `mean` and a scan has no such row (out-of-fold scans
@@ -286,20 +178,19 @@ def headline_rows(members: pd.DataFrame, variant: str) -> pd.DataFrame:
 
     Raises
     ------
-    InconsistentRun
+    EvaluationError
         No row has the headline variant, or a prediction is missing.
     """
     variant = _known_variant(members, variant)
     chosen = members[members["variant"] == variant]
     if variant == "mean":
         chosen = pd.concat([chosen, members[~members["scan_id"].isin(chosen["scan_id"])]])
-    if chosen["predicted_age"].isna().any():
-        lost = chosen.loc[chosen["predicted_age"].isna(), "scan_id"].tolist()
-        raise InconsistentRun(
+    if lost := chosen.loc[chosen["predicted_age"].isna(), "scan_id"].tolist():
+        raise EvaluationError(
             f"{len(lost)} scans have no predicted age (first: {lost[:5]}). Train or predict them again."
         )
-    averaged = chosen[(chosen["split"] == "test") & (chosen["fold"] == -1)]
-    chosen = chosen[~(chosen["scan_id"].isin(averaged["scan_id"]) & (chosen["fold"] != -1))]
+    averaged = chosen.loc[(chosen["split"] == "test") & (chosen["fold"] == -1), "scan_id"]
+    chosen = chosen[~chosen["scan_id"].isin(averaged) | (chosen["fold"] == -1)]
     keys = ["scan_id", "subject_id", "session_id", "split"]
     rows = chosen.groupby(keys, sort=False, dropna=False).agg(
         fold=("fold", "first"), age=("age", "first"), predicted_age=("predicted_age", "mean")
@@ -309,7 +200,52 @@ def headline_rows(members: pd.DataFrame, variant: str) -> pd.DataFrame:
     return rows
 
 
-def controls_of(rows: pd.DataFrame) -> pd.DataFrame:
+def _known_variant(members: pd.DataFrame, variant: str) -> str:
+    known = sorted(members["variant"].unique())
+    if variant in known or (variant == "mean" and known):
+        return variant
+    if not variant and len(known) == 1:
+        return known[0]
+    raise EvaluationError(
+        f"settings.json names the headline variant {variant!r}, but predictions.csv has {known}. Run the "
+        "training notebook again, or set `variant` in settings.json to one of these."
+    )
+
+
+def _check(run: Run, dealt: pd.DataFrame) -> None:
+    """Stop at the first contradiction within the run, or between it and `splits.csv`."""
+    rows = run.predictions.merge(
+        dealt[["scan_id", "split", "age"]], on="scan_id", how="left", suffixes=("", "_dealt")
+    )
+    n_splits = rows.groupby("subject_id")["split"].transform("nunique")
+    moved = (rows["split"] != rows["split_dealt"]) | ((rows["age"] - rows["age_dealt"]).abs() > 0.01)
+    for wrong, of, what in (
+        (rows.duplicated("scan_id"), "scan_id", "scans appear in two splits or under two subjects{first}."),
+        (
+            n_splits > 1,
+            "subject_id",
+            "subjects are in more than one split{first}. What was trained on would be tested on; make "
+            "splits.csv and the run again.",
+        ),
+        (
+            rows["split_dealt"].isna(),
+            "scan_id",
+            "predicted scans are not in splits.csv{first}. They were dropped after training; train again on "
+            "the cleaned scans.",
+        ),
+        (
+            moved,
+            "scan_id",
+            "predicted scans differ from splits.csv in split or age{first}. The splits changed after "
+            "training; train again, or restore the splits the run was trained with.",
+        ),
+    ):
+        if wrong.any():
+            names = rows.loc[wrong, of].unique().tolist()
+            raise EvaluationError(f"{run.name}: {len(names)} {what.format(first=f' (first: {names[:5]})')}")
+
+
+def pick_controls(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of controls (`control` is "yes"; everybody where there are no diagnoses).
 
     Raises
@@ -327,97 +263,113 @@ def controls_of(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[control == "yes"]
 
 
-def _known_variant(members: pd.DataFrame, variant: str) -> str:
-    known = sorted(members["variant"].unique())
-    if variant in known or (variant == "mean" and known):
-        return variant
-    if not variant and len(known) == 1:
-        return known[0]
-    raise InconsistentRun(
-        f"settings.json names the headline variant {variant!r}, but predictions.csv has {known}. Run the "
-        "training notebook again, or set `variant` in settings.json to one of these."
-    )
+# --- known answers: only meaningful where the truth was planted; nothing here is accuracy on people ------
 
 
-def _with_cohort(rows: pd.DataFrame, ws: Workspace) -> pd.DataFrame:
-    cohort = ws.read("cohort.csv")
-    cohort["control"] = judge_controls(cohort)
-    wanted = [name for name in ("scan_id", "sex", "site", "diagnosis", "source", "control") if name in cohort]
-    cohort = cohort[wanted].drop_duplicates("scan_id")
-    if "diagnosis" in cohort:
-        cohort["diagnosis"] = cohort["diagnosis"].fillna("").astype(str)
-    return rows.merge(cohort, on="scan_id", how="left", validate="many_to_one")
+def read_truth(workspace: Workspace, path: str | Path = "") -> pd.DataFrame | None:
+    """The planted truth: from `path`, else `demo/truth.csv` (or another folder's) in the workspace; None
+    where there is none.
 
-
-def _check(run: Run, ws: Workspace) -> None:
-    rows = run.predictions
-    doubled = rows[rows.duplicated("scan_id")]["scan_id"].tolist()
-    if doubled:
-        raise InconsistentRun(f"{run.name}: scans appear in two splits or under two subjects: {doubled[:5]}.")
-    in_two = rows.groupby("subject_id")["split"].nunique()
-    if (in_two > 1).any():
-        names = in_two.index[in_two > 1].tolist()
-        raise InconsistentRun(
-            f"{run.name}: {len(names)} subjects are in more than one split (first: {names[:5]}). What was "
-            "trained on would be tested on; make splits.csv and the run again."
-        )
-    dealt = ws.read("splits.csv")[["scan_id", "split", "age"]]
-    both = rows.merge(dealt, on="scan_id", how="left", suffixes=("", "_dealt"))
-    gone = both.loc[both["split_dealt"].isna(), "scan_id"].tolist()
-    if gone:
-        raise InconsistentRun(
-            f"{run.name}: {len(gone)} predicted scans are not in splits.csv (first: {gone[:5]}). They were "
-            "dropped after training; train again on the cleaned scans."
-        )
-    wrong = both[(both["split"] != both["split_dealt"]) | ((both["age"] - both["age_dealt"]).abs() > 0.01)]
-    if len(wrong):
-        raise InconsistentRun(
-            f"{run.name}: split or age of {len(wrong)} scans differ from splits.csv (first: "
-            f"{wrong['scan_id'].tolist()[:5]}). The splits changed after training; train again, or restore "
-            "the splits the run was trained with."
-        )
-
-
-@dataclass
-class RunEvaluation:
-    """What was found for one run.
-
-    Attributes
-    ----------
-    run : Run
-    metrics : dict
-        split -> raw figures (`regression_metrics`).
-    calibration : Calibration
-        Bias correction and prediction interval, as the run's bundle has them.
-    corrected : dict
-        split -> figures of the age-free corrected prediction. Kept apart from `metrics`.
-    bias : DataFrame
-        Slope and gap-age r before and after, on calibration and test scans.
-    coverage : DataFrame
-        Of that interval on test, by age bin.
-    curve : DataFrame
-        Promised against observed share over many levels, on test.
-    rows : DataFrame
-        Headline rows with gaps, corrected prediction, adjusted gap and interval ends.
-    groups, diagnosis : DataFrame
-        Test figures by age bin, sex, site and diagnosis; gap differences between diagnoses (empty without
-        them).
-    known : dict
-        Known-answer checks; empty where no truth was planted. `planted` holds the test rows behind them.
-    reliability : dict or None
-        Two-session reliability of the gap.
+    With `attainable` (years, see `attainable_ages`) where there are people enough to fit it on.
     """
+    at = [workspace.path("demo", "truth.csv"), workspace.path("truth.csv")]
+    at += sorted(workspace.root.glob("*/truth.csv"))
+    found = Path(path) if str(path) else next((place for place in at if place.exists()), None)
+    if found is None:
+        return None
+    truth = read_csv(found)
+    if truth["subject_id"].nunique() >= FEWEST_ATTAINABLE:
+        truth["attainable"] = attainable_ages(truth)
+    return truth
 
-    run: Run
-    metrics: dict[str, dict[str, Any]]
-    calibration: Calibration
-    corrected: dict[str, dict[str, Any]] = field(default_factory=dict)
-    bias: pd.DataFrame = field(default_factory=pd.DataFrame)
-    coverage: pd.DataFrame = field(default_factory=pd.DataFrame)
-    curve: pd.DataFrame = field(default_factory=pd.DataFrame)
-    rows: pd.DataFrame = field(default_factory=pd.DataFrame)
-    groups: pd.DataFrame = field(default_factory=pd.DataFrame)
-    diagnosis: pd.DataFrame = field(default_factory=pd.DataFrame)
-    known: dict[str, Any] = field(default_factory=dict)
-    planted: pd.DataFrame = field(default_factory=pd.DataFrame)
-    reliability: dict[str, Any] | None = None
+
+def add_truth(rows: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
+    """Rows that have a planted gap, with `planted_gap`, `brain_age` and, where the truth has it, `attainable`
+    (years).
+
+    Matched by `scan_id`, or by subject and session where a scan goes by another name.
+    """
+    planted = truth.rename(columns={"gap": "planted_gap"})
+    names = [name for name in ("planted_gap", "brain_age", "attainable") if name in planted]
+    by_scan, by_session = (
+        rows[keys].merge(planted[[*keys, *names]].drop_duplicates(keys), on=keys, how="left")[names]
+        for keys in (["scan_id"], ["subject_id", "session_id"])
+    )
+    return rows.reset_index(drop=True).join(by_scan.fillna(by_session)).dropna(subset=["planted_gap"])
+
+
+def check_known_answers(
+    planted: pd.DataFrame, truth: pd.DataFrame | None, **bootstrap: int
+) -> dict[str, Any]:
+    """Errors beside those of the two references, and how much of the planted gap was recovered.
+
+    Parameters
+    ----------
+    planted : DataFrame
+        Test rows from `add_truth`; fewer than three say nothing.
+    truth : DataFrame or None
+        Of the whole cohort.
+
+    Returns
+    -------
+    dict
+        `mae` (`ours`, `oracle`, `attainable`), `mae_whole_cohort` and `recovered` (records); empty where
+        nothing was planted.
+    """
+    if truth is None or len(planted) < 3:
+        return {}
+    ours = mean_with_interval(planted["gap"].abs(), planted["subject_id"], **bootstrap)
+    return {
+        "mae": {"ours": ours} | reference_errors(planted, **bootstrap),
+        "mae_whole_cohort": reference_errors(truth, **bootstrap),
+        "recovered": recovered_gap(planted, RECOVERED_KINDS, **bootstrap).to_dict("records"),
+    }
+
+
+def recovered_gap(planted: pd.DataFrame, kinds: dict[str, str], **bootstrap: int) -> pd.DataFrame:
+    """How much of the planted gap is found: correlation and slope with 95 % subject bootstrap.
+
+    Parameters
+    ----------
+    planted : DataFrame
+        Test rows from `add_truth`, with the columns named in `kinds`.
+    kinds : dict
+        Name in words -> column of a recovered gap in years, such as {"raw": "gap"}; left out where it has
+        gaps in it.
+
+    Returns
+    -------
+    DataFrame
+        Columns `kind`, `n`, `r`, `r_low`, `r_high`, `slope`, `slope_low`, `slope_high` (of recovered on
+        planted; 1 is perfect).
+    """
+    table = []
+    for kind, column in kinds.items():
+        if planted[column].notna().all():
+            figures = regression_metrics(
+                planted["planted_gap"], planted[column], planted["subject_id"], **bootstrap
+            )
+            table.append({"kind": kind} | flat({name: figures[name] for name in ("n", "r", "slope")}))
+    return pd.DataFrame(table)
+
+
+def reference_errors(rows: pd.DataFrame, **bootstrap: int) -> dict[str, Any]:
+    """MAE (years) of the two references of notebook 01 on the given scans.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        From `add_truth`: the test rows, or those of the whole cohort.
+
+    Returns
+    -------
+    dict
+        `oracle`: knows the planted brain age and gives it as the age. `attainable`: the best regression of
+        age on the planted anatomy, where there are people enough. Each {"value", "low", "high", "n",
+        "n_subjects"}.
+    """
+    return {
+        name: mean_with_interval((rows[column] - rows["age"]).abs(), rows["subject_id"], **bootstrap)
+        for name, column in (("oracle", "brain_age"), ("attainable", "attainable"))
+        if column in rows
+    }

@@ -328,7 +328,7 @@ def apply_elsewhere(
 
     Raises
     ------
-    TrainedOnThem
+    EvaluationError
         The model was trained on one of these subjects or files.
     """
     ws = open_workspace(workspace)

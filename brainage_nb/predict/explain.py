@@ -39,7 +39,7 @@ from torch.nn import functional
 
 from brainage_nb.cohort.images import image_stem
 from brainage_nb.demo.cohort import TRUTH
-from brainage_nb.evaluation.plots import legend_under
+from brainage_nb.drawing import legend_under
 from brainage_nb.predict.predictors import VGG
 from brainage_nb.volumes.heads import head_in
 from brainage_nb.volumes.pictures import PLANES, plane

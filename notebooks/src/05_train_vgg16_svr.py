@@ -69,7 +69,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from brainage_nb.evaluation.metrics import with_interval
-from brainage_nb.evaluation.plots import predicted_vs_true
+from brainage_nb.evaluation.plots import draw_predicted_vs_true
 from brainage_nb.models.svr import GRID, EarlyFusion, LateFusion, VggSvr, make_svr, train_vgg_svr
 from brainage_nb.models.vgg16 import (
     FeatureSettings,
@@ -240,7 +240,7 @@ test = fitted.predictions.query("split == @tested")
 figure, axes = plt.subplots(1, 2, figsize=(11, 5))
 for ax, (variant, part) in zip(axes, test.groupby("variant"), strict=True):
     name = f"{variant} fusion, {tested}\n{fitted.settings['title']}"
-    predicted_vs_true(
+    draw_predicted_vs_true(
         part["age"],
         part["predicted_age"],
         metrics[variant],

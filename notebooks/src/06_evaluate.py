@@ -22,9 +22,9 @@
 # and `model_card.md`.
 #
 # How far off is the model on people it has never seen, and how sure is that figure? Every metric comes from raw
-# predictions with a 95 % interval over subjects, and every mean absolute error (MAE) stands beside that of saying the
-# mean training age to everybody. Corrected values are kept apart: a correction that uses a person's true age can make
-# pure noise look accurate.
+# predictions. Its 95 % interval comes from drawing the subjects again and again. Every mean absolute error (MAE)
+# stands beside that of the mean predictor, who says the mean training age to everybody. Corrected values are kept
+# apart: a correction that uses a person's true age can make pure noise look accurate.
 
 # %% [markdown]
 # ## Set-up
@@ -90,8 +90,8 @@ if calibrate_on and not external:
 
 # %% [markdown]
 # ## Raw accuracy on test subjects
-# Nobody in this table took part in training or in choosing an epoch. Read each MAE beside the mean predictor's:
-# the range of ages alone decides how large an MAE can get.
+# Nobody in this table took part in training or in choosing an epoch. Read each MAE beside the mean predictor's. The
+# wider the range of ages, the larger an MAE can get.
 
 # %%
 evaluation = evaluate_runs(
@@ -114,14 +114,32 @@ for drawn in figures:
         display(drawn.figure)
 
 # %% [markdown]
+# ## The line of the correction
+# Models pull predictions towards the mean age: the old are read too young and the young too old. So predicted age is
+# fitted as a straight line, a + b × age. The points are controls whom the model did not train on: validation scans or,
+# with folds, out-of-fold ones. Test scans never take part. The correction turns the line back, (predicted − a) / b. It
+# needs no true age, so the result is still a prediction.
+
+# %%
+for name, found in evaluation.runs.items():
+    line = found.calibration.corrector
+    print(
+        f"{name}: "
+        + (f"{line.intercept_:.1f} + {line.slope_:.2f} × age" if line else found.calibration.refused)
+    )
+for drawn in figures:
+    if drawn.name.startswith("correction_"):
+        display(drawn.figure)
+
+# %% [markdown]
 # ## The brain-age gap, raw and corrected
-# Models pull predictions towards the mean age, so raw gaps fall with age. The age-free correction undoes the line that
-# was fitted on validation or out-of-fold predictions and is still a prediction. The other kind uses each person's true
-# age: it adjusts a gap and is never an accuracy.
+# The gap is predicted minus true age. A raw gap that falls with age says more about the model than about the brain.
+# There are two ways to take the age out of it. The age-free one is the gap of the corrected prediction. The other
+# subtracts from each gap what the line expects at that person's true age. It adjusts a gap and is never an accuracy.
 
 # %%
 for drawn in figures:
-    if drawn.section == "bias":
+    if drawn.name.startswith("gap_vs_age_"):
         display(drawn.figure)
 
 # %%
@@ -131,15 +149,21 @@ for name, found in evaluation.runs.items():
 
 # %% [markdown]
 # ## How wide an interval must be
-# A conformal interval promises its coverage for people like those it was calibrated on, whatever the model. One width
-# holds for everybody: the error that the stated share of calibration scans stays within. The last cell puts this
-# interval, at this `level`, into the bundle of each run, so that 07 and `predict` give what is checked here.
+# A prediction interval is a span of ages around a predicted one. Its `level` is the share of people whose true age
+# should lie inside. Its width is read off the calibration scans: it is twice the error that this share of them stays
+# within. That makes it a conformal interval, and it needs no assumption about the model. Everybody gets the same width.
+# Coverage is the share of *test* scans whose true age does lie inside. It should be near the level over all ages
+# together. Single age groups can get more or less. The promise holds for people like those it was calibrated on. The
+# last cell puts this interval into the bundle of each run, so that 07 and `predict` give what is checked here.
 
 # %%
 for name, found in evaluation.runs.items():
     interval = found.calibration.interval
     print(f"{name}: {interval.title if interval else 'no interval, nothing was held out'}")
     display(tables.coverage_table(found))
+for drawn in figures:
+    if drawn.section == "intervals":
+        display(drawn.figure)
 
 # %% [markdown]
 # ## Groups and models side by side
@@ -153,7 +177,7 @@ tables.comparison_table(evaluation)
 # %% [markdown]
 # ## Known answers
 # On the demo cohort the truth is known, so the model can be checked against it. Oracle and attainable are those of
-# notebook 01: the oracle errs less over the whole cohort; on a few test scans chance may turn the two round. Other
+# notebook 01. The oracle errs less over the whole cohort. On a few test scans chance may turn the two round. Other
 # cohorts have nothing here.
 
 # %%
@@ -166,8 +190,8 @@ for name, known in tables.known_tables(evaluation).items():
 
 # %% [markdown]
 # ## Elsewhere
-# The model on cohorts it has never seen: raw figures, the offset of each site, and, where controls are named for it, a
-# calibration reported on everybody else. People who took part in training are refused.
+# The model on cohorts it has never seen. Raw figures come first, then the offset of each site. Where controls are named
+# for it, they calibrate the model, and everybody else is reported on. People who took part in training are refused.
 
 # %%
 places = [place.strip() for place in external.split(",") if place.strip()]

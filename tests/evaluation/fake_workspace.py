@@ -10,6 +10,10 @@ import pandas as pd
 
 from brainage_nb.workspace import Workspace, open_workspace, write_csv, write_json
 
+SPELLINGS = [
+    "Control", "CTL", "TD", "HV", "Healthy_Control", "Cognitively normal", "healthy", "non-demented",
+    "HC (young)", "Gesunde Kontrolle", "NL", "témoin",
+]  # fmt: skip
 SPLITS = np.array(["train"] * 14 + ["val"] * 3 + ["test"] * 3)
 PREDICTION_COLUMNS = [
     "scan_id", "subject_id", "session_id", "split", "fold", "seed", "variant", "age", "predicted_age",

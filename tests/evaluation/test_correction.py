@@ -28,7 +28,7 @@ def test_both_kinds_remove_the_age_bias_of_unseen_subjects():
     assert np.abs(table.loc["corrected, age-free":, "gap_age_r"]).max() < 0.12
     assert table.loc["corrected, age-free", "slope"] == pytest.approx(1, abs=0.05)
     assert np.isnan(table.loc["gap adjusted by true age", "slope"])
-    assert corrector.before_after_.loc["raw", "slope"] == pytest.approx(corrector.slope_)
+    assert corrector.summary(*predictions(500)).loc["raw", "slope"] == pytest.approx(corrector.slope_)
 
 
 def test_the_age_free_correction_depends_on_nothing_but_the_prediction():

@@ -73,7 +73,7 @@ def test_too_few_subjects_give_an_infinite_interval_that_says_so():
 
 
 def test_test_scans_cannot_calibrate():
-    with pytest.raises(CorrectionRefused, match="Test scans"):
+    with pytest.raises(CorrectionRefused, match="1 of the given scans are test scans"):
         ConformalInterval().fit([1.0, 2.0], [1.0, 2.0], ["val", "test"])
 
 

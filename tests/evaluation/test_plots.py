@@ -2,14 +2,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from brainage_nb.drawing import new_figure
 from brainage_nb.evaluation import plots
 from brainage_nb.evaluation.correction import coverage
 from brainage_nb.evaluation.metrics import regression_metrics
 
+LABELS = ("title", "x", "y")
+
 
 @pytest.fixture
 def ax():
-    return plots.new_figure()[1]
+    return new_figure()[1]
 
 
 @pytest.fixture
@@ -22,7 +25,9 @@ def made():
 def test_predicted_against_true_names_n_mae_and_r_and_draws_both_references(ax, made):
     age, predicted = made
     metrics = regression_metrics(age, predicted, reference_age=50.0, n_bootstrap=50)
-    assert plots.predicted_vs_true(age, predicted, metrics, name="model", reference_age=50.0, ax=ax) is ax
+    assert (
+        plots.draw_predicted_vs_true(age, predicted, metrics, name="model", reference_age=50.0, ax=ax) is ax
+    )
     title = ax.get_title()
     assert (
         "n = 40 scans of 40 subjects" in title
@@ -39,23 +44,25 @@ def test_predicted_against_true_names_n_mae_and_r_and_draws_both_references(ax, 
 def test_intervals_are_drawn_inside_the_axes_and_left_out_where_infinite(ax, made):
     age, predicted = made
     metrics = regression_metrics(age, predicted, n_bootstrap=0)
-    narrow = plots.new_figure()[1]
+    narrow = new_figure()[1]
     ends = (0 * predicted + 50 - 1, 0 * predicted + 50 + 1)
-    plots.predicted_vs_true(age, 0 * predicted + 50, metrics, interval=ends, level=0.7, ax=narrow)
+    plots.draw_predicted_vs_true(age, 0 * predicted + 50, metrics, interval=ends, level=0.7, ax=narrow)
     assert narrow.get_xlim()[0] < age.min() and narrow.get_xlim()[1] > age.max()  # nobody is cut off
     assert "70% interval" in [text.get_text() for text in narrow.get_legend().get_texts()]
-    plots.predicted_vs_true(age, predicted, metrics, interval=(predicted - 30, predicted + 30), ax=ax)
+    plots.draw_predicted_vs_true(age, predicted, metrics, interval=(predicted - 30, predicted + 30), ax=ax)
     assert ax.get_ylim()[1] > (predicted + 30).max() and len(ax.collections) == 2
-    other = plots.new_figure()[1]
+    other = new_figure()[1]
     endless = np.full(40, np.inf)
-    plots.predicted_vs_true(age, predicted, metrics, interval=(-endless, endless), ax=other)
+    plots.draw_predicted_vs_true(age, predicted, metrics, interval=(-endless, endless), ax=other)
     assert len(other.collections) == 1 and np.isfinite(other.get_ylim()).all()
 
 
 def test_the_line_through_gaps_has_their_slope(ax):
     age = np.linspace(20, 80, 30)
-    plots.gap_vs_age(age, 5 - 0.3 * (age - 50), title="gaps", ax=ax)
-    assert "-0.30 years a year of age" in [text.get_text() for text in ax.get_legend().get_texts()]
+    plots.draw_points_and_line(
+        age, 5 - 0.3 * (age - 50), words="{slope:+.2f} years per year of age", labels=LABELS, zero=True, ax=ax
+    )
+    assert "-0.30 years per year of age" in [text.get_text() for text in ax.get_legend().get_texts()]
 
 
 def test_training_curves_of_folds_are_one_legend_entry(ax):
@@ -67,33 +74,36 @@ def test_training_curves_of_folds_are_one_legend_entry(ax):
             "val_loss": [5.0, 4, 5, 3],
         }
     )
-    plots.training_curve(history, ["train_loss", "val_loss"], title="loss", ylabel="loss", ax=ax)
+    plots.draw_training_curve(history, ["train_loss", "val_loss"], title="loss", ylabel="loss", ax=ax)
     assert len(ax.get_lines()) == 4
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["train loss", "val loss"]
 
 
 def test_coverage_estimates_and_planted_gaps_are_drawn(made):
     age, predicted = made
-    figure, axes = plots.new_figure(3)
-    plots.coverage_by_age(coverage(age, predicted - 9, predicted + 9), 0.9, ax=axes[0])
+    figure, axes = new_figure(3)
+    plots.draw_coverage(coverage(age, predicted - 9, predicted + 9), 0.9, ax=axes[0])
     table = pd.DataFrame({"label": ["a", "b"], "value": [1.0, 2], "low": [0.5, np.nan], "high": [2, np.nan]})
-    plots.estimates(table, title="two", xlabel="MAE [years]", zero=True, ax=axes[1])
-    plots.planted_vs_recovered(
-        age - 50, 0.5 * (age - 50), title="gap", ylabel="recovered [years]", ax=axes[2]
-    )
+    plots.draw_estimates(table, labels=("two", "MAE [years]"), ax=axes[1])
+    plots.draw_points_and_line(age - 50, 0.5 * (age - 50), labels=LABELS, ax=axes[2])
     assert [text.get_text() for text in axes[1].get_yticklabels()] == ["a", "b"]
     x, y = axes[2].get_lines()[1].get_data()
     assert np.diff(y) / np.diff(x) == pytest.approx(0.5)
     figure.draw_without_rendering()
 
 
-def test_a_figure_is_written_as_png_and_svg(tmp_path, made):
-    figure, ax = plots.new_figure()
-    plots.gap_vs_age(made[0], made[1] - made[0], title="gaps", ax=ax)
-    png, svg = plots.save_figure(figure, tmp_path / "figures" / "gap")
-    assert png.read_bytes().startswith(b"\x89PNG") and b"<svg" in svg.read_bytes()
-    assert [path.name for path in (png, svg)] == ["gap.png", "gap.svg"]
+def test_the_line_of_the_correction_lies_on_its_points(ax, made):
+    age, _ = made
+    words = "{intercept:.1f} + {slope:.2f} × age"
+    plots.draw_points_and_line(age, 15 + 0.7 * age, line=(15.0, 0.7), words=words, labels=LABELS, ax=ax)
+    points, (identity, line) = ax.collections[0].get_offsets(), ax.get_lines()
+    assert np.array_equal(identity.get_xdata(), identity.get_ydata())
+    assert np.interp(points[:, 0], *line.get_data()) == pytest.approx(points[:, 1])
+    assert line.get_label() == "15.0 + 0.70 × age"
 
 
-def test_without_axes_a_plot_makes_its_own(made):
-    assert plots.gap_vs_age(made[0], made[1] - made[0], title="gaps").figure is not None
+def test_a_figure_is_written_as_png(tmp_path, made):
+    figure, ax = new_figure()
+    plots.draw_points_and_line(*made, labels=LABELS, ax=ax)
+    path = plots.ReportFigure("gap", "bias", figure, "").save(tmp_path / "figures")
+    assert path.name == "gap.png" and path.read_bytes().startswith(b"\x89PNG")

@@ -2,10 +2,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainage_nb.evaluation.correction import CorrectionRefused
+from brainage_nb.evaluation.correction import CorrectionRefused, EvaluationError
 from brainage_nb.evaluation.metrics import mean_training_age, metrics_by_split
-from brainage_nb.evaluation.runs import InconsistentRun, controls_of, headline_rows, list_runs, read_run
-from brainage_nb.workspace import MissingInput, write_csv
+from brainage_nb.evaluation.runs import headline_rows, list_runs, pick_controls, read_run
+from brainage_nb.workspace import MissingInput, read_csv, write_csv
 from tests.evaluation.fake_workspace import (
     cohort_frame,
     simulated,
@@ -41,7 +41,7 @@ def test_only_the_headline_variant_counts(tmp_path, scans):
     write_csv(pd.concat(both), early / "predictions.csv")
     assert (read_run(ws, "vgg").predictions["predicted_age"] == 2).all()
     write_settings(ws, "vgg", "middle")
-    with pytest.raises(InconsistentRun, match=r"'middle'.*\['early', 'late'\]"):
+    with pytest.raises(EvaluationError, match=r"'middle'.*\['early', 'late'\]"):
         read_run(ws, "vgg")
 
 
@@ -52,7 +52,7 @@ def test_folds_give_out_of_fold_rows_and_the_mean_on_test(tmp_path, scans):
     assert run.folds and run.splits() == ["train", "val", "out_of_fold", "test"]
     assert len(run.part("out_of_fold")) == (scans["split"] != "test").sum()
     assert set(run.calibration_rows()["split"]) == {"train", "val"}
-    members = run.members[run.members["variant"] != "mean"]
+    members = read_csv(ws.run("folded") / "predictions.csv").query("variant != 'mean'")
     expected = members[members["split"] == "test"].groupby("scan_id")["predicted_age"].mean()
     found = run.part("test").set_index("scan_id")["predicted_age"]
     assert found.to_dict() == pytest.approx(expected.to_dict())
@@ -72,7 +72,7 @@ def test_a_subject_in_two_splits_stops_the_evaluation(tmp_path, scans):
     scans.loc[scans.index[-1], "split"] = "train"  # the second session of a test subject
     ws = write_workspace(tmp_path, scans)
     write_run(ws, "leaky", scans, simulated(scans))
-    with pytest.raises(InconsistentRun, match="1 subjects are in more than one split"):
+    with pytest.raises(EvaluationError, match="1 subjects are in more than one split"):
         read_run(ws, "leaky")
 
 
@@ -83,21 +83,21 @@ def test_a_run_that_disagrees_with_the_splits_is_refused(tmp_path, scans, column
     subject = scans.loc[scans["split"] == "val", "subject_id"].iloc[0]
     changed.loc[changed["subject_id"] == subject, column] = value
     write_run(ws, "stale", changed, simulated(scans))
-    with pytest.raises(InconsistentRun, match=r"differ from splits\.csv"):
+    with pytest.raises(EvaluationError, match=r"differ from splits\.csv"):
         read_run(ws, "stale")
 
 
 def test_scans_dropped_after_training_are_refused(tmp_path, scans):
     ws = write_workspace(tmp_path, scans.drop(index=5))
     write_run(ws, "stale", scans, simulated(scans))
-    with pytest.raises(InconsistentRun, match=r"1 predicted scans are not in splits\.csv"):
+    with pytest.raises(EvaluationError, match=r"1 predicted scans are not in splits\.csv"):
         read_run(ws, "stale")
 
 
 def test_a_missing_prediction_is_refused(scans):
     rows = scans.assign(predicted_age=50.0, seed=0, variant="single")
     rows.loc[3, "predicted_age"] = np.nan
-    with pytest.raises(InconsistentRun, match="1 scans have no predicted age"):
+    with pytest.raises(EvaluationError, match="1 scans have no predicted age"):
         headline_rows(rows, "single")
 
 
@@ -108,14 +108,14 @@ def test_a_missing_run_names_the_notebook_that_makes_it(tmp_path, scans):
 
 def test_controls_are_those_of_the_cohort_rules_and_everybody_counts_without_diagnoses():
     rows = pd.DataFrame({"diagnosis": ["Control", "AD", "", "CTL"], "subject_id": list("abcd")})
-    assert controls_of(rows).index.tolist() == [0, 3]
-    assert len(controls_of(rows.assign(diagnosis=""))) == 4
-    assert len(controls_of(rows.drop(columns="diagnosis"))) == 4
+    assert pick_controls(rows).index.tolist() == [0, 3]
+    assert len(pick_controls(rows.assign(diagnosis=""))) == 4
+    assert len(pick_controls(rows.drop(columns="diagnosis"))) == 4
 
 
 def test_diagnoses_without_a_word_for_controls_are_refused_by_name():
     with pytest.raises(CorrectionRefused, match=r"G1 2, G2 1.*Set control_words .* notebook 01"):
-        controls_of(pd.DataFrame({"diagnosis": ["G1", "G2", "G1"], "subject_id": list("abc")}))
+        pick_controls(pd.DataFrame({"diagnosis": ["G1", "G2", "G1"], "subject_id": list("abc")}))
 
 
 def test_the_mean_predictor_counts_a_subject_once(tmp_path):

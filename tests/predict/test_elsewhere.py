@@ -4,7 +4,7 @@ import pandas as pd
 import pytest
 
 from brainage_nb.bundle_format import hashed
-from brainage_nb.evaluation.external import TrainedOnThem
+from brainage_nb.evaluation.correction import EvaluationError
 from brainage_nb.predict.bundle import apply_elsewhere, load_bundle, named_subjects
 from brainage_nb.workspace import open_workspace, sha256_of, write_csv
 from tests.models.tiny_bundle import noisy_head, write_scan, write_tiny_bundle
@@ -55,10 +55,10 @@ def test_scans_unlike_those_of_training_are_counted_in_words(tmp_path, other):
 
 
 def test_a_subject_or_a_file_of_the_training_set_is_refused(tmp_path, other):
-    with pytest.raises(TrainedOnThem, match="p2"):
+    with pytest.raises(EvaluationError, match="p2"):
         apply_elsewhere(bundle_that_saw(tmp_path / "a", subjects=[hashed("p2", SALT)]), other.root)
     file_hash = hashed(sha256_of(other.path("p5.nii")), SALT)
-    with pytest.raises(TrainedOnThem, match=r"p5\.nii"):
+    with pytest.raises(EvaluationError, match=r"p5\.nii"):
         apply_elsewhere(bundle_that_saw(tmp_path / "b", images=[file_hash]), other.root)
 
 
