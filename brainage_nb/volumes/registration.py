@@ -69,8 +69,8 @@ class Template:
     def points(self, step: int = 1, *, rim: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """World positions (n, 3), painted intensities (n,) and depths (n,) of the brain's voxels.
 
-        Every `step`-th voxel along each axis, and of those one colour of a chessboard; with `rim`, also of the
-        painted fluid and bone.
+        Of every `step`-th voxel along each axis one colour of a chessboard; with `rim`, also of the painted
+        fluid and bone.
         """
         used = self.depth_mm < 0
         if rim:
@@ -401,7 +401,7 @@ def bend(scan: np.ndarray, onto: Template) -> tuple[np.ndarray, float]:
 
 @lru_cache(maxsize=1)
 def _bending_points(spacing_mm: float) -> tuple[np.ndarray, ...]:
-    """Positions (n, 3), template values, depths (n,) and polynomials (terms, n) that every scan is fitted at."""
+    """Positions (n, 3), template values and depths (n,), and polynomials (terms, n) for every scan."""
     points, values, depth = template(spacing_mm).points(2, rim=True)
     basis = polynomials(points, exponents(DEGREES[-1])).T
     return points.astype(np.float32), values, depth, np.ascontiguousarray(basis, np.float32)

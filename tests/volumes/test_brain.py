@@ -7,11 +7,10 @@ from scipy.ndimage import gaussian_filter
 
 from brainage_nb.volumes.brain import (
     FINE_MM,
-    _mask_of_the_same_brain,
+    _read_mask_of,
     brain_or_error,
     find_brain,
     mask_beside,
-    without_bias,
 )
 from brainage_nb.volumes.preprocessing import brain_inside, preprocess
 from brainage_nb.volumes.registration import template
@@ -108,18 +107,6 @@ def test_a_child_of_half_the_size_is_refused_for_its_size():
     assert brain.quality == 0.0
 
 
-def test_n4_takes_out_a_slow_field(tilted):
-    image, _, brain = tilted
-    x, y, _ = np.meshgrid(*[np.linspace(-1, 1, SIZE)] * 3, indexing="ij")
-    field = np.exp(0.35 * x - 0.25 * y).astype(np.float32)
-    array = np.asarray(image.dataobj)
-    made = without_bias(nib.Nifti1Image(array * field, image.affine), brain)
-    core = brain.depth_on(image.affine, image.shape) < -6
-    core &= array > 50
-    left = np.log(made[core] / array[core])  # what is left of the field, where the true image is known
-    assert left.std() < 0.5 * np.log(field[core]).std()
-
-
 def test_masks_of_other_tools_are_found_by_their_names(tmp_path):
     anat = tmp_path / "sub-01" / "anat"
     derived = tmp_path / "derivatives" / "fmriprep" / "sub-01" / "anat"
@@ -178,7 +165,7 @@ def test_a_mask_that_cannot_be_the_brains_is_not_taken_and_it_is_said(tmp_path, 
         path = tmp_path / f"{name}.nii.gz"
         nib.save(nib.Nifti1Image(mask.astype(np.uint8), image.affine), path)
         with pytest.raises(ScanError, match=words):
-            _mask_of_the_same_brain(path, brain.alignment, template(FINE_MM), brain.depth_mm, voxel_l)
+            _read_mask_of(path, brain.alignment, template(FINE_MM), brain.depth_mm, voxel_l)
     nib.save(image, tmp_path / "a.nii.gz")
     scan = load_scan(tmp_path / "a.nii.gz")
     found = find_brain(scan, found_masks=True)
@@ -222,10 +209,11 @@ def test_recipes_name_their_switches_and_the_reference_keeps_its_fingerprint():
 
 def test_what_is_asked_beside_a_recipe_is_done_named_and_another_fingerprint_or_refused():
     plain = PreprocessingSettings.of_recipe("best")
-    asked = PreprocessingSettings.of_recipe("best", n4=True, spacing_mm=4)
-    assert (asked.n4, asked.grey_matter, asked.recipe) == (True, True, "best with n4=True")
+    asked = PreprocessingSettings.of_recipe("best", grey_matter=False, spacing_mm=4)
+    assert (asked.grey_matter, asked.brain_only) == (False, True)
+    assert asked.recipe == "best with grey_matter=False"
     assert asked.fingerprint != plain.fingerprint
-    assert list_changes(asked, "best") == "spacing_mm=4.0 instead of 2.0; n4=True instead of False"
+    assert list_changes(asked, "best") == "spacing_mm=4.0 instead of 2.0; grey_matter=False instead of True"
     assert list_changes(plain, "best") == "nothing"
     with pytest.raises(ValueError, match=r"brain_only = False cannot be had.*grey_matter implies"):
         PreprocessingSettings.of_recipe("best", brain_only=False)
