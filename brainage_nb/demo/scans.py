@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from nibabel.affines import from_matvec
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
@@ -270,16 +271,9 @@ def place_scan(truth: dict[str, object]) -> tuple[tuple[int, ...], np.ndarray, n
     stop = reach + [float(truth[f"margin_{side}_mm"]) for side in high]
     voxels = np.array([float(truth[f"voxel_{axis}_mm"]) for axis in "xyz"])
     shape = tuple(int(n) for n in np.ceil((stop - start) / voxels))
-    grid = np.eye(4)
-    grid[:3, :3] = np.diag(voxels)
-    grid[:3, 3] = start
-    to_template = np.eye(4)
-    to_template[:3, :3] = np.linalg.inv(pose)
-    to_template[:3, 3] = BRAIN_CENTRE
-    scanner = np.eye(4)
-    scanner[:3, :3] = _rotation(float(truth["oblique_deg"]))
-    scanner[2, 3] = float(truth["table_z_mm"])
-    return shape, scanner @ grid, to_template @ grid
+    scanner = from_matvec(_rotation(float(truth["oblique_deg"])), [0, 0, float(truth["table_z_mm"])])
+    grid = from_matvec(np.diag(voxels), start)
+    return shape, scanner @ grid, from_matvec(np.linalg.inv(pose), BRAIN_CENTRE) @ grid
 
 
 def _rotation(pitch: float, yaw: float = 0.0, roll: float = 0.0) -> np.ndarray:
@@ -323,7 +317,7 @@ def smooth_random(
 
 def _blend_knots(knots: np.ndarray, bases: list[np.ndarray]) -> np.ndarray:
     """Apply one (n, k) matrix along each of the three axes."""
-    return np.einsum("ai,bj,ck,ijk->abc", *bases, knots, optimize=True)
+    return np.ascontiguousarray(np.einsum("ai,bj,ck,ijk->abc", *bases, knots, optimize=True))
 
 
 def _interpolation(n: int, step: int, knots: int) -> np.ndarray:

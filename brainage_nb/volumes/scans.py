@@ -103,6 +103,12 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
     ------
     ScanError
         With a code of `SCAN_ERRORS`, whatever goes wrong (but MemoryError stays what it is).
+
+    Examples
+    --------
+    >>> image = load_scan("sub-01_T1w.nii.gz")  # doctest: +SKIP
+    >>> image.shape, image.extra["flags"]  # doctest: +SKIP
+    ((176, 240, 256), {})
     """
     import nibabel as nib
 
