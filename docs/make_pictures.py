@@ -11,7 +11,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from brainage_nb.demo.cohort import heads_by_age, planted_figure
+from brainage_nb.demo.cohort import draw_planted
 from brainage_nb.volumes.pictures import steps_figure
 from brainage_nb.volumes.preprocessing import preprocessing_steps
 from brainage_nb.volumes.settings import PreprocessingSettings
@@ -26,7 +26,7 @@ def main(workspace: str) -> None:
     TARGET.mkdir(exist_ok=True)
     truth = read_csv(ws.path("demo", "truth.csv"))
     heads = Figure(figsize=(11, 10), layout="constrained")
-    planted_figure(heads_by_age(ws.path("demo"), truth), truth, heads).savefig(TARGET / "heads.png", dpi=70)
+    draw_planted(ws.path("demo"), truth, heads).savefig(TARGET / "heads.png", dpi=70)
     first = ws.resolve(ws.read("splits.csv")["image"].iloc[0])
     steps = preprocessing_steps(first, PreprocessingSettings.of_recipe("best"))
     steps_figure(steps).savefig(TARGET / "steps.png", dpi=60)

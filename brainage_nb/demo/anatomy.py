@@ -67,7 +67,7 @@ class Anatomy:
 
 @lru_cache(maxsize=1)
 def template_anatomy(voxel_mm: int) -> Anatomy:
-    """Build the template head once a process.
+    """Build the template head, once per process.
 
     Parameters
     ----------
@@ -85,16 +85,12 @@ def template_anatomy(voxel_mm: int) -> Anatomy:
     from_wall = ndimage.distance_transform_edt(~lateral, sampling=voxel_mm)
     periventricular = np.exp(-((from_wall / 9.0) ** 1.5)) * np.clip(white * 1.2, 0, 1) * ~lateral
     widening, field_affine = _widening(lateral, affine, voxel_mm)
-    boxed = (grey, white, inside, texture, _sulci(inside, grey, white, from_wall, voxel_mm), periventricular)
-    return Anatomy(
-        affine,
-        brain,
-        *(np.ascontiguousarray(image[brain], np.float32) for image in boxed),
-        head,
-        fat,
-        widening,
-        field_affine,
-    )
+    sulci = _sulci(inside, grey, white, from_wall, voxel_mm)
+    boxed = [
+        np.ascontiguousarray(image[brain], np.float32)
+        for image in (grey, white, inside, texture, sulci, periventricular)
+    ]
+    return Anatomy(affine, brain, *boxed, head, fat, widening, field_affine)
 
 
 def _templates(voxel_mm: int) -> tuple[np.ndarray, ...]:
@@ -102,13 +98,8 @@ def _templates(voxel_mm: int) -> tuple[np.ndarray, ...]:
     from nilearn import datasets
 
     room = ((0, 0), (0, FACE_MM // voxel_mm), (NECK_MM // voxel_mm, 0))
-    loaders = (
-        datasets.load_mni152_template,
-        datasets.load_mni152_gm_template,
-        datasets.load_mni152_wm_template,
-        datasets.load_mni152_brain_mask,
-    )
-    images = [load(resolution=voxel_mm) for load in loaders]
+    names = ("template", "gm_template", "wm_template", "brain_mask")
+    images = [getattr(datasets, f"load_mni152_{name}")(resolution=voxel_mm) for name in names]
     t1, grey, white, mask = (np.pad(image.get_fdata(dtype=np.float32), room) for image in images)
     affine = images[0].affine.copy()
     affine[2, 3] -= room[2][0] * voxel_mm
@@ -171,10 +162,11 @@ def _around_the_brain(
     surface = _head_surface(outside, at)
     paint = _Paint(voxel_mm, surface.shape)
     paint.over(surface, SKIN)
-    paint.over_with_fat(surface + 2.0)
+    paint.over(surface + 2.0, 0, fat=1)
     neck = np.clip(-(at[2] + 60) / 40, 0, 1)
     paint.over(surface + 6.5 + 4 * neck, MUSCLE)
-    _skull(paint, outside)
+    paint.over(outside - SKULL_MM, BONE)
+    paint.over(np.abs(outside - 0.55 * SKULL_MM) - 1.0, MARROW)  # between the skull's two tables
     _face(paint, at)
     _neck(paint, at, _cord(white, at))
     grain = ndimage.gaussian_filter(np.random.default_rng(0).standard_normal(surface.shape), 2.5 / voxel_mm)
@@ -199,24 +191,17 @@ def _head_surface(outside: np.ndarray, at: tuple) -> np.ndarray:
 
 
 def _face(paint: _Paint, at: tuple) -> None:
-    """Orbits with eyes, air-filled cavities, jaws."""
+    """Fat of the orbits, air-filled cavities."""
     x, y, z = at
     sides = (abs(x), y, z)
-    paint.over_with_fat(_ellipsoid(sides, (32, 58, -40), (19, 24, 17)))
-    paint.over(_ellipsoid(sides, (32, 66, -40), (12.5, 12.5, 12.5)), CSF)
-    for centre, axes in (
-        ((0, 62, -52), (11, 26, 17)),
-        ((0, 22, -46), (13, 13, 9)),
-        ((0, 6, -100), (11, 8, 48)),
+    paint.over(_ellipsoid(sides, (32, 58, -40), (19, 24, 17)), 0, fat=1)
+    for place, centre, axes in (
+        (at, (0, 62, -52), (11, 26, 17)),
+        (at, (0, 22, -46), (13, 13, 9)),
+        (at, (0, 6, -100), (11, 8, 48)),
+        (sides, (29, 52, -64), (12, 15, 14)),
     ):
-        paint.over(_ellipsoid(at, centre, axes), AIR)
-    paint.over(_ellipsoid(sides, (29, 52, -64), (12, 15, 14)), AIR)
-    for height, radii, tube in ((-112, (40, 46), 8.0), (-88, (28, 44), 7.0)):
-        ring = (np.sqrt((x / radii[0]) ** 2 + ((y - 22) / radii[1]) ** 2) - 1) * radii[0]
-        bone = np.sqrt(ring**2 + ((z - height) / 1.4) ** 2) - tube
-        bone = np.maximum(bone, 12 - y)
-        paint.over(bone, BONE)
-        paint.over(bone + 4, MARROW * 1.4)
+        paint.over(_ellipsoid(place, centre, axes), AIR)
 
 
 def _cord(white: np.ndarray, at: tuple) -> float:
@@ -227,23 +212,17 @@ def _cord(white: np.ndarray, at: tuple) -> float:
 
 
 def _neck(paint: _Paint, at: tuple, cord_y: float) -> None:
-    """Vertebrae with discs, the spinal canal, and the cord that goes on from the brain stem."""
+    """Vertebrae, the spinal canal, and the cord that goes on from the brain stem."""
     x, y, z = at
-    below = z + 62
-    bodies = np.hypot(x, y - cord_y - 23) - 11 + 0 * z
-    paint.over(np.maximum(bodies - 2, below), BONE)
-    discs = 0.65 + 0.35 * np.tanh(4 * (np.cos(2 * np.pi * z / 18) + 0.6))
-    paint.over(np.maximum(bodies, below), MARROW * 1.5 * discs)
-    canal = np.hypot(x, y - cord_y) + 0 * z
-    paint.over(np.maximum(canal - 13, below), BONE)
-    paint.over(np.maximum(canal - 10, below), CSF)
-    paint.over(np.maximum(canal - 6, z + 68), GREY * 1.1)
-
-
-def _skull(paint: _Paint, outside: np.ndarray) -> None:
-    """Dark bone around the inside of the skull with brighter marrow between its two tables."""
-    paint.over(outside - SKULL_MM, BONE)
-    paint.over(np.abs(outside - 0.55 * SKULL_MM) - 1.0, MARROW)
+    bodies, canal = (np.hypot(x, y - cord_y - front) + 0 * z for front in (23, 0))
+    for distance, top, intensity in (
+        (bodies - 13, 62, BONE),
+        (bodies - 11, 62, MARROW * 1.5),
+        (canal - 13, 62, BONE),
+        (canal - 10, 62, CSF),
+        (canal - 6, 68, GREY * 1.1),
+    ):
+        paint.over(np.maximum(distance, z + top), intensity)
 
 
 def _ellipsoid(at: tuple, centre: tuple, axes: tuple) -> np.ndarray:
@@ -266,14 +245,8 @@ class _Paint:
         self.image = np.zeros(shape, np.float32)
         self.fat = np.zeros(shape, np.float32)
 
-    def over(self, distance: np.ndarray, intensity: np.ndarray | float) -> None:
-        """Paint a body of this intensity over what is there."""
+    def over(self, distance: np.ndarray, intensity: float, fat: float = 0.0) -> None:
+        """Paint a body of this intensity, or of fat, over what is there."""
         cover = np.clip(0.5 - distance / self.edge, 0, 1)
         self.image += cover * (intensity - self.image)
-        self.fat -= cover * self.fat
-
-    def over_with_fat(self, distance: np.ndarray) -> None:
-        """Paint a body of fat over what is there."""
-        cover = np.clip(0.5 - distance / self.edge, 0, 1)
-        self.image -= cover * self.image
-        self.fat += cover * (1 - self.fat)
+        self.fat += cover * (fat - self.fat)

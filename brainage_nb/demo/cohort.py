@@ -1,14 +1,4 @@
-"""What a model can reach on the known-answer cohort: the oracle, the attainable MAE, and a plain baseline.
-
-None of them uses a network. Oracle and attainable MAE are defined here alone, for notebooks 01 and 06: the
-oracle knows the brain age that drives the anatomy, the attainable regression sees the anatomy, which departs
-from it. So the oracle errs less over many people; among the few of a test split chance may turn them round.
-
-Pictures of the known-answer cohort: heads by age, and what each planted parameter does with age.
-
-Only for this cohort: slices are found from the truth, which real scans do not have.
-
-The known-answer cohort: T1-like heads aged by known rules, in a BIDS-like folder beside the truth.
+"""The known-answer cohort: T1-like heads aged by known rules, in a BIDS-like folder beside the truth.
 
 A test object for the whole kit. How well a model does on it says nothing about people.
 """
@@ -16,8 +6,6 @@ A test object for the whole kit. How well a model does on it says nothing about 
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,229 +32,16 @@ from brainage_nb.demo.scans import (
     sample_head,
     scan_head,
 )
-from brainage_nb.workspace import n_workers, read_csv, read_json, write_csv, write_json, write_text, writing
+from brainage_nb.workspace import n_workers, read_json, write_csv, write_json, write_text, writing
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FEWEST_ATTAINABLE = 20  # subjects: two a fold
-BASELINE_FWHM_MM, BASELINE_SPACING_MM = 8.0, 6.0
-BASELINE_BOX_MM = (120.0, 156.0, 114.0)  # left-right, back-front, up-down: the middle of the brain
-BASELINE_BELOW_CROWN_MM = 18.0  # where that box begins: below scalp and skull
-
-
-def oracle_mae(truth: pd.DataFrame) -> float:
-    """MAE in years of who knows every brain age and reports it as the age: the mean absolute planted gap."""
-    return float(truth["gap"].abs().mean())
-
-
-def mean_predictor_mae(truth: pd.DataFrame) -> float:
-    """MAE in years of always saying the mean age; a subject counts once in that mean."""
-    mean_age = truth.groupby("subject_id")["age"].mean().mean()
-    return float((truth["age"] - mean_age).abs().mean())
-
-
-def attainable_mae(truth: pd.DataFrame) -> float:
-    """MAE in years of `attainable_ages`."""
-    return float(np.abs(attainable_ages(truth) - truth["age"]).mean())
-
-
-def attainable_ages(truth: pd.DataFrame) -> np.ndarray:
-    """Ages (n,) in years that the best regression on the planted anatomy reads off each scan, cross-validated
-    by subject over the whole cohort.
-
-    The parameters carry each person's own departure, so a model that reads them without error is still off by
-    this much. Tried: a straight line, splines, products of two parameters, each with a penalty chosen by
-    itself; the best of them over all scans counts.
-
-    Parameters
-    ----------
-    truth : DataFrame
-        The content of `truth.csv`, of at least `FEWEST_ATTAINABLE` subjects.
-    """
-    from sklearn.linear_model import RidgeCV
-    from sklearn.model_selection import GroupKFold, cross_val_predict
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import PolynomialFeatures, SplineTransformer, StandardScaler
-
-    if (n := truth["subject_id"].nunique()) < FEWEST_ATTAINABLE:
-        raise ValueError(f"{n} subjects are too few for ten folds: at least {FEWEST_ATTAINABLE}.")
-    ridge = RidgeCV(np.logspace(-4, 3, 15))
-    splines = SplineTransformer(n_knots=4, knots="quantile", extrapolation="linear")
-    models = (
-        make_pipeline(StandardScaler(), ridge),
-        make_pipeline(splines, StandardScaler(), ridge),
-        make_pipeline(StandardScaler(), PolynomialFeatures(2), StandardScaler(), ridge),
-    )
-    planted, age = truth[[name for name in ANATOMY if name in truth]].to_numpy(), truth["age"].to_numpy()
-    cut = GroupKFold(10, shuffle=True, random_state=0)
-    ages = [cross_val_predict(model, planted, age, groups=truth["subject_id"], cv=cut) for model in models]
-    return min(ages, key=lambda read: np.abs(read - age).mean())
-
-
-def baseline_mae(folder: Path | str, *, folds: int = 5, n_jobs: int = 0, seed: int = 0) -> float:
-    """MAE in years of ridge regression on smoothed, coarsely resampled voxels, cross-validated by subject.
-
-    Parameters
-    ----------
-    folder : path
-        A cohort that `make_cohort` wrote.
-    folds, seed : int
-        The cross-validation; alpha is chosen inside each fold.
-    n_jobs : int
-        Processes that read scans; 0 for as many as there are processors.
-    """
-    from joblib import Parallel, delayed
-    from sklearn.linear_model import RidgeCV
-    from sklearn.model_selection import GroupKFold, cross_val_predict
-    from tqdm import tqdm
-
-    truth = read_csv(Path(folder) / TRUTH)
-    paths = [Path(folder) / image_path(row) for row in truth.to_dict("records")]
-    reading = Parallel(n_jobs=n_workers(n_jobs), return_as="generator")(
-        delayed(coarse_voxels)(p) for p in paths
-    )
-    voxels = np.stack(list(tqdm(reading, total=len(paths), desc="baseline", unit="scan")))
-    voxels = (voxels - voxels.mean(axis=0)) / (voxels.std(axis=0) + 0.1)
-    similarity = voxels @ voxels.T / voxels.shape[1]
-    # Ridge in the basis of the scans themselves: as many columns as scans instead of as many as voxels.
-    scale, basis = np.linalg.eigh(similarity.astype(float))
-    scores = basis * np.sqrt(np.clip(scale, 0, None))
-    cut = GroupKFold(folds, shuffle=True, random_state=seed)
-    ridge = RidgeCV(np.logspace(-3, 3, 13))
-    guess = cross_val_predict(ridge, scores, truth["age"], groups=truth["subject_id"], cv=cut)
-    return float(np.abs(guess - truth["age"]).mean())
-
-
-def coarse_voxels(path: Path | str) -> np.ndarray:
-    """One scan as a vector: turned to RAS, z-scored, smoothed, sampled on a box hung below the crown.
-
-    Returns
-    -------
-    (20 * 26 * 19,) float32 array
-    """
-    import nibabel as nib
-    from scipy import ndimage
-
-    image = nib.as_closest_canonical(nib.load(path))
-    head = image.get_fdata(dtype=np.float32)
-    voxel_size = np.array(image.header.get_zooms()[:3])
-    smooth = ndimage.gaussian_filter(head, BASELINE_FWHM_MM / 2.355 / voxel_size)
-    inside = smooth > 0.25 * np.percentile(smooth, 95)
-    crown = np.flatnonzero(inside.mean(axis=(0, 1)) > 0.01)[-1]
-    top = inside[:, :, max(0, crown - int(140 / voxel_size[2])) : crown + 1]
-    middle = [(np.flatnonzero(top.any(axis=others))[[0, -1]]).mean() for others in ((1, 2), (0, 2))]
-    start = [
-        middle[0] - BASELINE_BOX_MM[0] / 2 / voxel_size[0],
-        middle[1] - BASELINE_BOX_MM[1] / 2 / voxel_size[1],
-        crown - (BASELINE_BELOW_CROWN_MM + BASELINE_BOX_MM[2]) / voxel_size[2],
-    ]
-    counts = [int(length / BASELINE_SPACING_MM) for length in BASELINE_BOX_MM]
-    axes = [
-        s + np.arange(n) * BASELINE_SPACING_MM / v for s, n, v in zip(start, counts, voxel_size, strict=True)
-    ]
-    coarse = ndimage.map_coordinates(smooth, np.stack(np.meshgrid(*axes, indexing="ij")), order=1)
-    return ((coarse - coarse.mean()) / coarse.std()).ravel().astype(np.float32)
-
-
+RECIPE = 2  # raised whenever the same seed would give other files
+DESCRIPTION, TRUTH, PARTICIPANTS = "dataset_description.json", "truth.csv", "participants.tsv"
+AGEING_MAP = "derivatives/ageing_map.nii.gz"
+FEWEST_ATTAINABLE = 20  # subjects: two in each fold
 SHOWN_MM = (4.0, -14.0, 14.0)  # MNI152 point whose three slices are shown: they cut the lateral ventricles
-AXIS_LABELS = {
-    "ventricle_mm": "ventricle widening [mm]",
-    "sulcal_opening": "sulcal opening [share]",
-    "grey_white_contrast": "grey-white contrast [ratio]",
-    "lesions": "lesion extent [share]",
-}
-BLUE, BLACK = "#0072B2", "#000000"
-
-
-@dataclass(frozen=True)
-class ShownHead:
-    """One head to draw: RAS array, voxel edges in mm, the voxel whose three slices are shown, a title."""
-
-    image: np.ndarray
-    voxel_size: np.ndarray
-    centre: np.ndarray
-    title: str
-
-
-def heads_by_age(folder: Path | str, truth: pd.DataFrame, n: int = 5) -> list[ShownHead]:
-    """Read n scans of a cohort, youngest to oldest, evenly spread over its scans.
-
-    Parameters
-    ----------
-    folder : path
-        Where `make_cohort` wrote.
-    truth : DataFrame
-        Its `truth.csv`.
-    n : int
-        Number of heads, at most one a scan.
-    """
-    ordered = truth.sort_values("age")
-    chosen = ordered.iloc[np.linspace(0, len(ordered) - 1, min(n, len(ordered))).round().astype(int)]
-    return [_shown(Path(folder), row) for row in chosen.to_dict("records")]
-
-
-def _shown(folder: Path, row: dict[str, object]) -> ShownHead:
-    image = nib.as_closest_canonical(nib.load(folder / image_path(row)))
-    _, _, to_template = place_scan(row)
-    centre = np.linalg.solve(to_template, [*SHOWN_MM, 1.0])[:3].round().astype(int)
-    title = f"age {row['age']:.0f}, brain age {row['brain_age']:.0f}\nsite {row['site']}"
-    return ShownHead(np.asanyarray(image.dataobj), np.array(image.header.get_zooms()), centre, title)
-
-
-def plot_head(head: ShownHead, axes: Sequence[Axes]) -> Sequence[Axes]:
-    """Draw a head's axial, coronal and sagittal slice on three Axes, in mm, front or crown upwards."""
-    brightest = np.percentile(head.image, 99.5)
-    for ax, across in zip(axes, (2, 1, 0), strict=True):
-        shown = [axis for axis in range(3) if axis != across]
-        width, height = (head.image.shape[axis] * head.voxel_size[axis] for axis in shown)
-        slice_ = np.take(head.image, head.centre[across], axis=across).T
-        ax.imshow(slice_, origin="lower", cmap="gray", vmin=0, vmax=brightest, extent=(0, width, 0, height))
-        ax.set_axis_off()
-    axes[0].set_title(head.title, fontsize=9)
-    return axes
-
-
-def plot_planted(truth: pd.DataFrame, parameter: str, ax: Axes) -> Axes:
-    """Draw one planted parameter against age: a point a scan, and the curve that a gap of zero follows."""
-    age = np.linspace(YOUNGEST, OLDEST, 100)
-    ax.scatter(truth["age"], truth[parameter], s=8, alpha=0.6, color=BLUE, linewidths=0)
-    ax.plot(age, planted_anatomy(age)[parameter], color=BLACK, linewidth=1.5)
-    ax.set_xlabel("age [years]")
-    ax.set_ylabel(AXIS_LABELS[parameter].replace(" [", "\n["))
-    return ax
-
-
-def planted_figure(heads: Sequence[ShownHead], truth: pd.DataFrame, figure: Figure) -> Figure:
-    """Heads by age in three planes over what each planted parameter does with age.
-
-    Parameters
-    ----------
-    heads : sequence of ShownHead
-        As `heads_by_age` gives them.
-    truth : DataFrame
-        The cohort's `truth.csv`.
-    figure : Figure
-        Empty, about 11 x 10 inches, with `layout="constrained"`; it is filled and returned.
-    """
-    above, below = figure.subfigures(2, 1, height_ratios=(3, 1))
-    above.suptitle(f"Known-answer cohort: {len(heads)} of {len(truth)} invented heads, by age")
-    for head, column in zip(heads, above.subplots(3, len(heads), squeeze=False).T, strict=True):
-        plot_head(head, column)
-    below.suptitle(f"What is planted (points: n = {len(truth)} scans; line: mean at brain age = age)")
-    for parameter, ax in zip(ANATOMY, below.subplots(1, len(ANATOMY)), strict=True):
-        plot_planted(truth, parameter, ax)
-    return figure
-
-
-RECIPE = 1  # raised whenever the same seed would give other files
-DESCRIPTION, TRUTH, PARTICIPANTS, AGEING_MAP = (
-    "dataset_description.json",
-    "truth.csv",
-    "participants.tsv",
-    "derivatives/ageing_map.nii.gz",
-)
 README = """\
 The known-answer cohort of brainage_nb: invented heads, no people.
 
@@ -282,8 +57,8 @@ the subject's own departure from the mean:
 Head size and pose, smooth differences of shape, field of view, bias field, noise and the scanner site do
 not depend on age.
 
-participants.tsv    a row a subject and session: age (years), sex, site
-truth.csv           a row a scan: brain age, gap (years), every planted parameter and nuisance
+participants.tsv    one row per subject and session: age (years), sex, site
+truth.csv           one row per scan: brain age, gap (years), every planted parameter and nuisance
 derivatives/ageing_map.nii.gz
                     where ageing was planted, 0 to 1, in MNI152 space: the mean change of intensity from
                     brain age 20 to 86 without nuisances, smoothed by 2 mm
@@ -323,6 +98,11 @@ def make_cohort(
     ------
     ValueError
         The folder holds a cohort of other settings, or a setting is out of range.
+
+    Examples
+    --------
+    >>> make_cohort("demo", n_subjects=220, voxel_mm=2)  # doctest: +SKIP
+    PosixPath('demo')
     """
     folder = Path(folder)
     if voxel_mm not in (1, 2):
@@ -338,7 +118,7 @@ def make_cohort(
         done = Parallel(n_jobs=n_workers(n_jobs), return_as="generator")(work)
         for _ in tqdm(done, total=len(rows), desc="known-answer heads", unit="scan"):
             pass
-        _write_map(anatomy, folder / AGEING_MAP)
+        _write_image(nib.Nifti1Image(ageing_map(anatomy), anatomy.affine), folder / AGEING_MAP)
     write_csv(truth, folder / TRUTH)
     participants = _participants(truth)
     write_text(participants.to_csv(sep="\t", index=False, lineterminator="\n"), folder / PARTICIPANTS)
@@ -346,7 +126,7 @@ def make_cohort(
 
 
 def draw_truth(n_subjects: int, seed: int, *, voxel_mm: float) -> pd.DataFrame:
-    """The content of `truth.csv`: a row a scan, every planted parameter and nuisance; ages in years."""
+    """The content of `truth.csv`: one row per scan, every planted parameter and nuisance; ages in years."""
     rows = []
     for index in range(1, n_subjects + 1):
         for row in draw_subject(seed, index):
@@ -387,19 +167,18 @@ def _without_nuisance(anatomy: Anatomy, planted: dict[str, float]) -> np.ndarray
 
 def _begin(folder: Path, settings: dict[str, int], n_subjects: int) -> None:
     """Claim the folder for these settings, or say what differs from the cohort that lies there."""
-    described = folder / DESCRIPTION
-    if described.exists():
-        there = read_json(described).get("GeneratedBy", [{}])[0].get("Settings", {})
-        other = {
-            name: (there.get(name), value) for name, value in settings.items() if there.get(name) != value
-        }
-        if other:
-            differs = ", ".join(f"{name} is {old}, asked for {new}" for name, (old, new) in other.items())
+    if (folder / DESCRIPTION).exists():
+        there = read_json(folder / DESCRIPTION).get("GeneratedBy", [{}])[0].get("Settings", {})
+        differs = ", ".join(
+            f"{name} is {there.get(name)}, asked for {value}"
+            for name, value in settings.items()
+            if there.get(name) != value
+        )
+        if differs:
             raise ValueError(
                 f"{folder} holds another cohort ({differs}). Choose another folder or remove it."
             )
-        present = len(list(folder.glob("sub-*")))
-        if present > n_subjects:
+        if (present := len(list(folder.glob("sub-*")))) > n_subjects:
             raise ValueError(
                 f"{folder} already holds {present} subjects of this cohort, asked for {n_subjects}. "
                 "Choose another folder, or ask for at least as many."
@@ -410,26 +189,19 @@ def _begin(folder: Path, settings: dict[str, int], n_subjects: int) -> None:
         )
     made_by = {"Name": "brainage_nb.demo.cohort", "Settings": settings}
     description = {"Name": "brainage_nb known-answer cohort", "BIDSVersion": "1.10.0", "DatasetType": "raw"}
-    write_json(description | {"GeneratedBy": [made_by]}, described)
+    write_json(description | {"GeneratedBy": [made_by]}, folder / DESCRIPTION)
     write_text(README, folder / "README")
 
 
 def _write_scan(anatomy: Anatomy, row: dict[str, object], seed: int, path: Path) -> None:
     data, affine = scan_head(anatomy, row, seed)
-    image = nib.Nifti1Image(data, affine)
-    image.header.set_xyzt_units("mm", "sec")
     turned = ornt_transform(io_orientation(affine), axcodes2ornt(tuple(str(row["axcodes"]))))
-    _write_image(image.as_reoriented(turned), path)
-
-
-def _write_map(anatomy: Anatomy, path: Path) -> None:
-    image = nib.Nifti1Image(ageing_map(anatomy), anatomy.affine)
-    image.header.set_xyzt_units("mm", "sec")
-    _write_image(image, path)
+    _write_image(nib.Nifti1Image(data, affine).as_reoriented(turned), path)
 
 
 def _write_image(image: nib.Nifti1Image, path: Path) -> None:
     """Whole or not at all; no time stamp inside, so that the same image gives the same bytes."""
+    image.header.set_xyzt_units("mm", "sec")
     with writing(path) as temporary:
         temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
@@ -438,3 +210,130 @@ def _participants(truth: pd.DataFrame) -> pd.DataFrame:
     shared = truth[["session_id", "age", "sex", "site"]].replace({"session_id": {"": "n/a"}})
     shared.insert(0, "participant_id", "sub-" + truth["subject_id"])
     return shared
+
+
+# --- what can be reached --------------------------------------------------------------------------------
+
+
+def oracle_mae(truth: pd.DataFrame) -> float:
+    """MAE in years of the true brain age reported as the age: the mean absolute planted gap.
+
+    >>> oracle_mae(pd.DataFrame({"gap": [2.0, -4.0]}))
+    3.0
+    """
+    return float(truth["gap"].abs().mean())
+
+
+def mean_predictor_mae(truth: pd.DataFrame) -> float:
+    """MAE in years of always saying the mean age; a subject counts once in that mean.
+
+    >>> mean_predictor_mae(pd.DataFrame({"subject_id": ["1", "2"], "age": [40.0, 60.0]}))
+    10.0
+    """
+    mean_age = truth.groupby("subject_id")["age"].mean().mean()
+    return float((truth["age"] - mean_age).abs().mean())
+
+
+def attainable_mae(truth: pd.DataFrame) -> float:
+    """MAE in years of `attainable_ages`.
+
+    >>> attainable_mae(draw_truth(200, 1, voxel_mm=2)) < 4
+    True
+    """
+    return float(np.abs(attainable_ages(truth) - truth["age"]).mean())
+
+
+def attainable_ages(truth: pd.DataFrame) -> np.ndarray:
+    """Ages (n,) in years that the best regression on the planted anatomy reads off each scan, cross-validated
+    by subject over the whole cohort.
+
+    The parameters carry each person's own departure, so a model that reads them without error is still off by
+    this much. Tried: a straight line, splines, products of two parameters, each with a penalty chosen by
+    itself; the best of them over all scans counts.
+
+    Parameters
+    ----------
+    truth : DataFrame
+        The content of `truth.csv`, of at least `FEWEST_ATTAINABLE` subjects.
+    """
+    from sklearn.linear_model import RidgeCV
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import PolynomialFeatures, SplineTransformer, StandardScaler
+
+    if (n := truth["subject_id"].nunique()) < FEWEST_ATTAINABLE:
+        raise ValueError(f"{n} subjects are too few for ten folds: at least {FEWEST_ATTAINABLE}.")
+    ridge = RidgeCV(np.logspace(-4, 3, 15))
+    splines = SplineTransformer(n_knots=4, knots="quantile", extrapolation="linear")
+    models = (
+        make_pipeline(StandardScaler(), ridge),
+        make_pipeline(splines, StandardScaler(), ridge),
+        make_pipeline(StandardScaler(), PolynomialFeatures(2), StandardScaler(), ridge),
+    )
+    planted, age = truth[[name for name in ANATOMY if name in truth]].to_numpy(), truth["age"].to_numpy()
+    cut = GroupKFold(10, shuffle=True, random_state=0)
+    ages = [cross_val_predict(model, planted, age, groups=truth["subject_id"], cv=cut) for model in models]
+    return min(ages, key=lambda read: np.abs(read - age).mean())
+
+
+# --- pictures -------------------------------------------------------------------------------------------
+
+
+def draw_heads(folder: Path | str, truth: pd.DataFrame, figure: Figure, n: int = 5) -> Figure:
+    """Draw n heads of the cohort, youngest to oldest, in three planes, in mm, front or crown upwards.
+
+    Parameters
+    ----------
+    folder : path
+        Where `make_cohort` wrote.
+    truth : DataFrame
+        Its `truth.csv`.
+    figure : Figure or SubFigure
+        Empty; it is filled and returned.
+    n : int
+        Number of heads, evenly spread over the scans.
+    """
+    ordered = truth.sort_values("age")
+    chosen = ordered.iloc[np.linspace(0, len(ordered) - 1, min(n, len(ordered))).round().astype(int)]
+    columns = figure.subplots(3, len(chosen), squeeze=False).T
+    for row, column in zip(chosen.to_dict("records"), columns, strict=True):
+        image = nib.as_closest_canonical(nib.load(Path(folder) / image_path(row)))
+        head, edges = np.asanyarray(image.dataobj), image.header.get_zooms()
+        centre = np.linalg.solve(place_scan(row)[2], [*SHOWN_MM, 1.0])[:3].round().astype(int)
+        column[0].set_title(
+            f"age {row['age']:.0f}, brain age {row['brain_age']:.0f}\nsite {row['site']}", fontsize=9
+        )
+        for ax, across in zip(column, (2, 1, 0), strict=True):
+            width, height = (head.shape[axis] * edges[axis] for axis in range(3) if axis != across)
+            shown = np.take(head, centre[across], axis=across).T
+            brightest = np.percentile(head, 99.5)
+            ax.imshow(shown, "gray", origin="lower", vmin=0, vmax=brightest, extent=(0, width, 0, height))
+            ax.set_axis_off()
+    return figure
+
+
+def draw_planted(folder: Path | str, truth: pd.DataFrame, figure: Figure, n: int = 5) -> Figure:
+    """`draw_heads` over what each planted parameter does with age.
+
+    Parameters
+    ----------
+    folder, truth, n
+        As for `draw_heads`.
+    figure : Figure
+        Empty, about 11 x 10 inches, with `layout="constrained"`; it is filled and returned.
+
+    Examples
+    --------
+    >>> figure = plt.figure(figsize=(11, 10), layout="constrained")  # doctest: +SKIP
+    >>> draw_planted("demo", read_csv("demo/truth.csv"), figure)  # doctest: +SKIP
+    """
+    above, below = figure.subfigures(2, 1, height_ratios=(3, 1))
+    draw_heads(folder, truth, above, n)
+    above.suptitle(f"Known-answer cohort: {min(n, len(truth))} of {len(truth)} invented heads, by age")
+    below.suptitle(f"What is planted (points: n = {len(truth)} scans; line: mean at brain age = age)")
+    ages = np.linspace(YOUNGEST, OLDEST, 100)
+    for (parameter, label), ax in zip(ANATOMY.items(), below.subplots(1, len(ANATOMY)), strict=True):
+        ax.scatter(truth["age"], truth[parameter], s=8, alpha=0.6, color="#0072B2", linewidths=0)
+        ax.plot(ages, planted_anatomy(ages)[parameter], color="black", linewidth=1.5)
+        ax.set(xlabel="age [years]", ylabel=label.replace(" [", "\n["))
+    return figure

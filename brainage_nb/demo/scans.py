@@ -1,10 +1,6 @@
-"""Who a phantom subject is and how each session was acquired: seeded draws, the rows of `truth.csv`.
+"""One phantom scan: who the subject is, what ageing did to the head, and how the scanner saw it.
 
-Numbers only; `phantom_scan` makes images of them.
-
-One phantom scan: what ageing did to the head, and how the scanner saw it.
-
-Makes arrays from the rows of `truth.csv`; the draws are `phantom_subject`'s, files and tables `phantom`'s.
+Seeded draws make the rows of `truth.csv`, and arrays are made of those rows; files are `cohort`'s.
 """
 
 from __future__ import annotations
@@ -12,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from nibabel.affines import from_matvec
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
 from brainage_nb.demo.anatomy import CSF, FAT, GREY, WHITE, Anatomy
 
@@ -25,7 +23,12 @@ INDIVIDUAL_SD = {
     "grey_white_contrast": 0.0120,
     "lesions": 0.045,
 }
-ANATOMY = tuple(INDIVIDUAL_SD)  # the columns of truth.csv that ageing drives
+ANATOMY = {  # the columns of truth.csv that ageing drives
+    "ventricle_mm": "ventricle widening [mm]",
+    "sulcal_opening": "sulcal opening [share]",
+    "grey_white_contrast": "grey-white contrast [ratio]",
+    "lesions": "lesion extent [share]",
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,7 @@ def planted_anatomy(brain_age: np.ndarray | float) -> dict[str, np.ndarray | flo
 
 
 def draw_subject(seed: int, index: int) -> list[dict[str, object]]:
-    """The truth about one subject: a row a session (one or two).
+    """The truth about one subject: one row per session (one or two).
 
     Parameters
     ----------
@@ -127,23 +130,15 @@ def _at_session(
 def draw_acquisition(seed: int, index: int, session: int, site: Site, voxel_mm: float) -> dict[str, object]:
     """How one session was acquired: pose, field of view, storage, bias; lengths in mm, angles in degrees."""
     random = np.random.default_rng((seed, index, session))
-    pitch, yaw, roll = random.normal(0, (3.5, 2.0, 2.0))
+    turns = dict(zip(("pitch", "yaw", "roll"), random.normal(0, (3.5, 2.0, 2.0)), strict=True))
     neck = random.uniform(65, 100) if random.random() < 0.2 else random.uniform(22, 55)
-    margins = {
-        "left": random.uniform(20, 40),
-        "right": random.uniform(20, 40),
-        "back": random.uniform(20, 42),
-        "front": random.uniform(26, 55),
-        "below": neck,
-        "above": random.uniform(18, 42),
-    }
+    room = {"left": (20, 40), "right": (20, 40), "back": (20, 42), "front": (26, 55), "above": (18, 42)}
+    margins = {side: random.uniform(*bounds) for side, bounds in room.items()} | {"below": neck}
     voxels = np.array(site.voxels[random.integers(len(site.voxels))]) * voxel_mm
     return {
-        "pitch_deg": round(pitch, 2),
-        "yaw_deg": round(yaw, 2),
-        "roll_deg": round(roll, 2),
+        **{f"{name}_deg": round(angle, 2) for name, angle in turns.items()},
         **{f"margin_{side}_mm": round(value, 1) for side, value in margins.items()},
-        **{f"voxel_{axis}_mm": round(float(voxels[i]), 3) for i, axis in enumerate("xyz")},
+        **{f"voxel_{axis}_mm": round(float(edge), 3) for axis, edge in zip("xyz", voxels, strict=True)},
         "axcodes": str(random.choice(site.axcodes)),
         "oblique_deg": round(random.uniform(-8, 8), 2) if random.random() < 0.2 else 0.0,
         "bias": round(random.uniform(0.06, 0.20), 3),
@@ -268,7 +263,7 @@ def scan_head(anatomy: Anatomy, truth: dict[str, object], seed: int) -> tuple[np
 
 def place_scan(truth: dict[str, object]) -> tuple[tuple[int, ...], np.ndarray, np.ndarray]:
     """Grid shape, its affine in the scanner, and the map from its indices to template mm (both 4x4)."""
-    turn = _rotation(*(np.deg2rad(float(truth[f"{name}_deg"])) for name in ("pitch", "yaw", "roll")))
+    turn = _rotation(*(float(truth[f"{name}_deg"]) for name in ("pitch", "yaw", "roll")))
     pose = turn * np.array([float(truth[f"size_{axis}"]) for axis in "xyz"])
     reach = np.sqrt(((pose * BRAIN_AXES) ** 2).sum(axis=1))
     low, high = (("left", "back", "below"), ("right", "front", "above"))
@@ -276,25 +271,14 @@ def place_scan(truth: dict[str, object]) -> tuple[tuple[int, ...], np.ndarray, n
     stop = reach + [float(truth[f"margin_{side}_mm"]) for side in high]
     voxels = np.array([float(truth[f"voxel_{axis}_mm"]) for axis in "xyz"])
     shape = tuple(int(n) for n in np.ceil((stop - start) / voxels))
-    grid = np.eye(4)
-    grid[:3, :3] = np.diag(voxels)
-    grid[:3, 3] = start
-    to_template = np.eye(4)
-    to_template[:3, :3] = np.linalg.inv(pose)
-    to_template[:3, 3] = BRAIN_CENTRE
-    scanner = np.eye(4)
-    scanner[:3, :3] = _rotation(np.deg2rad(float(truth["oblique_deg"])), 0.0, 0.0)
-    scanner[2, 3] = float(truth["table_z_mm"])
-    return shape, scanner @ grid, to_template @ grid
+    scanner = from_matvec(_rotation(float(truth["oblique_deg"])), [0, 0, float(truth["table_z_mm"])])
+    grid = from_matvec(np.diag(voxels), start)
+    return shape, scanner @ grid, from_matvec(np.linalg.inv(pose), BRAIN_CENTRE) @ grid
 
 
-def _rotation(pitch: float, yaw: float, roll: float) -> np.ndarray:
-    """Rotation matrix (3, 3) of angles in radians about x, z and y."""
-    (cp, cy, cr), (sp, sy, sr) = np.cos([pitch, yaw, roll]), np.sin([pitch, yaw, roll])
-    about_x = np.array([[1, 0, 0], [0, cp, -sp], [0, sp, cp]])
-    about_z = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])
-    about_y = np.array([[cr, 0, sr], [0, 1, 0], [-sr, 0, cr]])
-    return about_z @ about_y @ about_x
+def _rotation(pitch: float, yaw: float = 0.0, roll: float = 0.0) -> np.ndarray:
+    """Rotation matrix (3, 3) of angles in degrees about x, z and y, in this order from right to left."""
+    return Rotation.from_euler("ZYX", [yaw, roll, pitch], degrees=True).as_matrix()
 
 
 def sample_head(
@@ -303,16 +287,16 @@ def sample_head(
     """The head at every voxel of a scan; where to look is worked out on every few voxels, then refined."""
     steps = np.maximum(1, np.round(4.0 / np.linalg.norm(to_template[:3, :3], axis=0))).astype(int)
     coarse = [np.arange(0, n + step, step, dtype=np.float32) for n, step in zip(shape, steps, strict=True)]
-    position = _mapped(to_template, np.stack(np.meshgrid(*coarse, indexing="ij")))
-    on_field = _mapped(np.linalg.inv(anatomy.field_affine), position)
+    position = _apply_affine(to_template, np.stack(np.meshgrid(*coarse, indexing="ij")))
+    on_field = _apply_affine(np.linalg.inv(anatomy.field_affine), position)
     moves = [ndimage.map_coordinates(part, on_field, order=1, mode="nearest") for part in field]
-    on_head = _mapped(np.linalg.inv(anatomy.affine), position + np.stack(moves)).astype(np.float32)
-    weights = [_linear(n, step, len(axis)) for n, step, axis in zip(shape, steps, coarse, strict=True)]
-    fine = np.stack([_separable(part, weights) for part in on_head])
+    on_head = _apply_affine(np.linalg.inv(anatomy.affine), position + np.stack(moves)).astype(np.float32)
+    weights = [_interpolation(n, step, len(axis)) for n, step, axis in zip(shape, steps, coarse, strict=True)]
+    fine = np.stack([_blend_knots(part, weights) for part in on_head])
     return ndimage.map_coordinates(head, fine, order=1, mode="nearest", prefilter=False)
 
 
-def _mapped(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
+def _apply_affine(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
     """A 4x4 affine applied to points of shape (3, …)."""
     return np.tensordot(affine[:3, :3], points, axes=1) + affine[:3, 3].reshape(3, 1, 1, 1)
 
@@ -328,17 +312,15 @@ def smooth_random(
         basis = np.exp(-0.5 * ((np.arange(n)[:, None] - at) / (0.7 * apart)) ** 2)
         bases.append((basis / np.linalg.norm(basis, axis=1, keepdims=True)).astype(np.float32))
     draws = random.standard_normal([basis.shape[1] for basis in bases], dtype=np.float32)
-    return _separable(draws, bases)
+    return _blend_knots(draws, bases)
 
 
-def _separable(coefficients: np.ndarray, bases: list[np.ndarray]) -> np.ndarray:
+def _blend_knots(knots: np.ndarray, bases: list[np.ndarray]) -> np.ndarray:
     """Apply one (n, k) matrix along each of the three axes."""
-    for axis, basis in enumerate(bases):
-        coefficients = np.moveaxis(np.tensordot(basis, coefficients, axes=(1, axis)), 0, axis)
-    return np.ascontiguousarray(coefficients)
+    return np.ascontiguousarray(np.einsum("ai,bj,ck,ijk->abc", *bases, knots, optimize=True))
 
 
-def _linear(n: int, step: int, knots: int) -> np.ndarray:
+def _interpolation(n: int, step: int, knots: int) -> np.ndarray:
     """Weights (n, knots) of linear interpolation between values at every `step`-th of n voxels."""
     distance = np.abs(np.arange(n)[:, None] / step - np.arange(knots))
     return np.clip(1 - distance, 0, None).astype(np.float32)

@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from brainage_nb.volumes.heads import find_head
-from brainage_nb.volumes.registration import Alignment, Template, align, bend, even_brightness, template
+from brainage_nb.volumes.registration import (
+    Alignment,
+    Template,
+    align,
+    bend,
+    even_brightness,
+    signed_distance,
+    template,
+)
 from brainage_nb.volumes.resampling import one_thread, resample, smoothing_sd
 from brainage_nb.volumes.scans import ScanError, load_scan, voxel_sizes
 
@@ -37,7 +45,6 @@ MASK_NAMES = (
     *("synthstrip_mask", "BrainExtractionMask"),
 )
 MASKED_BY_FREESURFER = ("T1", "nu", "orig", "rawavg")  # what lies in one space with its brainmask.mgz
-N4_SHRINK_MM, N4_ROUNDS = 4.0, (40, 30, 20)
 
 
 @dataclass(frozen=True)
@@ -78,17 +85,11 @@ class Brain:
 
     def mask_on(self, affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """The mask (bool) on a grid: its affine (voxel to the scan's world, mm) and shape."""
-        return self.depth_on(affine, shape) < 0
-
-    def depth_on(self, affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Signed distance in the template's mm on a grid of the scan's world."""
         from scipy.ndimage import affine_transform
 
-        grid = template(FINE_MM).affine
-        to_grid = np.linalg.inv(self.alignment.to_scan @ grid) @ affine
-        return affine_transform(
-            self.depth_mm, to_grid[:3, :3], to_grid[:3, 3], output_shape=tuple(shape), order=1, cval=50.0
-        )
+        to_grid = np.linalg.inv(self.alignment.to_scan @ template(FINE_MM).affine) @ affine
+        where = to_grid[:3, :3], to_grid[:3, 3]
+        return affine_transform(self.depth_mm, *where, tuple(shape), order=1, cval=50.0) < 0
 
 
 def find_brain(image: nib.spatialimages.SpatialImage, *, found_masks: bool = False) -> Brain:
@@ -135,74 +136,62 @@ def mask_beside(scan: str | Path) -> Path | None:
     if scan.suffix == ".mgz":
         found = scan.with_name("brainmask.mgz")
         return found if found.is_file() and scan.stem in MASKED_BY_FREESURFER else None
-    return _beside(scan, MASK_NAMES) or _in_derivatives(scan)
-
-
-def without_bias(image: nib.spatialimages.SpatialImage, brain: Brain) -> np.ndarray:
-    """N4 bias field correction (SimpleITK) with the field fitted inside the brain; float32, image's shape."""
-    import SimpleITK as sitk
-
-    array = np.ascontiguousarray(image.dataobj, dtype=np.float32)
-    sizes = voxel_sizes(image.affine)
-    mask = brain.mask_on(image.affine, array.shape).astype(np.uint8)
-    picture, inside = sitk.GetImageFromArray(array), sitk.GetImageFromArray(mask)
-    for part in (picture, inside):  # SimpleITK reads the axes in reverse
-        part.SetSpacing([float(size) for size in sizes[::-1]])
-    shrink = [int(np.ceil(N4_SHRINK_MM / max(size, 0.1) - 0.01)) for size in sizes[::-1]]
-    n4 = sitk.N4BiasFieldCorrectionImageFilter()
-    n4.SetMaximumNumberOfIterations(N4_ROUNDS)
-    n4.Execute(sitk.Shrink(picture, shrink), sitk.Shrink(inside, shrink))
-    field = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(picture))
-    return (array / np.exp(field)).astype(np.float32)
+    return _find_beside(scan, MASK_NAMES) or _find_in_derivatives(scan)
 
 
 def _find(image: nib.spatialimages.SpatialImage, found_masks: bool) -> Brain:
     array = np.asanyarray(image.dataobj, dtype=np.float32)
     onto = template(FINE_MM)
     alignment = align(array, image.affine, np.array(find_head(image).centre_mm))
-    scan = _on_template(array, image.affine, alignment, onto) / alignment.level
+    scan = _lay_on_template(array, image.affine, alignment, onto) / alignment.level
     depth, correlation = bend(even_brightness(scan, onto), onto)
-    depth = depth - MARGIN_MM
+    depth -= MARGIN_MM
     agreement, source = _dice(depth < 0, onto.depth_mm < MARGIN_MM), "template"
-    voxel_l = abs(np.linalg.det((alignment.to_scan @ onto.affine)[:3, :3])) / 1e6
+    voxel_l = abs(np.linalg.det(alignment.to_scan @ onto.affine)) / 1e6
     scan_file = image.extra.get("path") if found_masks else None
-    if mask := scan_file and (mask_beside(scan_file) or _beside(scan_file, ("mask",))):
+    if mask := scan_file and (mask_beside(scan_file) or _find_beside(scan_file, ("mask",))):
         try:
-            depth, agreement = _mask_of_the_same_brain(mask, alignment, onto, depth, voxel_l)
+            depth, agreement = _read_mask_of(mask, alignment, onto, depth, voxel_l)
             source = str(mask)
         except ScanError as error:
             image.extra["flags"]["mask_not_taken"] = (
                 f"{mask.name} was not taken as the brain mask, the brain was found without: {error.sentence}"
             )
     volume = float((depth < 0).sum() * voxel_l)
-    problems = _problems(alignment, correlation, agreement, volume)
+    problems = _find_problems(alignment, correlation, agreement, volume)
     return Brain(depth, alignment, correlation, agreement, volume, source, problems)
 
 
-def _on_template(array: np.ndarray, affine: np.ndarray, alignment: Alignment, onto: Template) -> np.ndarray:
+def _lay_on_template(
+    array: np.ndarray, affine: np.ndarray, alignment: Alignment, onto: Template
+) -> np.ndarray:
     grid = alignment.to_scan @ onto.affine
     return resample(array, affine, grid, len(onto.brain), smoothing_sd(voxel_sizes(affine), FINE_MM))
 
 
-def _problems(alignment: Alignment, correlation: float, agreement: float, volume: float) -> tuple[str, ...]:
+def _find_problems(
+    alignment: Alignment, correlation: float, agreement: float, volume: float
+) -> tuple[str, ...]:
     """Sentences on what is not as in a brain found rightly; each with value and bound."""
-    found = []
-    if not correlation >= LOWEST_CORRELATION:
-        found.append(
-            f"it looks unlike a brain (correlation {correlation:.2f}, at least {LOWEST_CORRELATION})"
-        )
     low, high = alignment.scales[-1], alignment.scales[0]
-    if not SCALES[0] <= low <= high <= SCALES[1]:
-        found.append(f"its size is {low:.2f} to {high:.2f} of the template's ({SCALES[0]} to {SCALES[1]})")
-    if not VOLUME_L[0] <= volume <= VOLUME_L[1]:
-        found.append(f"it holds {volume:.2f} litres ({VOLUME_L[0]} to {VOLUME_L[1]})")
-    if not agreement >= LOWEST_AGREEMENT:
-        other = "the template's affine mask"
-        found.append(f"it and {other} overlap by {agreement:.2f} only (at least {LOWEST_AGREEMENT})")
-    return tuple(found)
+    checks = {
+        f"it looks unlike a brain (correlation {correlation:.2f}, at least {LOWEST_CORRELATION})": (
+            correlation >= LOWEST_CORRELATION
+        ),
+        f"its size is {low:.2f} to {high:.2f} of the template's ({SCALES[0]} to {SCALES[1]})": (
+            SCALES[0] <= low <= high <= SCALES[1]
+        ),
+        f"it holds {volume:.2f} litres ({VOLUME_L[0]} to {VOLUME_L[1]})": (
+            VOLUME_L[0] <= volume <= VOLUME_L[1]
+        ),
+        f"it and the template's affine mask overlap by {agreement:.2f} only (at least {LOWEST_AGREEMENT})": (
+            agreement >= LOWEST_AGREEMENT
+        ),
+    }
+    return tuple(sentence for sentence, holds in checks.items() if not holds)
 
 
-def _mask_of_the_same_brain(
+def _read_mask_of(
     mask: Path, alignment: Alignment, onto: Template, own: np.ndarray, voxel_l: float
 ) -> tuple[np.ndarray, float]:
     """Signed distance of a mask file and its Dice with the brain found here (its signed distance is `own`).
@@ -215,7 +204,7 @@ def _mask_of_the_same_brain(
     """
     if not re.search(rf"({'|'.join(MASK_NAMES)})\.", mask.name):
         raise ScanError("mask_not_taken", "its name does not say that it is one (as …_brain_mask would).")
-    depth = _depth_of(mask, alignment, onto)
+    depth = _read_depth(mask, alignment, onto)
     overlap, volume = _dice(depth < 0, own < 0), float((depth < 0).sum() * voxel_l)
     if overlap < LOWEST_AGREEMENT or not VOLUME_L[0] <= volume <= VOLUME_L[1]:
         low, high = VOLUME_L
@@ -227,44 +216,41 @@ def _mask_of_the_same_brain(
     return depth, overlap
 
 
-def _depth_of(mask: Path, alignment: Alignment, onto: Template) -> np.ndarray:
+def _read_depth(mask: Path, alignment: Alignment, onto: Template) -> np.ndarray:
     """Signed distance of a mask file (above 0 is brain) on the template's grid."""
-    from scipy import ndimage
+    from scipy.ndimage import binary_closing
 
     image = load_scan(mask)
-    brain = np.asanyarray(image.dataobj) > 0
-    brain = ndimage.binary_closing(np.pad(brain, 3), iterations=2)[3:-3, 3:-3, 3:-3]
-    inside = _on_template(brain.astype(np.float32), image.affine, alignment, onto) > 0.5
-    outer, inner = ndimage.distance_transform_edt(~inside), ndimage.distance_transform_edt(inside)
-    return (np.where(inside, 0.5 - inner, outer - 0.5) * onto.spacing_mm).astype(np.float32)
+    brain = binary_closing(np.pad(np.asanyarray(image.dataobj) > 0, 3), iterations=2)[3:-3, 3:-3, 3:-3]
+    inside = _lay_on_template(brain.astype(np.float32), image.affine, alignment, onto) > 0.5
+    return signed_distance(inside, onto.spacing_mm)
 
 
-def _beside(scan: Path, parts: tuple[str, ...]) -> Path | None:
+def _find_beside(scan: Path, parts: tuple[str, ...]) -> Path | None:
     """The first of `NAME_<part>.nii.gz` or `.nii` that lies beside a scan; NAME with or without `_T1w`."""
     stem = _stem(scan)
-    for part in parts:
-        for name in (stem, stem.removesuffix("_T1w")):
-            for ending in (".nii.gz", ".nii"):
-                if (beside := scan.with_name(f"{name}_{part}{ending}")).is_file():
-                    return beside
+    names = (
+        f"{name}_{part}{ending}"
+        for part in parts
+        for name in (stem, stem.removesuffix("_T1w"))
+        for ending in (".nii.gz", ".nii")
+    )
+    return next((scan.with_name(name) for name in names if scan.with_name(name).is_file()), None)
+
+
+def _find_in_derivatives(scan: Path) -> Path | None:
+    """`derivatives/*/<the same folders>/<stem less _T1w>_desc-brain_mask` of the scan's data set."""
+    name = _stem(scan).removesuffix("_T1w")
+    for root in scan.parents[:5]:
+        inner = scan.parent.relative_to(root)
+        for space in ("", "_space-T1w"):  # the scan's own name: run-1 is not run-10, nor another acquisition
+            if found := sorted(root.glob(f"derivatives/*/{inner}/{name}{space}_desc-brain_mask.nii*")):
+                return found[0]
     return None
 
 
 def _stem(scan: Path) -> str:
     return re.sub(r"\.(nii|hdr|img)(\.gz)?$", "", scan.name, flags=re.IGNORECASE)
-
-
-def _in_derivatives(scan: Path) -> Path | None:
-    """`derivatives/*/<the same folders>/<stem less _T1w>_desc-brain_mask` of the scan's data set."""
-    for root in scan.parents[:5]:
-        if not (root / "derivatives").is_dir():
-            continue
-        inner = scan.parent.relative_to(root)
-        name = _stem(scan).removesuffix("_T1w")
-        for space in ("", "_space-T1w"):  # the scan's own name: run-1 is not run-10, nor another acquisition
-            if found := sorted((root / "derivatives").glob(f"*/{inner}/{name}{space}_desc-brain_mask.nii*")):
-                return found[0]
-    return None
 
 
 def _dice(a: np.ndarray, b: np.ndarray) -> float:

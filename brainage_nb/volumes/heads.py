@@ -5,7 +5,7 @@ Rules on a 4 mm picture, quick and the same for every scan. It segments no brain
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,8 +29,6 @@ STRIPPED_MAX_L = 2.2  # brains hold less, whole heads of adults more
 # Bone is a dark shell under the scalp, as a share of the brain's signal: 0.3-0.6 on whole heads. Without
 # bone the outermost tissue is cortex with fluid, 0.54-0.74 (both on 61 scans at 2 mm).
 RIM_RATIO = 0.5
-
-
 MUCH_CUT_AWAY = 0.2  # share of voxels exactly 0 from which a preprocessed volume shows the brain only
 
 
@@ -66,16 +64,6 @@ class Head:
     cut_off: tuple[str, ...]
 
 
-def head_facts(image: nib.spatialimages.SpatialImage) -> dict[str, object]:
-    """`find_head` as a flat mapping for a table's row; `cut_off` is joined by `;`."""
-    facts = asdict(find_head(image))
-    facts["cut_off"] = ";".join(facts["cut_off"])
-    for key in ("centre_mm", "extent_mm"):
-        for axis, value in zip("xyz", facts.pop(key), strict=True):
-            facts[f"head_{key.removesuffix('_mm')}_{axis}_mm"] = value
-    return facts
-
-
 def head_in(volume: np.ndarray) -> np.ndarray:
     """Where a preprocessed volume (size, size, size) shows a head, bool: what is brighter than the mean.
 
@@ -101,11 +89,11 @@ def find_head(image: nib.spatialimages.SpatialImage) -> Head:
     """
     if "head" not in image.extra:
         coarse, affine = coarse_picture(np.asanyarray(image.dataobj), image.affine)
-        image.extra["head"] = _head_in(coarse, affine)
+        image.extra["head"] = _describe_head(coarse, affine)
     return image.extra["head"]
 
 
-def _head_in(coarse: np.ndarray, affine: np.ndarray) -> Head:
+def _describe_head(coarse: np.ndarray, affine: np.ndarray) -> Head:
     """The facts of a 4 mm picture."""
     mask = head_mask(coarse)
     points = np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3]
@@ -121,7 +109,7 @@ def _head_in(coarse: np.ndarray, affine: np.ndarray) -> Head:
         extent_mm=tuple(float(e) for e in extent),
         foreground_fraction=float(mask.mean()),
         skull_stripped=_is_skull_stripped(coarse, mask, affine, crown),
-        cut_off=_cut_off(mask, affine, crown),
+        cut_off=_cut_off(mask, points, affine, crown),
     )
 
 
@@ -204,11 +192,8 @@ def _otsu(values: np.ndarray, bins: int = 128) -> float:
     counts, edges = np.histogram(values, bins)
     share = np.cumsum(counts) / counts.sum()
     mean = np.cumsum(counts * (edges[1:] + edges[:-1]) / 2) / counts.sum()
-    inner = (share > 0) & (share < 1)
-    if not inner.any():
-        return float(edges[0])
-    between = (mean[-1] * share[inner] - mean[inner]) ** 2 / (share[inner] * (1 - share[inner]))
-    return float(edges[1:][inner][between.argmax()])
+    between = (mean[-1] * share - mean) ** 2 / np.maximum(share * (1 - share), 1e-12)
+    return float(edges[1:][between.argmax()])
 
 
 def _crown(points: np.ndarray, affine: np.ndarray) -> float:
@@ -225,21 +210,18 @@ def _crown(points: np.ndarray, affine: np.ndarray) -> float:
     return float(np.interp(CROWN_ML, above * voxel_ml, levels))
 
 
-def _cut_off(mask: np.ndarray, affine: np.ndarray, crown: float) -> tuple[str, ...]:
+def _cut_off(mask: np.ndarray, points: np.ndarray, affine: np.ndarray, crown: float) -> tuple[str, ...]:
     sizes = voxel_sizes(affine)
     cut = []
     for axis, sides in enumerate(SIDES):
         area = np.prod(np.delete(sizes, axis)) / 100
-        for index, side in zip((0, -1), sides, strict=True):
-            face = np.take(mask, index, axis=axis)
-            if side == "bottom":
-                lowest = (np.argwhere(mask) @ affine[:3, :3].T + affine[:3, 3])[:, 2].min()
-                is_cut = face.any() and crown - lowest < MIN_HEIGHT_MM
-            else:
-                is_cut = face.sum() * area > CUT_CM2
-            if is_cut:
-                cut.append(side)
-    return tuple(cut)
+        cut += [
+            side
+            for index, side in zip((0, -1), sides, strict=True)
+            if np.take(mask, index, axis=axis).sum() * area > (0 if side == "bottom" else CUT_CM2)
+        ]
+    is_low = crown - points[:, 2].min() >= MIN_HEIGHT_MM  # a neck that leaves the image is no cut
+    return tuple(side for side in cut if side != "bottom" or not is_low)
 
 
 def _is_skull_stripped(coarse: np.ndarray, mask: np.ndarray, affine: np.ndarray, crown: float) -> bool:

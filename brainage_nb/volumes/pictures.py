@@ -203,7 +203,7 @@ def brain_preview(
     from matplotlib.figure import Figure
 
     rows, drawn = [], []
-    plain = replace(settings, brain_only=False, n4=False, grey_matter=False)
+    plain = replace(settings, brain_only=False, grey_matter=False)
     for title, path in scans.items():
         try:
             image = load_scan(path)

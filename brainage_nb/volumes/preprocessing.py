@@ -161,7 +161,7 @@ def tissues_in(
     brain = _brain(image, settings)
     fine = brain.alignment.to_scan @ tissues.grid()
     sd = smoothing_sd(voxel_sizes(image.affine), tissues.RESOLUTION_MM)
-    voxels = resample(_even_voxels(image, settings), image.affine, fine, tissues.SIZE, sd)
+    voxels = resample(_voxels(image), image.affine, fine, tissues.SIZE, sd)
     found = tissues.tissues_of(voxels, brain.mask_on(fine, voxels.shape))
     if found.problems:
         raise ScanError(
@@ -178,16 +178,8 @@ def _brain(image: Any, settings: PreprocessingSettings) -> Any:
 
 def _cube(image: Any, grid: np.ndarray, settings: PreprocessingSettings) -> np.ndarray:
     """The scan on the grid, before any scaling."""
-    voxels = _even_voxels(image, settings)
+    voxels = _voxels(image)
     return resample(voxels, image.affine, grid, settings.size, _smoothing(image, settings))
-
-
-def _even_voxels(image: Any, settings: PreprocessingSettings) -> np.ndarray:
-    if not settings.n4:
-        return _voxels(image)
-    from brainage_nb.volumes.brain import without_bias
-
-    return without_bias(image, _brain(image, settings))
 
 
 def _grey_cube(image: Any, grid: np.ndarray, settings: PreprocessingSettings) -> np.ndarray:

@@ -1,17 +1,6 @@
-"""The MNI152 template (bundled with nilearn) as what a scan is laid onto: brain, fluid around it, bone.
+"""The MNI152 template laid onto a scan: a similarity from many poses, an affine map, then smooth bending.
 
-nilearn's template is skull-stripped. A rim of fluid and bone is painted around its upper part, so that a
-registration sees where the brain ends; nothing is invented below, where necks and faces differ.
-
-Bend the template, already laid onto a scan, to that brain's shape: smooth polynomials in three dimensions.
-
-It finds the brain's surface, it does not match gyri: about a hundred coefficients, with a prior on bending.
-
-Lay the MNI152 template onto a scan: a similarity from many poses, then an affine map, by Gauss-Newton.
-
-The sum of squared differences after the best linear intensity scaling, with outliers (scalp, vessels,
-lesions) weighted down, and with a prior that keeps size and shape anatomical. No random sampling: the same
-scan gives the same map. SimpleITK's regular-step descent was tried first and let scales run away.
+Finds the brain's surface in the inside of the skull; it does not match gyri.
 """
 
 from __future__ import annotations
@@ -27,10 +16,28 @@ from brainage_nb.volumes.scans import voxel_sizes
 
 CENTRE_MM = np.array([0.0, -17.0, 5.0])  # of the brain, MNI152
 HALF_MM = np.array([75.0, 92.0, 82.0])  # half the brain's extent
-FIELD_MM = 224.0  # edge of the cube that is looked at
+TEMPLATE_MM, HEAD_MM = 208.0, 272.0  # edges of the cubes around the template's brain and around a head
+# nilearn's template has no skull. Fluid and bone are painted around its upper part, so that a registration
+# sees where the brain ends; nothing is invented below, where necks and faces differ.
 FLUID, BONE = 0.27, 0.08  # where white matter is 0.88
-FLUID_MM, RIM_MM = 2.0, 6.0  # outer surfaces of the painted fluid and bone, from the brain's
+FLUID_MM, RIM_MM = 2.0, 6.0  # their outer surfaces, from the brain's
 RIM_ABOVE_MM = -20.0  # MNI height above which the rim is used
+BRIGHTEST = 1.15  # of the level of white matter; fat above it is cut
+LEVEL_MM, LEVEL_PERCENTILE = 45.0, 80  # that level: this percentile within this radius of the head's centre
+# Poses the search starts from, degrees about the left-right, back-front and bottom-top axes.
+POSES = tuple(itertools.product((-24, 0, 24), (-20, 0, 20), (-20, 0, 20)))
+ROUNDS = ((4, 9), (6, 3))  # steps at 8 mm, and how many poses go on, at last at 4 mm
+SAME_MM = 2.0  # two poses nearer than this at the corners of the brain are one
+MOST_MM, LEAST_MM = 12.0, 0.1  # a step moves no point of the brain farther; one below ends the search
+TUKEY, LOWEST_SPREAD = 4.685, 0.03  # residuals beyond so many deviations do not count
+POINTS_PER_OBSERVATION = 100  # neighbouring voxels say the same thing
+SCALE = 0.92  # template to a usual adult brain, which is smaller
+SCALE_SD, SHAPE_SD = 0.10, 0.04  # of the logarithm of size, and of its stretch and shear
+DEGREES = (1, 2, 4)  # of the polynomials that bend, fitted one after the other
+BENDING_STEPS, LEAST_BENT_MM = 6, 0.3  # most steps for each degree; one that bends less ends it
+STIFFNESS = 0.016  # prior precision of a coefficient of degree 2, 1/mm^2; grows with the degree squared
+REACH = 1.2  # polynomials go on as constants beyond so many half-extents of the brain
+BIAS_MM, INSIDE_MM = 20.0, 4.0  # brightness that varies more slowly, so deep inside the brain, is evened
 
 
 @dataclass(frozen=True)
@@ -59,27 +66,63 @@ class Template:
         """Edge of a voxel."""
         return float(self.affine[0, 0])
 
-    def points(self, step: int, *, rim: bool) -> tuple[np.ndarray, np.ndarray]:
-        """World positions (n, 3) and painted intensities (n,) of every `step`-th voxel of the brain.
+    def points(self, step: int = 1, *, rim: bool = False) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """World positions (n, 3), painted intensities (n,) and depths (n,) of the brain's voxels.
 
-        With `rim`, of the painted fluid and bone of its upper part as well.
+        Of every `step`-th voxel along each axis one colour of a chessboard; with `rim`, also of the painted
+        fluid and bone.
         """
-        height = np.arange(self.brain.shape[2]) * self.spacing_mm + self.affine[2, 3]
         used = self.depth_mm < 0
         if rim:
+            height = np.arange(len(used)) * self.spacing_mm + self.affine[2, 3]
             used |= (self.depth_mm < RIM_MM) & (height > RIM_ABOVE_MM)
-        index = np.argwhere(used)
-        index = index[(index % step == 0).all(axis=1)]
-        return index * self.spacing_mm + self.affine[:3, 3], self.painted[tuple(index.T)].astype(float)
+        index = np.argwhere(used[::step, ::step, ::step])
+        index = step * index[index.sum(axis=1) % 2 == 0]
+        at = tuple(index.T)
+        positions = index * self.spacing_mm + self.affine[:3, 3]
+        return positions, self.painted[at].astype(float), self.depth_mm[at]
 
-    def depth_at(self, points: np.ndarray) -> np.ndarray:
-        """`depth_mm` (n,) at positions (n, 3) that are voxel centres."""
-        index = np.round((points - self.affine[:3, 3]) / self.spacing_mm).astype(int)
-        return self.depth_mm[tuple(index.T)]
+
+@dataclass(frozen=True)
+class Alignment:
+    """Where the template lies in a scan.
+
+    Attributes
+    ----------
+    to_scan : (4, 4) array
+        MNI152 position to the scan's world position, mm.
+    correlation : float
+        Of the template's intensities with the scan's, inside the brain.
+    level : float
+        Intensity of white matter, about.
+    """
+
+    to_scan: np.ndarray
+    correlation: float
+    level: float
+
+    @property
+    def scales(self) -> np.ndarray:
+        """Stretch along the three main axes, largest first; 1 is the template's size."""
+        return np.linalg.svd(self.to_scan[:3, :3], compute_uv=False)
+
+
+class Target:
+    """A scan on a cubic grid with its gradient, sampled at world positions."""
+
+    def __init__(self, volume: np.ndarray, affine: np.ndarray) -> None:
+        gradient = np.gradient(volume, float(affine[0, 0]))
+        self.sample = LinearSampler(np.stack([volume, *gradient], axis=-1))
+        self.inverse = np.linalg.inv(affine)
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Intensities (n,) and gradients (3, n) at world positions (n, 3)."""
+        values = self.sample(positions @ self.inverse[:3, :3].T + self.inverse[:3, 3]).T
+        return values[0].astype(float), values[1:]
 
 
 def mni_grid(spacing_mm: float, size: int, centre_mm: np.ndarray = CENTRE_MM) -> np.ndarray:
-    """Affine (4, 4) of a cube in MNI152 space: `size` voxels along each edge around a centre."""
+    """Affine (4, 4) of a cube of `size` voxels along each edge around a centre, by default the brain's."""
     grid = np.diag([spacing_mm] * 3 + [1.0])
     grid[:3, 3] = np.asarray(centre_mm) - spacing_mm * (size - 1) / 2
     return grid
@@ -88,24 +131,28 @@ def mni_grid(spacing_mm: float, size: int, centre_mm: np.ndarray = CENTRE_MM) ->
 @lru_cache(maxsize=4)
 def template(spacing_mm: float) -> Template:
     """nilearn's template at a spacing, smoothed to it; kept for the next scan."""
-    from scipy import ndimage
-
-    t1, mask, affine = _bundled()
-    size = round(FIELD_MM / spacing_mm)
+    t1, mask, affine = _read_template()
+    size = round(TEMPLATE_MM / spacing_mm)
     grid = mni_grid(spacing_mm, size)
     sd = smoothing_sd(np.ones(3), spacing_mm)
     brain = resample(t1 * mask, affine, grid, size, sd)
     inside = resample(mask, affine, grid, size, sd) > 0.5
-    # Distances run between voxel centres; the surface lies half a voxel before the next one.
-    outer = ndimage.distance_transform_edt(~inside) - 0.5
-    inner = ndimage.distance_transform_edt(inside) - 0.5
-    depth = np.where(inside, -inner, outer) * spacing_mm
+    depth = signed_distance(inside, spacing_mm)
     painted = np.where(inside, brain, np.where(depth < FLUID_MM, FLUID, BONE))
-    return Template(grid, brain, painted.astype(np.float32), depth.astype(np.float32))
+    return Template(grid, brain, painted.astype(np.float32), depth)
+
+
+def signed_distance(inside: np.ndarray, spacing_mm: float) -> np.ndarray:
+    """Distance of each voxel to the surface of a mask, mm, negative inside, float32."""
+    from scipy.ndimage import distance_transform_edt
+
+    # Distances run between voxel centres; the surface lies half a voxel before the next one.
+    outer, inner = distance_transform_edt(~inside), distance_transform_edt(inside)
+    return (np.where(inside, 0.5 - inner, outer - 0.5) * spacing_mm).astype(np.float32)
 
 
 @lru_cache(maxsize=1)
-def _bundled() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _read_template() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """T1 and brain mask at 1 mm, and their affine; both ship with nilearn."""
     from nilearn.datasets import load_mni152_brain_mask, load_mni152_template
 
@@ -113,15 +160,180 @@ def _bundled() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return t1.get_fdata(dtype=np.float32), mask.get_fdata(dtype=np.float32), t1.affine
 
 
-DEGREES = (1, 2, 4)  # fitted one after the other
-STEPS = 6  # Gauss-Newton steps for each degree
-STIFFNESS = 0.02  # prior precision of a coefficient of degree 2, 1/mm^2; grows with the degree squared
-POINTS_PER_OBSERVATION = 150
-STEP = 2  # every second voxel along each axis
-REACH = 1.2  # polynomials go on as constants beyond so many half-extents of the brain
-SMALL_MM = 0.3
-BIAS_MM = 20.0  # brightness that varies more slowly is taken out
-INSIDE_MM = 4.0
+# --- similarity and affine map --------------------------------------------------------------------------
+
+
+def align(array: np.ndarray, affine: np.ndarray, centre_mm: np.ndarray) -> Alignment:
+    """Find the template in a scan: Gauss-Newton from many poses at 8 mm, the best of them at 4 mm.
+
+    Minimises squared differences after the best linear scaling of intensity. Outliers (scalp, vessels,
+    lesions) are weighted down, a prior keeps size and shape anatomical, nothing is random.
+
+    Parameters
+    ----------
+    array : (i, j, k) float32 array
+        A head, or a brain without its skull.
+    affine : (4, 4) array
+        Voxel to world, mm; heads are upright in the world to within about 35 degrees.
+    centre_mm : (3,) array
+        About the middle of the head (`heads.find_head`), world.
+    """
+    coarse, level = _head_at(8.0, array, affine, centre_mm)
+    points, values, _ = template(8.0).points()
+    maps = [_starting_map(centre_mm, pose) for pose in POSES]
+    for steps, kept in ROUNDS:  # the poses that are worst after a few steps are given up
+        found = [_search(coarse, points, values, start, steps=steps) for start in maps]
+        maps = _best_apart(found, kept)
+    fine, _ = _head_at(4.0, array, affine, centre_mm, level)
+    points, values, _ = template(4.0).points()
+    found = [_search(fine, points, values, start, steps=10) for start in maps]
+    start = max(found, key=lambda pair: pair[1])[0]
+    return Alignment(*_search(fine, points, values, start, steps=25, similarity=False), level)
+
+
+def _head_at(
+    spacing: float, array: np.ndarray, affine: np.ndarray, centre: np.ndarray, level: float = 0.0
+) -> tuple[Target, float]:
+    """The head at a spacing, as a share of the level of white matter, and that level."""
+    size = round(HEAD_MM / spacing)
+    grid = mni_grid(spacing, size, centre)
+    cube = resample(array, affine, grid, size, smoothing_sd(voxel_sizes(affine), spacing))
+    if not level:
+        away = (np.indices(cube.shape) - (size - 1) / 2) * spacing
+        near = cube[(away**2).sum(axis=0) < LEVEL_MM**2]
+        level = float(np.percentile(near, LEVEL_PERCENTILE)) or 1.0
+    return Target(np.clip(cube / level, 0, BRIGHTEST), grid), level
+
+
+def _starting_map(centre: np.ndarray, pose: tuple[int, int, int]) -> np.ndarray:
+    from scipy.spatial.transform import Rotation
+
+    start = np.eye(4)
+    start[:3, :3] = SCALE * Rotation.from_euler("xyz", pose, degrees=True).as_matrix()
+    start[:3, 3] = centre - start[:3, :3] @ CENTRE_MM
+    return start
+
+
+def _best_apart(found: list[tuple[np.ndarray, float]], kept: int) -> list[np.ndarray]:
+    """The maps of highest correlation, at most `kept`, none within `SAME_MM` of a better one."""
+    corners = CENTRE_MM + HALF_MM * np.array(list(itertools.product((-1, 1), repeat=3)))
+    apart: list[np.ndarray] = []
+    for candidate, _ in sorted(found, key=lambda pair: -pair[1]):
+        moved = [(candidate - other)[:3, :3] @ corners.T + (candidate - other)[:3, 3:] for other in apart]
+        if all(np.linalg.norm(shift, axis=0).max() > SAME_MM for shift in moved):
+            apart.append(candidate)
+    return apart[:kept]
+
+
+def _search(
+    target: Target, points: np.ndarray, values: np.ndarray, start: np.ndarray, *, steps: int, similarity=True
+) -> tuple[np.ndarray, float]:
+    """Gauss-Newton from one start; the map (4, 4) and the correlation at the last but one step."""
+    from scipy.linalg import expm
+
+    moves, current, weights, last = _linear_moves(similarity), start, np.ones(len(points)), 0.0
+    for _ in range(steps):
+        positions = points @ current[:3, :3].T + current[:3, 3]
+        scan, gradient = target.at(positions)
+        slope, residual, weights = fit_intensity(scan, values, weights)
+        centre = current[:3, :3] @ CENTRE_MM + current[:3, 3]
+        products = gradient[:, None] * (positions - centre).T.astype(np.float32)
+        linear = moves.reshape(-1, 9).astype(np.float32) @ products.reshape(9, -1)
+        precision, away = _map_prior(current[:3, :3], similarity)
+        step = solve_step(slope * np.r_[gradient, linear], scan, residual, weights, precision, away)
+        if (step * last).sum() < 0:  # without, some scans swing between two maps for ever
+            step /= 2
+        last = step
+        length = np.abs(step[:3]).max() + 80 * np.abs(step[3:]).max()
+        step *= min(1.0, MOST_MM / max(length, 1e-9))
+        change = np.zeros((4, 4))
+        change[:3, :3], change[:3, 3] = np.tensordot(step[3:], moves, axes=1), step[:3]
+        current = current.copy()
+        current[:3, 3] -= centre
+        current = expm(change) @ current
+        current[:3, 3] += centre
+        if length < LEAST_MM:
+            break
+    return current, correlation(scan, values)
+
+
+@lru_cache(maxsize=2)
+def _linear_moves(similarity: bool) -> np.ndarray:
+    """Directions (k, 3, 3) of a small change besides shifts: three turns, then one scale or six stretches."""
+    moves = np.zeros((9, 3, 3))
+    for axis, pair in enumerate(([1, 2], [2, 0], [0, 1])):
+        moves[axis, pair, pair[::-1]] = -1, 1
+        moves[3 + axis, axis, axis] = 1
+        moves[6 + axis, pair, pair[::-1]] = 1
+    return np.array([*moves[:3], np.eye(3)]) if similarity else moves
+
+
+def _map_prior(matrix: np.ndarray, similarity: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Precision (k, k) of the parameters of a change, and how far a map (3, 3) is from a usual brain (k,)."""
+    if similarity:
+        precision, away = [[1 / SCALE_SD**2]], [np.log(np.linalg.det(matrix)) / 3 - np.log(SCALE)]
+    else:
+        values, vectors = np.linalg.eigh(matrix @ matrix.T)
+        stretch = vectors * np.log(values) / 2 @ vectors.T
+        away = np.r_[np.diag(stretch) - np.log(SCALE), stretch[[1, 2, 0], [2, 0, 1]]]
+        precision = np.eye(6) * 2 / SHAPE_SD**2
+        precision[:3, :3] = (np.eye(3) - 1 / 3) / SHAPE_SD**2 + np.ones((3, 3)) / 9 / SCALE_SD**2
+    return np.pad(precision, (6, 0)), np.r_[np.zeros(6), away]  # shifts and turns are free
+
+
+def fit_intensity(
+    scan: np.ndarray, target: np.ndarray, weights: np.ndarray
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Slope of target on scan intensities, residuals (n,) and outlier weights (n,), in two rounds."""
+    for _ in range(2):
+        share = weights / weights.sum()
+        scan, target = scan - share @ scan, target - share @ target
+        weighted = share * scan
+        slope = float(weighted @ target) / max(float(weighted @ scan), 1e-9)
+        residual = target - slope * scan
+        sd = max(1.4826 * float(np.median(np.abs(residual))), LOWEST_SPREAD)
+        weights = np.maximum(1 - (residual / (TUKEY * sd)) ** 2, 0) ** 2 + 1e-3
+    return max(slope, 0.05), residual, weights
+
+
+def solve_step(
+    columns: np.ndarray,
+    scan: np.ndarray,
+    residual: np.ndarray,
+    weights: np.ndarray,
+    precision: np.ndarray,
+    away: np.ndarray,
+) -> np.ndarray:
+    """One Gauss-Newton step (k,): weighted least squares with a prior; intensity is scaled along with it.
+
+    Parameters
+    ----------
+    columns : (k, n) float32 array
+        Change of the scaled intensity at n points for a unit of each of k parameters.
+    scan, residual, weights : (n,) arrays
+        Intensities, what they miss of the template's, and outlier weights.
+    precision, away : (k, k) and (k,) arrays
+        Of the prior, and how far the parameters are from its mean.
+    """
+    root = np.sqrt(weights)
+    design = np.concatenate([columns, [scan - scan.mean(), np.ones(len(scan))]], dtype=np.float32)
+    design *= root.astype(np.float32)
+    normal = (design @ design.T).astype(float)
+    right = (design @ (root * residual).astype(np.float32)).astype(float)
+    unit = weights @ residual**2 / POINTS_PER_OBSERVATION
+    k = len(columns)
+    normal[:k, :k] += unit * precision
+    right[:k] -= unit * precision @ away
+    normal += np.eye(len(normal)) * 1e-9 * np.trace(normal) / len(normal)
+    return np.linalg.solve(normal, right)[:k]
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson's r of two arrays (n,); 0 where one of them is constant."""
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
+
+
+# --- bending --------------------------------------------------------------------------------------------
 
 
 def even_brightness(scan: np.ndarray, against: Template) -> np.ndarray:
@@ -137,18 +349,17 @@ def even_brightness(scan: np.ndarray, against: Template) -> np.ndarray:
     from scipy.ndimage import gaussian_filter
 
     inside = (against.depth_mm < -INSIDE_MM) & (against.brain > 0.5)
-    width = BIAS_MM / (2 * against.spacing_mm)
 
     def slow(volume: np.ndarray) -> np.ndarray:
-        return gaussian_filter(np.where(inside, volume, 0)[::2, ::2, ::2], width) + 1e-3
+        picked = np.where(inside, volume, 0)[::2, ::2, ::2]
+        return gaussian_filter(picked, BIAS_MM / (2 * against.spacing_mm)) + 1e-3
 
-    ratio = slow(scan * against.brain) / slow(against.brain**2)
-    ratio = upsample(ratio, 2, scan.shape)
+    ratio = upsample(slow(scan * against.brain) / slow(against.brain**2), 2, scan.shape)
     return np.clip(scan / np.maximum(ratio, 1e-3), 0, BRIGHTEST).astype(np.float32)
 
 
 def bend(scan: np.ndarray, onto: Template) -> tuple[np.ndarray, float]:
-    """Fit the polynomials.
+    """Bend the template, already laid onto a scan, to that brain's shape: polynomials, about 100 numbers.
 
     Parameters
     ----------
@@ -166,31 +377,53 @@ def bend(scan: np.ndarray, onto: Template) -> tuple[np.ndarray, float]:
     """
     from scipy.ndimage import gaussian_filter
 
-    points, values, every = _fitted_points(onto.spacing_mm)
+    points, values, depth, basis = _bending_points(onto.spacing_mm)
     target = Target(gaussian_filter(scan, 0.7), onto.affine)
-    coefficients = np.zeros((0, 3))
-    weights = np.ones(len(points))
+    total = exponents(DEGREES[-1]).sum(axis=1)
+    stiff = np.where(total <= 1, 1e-3, STIFFNESS * (total / 2) ** 2)
+    coefficients, weights = np.zeros((3, len(total)), np.float32), np.ones(len(points))
     for degree in DEGREES:
-        terms = exponents(degree)
-        basis = every[:, : len(terms)]  # the terms of a lower degree come first
-        coefficients = np.r_[coefficients, np.zeros((len(terms) - len(coefficients), 3))]
-        for _ in range(STEPS):
-            scanned, gradient = target.at(points + basis @ coefficients)
+        used = total <= degree
+        terms = basis[used]
+        for _ in range(BENDING_STEPS):
+            scanned, gradient = target.at(points + (coefficients @ basis).T)
             slope, residual, weights = fit_intensity(scanned, values, weights)
-            change = _step(basis, terms, gradient * slope, scanned, residual, weights, coefficients)
-            coefficients = coefficients + change
-            if np.abs(basis @ change).max() < SMALL_MM:
+            columns = (np.float32(slope) * gradient[:, None] * terms).reshape(-1, len(points))
+            prior = np.diag(np.tile(stiff[used], 3)), coefficients[:, used].ravel()
+            change = solve_step(columns, scanned, residual, weights, *prior).reshape(3, -1)
+            coefficients[:, used] += change
+            if np.abs(change.astype(np.float32) @ terms).max() < LEAST_BENT_MM:
                 break
-    scanned, _ = target.at(points + basis @ coefficients)
-    inside = onto.depth_at(points) < -INSIDE_MM
+    scanned, _ = target.at(points + (coefficients @ basis).T)
+    inside = depth < -INSIDE_MM
     return _bent_depth(coefficients, onto), correlation(scanned[inside], values[inside])
 
 
 @lru_cache(maxsize=1)
-def _fitted_points(spacing_mm: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions (n, 3), template values (n,) and polynomials (n, terms) that every scan is fitted at."""
-    points, values = halved(*template(spacing_mm).points(STEP, rim=True), STEP * spacing_mm)
-    return points, values, polynomials(points, exponents(DEGREES[-1])).astype(np.float32)
+def _bending_points(spacing_mm: float) -> tuple[np.ndarray, ...]:
+    """Positions (n, 3), template values and depths (n,), and polynomials (terms, n) for every scan."""
+    points, values, depth = template(spacing_mm).points(2, rim=True)
+    basis = polynomials(points, exponents(DEGREES[-1])).T
+    return points.astype(np.float32), values, depth, np.ascontiguousarray(basis, np.float32)
+
+
+def _bent_depth(coefficients: np.ndarray, onto: Template) -> np.ndarray:
+    """The template's depth map carried along: where x moves to x + u(x), a voxel y looks at x."""
+    from scipy.ndimage import map_coordinates
+
+    shape = tuple(n // 2 for n in onto.brain.shape)
+    coarse = onto.affine @ np.diag([2, 2, 2, 1])
+    terms = exponents(DEGREES[-1])
+    field = [polynomial_field(coarse, shape, terms, part) for part in coefficients / coarse[0, 0]]
+    moved = LinearSampler(np.stack(field, axis=-1))
+    here = np.stack(np.indices(shape, np.float32), axis=-1).reshape(-1, 3)
+    back = np.stack(field, axis=-1).reshape(-1, 3)
+    for _ in range(3):  # the inverse of a smooth small displacement, by repetition
+        back = moved(here - back)
+    look = np.indices(onto.brain.shape, np.float32)
+    for axis, part in enumerate(back.T):
+        look[axis] -= 2 * upsample(part.reshape(shape), 2, onto.brain.shape)
+    return map_coordinates(onto.depth_mm, look, order=1, mode="nearest")
 
 
 def exponents(degree: int) -> np.ndarray:
@@ -219,254 +452,4 @@ def _legendre(positions: np.ndarray, axis: int, terms: np.ndarray) -> np.ndarray
     """Legendre polynomials (n, degrees) along one axis of MNI152, mm; constant far outside of the brain."""
     from numpy.polynomial.legendre import legvander
 
-    scaled = np.clip((positions - CENTRE_MM[axis]) / HALF_MM[axis], -REACH, REACH)
-    return legvander(scaled, terms.max())
-
-
-def _step(
-    basis: np.ndarray,
-    terms: np.ndarray,
-    gradient: np.ndarray,
-    scanned: np.ndarray,
-    residual: np.ndarray,
-    weights: np.ndarray,
-    coefficients: np.ndarray,
-) -> np.ndarray:
-    """One Gauss-Newton step (n_terms, 3), with the prior on bending."""
-    n = basis.shape[1]
-    columns = [basis * gradient[:, axis, None] for axis in range(3)]
-    linear = np.c_[scanned - scanned.mean(), np.ones(len(scanned))]
-    design = np.concatenate([*columns, linear], axis=1).astype(np.float32)
-    weighted = (design * weights[:, None].astype(np.float32)).T
-    normal, right = (weighted @ design).astype(float), weighted.astype(float) @ residual
-    total = terms.sum(axis=1)
-    stiff = np.where(total <= 1, 1e-3, STIFFNESS * (total / 2) ** 2)
-    unit = len(scanned) / POINTS_PER_OBSERVATION * np.average(residual**2, weights=weights)
-    precision = unit * np.tile(stiff, 3)
-    normal[: 3 * n, : 3 * n] += np.diag(precision)
-    right[: 3 * n] -= precision * coefficients.T.ravel()
-    normal += np.eye(len(normal)) * 1e-9 * np.trace(normal) / len(normal)
-    return np.linalg.solve(normal, right)[: 3 * n].reshape(3, n).T
-
-
-def _bent_depth(coefficients: np.ndarray, onto: Template) -> np.ndarray:
-    """The template's depth map carried along: where x moves to x + u(x), a voxel y looks at x."""
-    from scipy.ndimage import map_coordinates
-
-    shape = tuple(n // 2 for n in onto.brain.shape)
-    coarse = onto.affine @ np.diag([2, 2, 2, 1])
-    terms = exponents(DEGREES[-1])
-    field = [polynomial_field(coarse, shape, terms, part) for part in coefficients.T / coarse[0, 0]]
-    moved = LinearSampler(np.stack(field, axis=-1))
-    here = np.stack(np.indices(shape, np.float32), axis=-1).reshape(-1, 3)
-    back = np.zeros_like(here)
-    for _ in range(5):  # the inverse of a smooth small displacement, by repetition
-        back = moved(here - back)
-    shift = [2 * upsample(part.reshape(shape), 2, onto.brain.shape) for part in back.T]
-    full = np.indices(onto.brain.shape, dtype=np.float32)
-    return map_coordinates(onto.depth_mm, full - np.stack(shift), order=1, mode="nearest")
-
-
-FIELD_MM_ALIGNMENT = 272.0  # cube around the head that is looked at
-SCALE = 0.92  # template to a usual adult brain, which is smaller
-SCALE_SD, SHAPE_SD = 0.10, 0.04  # of the logarithm of size, and of its stretch and shear
-POINTS_PER_OBSERVATION_ALIGNMENT = 100  # neighbouring voxels say the same thing
-# Poses the search starts from, degrees about the left-right, back-front and bottom-top axes.
-POSES = tuple(itertools.product((-24, 0, 24), (-20, 0, 20), (-20, 0, 20)))
-ROUNDS = ((4, 9), (6, 3))  # steps at 8 mm, and how many poses go on, at last at 4 mm
-SAME_MM = 2.0  # two poses nearer than this at the corners of the brain are one
-MOST_MM = 12.0  # a step moves no point of the brain farther
-BRIGHTEST = 1.15  # of the level of white matter; fat above it is cut
-LEVEL_MM, LEVEL_PERCENTILE = 45.0, 80  # that level: this percentile within this radius of the head's centre
-TUKEY = 4.685  # residuals beyond so many deviations do not count
-LOWEST_SPREAD = 0.03
-SMALL_MM_ALIGNMENT = 0.1  # a step below ends the search
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """Where the template lies in a scan.
-
-    Attributes
-    ----------
-    to_scan : (4, 4) array
-        MNI152 position to the scan's world position, mm.
-    correlation : float
-        Of the template's intensities with the scan's, inside the brain.
-    level : float
-        Intensity of white matter, about.
-    """
-
-    to_scan: np.ndarray
-    correlation: float
-    level: float
-
-    @property
-    def scales(self) -> np.ndarray:
-        """Stretch along the three main axes, largest first; 1 is the template's size."""
-        return np.linalg.svd(self.to_scan[:3, :3], compute_uv=False)
-
-
-class Target:
-    """A scan at one resolution, with its gradient, sampled at world positions."""
-
-    def __init__(self, volume: np.ndarray, affine: np.ndarray) -> None:
-        gradient = np.gradient(volume, float(affine[0, 0]))
-        self.sample = LinearSampler(np.stack([volume, *gradient], axis=-1))
-        self.inverse = np.linalg.inv(affine)
-
-    def at(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Intensities (n,) and gradients (n, 3) at world positions (n, 3)."""
-        values = self.sample(positions @ self.inverse[:3, :3].T + self.inverse[:3, 3]).astype(float)
-        return values[:, 0], values[:, 1:]
-
-
-def align(array: np.ndarray, affine: np.ndarray, centre_mm: np.ndarray) -> Alignment:
-    """Find the template in a scan.
-
-    Parameters
-    ----------
-    array : (i, j, k) float32 array
-        A head, or a brain without its skull.
-    affine : (4, 4) array
-        Voxel to world, mm; heads are upright in the world to within about 35 degrees.
-    centre_mm : (3,) array
-        About the middle of the head (`heads.find_head`), world.
-    """
-    coarse, level = _target(array, affine, centre_mm, 8.0)
-    points, values = template(8.0).points(1, rim=False)
-    starts = [_start(centre_mm, pose) for pose in POSES]
-    for steps, kept in ROUNDS:  # the poses that are worst after a few steps are given up
-        found = [_search(coarse, points, values, start, similarity=True, steps=steps) for start in starts]
-        starts = _best_apart(found, kept)
-    fine, _ = _target(array, affine, centre_mm, 4.0, level)
-    points, values = halved(*template(4.0).points(1, rim=False), 4.0)
-    found = [_search(fine, points, values, start, similarity=True, steps=10) for start in starts]
-    start = max(found, key=lambda pair: pair[1])[0]
-    return Alignment(*_search(fine, points, values, start, similarity=False, steps=25), level)
-
-
-def _best_apart(found: list[tuple[np.ndarray, float]], kept: int) -> list[np.ndarray]:
-    """The maps of highest correlation, at most `kept`, none within `SAME_MM` of a better one."""
-    corners = CENTRE_MM + HALF_MM * np.array(list(itertools.product((-1, 1), repeat=3)))
-    apart: list[np.ndarray] = []
-    for candidate, _ in sorted(found, key=lambda pair: -pair[1]):
-        moved = [(candidate - other)[:3, :3] @ corners.T + (candidate - other)[:3, 3:] for other in apart]
-        if all(np.linalg.norm(shift, axis=0).max() > SAME_MM for shift in moved):
-            apart.append(candidate)
-    return apart[:kept]
-
-
-def halved(points: np.ndarray, values: np.ndarray, spacing_mm: float) -> tuple[np.ndarray, np.ndarray]:
-    """Every second point (n, 3) of a grid, as the fields of one colour on a chessboard, and its values."""
-    half = (points / spacing_mm).round().astype(int).sum(axis=1) % 2 == 0
-    return points[half], values[half]
-
-
-def fit_intensity(
-    scan: np.ndarray, target: np.ndarray, weights: np.ndarray
-) -> tuple[float, np.ndarray, np.ndarray]:
-    """Slope of target on scan intensities, residuals (n,) and outlier weights (n,), in two rounds."""
-    for _ in range(2):
-        mean, wanted = np.average(scan, weights=weights), np.average(target, weights=weights)
-        spread = max(float(np.average((scan - mean) ** 2, weights=weights)), 1e-9)
-        slope = float(np.average((scan - mean) * (target - wanted), weights=weights)) / spread
-        residual = target - wanted - slope * (scan - mean)
-        sd = max(1.4826 * float(np.median(np.abs(residual))), LOWEST_SPREAD)
-        weights = np.clip(1 - (residual / (TUKEY * sd)) ** 2, 0, 1) ** 2 + 1e-3
-    return max(slope, 0.05), residual, weights
-
-
-def _target(
-    array: np.ndarray, affine: np.ndarray, centre: np.ndarray, spacing: float, level: float = 0.0
-) -> tuple[Target, float]:
-    size = round(FIELD_MM_ALIGNMENT / spacing)
-    grid = np.diag([spacing] * 3 + [1.0])
-    grid[:3, 3] = np.asarray(centre) - spacing * (size - 1) / 2
-    cube = resample(array, affine, grid, size, smoothing_sd(voxel_sizes(affine), spacing))
-    if not level:
-        away = (np.arange(size) - (size - 1) / 2) * spacing
-        x, y, z = np.meshgrid(away, away, away, indexing="ij", sparse=True)
-        near = cube[x**2 + y**2 + z**2 < LEVEL_MM**2]
-        level = float(np.percentile(near, LEVEL_PERCENTILE)) or 1.0
-    return Target(np.clip(cube / level, 0, BRIGHTEST), grid), level
-
-
-def _start(centre: np.ndarray, pose: tuple[int, int, int]) -> np.ndarray:
-    from scipy.spatial.transform import Rotation
-
-    start = np.eye(4)
-    start[:3, :3] = SCALE * Rotation.from_euler("xyz", pose, degrees=True).as_matrix()
-    start[:3, 3] = centre - start[:3, :3] @ CENTRE_MM
-    return start
-
-
-def _search(
-    target: Target, points: np.ndarray, values: np.ndarray, start: np.ndarray, *, similarity: bool, steps: int
-) -> tuple[np.ndarray, float]:
-    """Gauss-Newton from one start; the map (4, 4) and the correlation there."""
-    from scipy.linalg import expm
-
-    moves = _moves(similarity)
-    current, weights = start, np.ones(len(points))
-    for _ in range(steps):
-        positions = points @ current[:3, :3].T + current[:3, 3]
-        scan, gradient = target.at(positions)
-        slope, residual, weights = fit_intensity(scan, values, weights)
-        centre = current[:3, :3] @ CENTRE_MM + current[:3, 3]
-        away = np.c_[positions - centre, np.ones(len(positions))]
-        columns = [slope * np.einsum("ij,ij->i", gradient, (away @ move.T)[:, :3]) for move in moves]
-        columns += [scan - scan.mean(), np.ones(len(scan))]
-        design = np.stack(columns, axis=1)
-        weighted = (design * weights[:, None]).T
-        normal, right = weighted @ design, weighted @ residual
-        unit = weights.sum() / POINTS_PER_OBSERVATION_ALIGNMENT * np.average(residual**2, weights=weights)
-        precision, pull = _prior(current[:3, :3], similarity)
-        n = len(moves)
-        normal[6:n, 6:n] += unit * precision
-        right[6:n] -= unit * pull
-        normal += np.eye(len(normal)) * 1e-9 * np.trace(normal) / len(normal)
-        step = np.linalg.solve(normal, right)[:n]
-        length = np.abs(step[:3]).max() + 80 * np.abs(step[3:]).max()
-        turn = expm(np.tensordot(step * min(1.0, MOST_MM / max(length, 1e-9)), moves, axes=1))
-        to, back = np.eye(4), np.eye(4)
-        to[:3, 3], back[:3, 3] = centre, -centre
-        current = to @ turn @ back @ current
-        if length < SMALL_MM_ALIGNMENT:
-            break
-    return current, correlation(scan, values)
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson's r of two arrays (n,); 0 where one of them is constant."""
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 0 and b.std() > 0 else 0.0
-
-
-def _moves(similarity: bool) -> np.ndarray:
-    """Directions (n, 4, 4) of a small change: three shifts, three turns, then one scale or six stretches."""
-    moves = np.zeros((7 if similarity else 12, 4, 4))
-    for axis, (a, b) in enumerate(((1, 2), (2, 0), (0, 1))):
-        moves[axis, axis, 3] = 1
-        moves[3 + axis, a, b], moves[3 + axis, b, a] = -1, 1
-        if not similarity:
-            moves[6 + axis, axis, axis] = 1
-            moves[9 + axis, a, b] = moves[9 + axis, b, a] = 1
-    if similarity:
-        moves[6, :3, :3] = np.eye(3)
-    return moves
-
-
-def _prior(matrix: np.ndarray, similarity: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Precision of the scale or stretch parameters, and precision times distance from a usual brain."""
-    from scipy.linalg import polar
-
-    values, vectors = np.linalg.eigh(polar(matrix, side="left")[1])
-    stretch = vectors @ np.diag(np.log(values)) @ vectors.T
-    away = np.diag(stretch) - np.log(SCALE)
-    if similarity:
-        precision = np.array([[1 / SCALE_SD**2]])
-        return precision, precision @ [away.mean()]
-    precision = np.zeros((6, 6))
-    precision[:3, :3] = (np.eye(3) - 1 / 3) / SHAPE_SD**2 + np.ones((3, 3)) / 9 / SCALE_SD**2
-    precision[3:, 3:] = np.eye(3) * 2 / SHAPE_SD**2
-    return precision, precision @ np.r_[away, stretch[1, 2], stretch[2, 0], stretch[0, 1]]
+    return legvander(np.clip((positions - CENTRE_MM[axis]) / HALF_MM[axis], -REACH, REACH), terms.max())

@@ -103,6 +103,12 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
     ------
     ScanError
         With a code of `SCAN_ERRORS`, whatever goes wrong (but MemoryError stays what it is).
+
+    Examples
+    --------
+    >>> image = load_scan("sub-01_T1w.nii.gz")  # doctest: +SKIP
+    >>> image.shape, image.extra["flags"]  # doctest: +SKIP
+    ((176, 240, 256), {})
     """
     import nibabel as nib
 
@@ -177,19 +183,19 @@ def placement(header: Any, path: Path, flags: dict[str, str]) -> np.ndarray:
     """
     stated = _stated_affines(header, path)
     affine = next(iter(stated.values()), header.get_best_affine())
-    volume = abs(np.linalg.det(affine[:3, :3])) if np.isfinite(affine).all() else 0.0
-    if volume < 1e-9 * np.prod(voxel_sizes(affine)) or not volume:
+    sizes = voxel_sizes(affine)
+    if not abs(np.linalg.det(affine[:3, :3])) > 1e-9 * np.prod(sizes) or not np.isfinite(affine).all():
         raise ScanError("bad_affine", f"{path.name}: the affine is singular or not finite; repair it.")
-    if not stated:
+    scale = np.diag([_mm_factor(sizes, header, path, flags)] * 3 + [1.0])
+    if stated:
+        zooms = scale[0, 0] * np.asarray(header.get_zooms()[:3], dtype=float)
+        _compare({name: scale @ one for name, one in stated.items()}, zooms, flags)
+    else:
         flags["no_affine"] = _meaning("no_affine")
-    factor = _mm_factor(affine, header, path, flags)
-    scale = np.diag([factor] * 3 + [1.0])
-    _compare({name: scale @ one for name, one in stated.items()}, factor * _zooms(header), flags)
-    affine = scale @ affine
-    axes = affine[:3, :3] / voxel_sizes(affine)
+    axes = affine[:3, :3] / sizes
     if np.abs(axes.T @ axes - np.eye(3)).max() > 0.01:  # about half a degree
         flags["sheared"] = _meaning("sheared")
-    return affine
+    return scale @ affine
 
 
 @contextmanager
@@ -200,15 +206,15 @@ def _any_error_as_reason(path: Path) -> Iterator[None]:
     except (ScanError, MemoryError):
         raise
     except (EOFError, zlib.error) as error:
-        said = f"{path.name}: the compressed data end early or are damaged; copy the file again."
-        raise ScanError("truncated", said) from error
+        sentence = f"{path.name}: the compressed data end early or are damaged; copy the file again."
+        raise ScanError("truncated", sentence) from error
     except Exception as error:  # nibabel raises many kinds on broken files
-        raise ScanError("unreadable", f"{path.name} cannot be read as an image ({_said(error)}).") from error
+        sentence = f"{path.name} cannot be read as an image ({_first_line(error)})."
+        raise ScanError("unreadable", sentence) from error
 
 
-def _said(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
 
 def _meaning(code: str) -> str:
@@ -226,8 +232,8 @@ def _halves(path: Path) -> tuple[Path, Path]:
         return path, path
     is_header = ending[1].lower() == "hdr"
     other = "img" if is_header else "hdr"
-    endings = (other, f"{other}.gz", other.upper(), f"{other.upper()}.gz", f"{other.upper()}.GZ")
-    places = [path.with_name(f"{path.name[: ending.start()]}.{name}") for name in endings]
+    names = [f"{part}{packed}" for part in (other, other.upper()) for packed in ("", ".gz", ".GZ")]
+    places = [path.with_name(f"{path.name[: ending.start()]}.{name}") for name in names]
     partner = next((place for place in places if place.is_file()), places[0])
     if is_header:
         return path, partner
@@ -307,79 +313,71 @@ def _kind(start: bytes, path: Path, *, pair: bool) -> tuple[Any, int]:
 
 def _repair(header: Any, path: Path) -> dict[str, str]:
     """Mend what is safe to mend before nibabel checks the header, and give flags for what is not."""
-    keys = header.keys()
     if getattr(header, "is_single", False) and header["vox_offset"] < header.single_vox_offset:
         header["vox_offset"] = header.single_vox_offset
-    has_sform = "sform_code" in keys and header["sform_code"] != 0
-    edges = header["pixdim"][1 : 1 + min(3, int(header["dim"][0]))] if "pixdim" in keys else np.ones(3)
-    if not (np.isfinite(edges) & (edges != 0)).all():
+    has_sform = header.get("sform_code", 0) != 0
+    edges = header["pixdim"][1 : 1 + min(3, int(header["dim"][0]))] if "pixdim" in header.keys() else 1  # noqa: SIM118
+    if not np.all(np.isfinite(edges) & (edges != 0)):
         if not has_sform:
-            said = f"pixdim says {_by(edges)}, which is no size of a voxel; repair the header"
-            raise ScanError("bad_affine", f"{path.name}: {said}.")
+            wrong = f"pixdim says {_by(edges)}, which is no size of a voxel"
+            raise ScanError("bad_affine", f"{path.name}: {wrong}; repair the header.")
         header["pixdim"][1:4] = voxel_sizes(header.get_sform())  # no size was stated, so none disagrees
-    if "qform_code" not in keys or header["qform_code"] == 0:
+    return _repair_quaternion(header, path, has_sform) if header.get("qform_code", 0) != 0 else {}
+
+
+def _repair_quaternion(header: Any, path: Path, has_sform: bool) -> dict[str, str]:
+    quaternion = {name: float(header[name]) for name in ("quatern_b", "quatern_c", "quatern_d")}
+    length = np.linalg.norm(list(quaternion.values()))
+    if 1 < length <= 1 + ROUNDING:
+        for name, part in quaternion.items():
+            header[name] = part / length
+    if not length > 1 + ROUNDING:
         return {}
-    parts = ("quatern_b", "quatern_c", "quatern_d")
-    length = float(np.sqrt(sum(float(header[part]) ** 2 for part in parts)))
-    if length <= 1:
-        return {}
-    if length <= 1 + ROUNDING:
-        for part in parts:
-            header[part] = float(header[part]) / length
-        return {}
-    said = f"the qform is no rotation (its quaternion has length {length:.3g})"
+    wrong = f"the qform is no rotation (its quaternion has length {length:.3g})"
     if not has_sform:
-        raise ScanError("bad_affine", f"{path.name}: {said}; repair the header.")
+        raise ScanError("bad_affine", f"{path.name}: {wrong}; repair the header.")
     header["qform_code"] = 0
-    return {"header_disagrees": f"In the header {said}; the sform was used."}
-
-
-def _refuse_absurd(header: Any, path: Path, max_voxels: int) -> None:
-    shape, offset = header.get_data_shape(), header.get_data_offset()
-    if np.prod(shape, dtype=float) > max_voxels:
-        claimed = " x ".join(str(int(n)) for n in shape)
-        raise ScanError(
-            "too_large", f"{path.name} claims {claimed} voxels; at most {max_voxels:,} in all are opened."
-        )
-    if offset > MAX_OFFSET:
-        raise ScanError("unreadable", f"{path.name}: by its header the voxels begin at byte {offset:,}.")
+    return {"header_disagrees": f"In the header {wrong}; the sform was used."}
 
 
 def _check_header(header: Any, path: Path, max_voxels: int) -> None:
-    _refuse_absurd(header, path, max_voxels)
-    shape = tuple(int(n) for n in header.get_data_shape())
-    keys = header.keys()
-    if "intent_code" in keys and 3000 <= int(header["intent_code"]) < 3100:  # CIFTI-2
-        raise ScanError(
-            "not_volume", f"{path.name} holds surface or connectivity data {shape}, not a volume."
-        )
+    """Refuse what is no volume of intensities, or far too large, before a voxel is read."""
+    shape, offset = tuple(int(n) for n in header.get_data_shape()), header.get_data_offset()
     dtype = header.get_data_dtype()
-    if dtype.names or dtype.kind == "c":
-        kind = "colours" if dtype.names else "complex numbers"
-        raise ScanError("not_scalar", f"{path.name}: voxels are {kind}; expected one intensity each.")
-    if len(shape) < 3 or 0 in shape or np.prod(shape[3:], dtype=int) != 1:
-        raise ScanError("not_3d", f"{path.name} has shape {shape}; expected one 3-D volume.")
-
-
-def _zooms(header: Any) -> np.ndarray:
-    """Edge lengths of a voxel as the header lists them, in its unit."""
-    return np.asarray(header.get_zooms()[:3], dtype=float)
+    checks = (
+        (
+            "too_large",
+            np.prod(shape, dtype=float) > max_voxels,
+            f"claims {' x '.join(map(str, shape))} voxels; at most {max_voxels:,} in all are opened",
+        ),
+        ("unreadable", offset > MAX_OFFSET, f"has its voxels at byte {offset:,}, by its header"),
+        (
+            "not_volume",
+            3000 <= int(header.get("intent_code", 0)) < 3100,  # CIFTI-2
+            f"holds surface or connectivity data {shape}, not a volume",
+        ),
+        ("not_scalar", dtype.names, "holds colours; expected one intensity for each voxel"),
+        ("not_scalar", dtype.kind == "c", "holds complex numbers; expected one intensity for each voxel"),
+        (
+            "not_3d",
+            len(shape) < 3 or 0 in shape or np.prod(shape[3:], dtype=int) != 1,
+            f"has shape {shape}; expected one 3-D volume",
+        ),
+    )
+    for code, fails, sentence in checks:
+        if fails:
+            raise ScanError(code, f"{path.name} {sentence}.")
 
 
 def _stated_affines(header: Any, path: Path) -> dict[str, np.ndarray]:
     """Every affine the header gives, by its name; the one that counts first."""
-    keys = header.keys()
-    if "Mdc" in keys:
+    if header.get("Mdc") is not None:  # MGH
         return {"affine": header.get_affine()}
-    if "sform_code" not in keys:
+    if header.get("sform_code") is None:  # Analyze
         mat = path.with_name(re.sub(r"\.(hdr|img)(\.gz)?$", ".mat", path.name, flags=re.IGNORECASE))
         return {mat.name: _affine_of_spm(header, mat)} if mat.is_file() else {}
-    found = {}
-    for name, of in (("sform", header.get_sform), ("qform", header.get_qform)):
-        affine, code = of(coded=True)
-        if affine is not None:
-            found[f"the {name} (code {code})"] = affine
-    return found
+    forms = {"sform": header.get_sform(coded=True), "qform": header.get_qform(coded=True)}
+    return {f"the {name} (code {code})": one for name, (one, code) in forms.items() if one is not None}
 
 
 def _affine_of_spm(header: Any, mat: Path) -> np.ndarray:
@@ -391,12 +389,9 @@ def _affine_of_spm(header: Any, mat: Path) -> np.ndarray:
     return nib.Spm99AnalyzeImage.from_file_map(files).affine
 
 
-def _mm_factor(affine: np.ndarray, header: Any, path: Path, flags: dict[str, str]) -> float:
+def _mm_factor(edges: np.ndarray, header: Any, path: Path, flags: dict[str, str]) -> float:
     """What turns the header's lengths into mm: by its unit, unless that can only be wrong."""
-    keys = header.keys()
-    code = int(header["xyzt_units"]) & 7 if "xyzt_units" in keys else 2
-    unit, factor = UNITS.get(code, ("unknown", 1.0))
-    edges = voxel_sizes(affine)
+    unit, factor = UNITS.get(int(header.get("xyzt_units", 2)) & 7, ("unknown", 1.0))
     extent = float((edges * header.get_data_shape()[:3]).max())
     possible = [used for used in (factor, 1.0) if EXTENT_MM[0] <= extent * used <= EXTENT_MM[1]]
     if not possible:
@@ -416,8 +411,6 @@ def _mm_factor(affine: np.ndarray, header: Any, path: Path, flags: dict[str, str
 
 def _compare(stated: dict[str, np.ndarray], zooms: np.ndarray, flags: dict[str, str]) -> None:
     """Flag affines (in mm; the first is used) and voxel sizes that disagree in more than rounding."""
-    if not stated:
-        return
     used, *others = stated.values()
     differ = [] if np.allclose(voxel_sizes(used), zooms, rtol=SAME_SIZE, atol=0) else ["size"]
     for other in others:
@@ -436,7 +429,7 @@ def _compare(stated: dict[str, np.ndarray], zooms: np.ndarray, flags: dict[str, 
 
 
 def _directions(affine: np.ndarray) -> np.ndarray:
-    """Unit vectors (3, 3), a column a voxel axis, at right angles as a qform can only have them."""
+    """Unit vectors (3, 3), one column per voxel axis, at right angles as a qform can only have them."""
     left, _, right = np.linalg.svd(affine[:3, :3] / voxel_sizes(affine))
     return left @ right
 
@@ -467,7 +460,7 @@ def _voxels(header: Any, path: Path) -> np.ndarray:
     try:
         return np.asanyarray(ArrayProxy(content, header), dtype=np.float32)
     except (OSError, ValueError) as error:
-        raise ScanError("truncated", f"{path.name}: voxels are missing ({_said(error)}).") from error
+        raise ScanError("truncated", f"{path.name}: voxels are missing ({_first_line(error)}).") from error
 
 
 def _fill_nonfinite(array: np.ndarray, affine: np.ndarray, path: Path, flags: dict[str, str]) -> float:

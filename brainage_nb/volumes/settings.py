@@ -15,8 +15,8 @@ VERSION = 1
 # What a recipe switches on; how its model is learned: `models.settings`. `best` is what the ablation on real
 # scans chose (`benchmarks/accuracy.py`, `benchmarks/steadiness.py`).
 RECIPES: dict[str, dict[str, bool]] = {
-    "reference": {"brain_only": False, "to_mni": False, "n4": False, "grey_matter": False},
-    "best": {"brain_only": True, "to_mni": True, "n4": False, "grey_matter": True},
+    "reference": {"brain_only": False, "to_mni": False, "grey_matter": False},
+    "best": {"brain_only": True, "to_mni": True, "grey_matter": True},
 }
 SWITCHES = tuple(RECIPES["reference"])
 
@@ -29,7 +29,7 @@ def recipe_defaults(recipe: str, recipes: Mapping[str, dict[str, Any]]) -> dict[
 
 
 def name_recipe(settings: Any, recipes: Mapping[str, dict[str, Any]]) -> str:
-    """The recipe that these settings follow, as `best`, or the nearest, as `best with n4=True`."""
+    """The recipe that these settings follow, as `best`, or the nearest, as `best with grey_matter=False`."""
     differing = {
         name: [field for field in decided if getattr(settings, field) != decided[field]]
         for name, decided in recipes.items()
@@ -67,8 +67,6 @@ class PreprocessingSettings:
         if not set.
     to_mni : bool
         Whether the cube lies in MNI152 space (affine), instead of below the crown; the recipe's if not set.
-    n4 : bool
-        Whether slow differences in brightness are taken out (N4, fitted inside the brain).
     grey_matter : bool
         Whether the volume holds the share of grey matter in each voxel (0 to 1, `tissues`) instead of how
         bright it is; implies `brain_only`; the recipe's if not set.
@@ -82,7 +80,6 @@ class PreprocessingSettings:
     smooth: bool = True
     brain_only: bool = False
     to_mni: bool = False
-    n4: bool = False
     grey_matter: bool = False
     found_masks: bool = True
 
@@ -147,7 +144,7 @@ class PreprocessingSettings:
         ]
 
     def _steps_with_brain(self) -> list[dict[str, Any]]:
-        from brainage_nb.volumes import brain, heads
+        from brainage_nb.volumes import heads
         from brainage_nb.volumes import registration as mni
 
         place = {
@@ -163,10 +160,8 @@ class PreprocessingSettings:
             "size": self.size,
             "interpolation": "linear",
         }
-        n4 = {"step": "N4", "rounds": list(brain.N4_ROUNDS), "shrunk_to_mm": brain.N4_SHRINK_MM}
         return [
             self._finding_step(),
-            *([n4] if self.n4 else []),
             *([self._tissue_step()] if self.grey_matter else []),
             *([self._smoothing_step()] if self.smooth else []),
             resampling | place,
@@ -238,9 +233,10 @@ class PreprocessingSettings:
     def from_json(cls, content: dict[str, Any]) -> PreprocessingSettings:
         """Read `to_json` back; ValueError where this version of the package would give other numbers."""
         known = {field.name for field in fields(cls)}
-        if extra := set(content["settings"]) - known:
+        given = {name: value for name, value in content["settings"].items() if (name, value) != ("n4", False)}
+        if extra := set(given) - known:
             raise ValueError(f"Unknown preprocessing settings {sorted(extra)}; known are {sorted(known)}.")
-        settings = cls(**content["settings"])
+        settings = cls(**given)  # n4 is a switch that older versions had
         if settings.fingerprint != content["fingerprint"]:
             raise ValueError(
                 f"These volumes were made by other steps ({content['fingerprint']}) than this version of the "

@@ -72,18 +72,27 @@ def tissues_of(brightness: np.ndarray, inside: np.ndarray) -> Tissues:
     """
     if not inside.any():
         return Tissues(*np.zeros((2, *inside.shape), np.float32), 0.0, ("there is no brain in the template",))
-    prior, logs = _prior()[inside], _logs(brightness[inside])
-    index, terms = np.argwhere(inside), exponents(FIELD_DEGREE)[1:]
-    few = (index % STEP == 0).all(axis=1)
-    basis = polynomials(index[few] * SPACING_MM + grid()[:3, 3], terms).astype(np.float32)
+    prior, logs = _prior()[:, inside], _logs(brightness[inside])
+    places = np.argwhere(inside)
+    few = (places % STEP == 0).all(axis=1)
+    basis = _basis(inside.shape)[:, *(places[few] // STEP).T]
     with one_thread():
-        means, variances, field = _fit(logs[few], prior[few], basis)
-    even = logs - polynomial_field(grid(), inside.shape, terms, field)[inside]
+        means, variances, field = _fit(logs[few], prior[:, few], basis)
+    even = logs - polynomial_field(grid(), inside.shape, exponents(FIELD_DEGREE)[1:], field)[inside]
     probability = _probabilities(even, prior, means, variances)
     maps = np.zeros((2, *inside.shape), np.float32)
-    maps[:, inside] = probability.T[1:]
+    maps[:, inside] = probability[1:]
     contrast = float(np.min(np.diff(means) / np.sqrt(variances[1:])))
-    return Tissues(*maps, contrast, _problems(contrast, *probability.sum(axis=0)[1:]))
+    return Tissues(*maps, contrast, _problems(contrast, *probability[1:].sum(axis=1)))
+
+
+@lru_cache(maxsize=1)
+def _basis(shape: tuple[int, ...]) -> np.ndarray:
+    """The field's polynomials (terms, …) at every `STEP`-th voxel of `grid()`."""
+    index = np.indices(shape)[:, ::STEP, ::STEP, ::STEP]
+    points = index.reshape(3, -1).T * SPACING_MM + grid()[:3, 3]
+    basis = polynomials(points, exponents(FIELD_DEGREE)[1:]).T
+    return np.ascontiguousarray(basis, np.float32).reshape(-1, *index.shape[1:])
 
 
 def _logs(brightness: np.ndarray) -> np.ndarray:
@@ -94,33 +103,33 @@ def _logs(brightness: np.ndarray) -> np.ndarray:
 
 
 def _fit(logs: np.ndarray, prior: np.ndarray, basis: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Means and variances (3,) of the tissues and the field's coefficients, by expectation and maximisation
-    in turn.
-    """
-    weights, field = prior, np.zeros(basis.shape[1], np.float32)
+    """Means and variances (3,) of the tissues and the field's coefficients, by expectation-maximisation."""
+    weights, field = prior, np.zeros(len(basis), np.float32)
     for turn in range(ROUNDS):
-        even = logs - basis @ field
-        total = weights.sum(axis=0)
-        means = (weights * even[:, None]).sum(axis=0) / total
-        variances = (weights * (even[:, None] - means) ** 2).sum(axis=0) / total + 1e-4
+        even = logs - field @ basis
+        total = weights.sum(axis=1)
+        means = weights @ even / total
+        variances = (weights * (even - means[:, None]) ** 2).sum(axis=1) / total + np.float32(1e-4)
         weights = _probabilities(even, prior, means, variances)
         if turn % 2:
-            precision = (weights / variances).sum(axis=1)
-            residual = logs - (weights / variances) @ means / precision
-            weighted = basis * precision[:, None]
-            normal = weighted.T @ basis
-            stiff = FIELD_PRIOR * precision.sum() * np.eye(len(normal))
-            field = np.linalg.solve(normal + stiff, weighted.T @ residual).astype(np.float32)
+            precision = (1 / variances) @ weights
+            aim = logs * precision - (means / variances) @ weights  # precision times what the field explains
+            normal = (basis * precision) @ basis.T
+            stiff = FIELD_PRIOR * precision.sum() * np.eye(len(normal), dtype=np.float32)
+            field = np.linalg.solve(normal + stiff, basis @ aim)
     return means, variances, field
 
 
 def _probabilities(
     even: np.ndarray, prior: np.ndarray, means: np.ndarray, variances: np.ndarray
 ) -> np.ndarray:
-    """Probability (n, 3) of each tissue given evenly bright logs (n,)."""
-    density = np.exp(-((even[:, None] - means) ** 2) / (2 * variances)) / np.sqrt(variances)
-    joint = prior * density + 1e-12
-    return joint / joint.sum(axis=1, keepdims=True)
+    """Probability (3, n) of each tissue given evenly bright logs (n,)."""
+    joint = (even - means[:, None]) ** 2
+    joint *= (-0.5 / variances)[:, None]
+    np.exp(joint, out=joint)
+    joint *= prior / np.sqrt(variances)[:, None]
+    joint += np.float32(1e-12)
+    return joint / joint.sum(axis=0)
 
 
 def _problems(contrast: float, grey: float, white: float) -> tuple[str, ...]:
@@ -138,7 +147,7 @@ def _problems(contrast: float, grey: float, white: float) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def _prior() -> np.ndarray:
-    """Probability (96, 96, 96, 3) of fluid, grey and white in the template; maps that nilearn ships."""
+    """Probability (3, 96, 96, 96) of fluid, grey and white in the template; maps that nilearn ships."""
     from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 
     maps = []
@@ -146,5 +155,5 @@ def _prior() -> np.ndarray:
         array = image.get_fdata(dtype=np.float32)
         maps.append(resample(array, image.affine, grid(), SIZE, smoothing_sd(np.ones(3), PRIOR_MM)))
     grey, white = np.clip(maps, 0, 1)
-    prior = np.stack([1 - grey - white, grey, white], axis=-1).clip(LOWEST_PRIOR)
-    return (prior / prior.sum(axis=-1, keepdims=True)).astype(np.float32)
+    prior = np.stack([1 - grey - white, grey, white]).clip(LOWEST_PRIOR)
+    return (prior / prior.sum(axis=0)).astype(np.float32)

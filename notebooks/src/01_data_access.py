@@ -77,10 +77,9 @@ from brainage_nb.cohort.cleaning_plots import age_histogram
 from brainage_nb.cohort.rules import CohortRules
 from brainage_nb.demo.cohort import (
     attainable_mae,
-    heads_by_age,
+    draw_planted,
     mean_predictor_mae,
     oracle_mae,
-    planted_figure,
 )
 from brainage_nb.parameters import read_parameters
 from brainage_nb.sources.opening import SourceSettings, open_source
@@ -160,7 +159,7 @@ plt.show()
 if source == "demo":
     truth = read_csv(ws.path("demo", "truth.csv"))
     figure = plt.figure(figsize=(11, 10), layout="constrained")
-    planted_figure(heads_by_age(ws.path("demo"), truth), truth, figure)
+    draw_planted(ws.path("demo"), truth, figure)
     plt.show()
 
 # %%

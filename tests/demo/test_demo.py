@@ -12,15 +12,12 @@ from brainage_nb.demo.cohort import (
     TRUTH,
     ageing_map,
     attainable_mae,
-    baseline_mae,
-    coarse_voxels,
+    draw_planted,
     draw_truth,
-    heads_by_age,
     image_path,
     make_cohort,
     mean_predictor_mae,
     oracle_mae,
-    planted_figure,
 )
 from brainage_nb.demo.scans import SITES, aged_head, displacement, place_scan, planted_anatomy, sample_head
 from brainage_nb.tables.participants import read_table
@@ -221,19 +218,8 @@ def test_too_few_subjects_for_the_folds_are_refused(many):
         attainable_mae(many.head(12))
 
 
-def test_the_baseline_sees_the_same_brain_however_the_scan_is_stored(folder, truth, tmp_path):
-    path = folder / image_path(truth.iloc[0])
-    turned = nib.load(path).as_reoriented(np.array([[2, -1], [0, 1], [1, 1]]))
-    nib.save(turned, tmp_path / "turned.nii")
-    np.testing.assert_allclose(coarse_voxels(tmp_path / "turned.nii"), coarse_voxels(path), atol=1e-4)
-
-
-def test_the_baseline_gives_years(folder):
-    assert 0 < baseline_mae(folder, folds=2, n_jobs=1) < 60
-
-
 def test_the_figure_shows_the_heads_asked_for(folder, truth):
-    figure = planted_figure(heads_by_age(folder, truth, 3), truth, Figure(figsize=(11, 10)))
+    figure = draw_planted(folder, truth, Figure(figsize=(11, 10)), 3)
     shown = [ax for ax in figure.axes if ax.images]
     assert len(shown) == 9 and len(figure.axes) == 13
     assert next(ax.get_title() for ax in shown if ax.get_title()).startswith(f"age {truth['age'].min():.0f}")

@@ -6,7 +6,7 @@ import pytest
 
 from brainage_nb.volumes import preprocessing
 from brainage_nb.volumes.preprocessing import preprocess
-from brainage_nb.volumes.registration import _bundled
+from brainage_nb.volumes.registration import _read_template
 from brainage_nb.volumes.resampling import resample, smoothing_sd
 from brainage_nb.volumes.scans import ScanError
 from brainage_nb.volumes.settings import PreprocessingSettings
@@ -26,7 +26,7 @@ def template_brain():
     """The template's brightness, its inside, and its grey and white matter maps, all on `grid()`."""
     from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 
-    t1, mask, affine = _bundled()
+    t1, mask, affine = _read_template()
     brightness, inside = (on_grid(nib.Nifti1Image(array, affine)) for array in (t1 * mask, mask))
     grey, white = (
         on_grid(load_mni152_gm_template(resolution=1)),
