@@ -1,6 +1,6 @@
-"""Bundles of release 0.1.0: `reference` predicts as it did then, `best` is refused because its steps changed.
+"""Bundles of release 0.1.0: `reference` predicts as it did then; `best`, whose steps changed, is refused.
 
-`tests/data/bundle_0_1_0` was trained on forty invented heads only. The expected ages were computed with 0.1.0.
+`tests/data/bundle_0_1_0` was trained on forty invented heads. The expected ages were computed with 0.1.0.
 """
 
 import json
@@ -19,10 +19,13 @@ OLD = DATA / "bundle_0_1_0"
 
 
 @pytest.mark.parametrize(
-    ("degrees", "move_mm", "age", "correlation"),
-    [((10, -8, 5), (0, 0, 0), 55.548931, 0.65041), ((0, 0, 0), (4, -3, 6), 55.826866, 0.66997)],
+    ("degrees", "move_mm", "age", "correlation", "times"),
+    [
+        ((10, -8, 5), (0, 0, 0), 55.548931, 0.65041, 3.10064),
+        ((0, 0, 0), (4, -3, 6), 55.826866, 0.66997, 3.19353),
+    ],
 )
-def test_an_old_bundle_predicts_the_same_ages(degrees, move_mm, age, correlation, tmp_path):
+def test_an_old_bundle_predicts_the_same_ages(degrees, move_mm, age, correlation, times, tmp_path):
     image, _ = head(pose(degrees, move_mm))
     nib.save(image, tmp_path / "scan.nii.gz")
     bundle = load_bundle(OLD)
@@ -32,6 +35,7 @@ def test_an_old_bundle_predicts_the_same_ages(degrees, move_mm, age, correlation
     assert bundle.reference.correlation(result.volume) == pytest.approx(correlation, abs=1e-3)
     codes = [caution.code for caution in result.warnings]
     assert codes == ["unlike_training", "skull_not_as_in_training", "few_calibration_subjects"]
+    assert bundle.reference.times_too_far(result.volume) == pytest.approx(times, abs=0.01)
     assert bundle.is_test_object and "34 people" in bundle.title
 
 
