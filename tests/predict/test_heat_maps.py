@@ -89,7 +89,7 @@ def test_occlusion_finds_the_only_place_that_matters_and_says_its_years():
     assert heat.max() == heat[7, 7, 7]
     assert heat.shape == volume.shape and np.abs(heat[:4]).max() < 1e-3 > np.abs(heat[11:]).max()
     both = occlusion([OneVoxel()], volume, edge=4)
-    assert both[8, 7, 7] == pytest.approx(both[7, 7, 7], rel=1e-3)  # the mirror image counts half
+    assert both[7, 7, 7] == pytest.approx(heat[7, 7, 7] / 2, rel=0.02)  # the mirror image has it elsewhere
 
 
 def test_occlusion_of_plain_background_costs_nothing():
