@@ -169,14 +169,14 @@ def svr_saved(trained):
 
     network = vgg16_features("random_projection", pooling="mean", seed=1).place()
     splits = trained.read("splits.csv")
-    extracted = extract_features(
+    features = extract_features(
         current_store(trained.path("volumes")),
         trained.path("features"),
         network,
         settings=FeatureSettings(image_size=32),
         scan_ids=splits["scan_id"],
     )
-    run = train_vgg_svr(extracted.cache, splits, trained.run("vgg16_svr"), network, failed=extracted.failed)
+    run = train_vgg_svr(features, splits, trained.run("vgg16_svr"), network)
     return save_bundle(run.folder)
 
 
