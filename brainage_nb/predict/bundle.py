@@ -273,14 +273,14 @@ def load_bundle(source: Path | str | IO[bytes], device: str = "cpu", *, max_byte
 # --- applied to another workspace -----------------------------------------------------------------------
 
 
-def named_subjects(text: str) -> list[str]:
+def read_subject_ids(text: str) -> list[str]:
     """Subject ids from a text with commas, or from a file with one id per line."""
     is_file = bool(text) and Path(text).is_file()
     names = Path(text).read_text(encoding="utf-8").splitlines() if is_file else text.split(",")
     return [name.strip() for name in names if name.strip()]
 
 
-def apply_elsewhere(
+def apply_to_workspace(
     bundle: Bundle,
     workspace: str | Path,
     *,

@@ -115,19 +115,13 @@ def build_model(files: BundleFiles, device: torch.device | str = "cpu") -> Netwo
 
 
 def _load_svr(files: BundleFiles) -> VggSvr:
-    import tempfile
-    from pathlib import Path
+    from brainage_nb.models.svr import ARRAYS, NETWORK, VggSvr
 
-    from safetensors.numpy import save_file
-
-    from brainage_nb.models.svr import ARRAYS, FACTS, NETWORK, VggSvr
-    from brainage_nb.workspace import write_json
-
-    with tempfile.TemporaryDirectory(prefix="brainage-") as folder:
-        for file in (ARRAYS, NETWORK):
-            save_file(files.arrays(file), Path(folder) / file)
-        write_json(files.manifest["vgg_svr"], Path(folder) / FACTS)
-        return VggSvr.load(folder)
+    fusions, network = files.arrays(ARRAYS), files.arrays(NETWORK)
+    for name, array in (fusions | network).items():
+        if not np.isfinite(array).all():
+            raise ValueError(f"this bundle is damaged: {name} holds values that are not finite")
+    return VggSvr.from_parts(files.manifest["vgg_svr"], fusions, network)
 
 
 def load_network(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> nn.Module:

@@ -134,6 +134,11 @@ def _collect_networks(
     folder: Path, settings: Mapping[str, Any]
 ) -> tuple[NetworkEnsemble, dict[str, Any], dict[str, Any]]:
     """The ensemble as it is saved, its manifest entries and its array files."""
+    if own := settings.get("own", {}).get("network"):
+        raise ValueError(
+            f"{folder} was trained with a network of your own ({own}): a bundle runs nothing, so it can only "
+            "hold the ResNet-18 of this package. Keep checkpoints/*/weights.safetensors and the code."
+        )
     training, places = settings["settings"], sorted(folder.glob("checkpoints/*/weights.safetensors"))
     if not places:
         raise FileNotFoundError(
@@ -166,13 +171,9 @@ def _collect_svr(
     """The fusion, its manifest entries and its array files, VGG16's convolutions among them."""
     from brainage_nb.models.svr import ARRAYS, FACTS, NETWORK, VggSvr
 
-    model = VggSvr.load(folder / "model")
-    network = model.network.layers.state_dict()
-    arrays = {
-        ARRAYS: load_file(folder / "model" / ARRAYS),
-        NETWORK: {name: tensor.float().numpy() for name, tensor in network.items()},
-    }
-    facts = read_json(folder / "model" / FACTS)
+    model, facts = VggSvr.load(folder / "model"), read_json(folder / "model" / FACTS)
+    network = {name: tensor.numpy() for name, tensor in model.network.layers.state_dict().items()}
+    arrays = {ARRAYS: load_file(folder / "model" / ARRAYS), NETWORK: network}
     entries = {"kind": VGG, "vgg_svr": facts, "members": [], "weights": "float32"}
     return SvrModel(model, settings["variant"]), entries, arrays
 
