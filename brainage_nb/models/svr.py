@@ -452,7 +452,23 @@ class VggSvr:
         """
         from safetensors.numpy import load_file
 
-        facts, arrays = read_json(Path(folder) / FACTS), load_file(Path(folder) / ARRAYS)
+        network = Path(folder) / NETWORK
+        return cls.from_parts(
+            read_json(Path(folder) / FACTS),
+            load_file(Path(folder) / ARRAYS),
+            load_file(network) if network.exists() else None,
+            device,
+        )
+
+    @classmethod
+    def from_parts(
+        cls,
+        facts: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+        network: Mapping[str, np.ndarray] | None,
+        device: str = "cpu",
+    ) -> VggSvr:
+        """The model from the contents of the files that `save` wrote; see `load`."""
         fusions = []
         for name, fusion in FUSIONS.items():
             known = {
@@ -465,9 +481,9 @@ class VggSvr:
             fusions[-1].intercept_ = known["intercept"]
             centre, slope = (float(np.squeeze(known[key])) for key in ("centre", "slope"))
             fusions[-1].weighting_ = Weighting(known["weights"], centre, slope)
-        network = _load_network(Path(folder), facts["network"]).place(device)
+        placed = _build_network(network, facts["network"]).place(device)
         settings = FeatureSettings(**facts["settings"])
-        return cls(*fusions, network, settings, facts["spacing_mm"], facts["variant"], facts["facts"])
+        return cls(*fusions, placed, settings, facts["spacing_mm"], facts["variant"], facts["facts"])
 
 
 def _fold_standardisation(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -483,16 +499,16 @@ def _fold_standardisation(arrays: Mapping[str, np.ndarray], facts: Mapping[str, 
     }
 
 
-def _load_network(folder: Path, facts: Mapping[str, Any]) -> Vgg16Features:
+def _build_network(weights: Mapping[str, np.ndarray] | None, facts: Mapping[str, Any]) -> Vgg16Features:
     mode, known = facts["weights"], {"pooling": facts["pooling"], "seed": facts["seed"]}
-    if (folder / NETWORK).exists():
-        from safetensors.torch import load_file
+    if weights is None:
+        network = vgg16_features(mode, **known)
+    else:
+        import torch
 
         layers = empty_layers()
-        layers.load_state_dict(load_file(folder / NETWORK))
+        layers.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
         network = Vgg16Features(layers, mode, **known)
-    else:
-        network = vgg16_features(mode, **known)
     if network.weights_sha256 != facts["weights_sha256"]:
         raise WeightsError(
             f"The VGG16 weights found have hash {network.weights_sha256[:8]}…, this model was fitted with "

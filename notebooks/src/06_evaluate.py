@@ -77,7 +77,7 @@ from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
 from brainage_nb.evaluation.plots import draw_external, draw_figures
 from brainage_nb.evaluation.report import write_report
 from brainage_nb.parameters import read_parameters
-from brainage_nb.predict.bundle import apply_elsewhere, load_bundle, named_subjects
+from brainage_nb.predict.bundle import apply_to_workspace, load_bundle, read_subject_ids
 from brainage_nb.predict.saving import current_bundle, update_bundle
 from brainage_nb.workspace import open_workspace, session_summary
 
@@ -198,8 +198,8 @@ places = [place.strip() for place in external.split(",") if place.strip()]
 names = [Path(place).name for place in places]
 for name, place in zip(names, places, strict=True):
     model = load_bundle(current_bundle(ws.run(external_run)))
-    evaluation.external[name if names.count(name) == 1 else place] = apply_elsewhere(
-        model, place, calibrate_on=named_subjects(calibrate_on), n_bootstrap=n_bootstrap, seed=seed
+    evaluation.external[name if names.count(name) == 1 else place] = apply_to_workspace(
+        model, place, calibrate_on=read_subject_ids(calibrate_on), n_bootstrap=n_bootstrap, seed=seed
     )
 
 # %%

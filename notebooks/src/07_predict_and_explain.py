@@ -57,7 +57,7 @@ scan = ""  # @param {type:"string"}
 true_age = 0.0  # @param {type:"number"}
 # how the age is explained: grad_cam (a second) or occlusion (minutes); SVR models always show triplets
 method = "grad_cam"  # @param ["grad_cam", "occlusion"]
-# scans an age band behind each group map
+# scans per age band behind each group map
 per_band = 12  # @param {type:"integer"}
 # seed of every random choice
 seed = 1  # @param {type:"integer"}
@@ -82,8 +82,9 @@ print(session_summary(ws.root))
 
 # %% [markdown]
 # ## The model
-# A bundle holds the weights, the preprocessing, whom the model learned from, its bias correction and interval (both
-# from subjects it was not tested on), and its figures.
+# A bundle holds the weights and the preprocessing of a model. It says how many people the model learned from, and of
+# which ages. Its bias correction and its interval are those of notebook 06; no test scan took part in them. The table
+# shows the raw figures of each held-out part, with a 95 % interval over subjects.
 
 # %%
 place = bundle or current_bundle(ws.run(run))
@@ -98,8 +99,9 @@ pd.DataFrame(model.manifest["figures"]).map(
 
 # %% [markdown]
 # ## One scan, one age
-# The interval holds the true age of about the stated share of people like those it was calibrated on. Read the warnings
-# first: outside the ages and kinds of scan the model knows, the number means nothing.
+# The interval holds the true age of about the stated share of people like those it was calibrated on. The gap is the
+# predicted minus the true age. Read the warnings first. Outside the ages and kinds of scan that the model knows, the
+# number means nothing.
 
 # %%
 splits = ws.read("splits.csv")
@@ -117,8 +119,16 @@ pd.DataFrame(prediction.warnings, columns=["code", "warning"])
 
 # %% [markdown]
 # ## Where the age comes from
-# Vermilion raises the age, blue lowers it. A heat map shows what the model used; it does not show what is wrong with
-# a brain, and a map can look sensible while the model errs.
+# Vermilion raises the age, blue lowers it. Raises compared with what? Each method has its own reference.
+#
+# - `grad_cam`: this scan itself, changed a little. A place is hot if making it stronger there would raise the age. The
+#   numbers are relative; the largest is 1.
+# - `occlusion`: this scan with a cube of 24 mm covered by its own mean. The numbers are years. The map needs minutes.
+# - `triplets` (SVR models): the mean training age, or the regression's intercept. The numbers are years, one for each
+#   three slices.
+#
+# A heat map shows what the model used. It does not show what is wrong with a brain. A map can look sensible while the
+# model errs.
 
 # %%
 explanation = explain(model, prediction, method if model.model.kind == "resnet18" else "")
@@ -139,8 +149,9 @@ PredictionWidget(model, scans or {prediction.scan: (path, None)})
 
 # %% [markdown]
 # ## By age: what the model uses on average
-# Mean maps over test scans, in template space: by the scan's registration where the recipe has one, else by the
-# crown and middle of the head alone, good to about a centimetre. The head around the brain is left out.
+# One scan's map is noisy. The mean over test scans of similar age shows what the model uses as a rule. All maps are
+# brought into template space first. Where the recipe registers scans, that registration is used. Else crown and middle
+# of the head are matched, which is good to about a centimetre. The head around the brain is not shown.
 
 # %%
 from brainage_nb.predict.explain import age_group_maps, coarse_regions, group_panels, region_table
@@ -164,7 +175,8 @@ if groups:
     plt.show()
 
 # %% [markdown]
-# Heat by region. `density` above 1 is more heat than the region's size explains. Borders are rough.
+# Heat by region, in the oldest group. `share` is the region's part of all heat. `density` is that share over the
+# region's share of the volume: above 1 is more heat than its size explains. Borders are rough.
 
 # %%
 regions = region_table(groups[-1].heat, coarse_regions()) if groups else pd.DataFrame()
@@ -172,10 +184,10 @@ regions.round(3)
 
 # %% [markdown]
 # ## Can the maps be believed?
-# On the known-answer cohort it is known where ageing was planted: heat should fall there, more than plain edges do
-# and more than that of a network with random weights. AUC of 0.5 is chance. Inside the brain alone much of the
-# planted ageing lies along sulci, where edges are; a map of coarse voxels can hardly beat them there. On people
-# nobody knows the answer.
+# In the known-answer cohort we know where ageing was planted. Heat should fall there. It should do so more than plain
+# edges of the scan, and more than the heat of a network with random weights. The score is the area under the ROC curve
+# (AUC); 0.5 is chance. Inside the brain much of the planted ageing lies along sulci, where edges are too, so edges are
+# hard to beat there. On people nobody knows the answer.
 
 # %%
 from brainage_nb.demo.cohort import AGEING_MAP

@@ -5,7 +5,7 @@ import pytest
 
 from brainage_nb.bundle_format import hashed
 from brainage_nb.evaluation.correction import EvaluationError
-from brainage_nb.predict.bundle import apply_elsewhere, load_bundle, named_subjects
+from brainage_nb.predict.bundle import apply_to_workspace, load_bundle, read_subject_ids
 from brainage_nb.workspace import open_workspace, sha256_of, write_csv
 from tests.models.tiny_bundle import noisy_head, write_scan, write_tiny_bundle
 
@@ -38,7 +38,7 @@ def bundle_that_saw(tmp_path, **seen):
 
 def test_every_kept_scan_is_predicted_and_the_broken_one_is_named(tmp_path, other):
     bundle = bundle_that_saw(tmp_path)
-    found = apply_elsewhere(bundle, other.root, n_bootstrap=50)
+    found = apply_to_workspace(bundle, other.root, n_bootstrap=50)
     assert found.predictions["scan_id"].tolist() == [f"p{place}" for place in range(8)]
     assert any("p8.nii" in line for line in found.warnings)
     expected = bundle.predict(other.path("p3.nii")).predicted_age
@@ -49,24 +49,24 @@ def test_scans_unlike_those_of_training_are_counted_in_words(tmp_path, other):
     for name in ("p1", "p4"):
         write_scan(other.path(f"{name}.nii"), array=noisy_head(40))
     bundle = load_bundle(write_tiny_bundle(tmp_path / "bundle", n_scans=30))
-    found = apply_elsewhere(bundle, other.root, n_bootstrap=50)
+    found = apply_to_workspace(bundle, other.root, n_bootstrap=50)
     (said,) = [line for line in found.warnings if "unlike_training_image" in line]
     assert said.startswith("2 of 9 scans: image further from the training scans")
 
 
 def test_a_subject_or_a_file_of_the_training_set_is_refused(tmp_path, other):
     with pytest.raises(EvaluationError, match="p2"):
-        apply_elsewhere(bundle_that_saw(tmp_path / "a", subjects=[hashed("p2", SALT)]), other.root)
+        apply_to_workspace(bundle_that_saw(tmp_path / "a", subjects=[hashed("p2", SALT)]), other.root)
     file_hash = hashed(sha256_of(other.path("p5.nii")), SALT)
     with pytest.raises(EvaluationError, match=r"p5\.nii"):
-        apply_elsewhere(bundle_that_saw(tmp_path / "b", images=[file_hash]), other.root)
+        apply_to_workspace(bundle_that_saw(tmp_path / "b", images=[file_hash]), other.root)
 
 
 def test_calibration_uses_the_named_controls_and_is_reported_on_the_rest(tmp_path, other):
     listed = tmp_path / "controls.txt"
     listed.write_text("p0\np1\n\np2\n")
-    names = named_subjects(str(listed))
-    assert names == named_subjects("p0, p1,p2") == ["p0", "p1", "p2"]
-    found = apply_elsewhere(bundle_that_saw(tmp_path), other.root, calibrate_on=names, n_bootstrap=50)
+    names = read_subject_ids(str(listed))
+    assert names == read_subject_ids("p0, p1,p2") == ["p0", "p1", "p2"]
+    found = apply_to_workspace(bundle_that_saw(tmp_path), other.root, calibrate_on=names, n_bootstrap=50)
     assert found.calibration["n_subjects"] == 3
     assert set(found.rest["n"]) == {5}
