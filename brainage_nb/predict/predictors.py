@@ -19,8 +19,7 @@ from torch import nn
 
 from brainage_nb.bundle_format import BundleError, BundleFiles
 from brainage_nb.models.compute import Placed
-from brainage_nb.models.network import resnet18_regressor, views
-from brainage_nb.models.settings import averaging_of
+from brainage_nb.models.network import list_views, resnet18_regressor
 from brainage_nb.workspace import write_json
 
 if TYPE_CHECKING:
@@ -42,8 +41,6 @@ class NetworkEnsemble:
         On the CPU, float32. They stay there, for heat maps too; another device receives copies.
     flip_averaging : bool
         Each age is the mean over the volume and its left-right mirror image, as in training's predictions.
-    shift_averaging : int
-        And over copies moved by so many voxels, see `views`; 0 for not.
     device : torch.device or str
         Where the convolutions of a prediction are computed; see `Placed`.
     """
@@ -55,7 +52,6 @@ class NetworkEnsemble:
         networks: Sequence[nn.Module],
         *,
         flip_averaging: bool,
-        shift_averaging: int = 0,
         device: torch.device | str = "cpu",
     ):
         self.networks = [network.eval().requires_grad_(False) for network in networks]
@@ -63,7 +59,7 @@ class NetworkEnsemble:
         # Channels last: a quarter faster on a CPU at 96^3, the same ages to a few millionths.
         for network in self.networks:
             network.to(memory_format=torch.channels_last_3d)
-        self.averaging = {"flip_averaging": flip_averaging, "shift_averaging": shift_averaging}
+        self.flip_averaging = flip_averaging
 
     @property
     def device(self) -> torch.device:
@@ -76,19 +72,17 @@ class NetworkEnsemble:
 
     def predict_with_features(self, volume: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ages as `predict` gives them and, from the same pass, what `features` gives."""
-        seen = list(views(_batch_of(volume), **self.averaging))
-        parts = [torch.cat(seen[k : k + 2]) for k in range(0, len(seen), 2)]  # few at once: memory
+        views = torch.cat(list_views(_batch_of(volume), self.flip_averaging))
 
-        def convolved(networks: list[nn.Module]) -> list[torch.Tensor]:
-            images = [_beside(networks[0], part) for part in parts]
-            return [torch.cat([network.seen(part).cpu() for part in images]) for network in networks]
+        def look(networks: list[nn.Module]) -> tuple[list[float], np.ndarray]:
+            batch = _beside(networks[0], views)
+            features = [network.features(batch) for network in networks]
+            ages = [network.ages_from(each, batch) for network, each in zip(networks, features, strict=True)]
+            return [float(each.mean()) for each in ages], features[0][0].cpu().numpy()
 
         with torch.inference_mode():
-            seen = self._placed.run(convolved)
-            ages = [
-                float(network.ages_of(each).mean()) for network, each in zip(self.networks, seen, strict=True)
-            ]
-        return np.array(ages), seen[0][0, : self.networks[0].fc.in_features].numpy()
+            ages, features = self._placed.run(look)
+        return np.array(ages), features
 
     def features(self, volume: np.ndarray) -> np.ndarray:
         """What the last layer of the first member sees of a volume, not mirrored: (widths[-1],)."""
@@ -228,18 +222,19 @@ def precision_check(
     network: nn.Module,
     architecture: Mapping[str, Any],
     volumes: Sequence[np.ndarray],
-    **averaging: int,
+    *,
+    flip_averaging: bool,
 ) -> float:
     """Largest change in years of the ages of these volumes when the weights are rounded to half precision.
 
-    `averaging` as for `NetworkEnsemble`. Infinite where a weight is too large for half precision.
+    `flip_averaging` as for `NetworkEnsemble`. Infinite where a weight is too large for half precision.
     """
     with np.errstate(over="ignore"):
         rounded = arrays_of(network, half=True)
     if not all(np.isfinite(array).all() for array in rounded.values()):
         return np.inf
-    exact = NetworkEnsemble([network], **averaging)
-    half = NetworkEnsemble([network_from(architecture, rounded)], **averaging)
+    exact = NetworkEnsemble([network], flip_averaging=flip_averaging)
+    half = NetworkEnsemble([network_from(architecture, rounded)], flip_averaging=flip_averaging)
     return max(float(np.abs(exact.predict(volume) - half.predict(volume)).max()) for volume in volumes)
 
 
@@ -261,7 +256,12 @@ def model_of(files: BundleFiles, device: torch.device | str = "cpu") -> NetworkE
         ]
         if not networks:
             raise BundleError(f"{files.name} lists no members.")
-        return NetworkEnsemble(networks, **averaging_of(manifest), device=device)
+        if manifest.get("shift_averaging"):
+            raise BundleError(
+                f"{files.name} averages over moved copies of a scan (shift_averaging = "
+                f"{manifest['shift_averaging']!r}), which is no longer computed. Train it again."
+            )
+        return NetworkEnsemble(networks, flip_averaging=bool(manifest["flip_averaging"]), device=device)
     if manifest["kind"] == VGG:
 
         def write(folder: Path) -> None:

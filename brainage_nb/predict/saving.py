@@ -27,8 +27,7 @@ from brainage_nb.evaluation.correction import ConformalInterval
 from brainage_nb.evaluation.evaluate import calibrate
 from brainage_nb.evaluation.metrics import regression_metrics, with_interval
 from brainage_nb.evaluation.runs import OUT_OF_FOLD, Run, reported_level
-from brainage_nb.models.network import outputs_of
-from brainage_nb.models.settings import averaging_of
+from brainage_nb.models.network import count_outputs
 from brainage_nb.platforms import version_of
 from brainage_nb.predict.cautions import FILE as REFERENCE_FILE
 from brainage_nb.predict.cautions import NOT_A_DEVICE, Reference
@@ -296,9 +295,14 @@ def _resnet_parts(
 ) -> tuple[NetworkEnsemble, dict[str, Any], dict[str, Any]]:
     """The ensemble, its manifest entries and its array files."""
     training = settings["settings"]
-    architecture = {name: training[name] for name in ("widths", "blocks", "norm", "shortcut")}
-    architecture["outputs"] = outputs_of(training["loss"])
-    averaging = averaging_of(training)
+    if own := settings.get("own", {}).get("network"):
+        raise ValueError(
+            f"{folder} was trained with a network of your own ({own}): a bundle runs nothing, so it can only "
+            "hold the ResNet-18 of this package. Keep checkpoints/*/weights.safetensors and the code."
+        )
+    architecture = {name: training[name] for name in ("widths", "blocks", "shortcut")}
+    architecture["outputs"] = count_outputs(training["loss"])
+    flip = bool(training["flip_averaging"])
     places = sorted(folder.glob("checkpoints/*/weights.safetensors"))
     if not places:
         raise FileNotFoundError(
@@ -307,7 +311,7 @@ def _resnet_parts(
     loaded = [load_file(path) for path in places]
     architecture["linear_edge"] = len(loaded[0].get("linear.weight", ()))
     stored = [network_from(architecture, weights) for weights in loaded]
-    moved = max(precision_check(network, architecture, volumes, **averaging) for network in stored)
+    moved = max(precision_check(network, architecture, volumes, flip_averaging=flip) for network in stored)
     half = moved < HALF_PRECISION_YEARS
     arrays = {
         f"member-{n:02d}.safetensors": arrays_of(network, half=half) for n, network in enumerate(stored)
@@ -317,14 +321,14 @@ def _resnet_parts(
         "kind": RESNET,
         "trained_by_recipe": settings["recipe"],
         "architecture": architecture,
-        **averaging,
+        "flip_averaging": flip,
         "members": [
             {"file": file, "name": path.parent.name} for file, path in zip(arrays, places, strict=True)
         ],
         "weights": "float16" if half else "float32",
         "half_precision_moves_years": moved,
     }
-    return NetworkEnsemble(kept, **averaging), entries, arrays
+    return NetworkEnsemble(kept, flip_averaging=flip), entries, arrays
 
 
 def _svr_parts(

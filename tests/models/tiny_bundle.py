@@ -17,7 +17,7 @@ from brainage_nb.predict.saving import card_of, reference_of
 from brainage_nb.volumes.preprocessing import as_stored, preprocess
 from brainage_nb.volumes.settings import PreprocessingSettings
 
-ARCHITECTURE = {"widths": [4, 4, 8, 8], "blocks": [1, 1, 1, 1], "norm": "group", "shortcut": "A"}
+ARCHITECTURE = {"widths": [4, 4, 8, 8], "blocks": [1, 1, 1, 1], "shortcut": "A"}
 SETTINGS = PreprocessingSettings(spacing_mm=8, size=24)
 AGES = np.linspace(20, 80, 60)
 

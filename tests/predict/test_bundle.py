@@ -83,12 +83,12 @@ def test_a_saved_model_predicts_what_the_run_predicted(trained, saved):
     assert bundle.manifest["reproduced_within_years"] < 1e-4
 
 
-def test_a_learned_distribution_and_moved_views_are_saved_too(trained, tmp_path):
+def test_a_learned_distribution_and_a_regression_are_saved_too(trained, tmp_path):
     ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
     store = VolumeStore.open(next(path for path in ws.path("volumes").iterdir() if path.is_dir()))
     chosen = TrainingSettings(
         epochs=2, widths=ARCHITECTURE["widths"], blocks=ARCHITECTURE["blocks"], device="cpu", processes=1,
-        augmentation=None, learning_rate=1e-3, shift_averaging=1, **RECIPES["best"],
+        augmentation=None, learning_rate=1e-3, **RECIPES["best"],
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it trains without a GPU
@@ -96,16 +96,16 @@ def test_a_learned_distribution_and_moved_views_are_saved_too(trained, tmp_path)
     assert result.history["train_loss"].iloc[1] < result.history["train_loss"].iloc[0]
     bundle, rows = load_bundle(save_bundle(ws.run("soft"))), result.predictions.set_index("scan_id")
     assert bundle.manifest["trained_by_recipe"] == "best"
-    assert bundle.manifest["architecture"]["outputs"] == 65 and bundle.manifest["shift_averaging"] == 1
+    assert bundle.manifest["architecture"]["outputs"] == 65
     assert bundle.manifest["architecture"]["linear_edge"] == SETTINGS.size
     image = ws.path("0.nii")
     assert bundle.predict(image).predicted_age == pytest.approx(rows["predicted_age"]["000"], abs=1e-4)
-    bundle.model.averaging["shift_averaging"] = 0
+    bundle.model.flip_averaging = False
     assert abs(bundle.predict(image).predicted_age - rows["predicted_age"]["000"]) > 1e-4
 
 
 def test_training_starts_from_a_bundle_but_not_from_one_that_saw_its_test_scans(trained, saved, tmp_path):
-    from brainage_nb.models.network import StartRefused
+    from brainage_nb.models.settings import TrainingRefused
     from brainage_nb.volumes.store import current_store
 
     store, splits = current_store(trained.path("volumes")), trained.read("splits.csv")
@@ -116,14 +116,14 @@ def test_training_starts_from_a_bundle_but_not_from_one_that_saw_its_test_scans(
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(StartRefused, match="has learned from 5 of the 8 scans"):
+        with pytest.raises(TrainingRefused, match="has learned from 5 of the 8 scans"):
             train(store, splits, tmp_path / "leak", settings)
         inside = replace(settings, init_from=str(saved / "member-00.safetensors"))
-        with pytest.raises(StartRefused, match="has learned from"):
+        with pytest.raises(TrainingRefused, match="has learned from"):
             train(store, splits, tmp_path / "leak", inside)
         kept = sorted(trained.run("resnet18").rglob("*"))
         for start in (str(saved), str(saved / "nowhere.pth")):  # refused before anything is deleted
-            with pytest.raises(StartRefused):
+            with pytest.raises(TrainingRefused):
                 train(store, splits, trained.run("resnet18"), replace(settings, init_from=start), fresh=True)
         assert sorted(trained.run("resnet18").rglob("*")) == kept
         others = splits.assign(split=["train" if s != "test" else "val" for s in splits["split"]])
@@ -135,7 +135,8 @@ def test_training_starts_from_a_bundle_but_not_from_one_that_saw_its_test_scans(
 
 
 def test_a_bundle_that_started_from_another_knows_whom_that_one_had_seen(trained, saved, tmp_path):
-    from brainage_nb.models.network import StartRefused, seen_by
+    from brainage_nb.models.network import list_training_people
+    from brainage_nb.models.settings import TrainingRefused
     from brainage_nb.volumes.store import current_store
 
     ws = open_workspace(shutil.copytree(trained.root, tmp_path / "heir"))
@@ -151,12 +152,16 @@ def test_a_bundle_that_started_from_another_knows_whom_that_one_had_seen(trained
         write_csv(strangers, ws.path("splits.csv"))
         train(store, strangers, ws.run("heir"), settings)
         heir = save_bundle(ws.run("heir"))
-        with pytest.raises(StartRefused, match="has learned from 1 of the 1 scans"):
+        with pytest.raises(TrainingRefused, match="has learned from 1 of the 1 scans"):
             train(store, judged, tmp_path / "leak", replace(settings, init_from=str(heir)))
     bundle = load_bundle(heir)
     assert bundle.manifest["training"]["n_subjects"] == 3
     assert bundle.trained_on(["003", "016", "nobody"]) == [True, True, False]
-    assert len(seen_by(saved)) == 1 and len(seen_by(heir)) == 2 and seen_by("weights.pth") == []
+    assert (
+        len(list_training_people(saved)) == 1
+        and len(list_training_people(heir)) == 2
+        and list_training_people("weights.pth") == []
+    )
 
 
 @pytest.fixture(scope="module")
@@ -446,10 +451,11 @@ def changed(bundle, target, **changes):
         ({"architecture": ARCHITECTURE | {"blocks": [64, 64, 64, 64]}}, "missing"),
         ({"architecture": ARCHITECTURE | {"shortcut": "B"}}, "missing or left over"),
         ({"architecture": ARCHITECTURE | {"surprise": 1}}, "surprise"),
+        ({"architecture": ARCHITECTURE | {"norm": "group"}}, "no longer computed"),
         ({"architecture": ARCHITECTURE | {"outputs": 10**12}}, "outputs"),
         ({"architecture": ARCHITECTURE | {"linear_edge": 10**6}}, "linear_edge"),
         ({"architecture": ARCHITECTURE | {"linear_edge": 48}}, "linear.weight is missing"),
-        ({"shift_averaging": 10**6}, "0 .none. to 4 voxels"),
+        ({"shift_averaging": 1}, "no longer computed"),
         ({"architecture": "resnet"}, "bundle.json"),
         ({"members": []}, "no members"),
         ({"members": [{"file": "../../etc/passwd"}]}, "not among its files"),
