@@ -275,7 +275,9 @@ class Trainer:
         self.best: dict[str, Any] = {"val_mae": float("inf"), "epoch": -1, "weights": {}}
         self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         self._build(network)
-        self.checkpoints = self._open_checkpoints() if accelerator.is_main_process else None
+        run, scratch = folder.parent.parent.name, settings.scratch
+        own = Path(scratch) / run / folder.name if scratch else folder
+        self.checkpoints = Checkpoints(own, mirror=folder if scratch else None)
         self._saved = time.monotonic()
 
     def _build(self, network) -> None:
@@ -298,12 +300,6 @@ class Trainer:
         self.network = model
         self.model, self.optimiser = self.accelerator.prepare(model, optimiser)
 
-    def _open_checkpoints(self) -> Checkpoints:
-        if not self.settings.scratch:
-            return Checkpoints(self.folder)
-        run = self.folder.parent.parent.name
-        return Checkpoints(Path(self.settings.scratch) / run / self.folder.name, mirror=self.folder)
-
     # --- the loop ----------------------------------------------------------------------------------------
 
     def run(self, stop: StopRequests, on_step: Callable, on_epoch: Callable) -> bool:
@@ -314,8 +310,7 @@ class Trainer:
         while self.epoch < self.settings.epochs:
             if not self.train_epoch(stop, on_step):
                 self.save()
-                if self.checkpoints:
-                    self.checkpoints.wait()
+                self.checkpoints.wait()
                 self.accelerator.wait_for_everyone()
                 return False
             self._end_epoch()
@@ -558,18 +553,13 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint of this very step."""
-        if self.checkpoints:
+        if self.accelerator.is_main_process:
             self.checkpoints.save(self.state_dict(), self.step)
         self._saved = time.monotonic()
 
     def resume(self) -> None:
         """Go on from the newest whole checkpoint, if any."""
-        state = self.checkpoints.load() if self.checkpoints else None
-        if self.accelerator.num_processes > 1:  # the first process alone sees its scratch folder
-            from accelerate.utils import broadcast_object_list
-
-            state = broadcast_object_list([state])[0]
-        if state is not None:
+        if (state := self.checkpoints.load()) is not None:
             self.load_state_dict(state)
 
 

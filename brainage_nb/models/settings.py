@@ -182,9 +182,7 @@ class TrainingSettings:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, text and lists; `from_json` reads them back."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
-        }
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> TrainingSettings:
