@@ -215,13 +215,13 @@ def vgg_svr(store: VolumeStore, cohort: pd.DataFrame, weights: str, repeats: int
 
     network = vgg16_features(weights).place()
     settings = FeatureSettings.for_volumes(store.settings, image_size=64)
-    found = extract_features(
+    features = extract_features(
         store, cache / "features", network, settings=settings, scan_ids=cohort["scan_id"]
     )
     made = []
     for repeat in range(repeats):
         splits = cohort.assign(split="train", fold=fold_of(cohort, repeat))
-        run = train_vgg_svr(found.cache, splits, cache / "runs" / f"vgg-{weights}-{repeat}", network)
+        run = train_vgg_svr(features, splits, cache / "runs" / f"vgg-{weights}-{repeat}", network)
         rows = run.predictions[run.predictions["variant"] == "late"].set_index("scan_id")
         made.append(rows["predicted_age"].loc[cohort["scan_id"]].to_numpy(float))
     return np.array(made)

@@ -98,7 +98,7 @@ def bare(
     ready = ((images - network.mean) / network.sd).contiguous(memory_format=torch.channels_last)
     synchronise()
     start = time.perf_counter()
-    with network.precision():
+    with torch.autocast(network.device.type, dtype=torch.float16, enabled=network.half):
         for batch in ready.split(batch_size):
             network.layers(batch)
     synchronise()

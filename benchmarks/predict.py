@@ -109,7 +109,7 @@ def in_a_row(bundle, scan: Path, n: int, rounds: int) -> tuple[float, float, flo
     bundle.predict(scan)
     turns = [(seconds(prepare, 1), seconds(predict, 1)) for _ in range(rounds)]
     volume = as_stored(preprocess(scan, bundle.settings))
-    network = seconds(lambda: bundle.model.predict_with_features(volume), 5)
+    network = seconds(lambda: bundle.model.predict(volume), 5)
     prepared, predicted = (min(times) for times in zip(*turns, strict=True))
     return prepared / n, network, predicted / n
 

@@ -1,6 +1,6 @@
-"""The files of a model bundle, written and read so that nothing in them is ever executed.
+"""The files of a model bundle: JSON and safetensors, written and read so that nothing in them is executed.
 
-A bundle is a folder or a zip of a JSON manifest and safetensors arrays. What the files mean is for `bundle`.
+What a manifest may say is one table, `bundle_schema.json`; what the arrays mean is for `predict`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import stat
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -23,15 +24,15 @@ import numpy as np
 from brainage_nb.workspace import write_json, write_text, writing
 
 FORMAT = 1  # raise it when an older reader would misread a newer bundle
-MANIFEST = "bundle.json"
-CARD = "README.md"
+MANIFEST, CARD = "bundle.json", "README.md"
+RESNET, VGG = "resnet18", "vgg16_svr"  # kinds of model
 ARRAYS = re.compile(r"(member-\d{2}|vgg_svr|vgg16_features|reference)\.safetensors")
+CODE = (".pkl", ".pickle", ".pt", ".pth", ".joblib", ".ckpt")
 MAX_BYTES = 4 * 2**30  # opened; 30 members of half precision are 2 GB
 MAX_MANIFEST_BYTES = 8 * 2**20
 MAX_FILES = 64
 MAX_RATIO = 100  # weights hardly compress; a zip bomb reaches 1000 and more
-DROPPINGS = ("__MACOSX/", ".DS_Store", "desktop.ini")  # what file managers add; never opened
-ZIP, GZIP = b"PK\x03\x04", b"\x1f\x8b"
+SYSTEM_FILES = ("__MACOSX", ".DS_Store", "desktop.ini")  # what file managers add; never opened
 
 
 class BundleError(ValueError):
@@ -54,30 +55,67 @@ class BundleFiles:
     name: str
     _read: Callable[[str], bytes]
 
-    def content(self, file: str) -> bytes:
-        """Bytes of one listed file; size and SHA-256 agree with the manifest."""
+    def arrays(self, file: str) -> dict[str, np.ndarray]:
+        """Named arrays of one safetensors file, whose size and SHA-256 agree with the manifest."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
         if file not in self.manifest["files"]:
             raise BundleError(
                 f"{self.name}: {MANIFEST} names {str(file)[:80]!r}, which is not among its files."
             )
-        listed = self.manifest["files"][file]
         content = self._read(file)
-        if len(content) != listed["bytes"] or hashlib.sha256(content).hexdigest() != listed["sha256"]:
+        if _listing(content) != self.manifest["files"][file]:
             raise BundleError(
                 f"{self.name}: {file} is not the file this bundle was saved with (its SHA-256 or size "
                 "differs). It was damaged or changed; copy or download the bundle again."
             )
-        return content
-
-    def arrays(self, file: str) -> dict[str, np.ndarray]:
-        """Named arrays of one safetensors file."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
         try:
-            return load(self.content(file))
+            return load(content)
         except (SafetensorError, KeyError, ValueError, OverflowError) as error:
             raise BundleError(f"{self.name}: {file} is not a readable safetensors file ({error}).") from error
+
+
+# --- what a manifest may say ----------------------------------------------------------------------------
+
+
+def check_manifest(manifest: dict[str, Any], name: str) -> None:
+    """Refuse a manifest whose values are of another kind, out of range or contradict each other.
+
+    Figures that cannot be read change no prediction: they are taken out, with a warning.
+    """
+    from jsonschema import Draft202012Validator
+
+    schema = json.loads(Path(__file__).with_name("bundle_schema.json").read_text(encoding="utf-8"))
+    faults = []
+    for error in list(Draft202012Validator(schema).iter_errors(manifest)):
+        place, what = list(error.path), error.message
+        what = what if len(what) < 200 else f"{what[:60]} ... {what[-120:]}"
+        fault = f"{error.json_path[2:][:100]}: {what}"
+        if place[:1] == ["figures"] and len(place) > 1:
+            warnings.warn(f"{name}: these figures are left out ({fault}).", stacklevel=3)
+            manifest["figures"].pop(place[1], None)
+        else:
+            faults.append(fault)
+    if fault := next(iter(faults or _contradictions(manifest)), ""):
+        raise BundleError(
+            f"{name}: this bundle is damaged, or made by other means. In {MANIFEST}, {fault}. Copy or "
+            "save it again."
+        )
+
+
+def _contradictions(manifest: Mapping[str, Any]) -> list[str]:
+    training, position = manifest["training"], manifest["position"]
+    members = [member["file"] for member in manifest["members"]]
+    lengths = {len(position[name]) for name in ("part", "age", "predicted_age")}
+    agree = {
+        "members: two are one file": len(set(members)) == len(members),
+        "training: the youngest age is above the oldest": training["age_low"] <= training["age_high"],
+        "training: age_counts do not fit age_edges": len(training["age_edges"])
+        == len(training["age_counts"]) + 1,
+        "position: its lists are of different lengths": len(lengths) == 1,
+    }
+    return [what for what, holds in agree.items() if not holds]
 
 
 # --- reading --------------------------------------------------------------------------------------------
@@ -96,46 +134,34 @@ def open_bundle(source: Path | str | IO[bytes], *, max_bytes: int = MAX_BYTES) -
     Raises
     ------
     BundleError
-        Pickles, files that do not belong, links, paths that lead out, zip bombs, a manifest that is missing,
-        too large, not JSON or of a newer format.
+        Pickles, files that do not belong, links, paths that lead out, zip bombs; a manifest that is missing,
+        too large, not JSON, of a newer format, or that says what no bundle says.
     """
-    if isinstance(source, str | Path) and Path(source).is_dir():
-        name, sizes, read = _folder(Path(source))
-    else:
-        name, sizes, read = _zip(source)
+    is_folder = isinstance(source, str | Path) and Path(source).is_dir()
+    name, sizes, read = _list_folder(Path(source)) if is_folder else _list_zip(source)
     _check_names(name, sizes)
     if sum(sizes.values()) > max_bytes:
-        raise BundleError(
-            f"{name} opens to {sum(sizes.values()) / 2**20:,.0f} MB; at most {max_bytes / 2**20:,.0f} MB "
-            "are opened."
-        )
-    manifest = _manifest(name, sizes, read)
-    present = set(sizes) - {MANIFEST, CARD}
-    if present != set(manifest["files"]):
-        missing, extra = set(manifest["files"]) - present, present - set(manifest["files"])
-        raise BundleError(
-            f"{name}: files and {MANIFEST} disagree (missing: {sorted(missing)}, not listed: "
-            f"{sorted(extra)}). Copy the whole bundle again."
-        )
+        opened, most = sum(sizes.values()) / 2**20, max_bytes / 2**20
+        raise BundleError(f"{name} opens to {opened:,.0f} MB; at most {most:,.0f} MB are opened.")
+    manifest = _read_manifest(name, sizes, read)
+    check_manifest(manifest, name)
     return BundleFiles(manifest, name, read)
 
 
-def _folder(folder: Path) -> tuple[str, dict[str, int], Callable[[str], bytes]]:
+def _list_folder(folder: Path) -> tuple[str, dict[str, int], Callable[[str], bytes]]:
+    """Name, size of each file, and how one is read."""
     if not (folder / MANIFEST).exists() and (meant := _did_you_mean(folder)):
         raise BundleError(f"{folder} has no {MANIFEST}, so it is no bundle.{meant}")
-    sizes = {}
-    for path in folder.iterdir():
-        if path.name in DROPPINGS:
-            continue
+    files = [path for path in folder.iterdir() if path.name not in SYSTEM_FILES]
+    for path in files:
         if path.is_symlink() or not path.is_file():
             raise BundleError(
                 f"{folder.name}: {path.name} is a link or a folder; a bundle holds plain files."
             )
-        sizes[path.name] = path.stat().st_size
-    return folder.name, sizes, lambda file: (folder / file).read_bytes()
+    return folder.name, {p.name: p.stat().st_size for p in files}, lambda file: (folder / file).read_bytes()
 
 
-def _zip(source: Path | str | IO[bytes]) -> tuple[str, dict[str, int], Callable[[str], bytes]]:
+def _list_zip(source: Path | str | IO[bytes]) -> tuple[str, dict[str, int], Callable[[str], bytes]]:
     name = Path(str(source if isinstance(source, str | Path) else getattr(source, "name", "the upload"))).name
     _refuse_what_is_no_zip(source, name)
     try:
@@ -145,9 +171,9 @@ def _zip(source: Path | str | IO[bytes]) -> tuple[str, dict[str, int], Callable[
     entries = [
         entry
         for entry in archive.infolist()
-        if not (entry.filename.startswith(DROPPINGS) or _dropping(entry))
+        if not {Path(entry.filename).name, entry.filename.partition("/")[0]} & set(SYSTEM_FILES)
     ]
-    root = _one_root(entries)
+    root = _common_folder([entry.filename for entry in entries])
     entries = [entry for entry in entries if entry.filename != root]
     for entry in entries:
         _check_entry(entry, name)
@@ -155,30 +181,29 @@ def _zip(source: Path | str | IO[bytes]) -> tuple[str, dict[str, int], Callable[
     if len(found) != len(entries):
         raise BundleError(f"{name} holds two files of one name; it was not made by this package.")
     sizes = {file: entry.file_size for file, entry in found.items()}
-    return name, sizes, lambda file: _unpacked(archive, found[file], name)
+    return name, sizes, lambda file: _unpack(archive, found[file], name)
 
 
 def _refuse_what_is_no_zip(source: Path | str | IO[bytes], name: str) -> None:
+    expected, meant = "Expected a bundle: a folder or .zip written by save_bundle.", ""
     if isinstance(source, str | Path):
+        meant = _did_you_mean(Path(source))
         if not Path(source).is_file():
-            expected = "Expected a bundle folder or a .zip of one."
-            raise BundleError(f"No bundle at {source}. {expected}{_did_you_mean(Path(source))}")
+            raise BundleError(f"No bundle at {source}. {expected}{meant}")
         with open(source, "rb") as stream:
             start = stream.read(4)
     else:
         source.seek(0)
         start = source.read(4)
         source.seek(0)
-    if start == ZIP:
+    if start == b"PK\x03\x04":
         return
-    meant = _did_you_mean(Path(source)) if isinstance(source, str | Path) else ""
-    if start[:1] == b"\x80" and start[1:2] in b"\x01\x02\x03\x04\x05":
-        raise BundleError(
-            f"{name} is a Python pickle, which can run any code when it is opened, so it is not. A bundle "
-            f"is a folder or .zip written by save_bundle.{meant}"
-        )
-    kind = "is empty" if not start else "is a gzip file" if start[:2] == GZIP else "is not a zip file"
-    raise BundleError(f"{name} {kind}. Expected a bundle: a folder or .zip written by save_bundle.{meant}")
+    kind = "is empty" if not start else "is not a zip file"
+    if start[:2] == b"\x1f\x8b":
+        kind = "is a gzip file"
+    elif start[:1] == b"\x80" and start[1:2] in b"\x01\x02\x03\x04\x05":
+        kind = "is a Python pickle, which can run any code when it is opened, so it is not"
+    raise BundleError(f"{name} {kind}. {expected}{meant}")
 
 
 def _did_you_mean(place: Path) -> str:
@@ -189,41 +214,33 @@ def _did_you_mean(place: Path) -> str:
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
-def _dropping(entry: zipfile.ZipInfo) -> bool:
-    return Path(entry.filename).name in DROPPINGS
-
-
-def _one_root(entries: list[zipfile.ZipInfo]) -> str:
+def _common_folder(files: list[str]) -> str:
     """`bundle/` where everything lies in one folder (what zipping a folder by hand gives), else nothing."""
-    roots = {entry.filename.partition("/")[0] for entry in entries if "/" in entry.filename}
-    if len(roots) == 1 and all("/" in entry.filename for entry in entries):
-        root = roots.pop()
-        return "" if root in ("", ".", "..") else f"{root}/"
+    roots = {file.partition("/")[0] for file in files}
+    if len(roots) == 1 and all("/" in file for file in files) and not roots & {"", ".", ".."}:
+        return f"{roots.pop()}/"
     return ""
 
 
 def _check_entry(entry: zipfile.ZipInfo, name: str) -> None:
-    file = entry.filename
-    if ".." in Path(file).parts or file.startswith(("/", "\\")) or "\\" in file or ":" in file:
-        raise BundleError(
-            f"{name} holds a path that leads out of the bundle ({file[:80]!r}); it is not opened."
-        )
-    if entry.flag_bits & 1:
-        raise BundleError(f"{name} is encrypted; give an unencrypted bundle.")
-    if stat.S_ISLNK(entry.external_attr >> 16):
-        raise BundleError(f"{name} holds a link ({file[:80]!r}); a bundle holds plain files.")
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise BundleError(
-            f"{name}: {file[:80]!r} is compressed in an unusual way; zip it with 'deflate' or not at all."
-        )
-    if entry.file_size > MAX_RATIO * max(entry.compress_size, 1) and entry.file_size > 2**20:
-        raise BundleError(
-            f"{name}: {file[:80]!r} would grow {entry.file_size / max(entry.compress_size, 1):,.0f} times "
-            "when opened (a zip bomb); model weights hardly compress."
-        )
+    file, grows = entry.filename, entry.file_size / max(entry.compress_size, 1)
+    leads_out = ".." in Path(file).parts or file.startswith(("/", "\\")) or "\\" in file or ":" in file
+    unusual = entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+    for wrong, what in (
+        (leads_out, "is a path that leads out of the bundle; it is not opened"),
+        (entry.flag_bits & 1, "is encrypted; give an unencrypted bundle"),
+        (stat.S_ISLNK(entry.external_attr >> 16), "is a link; a bundle holds plain files"),
+        (unusual, "is compressed in an unusual way; zip it with 'deflate' or not at all"),
+        (
+            grows > MAX_RATIO and entry.file_size > 2**20,
+            f"would grow {grows:,.0f} times when opened (a zip bomb); model weights hardly compress",
+        ),
+    ):
+        if wrong:
+            raise BundleError(f"{name}: {file[:80]!r} {what}.")
 
 
-def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> bytes:
+def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> bytes:
     try:
         with archive.open(entry) as stream:  # zipfile stops at the declared size, which was checked
             return stream.read(entry.file_size + 1)
@@ -232,61 +249,65 @@ def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> by
 
 
 def _check_names(name: str, sizes: Mapping[str, int]) -> None:
-    if inner := [file for file in sizes if file.endswith(f"/{MANIFEST}")]:
-        raise BundleError(
-            f"{name} holds a bundle among other files, in {Path(inner[0]).parent}/. Give that folder, or a "
-            ".zip of it alone."
-        )
-    if len(sizes) > MAX_FILES:
-        raise BundleError(f"{name} holds {len(sizes)} files; a bundle holds at most {MAX_FILES}.")
-    for file in sizes:
-        if file in (MANIFEST, CARD) or ARRAYS.fullmatch(file):
-            continue
-        if file.endswith((".pkl", ".pickle", ".pt", ".pth", ".joblib", ".ckpt")):
-            raise BundleError(
-                f"{name} holds {file[:80]!r}: a pickle or PyTorch file can run any code when it is opened, "
-                "so it is not. A bundle holds safetensors arrays; save the model with save_bundle."
-            )
-        raise BundleError(
-            f"{name} holds {file[:80]!r}, which does not belong into a bundle; nothing was opened."
-        )
-    if MANIFEST not in sizes:
-        raise BundleError(f"{name} has no {MANIFEST}, so it is no bundle. Expected what save_bundle writes.")
-    if sizes[MANIFEST] > MAX_MANIFEST_BYTES:
-        raise BundleError(
-            f"{name}: {MANIFEST} has {sizes[MANIFEST]:,} bytes; at most {MAX_MANIFEST_BYTES:,}."
-        )
+    inner = [Path(file).parent for file in sizes if file.endswith(f"/{MANIFEST}")]
+    strange = [file for file in sizes if file not in (MANIFEST, CARD) and not ARRAYS.fullmatch(file)]
+    code = [file for file in strange if file.endswith(CODE)]
+    size = sizes.get(MANIFEST, 0)
+    for wrong, what in (
+        (
+            inner,
+            f"holds a bundle among other files, in {[*inner, ''][0]}/. Give that folder, or a .zip of it",
+        ),
+        (len(sizes) > MAX_FILES, f"holds {len(sizes)} files; a bundle holds at most {MAX_FILES}"),
+        (
+            code,
+            f"holds {[*code, ''][0][:80]!r}: a pickle or PyTorch file can run any code when it is opened, so "
+            "it is not. A bundle holds safetensors arrays; save the model with save_bundle",
+        ),
+        (
+            strange,
+            f"holds {[*strange, ''][0][:80]!r}, which does not belong into a bundle; nothing was opened",
+        ),
+        (MANIFEST not in sizes, f"has no {MANIFEST}, so it is no bundle. Expected what save_bundle writes"),
+        (size > MAX_MANIFEST_BYTES, f"has a {MANIFEST} of {size:,} bytes; at most {MAX_MANIFEST_BYTES:,}"),
+    ):
+        if wrong:
+            raise BundleError(f"{name} {what}.")
 
 
-def _manifest(name: str, sizes: Mapping[str, int], read: Callable[[str], bytes]) -> dict[str, Any]:
+def _read_manifest(name: str, sizes: Mapping[str, int], read: Callable[[str], bytes]) -> dict[str, Any]:
+    """The manifest, which is of a known format and lists just the files that are there."""
     try:
-        manifest = json.loads(read(MANIFEST).decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        manifest = json.loads(read(MANIFEST).decode("utf-8"), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{name}: {MANIFEST} is not readable JSON ({type(error).__name__}).") from error
     number = manifest.get("format") if isinstance(manifest, dict) else None
-    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+    if type(number) is not int or number < 1:
         raise BundleError(f"{name}: {MANIFEST} does not say its format, so it is no bundle of this package.")
     if number > FORMAT:
         raise BundleError(
-            f"{name} has format {number}; this version of brainage-nb reads up to {FORMAT}. Update "
-            "brainage-nb."
+            f"{name} has format {number}; this version of brainage-nb reads {FORMAT}. Update brainage-nb."
         )
-    files = manifest.get("files")
-    if not isinstance(files, dict) or not all(_is_listing(item) for item in files.values()):
+    listed, present = manifest.get("files"), {f: n for f, n in sizes.items() if f not in (MANIFEST, CARD)}
+    sound = isinstance(listed, dict) and all(isinstance(item, dict) for item in listed.values())
+    if not sound or not all({"sha256", "bytes"} == set(item) for item in listed.values()):
         raise BundleError(f"{name}: {MANIFEST} does not list its files with sha256 and bytes.")
-    for file in sizes.keys() & files.keys():
-        if sizes[file] != files[file]["bytes"]:
+    if set(present) != set(listed):
+        missing, extra = sorted(set(listed) - set(present)), sorted(set(present) - set(listed))
+        raise BundleError(
+            f"{name}: files and {MANIFEST} disagree (missing: {missing}, not listed: {extra}). Copy the "
+            "whole bundle again."
+        )
+    for file, size in present.items():
+        if size != listed[file]["bytes"]:
             raise BundleError(
-                f"{name}: {file} has {sizes[file]:,} bytes, expected {files[file]['bytes']:,}. Copy the "
-                "bundle again."
+                f"{name}: {file} has {size:,} bytes, expected {listed[file]['bytes']}. Copy the bundle again."
             )
     return manifest
 
 
-def _is_listing(item: Any) -> bool:
-    return (
-        isinstance(item, dict) and isinstance(item.get("sha256"), str) and isinstance(item.get("bytes"), int)
-    )
+def _refuse_constant(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 # --- writing --------------------------------------------------------------------------------------------
@@ -312,7 +333,9 @@ def write_bundle(
         README.md for people.
     """
     target = Path(target)
-    building = target.with_name(f".{target.name}.{os.getpid()}.building")
+    building, older = (
+        target.with_name(f".{target.name}.{os.getpid()}.{end}") for end in ("building", "older")
+    )
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
     try:
@@ -322,9 +345,13 @@ def write_bundle(
             write_text(card, building / CARD)
         if target.suffix == ".zip":
             return zip_bundle(building, target)
-        return _swap(building, target)
+        if target.exists():
+            os.replace(target, older)
+        os.replace(building, target)
+        return target
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        for folder in (building, older):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def zip_bundle(folder: Path | str, target: Path | str) -> Path:
@@ -343,21 +370,16 @@ def _write_arrays(path: Path, named: Mapping[str, np.ndarray]) -> dict[str, Any]
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+    return _listing(content)
+
+
+def _listing(content: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
 
-def _swap(building: Path, target: Path) -> Path:
-    older = target.with_name(f".{target.name}.{os.getpid()}.older")
-    if target.exists():
-        os.replace(target, older)
-    os.replace(building, target)
-    shutil.rmtree(older, ignore_errors=True)
-    return target
+# --- who was in it --------------------------------------------------------------------------------------
 
-
-HASH_ROUNDS = (
-    2000  # slows down guessing ids; it cannot stop it where ids are few and known (IXI001, IXI002, ...)
-)
+HASH_ROUNDS = 2000  # slows guessing of ids down; cannot stop it where ids are few and known (IXI001, ...)
 
 
 def hashed(name: str, salt: str) -> str:

@@ -11,13 +11,19 @@ import pytest
 
 from brainage_nb import bundle_format as bundle_files
 from brainage_nb.bundle_format import BundleError, open_bundle, write_bundle, zip_bundle
+from tests.models.tiny_bundle import manifest
 
 WEIGHTS = {"member-00.safetensors": {"weight": np.arange(6, dtype=np.float16).reshape(2, 3)}}
 
 
+def sound(**changes):
+    """A manifest that holds."""
+    return manifest(reference={"likeness": [0.8, 0.9, 1.0], "n_volumes": 3}, **changes)
+
+
 @pytest.fixture
 def bundle(tmp_path):
-    return write_bundle(tmp_path / "bundle", {"kind": "test"}, WEIGHTS, "a card")
+    return write_bundle(tmp_path / "bundle", sound(), WEIGHTS, "a card")
 
 
 def zipped(tmp_path, files, **options):
@@ -36,7 +42,7 @@ def test_what_is_written_is_read_back_from_folder_zip_and_open_file(bundle, tmp_
     packed = zip_bundle(bundle, tmp_path / "bundle.zip")
     for source in (bundle, str(packed), io.BytesIO(packed.read_bytes())):
         files = open_bundle(source)
-        assert files.manifest["kind"] == "test" and files.manifest["format"] == 1
+        assert files.manifest["run"] == "tiny" and files.manifest["format"] == 1
         np.testing.assert_array_equal(
             files.arrays("member-00.safetensors")["weight"], np.arange(6).reshape(2, 3)
         )
@@ -45,20 +51,20 @@ def test_what_is_written_is_read_back_from_folder_zip_and_open_file(bundle, tmp_
 def test_a_folder_zipped_by_hand_on_a_mac_opens(bundle, tmp_path):
     files = {f"my bundle/{name}": content for name, content in contents(bundle).items()}
     path = zipped(tmp_path, files | {"__MACOSX/my bundle/._bundle.json": b"x", "my bundle/.DS_Store": b"x"})
-    assert open_bundle(path).manifest["kind"] == "test"
+    assert open_bundle(path).manifest["run"] == "tiny"
 
 
 def test_saving_again_replaces_the_bundle_and_leaves_nothing_beside_it(bundle):
-    write_bundle(bundle, {"kind": "newer"}, WEIGHTS)
-    assert open_bundle(bundle).manifest["kind"] == "newer"
+    write_bundle(bundle, sound(run="newer"), WEIGHTS)
+    assert open_bundle(bundle).manifest["run"] == "newer"
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
     assert not (bundle / "README.md").exists()
 
 
 def test_a_bundle_that_cannot_be_written_leaves_the_old_one(bundle):
     with pytest.raises(Exception, match="object"):
-        write_bundle(bundle, {"kind": "broken"}, {"member-00.safetensors": {"weight": np.array([object()])}})
-    assert open_bundle(bundle).manifest["kind"] == "test"
+        write_bundle(bundle, sound(run="broken"), {"member-00.safetensors": {"weight": np.array([object()])}})
+    assert open_bundle(bundle).manifest["run"] == "tiny"
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
 
@@ -199,7 +205,7 @@ def test_a_missing_manifest_or_bundle_is_said(bundle, tmp_path):
 
 def test_arrays_that_are_no_safetensors_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("safetensors.numpy.save", lambda named: b"\xff" * 64)
-    folder = write_bundle(tmp_path / "bundle", {}, WEIGHTS)
+    folder = write_bundle(tmp_path / "bundle", sound(), WEIGHTS)
     with pytest.raises(BundleError, match="not a readable safetensors"):
         open_bundle(folder).arrays("member-00.safetensors")
 

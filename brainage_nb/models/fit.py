@@ -32,7 +32,6 @@ from brainage_nb.models.network import (
     AgeOutput,
     build_network,
     fit_linear,
-    list_views,
     load_pretrained,
 )
 from brainage_nb.models.resume import Checkpoints, StopRequests, halve_weights, write_weights
@@ -223,7 +222,7 @@ def predict_ages(
     ages = []
     for batch in batches:
         with autocast():
-            views = [model(view).float() for view in list_views(batch, flip_averaging)]
+            views = [model(view).float() for view in ([batch, batch.flip(2)] if flip_averaging else [batch])]
         ages.append(torch.stack(views).mean(dim=0).cpu().numpy().astype(np.float64))
     return np.concatenate(ages) if ages else np.empty(0)
 

@@ -27,16 +27,6 @@ DISTRIBUTION_POINTS, DISTRIBUTION_REACH = 65, 4.0  # of an age distribution: spr
 HEAD = ("fc.weight", "fc.bias", "age_mean", "age_sd")
 
 
-def count_outputs(loss: str) -> int:
-    """How many outputs a network learns with a loss: `distribution` needs many, all others one."""
-    return DISTRIBUTION_POINTS if loss == "distribution" else 1
-
-
-def list_views(batch: Tensor, flip_averaging: bool) -> list[Tensor]:
-    """The volumes (batch, 1, D, H, W), axes RAS, whose ages are averaged: as they are, and mirrored."""
-    return [batch, batch.flip(2)] if flip_averaging else [batch]
-
-
 def resnet18_regressor(
     *,
     widths: Sequence[int] = (64, 128, 256, 512),
@@ -117,15 +107,12 @@ class AgeOutput(nn.Module):
             return self.age_mean + self.age_sd * (scores.softmax(dim=1) @ self.points(scores.shape[1]))
         return self.age_mean + self.age_sd * scores[:, 0]
 
-    def ages_from(self, features: Tensor, volumes: Tensor) -> Tensor:
-        """Ages in years (batch,) of volumes whose `features` are known."""
-        ages = self.ages(self.fc(features))
-        return ages if self.linear is None else (ages + self.linear(volumes)) / 2
-
     def forward(self, volumes: Tensor, *, scores: bool = False) -> Tensor:
         """Ages in years, shape (batch,); with `scores` the last layer's outputs (batch, outputs) instead."""
-        features = self.features(volumes)
-        return self.fc(features) if scores else self.ages_from(features, volumes)
+        given = self.fc(self.features(volumes))
+        if scores:
+            return given
+        return self.ages(given) if self.linear is None else (self.ages(given) + self.linear(volumes)) / 2
 
 
 class AgeRegressor(AgeOutput, ResNet):
@@ -203,7 +190,7 @@ def build_network(
         widths=settings.widths,
         blocks=settings.blocks,
         shortcut=settings.shortcut,
-        outputs=count_outputs(settings.loss),
+        outputs=DISTRIBUTION_POINTS if settings.loss == "distribution" else 1,
         **start,
     )
 

@@ -1,36 +1,23 @@
-"""Linear support vector regression on many features and few scans, with an honest inner cross-validation.
+"""VGG16 features to ages: linear support vector regression, early and late fusion, and one run of both.
 
-Arrays in, arrays out: it knows no volumes and no files. Whoever calls passes training rows only.
-
-How the predictions of several regressors become one: rules, and weights learned on training subjects only.
-
-Used by late fusion, one regressor a triplet position. Learns from out-of-fold predictions; fits no regressor.
-
-Early and late fusion of triplet features into an age, fitted on the rows given and on nothing else.
-
-Which rows may train is decided in `run`; files are read and written in `cache` and `vgg_svr`.
-
-The VGG16 + SVR model as it is kept and used: volumes to ages, saved as plain arrays and JSON, no pickle.
-
-Fits nothing (`vgg.fusion`), chooses no rows (`vgg.run`).
-
-One run of the VGG16 + SVR baseline: who trains, who is predicted by what, and the files it leaves.
-
-The only place here that sees splits and test rows. It fits through `fusion` and hands it training rows alone.
+Fusions are scikit-learn estimators and see training rows only; `train_vgg_svr` alone sees splits and test
+rows.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
-from sklearn.model_selection import GroupKFold
+from sklearn.base import BaseEstimator, RegressorMixin, TransformerMixin
+from sklearn.model_selection import GroupKFold, ParameterGrid
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
@@ -38,112 +25,105 @@ from brainage_nb.evaluation.metrics import mean_training_age, regression_metrics
 from brainage_nb.models.vgg16 import (
     IMAGENET,
     SLICES,
-    FeatureCache,
+    Features,
     FeatureSettings,
     Vgg16Features,
     WeightsError,
-    at_position,
-    mean_over_triplets,
-    present,
-    save_features,
-    saved_features,
+    empty_layers,
     vgg16_features,
     volume_features,
 )
 from brainage_nb.workspace import read_csv, read_json, write_csv, write_json, writing
 
+COLUMNS = ("scan_id", "subject_id", "session_id", "split", "fold", "seed", "variant", "age", "predicted_age")
 INNER_FOLDS = 5
-# A feature's standard deviation counts as at least this share of the root mean square over all features.
-# Behind a ReLU some features are active in one or two scans only; divided by their tiny deviation, such a
-# feature of a new scan throws its prediction off by decades.
-SCALE_FLOOR = 0.3
+# Both are in years, since ages are not scaled: C bounds a scan's pull on the fit (the kernel's mean diagonal
+# is 1), and an error below epsilon costs nothing.
+PUBLISHED = {"C": 98.0, "epsilon": 0.064}
+GRID = {"C": (0.1, 1.0, 10.0, PUBLISHED["C"], 1000.0), "epsilon": (PUBLISHED["epsilon"], 1.0, 3.0)}
+MIN_SHARE = 0.5  # a position is used where at least this share of the training scans shows brain
+# Neighbouring positions say nearly the same, so plain least squares gives all weight to a few, by luck.
+# A pull towards equal weights, as strong as this many typical scans, keeps them together where data are few.
+EQUAL_SCANS = 10
 
 
-class Choice(NamedTuple):
-    """Hyper-parameters of an SVR. Both are in years, since ages are not scaled: C bounds a scan's pull on the
-    fit (the kernel's mean diagonal is 1), and an error below epsilon costs nothing."""
-
-    C: float
-    epsilon: float
+# --- the regression of one triplet position -------------------------------------------------------------
 
 
-PUBLISHED = Choice(98.0, 0.064)
-GRID = tuple(
-    Choice(c, epsilon)
-    for c in (0.1, 1.0, 10.0, PUBLISHED.C, 1000.0)
-    for epsilon in (PUBLISHED.epsilon, 1.0, 3.0)
-)
+class LinearKernel(TransformerMixin, BaseEstimator):
+    """Standardised features to their linear kernel with the training rows, divided by its mean diagonal.
 
+    Without the division the kernel of 25,088 standardised features has a diagonal near 25,088, every C from
+    0.01 to 1000 gives the same fit, and a grid chooses nothing.
 
-@dataclass(frozen=True)
-class LinearSvr:
-    """A fitted SVR with linear kernel, as one weight a standardised feature (support vectors are not kept).
+    Parameters
+    ----------
+    floor : float
+        A feature's standard deviation counts as at least this share of the root mean square over all. Behind
+        a ReLU some features are active in one or two scans only; divided by their tiny deviation, such a
+        feature of a new scan throws its prediction off by decades.
 
     Attributes
     ----------
-    mean, scale : float32 arrays (features,)
-        Of the training rows, from `standardisation`.
-    weight : float32 array (features,)
-        Years a standard deviation of the feature.
-    intercept : float
-        Years; the prediction at the training rows' mean.
+    mean_, scale_ : float32 arrays (features,)
+    rows_ : float32 array (n, features)
+        The standardised training rows.
+    unit_ : float
+        The divisor.
     """
 
-    mean: np.ndarray
-    scale: np.ndarray
-    weight: np.ndarray
-    intercept: float
+    def __init__(self, floor: float = 0.3):
+        self.floor = floor
 
-    def predict(self, features: np.ndarray) -> np.ndarray:
-        """(n, features) to ages in years (n,); NaN for a NaN row."""
-        return self.contribution(features) + self.intercept
+    def fit(self, X: np.ndarray, y: Any = None) -> LinearKernel:
+        """Learn from (n, features); `ValueError` where all features are constant."""
+        scaler = StandardScaler().fit(X)
+        least = self.floor * np.sqrt(scaler.var_.mean())
+        if least == 0:
+            raise ValueError("All features are constant over the training scans: nothing can be learned.")
+        self.mean_ = scaler.mean_.astype(np.float32)
+        self.scale_ = np.maximum(np.sqrt(scaler.var_), least).astype(np.float32)
+        self.rows_ = (X - self.mean_) / self.scale_
+        self.unit_ = float(np.square(self.rows_).sum(axis=1).mean())
+        return self
 
-    def contribution(self, features: np.ndarray) -> np.ndarray:
-        """Years by which (n, features) move the prediction away from the intercept: (n,)."""
-        return ((features - self.mean) / self.scale @ self.weight).astype(np.float64)
+    def transform(self, X: np.ndarray) -> np.ndarray:
+        """(m, features) to the kernel (m, n) with the training rows."""
+        return (X - self.mean_) / self.scale_ @ self.rows_.T / self.unit_
 
 
-def fit_svr(features: np.ndarray, age: np.ndarray, choice: Choice) -> LinearSvr:
-    """Standardise, scale the linear kernel to a mean diagonal of 1, fit.
+def make_svr(C: float = PUBLISHED["C"], epsilon: float = PUBLISHED["epsilon"]) -> Pipeline:
+    """The regression as a scikit-learn pipeline: (n, features) to years.
+
+    Examples
+    --------
+    >>> make_svr().fit(features[train], age[train]).predict(features[test])
+    """
+    return make_pipeline(LinearKernel(), SVR(kernel="precomputed", C=C, epsilon=epsilon))
+
+
+def fit_svr(features: np.ndarray, age: np.ndarray, **choice: float) -> tuple[np.ndarray, float, float]:
+    """Fit `make_svr` and fold it to one weight per feature.
 
     Parameters
     ----------
     features : float32 array (n, features)
-        Training rows only.
+        Training rows; NaN rows are left out.
     age : array (n,)
         Years.
+    **choice
+        C and epsilon.
+
+    Returns
+    -------
+    coef, intercept, centre
+        Years = features @ coef + intercept; `centre` is what that is at the training rows' mean.
     """
-    mean, scale = standardisation(features)
-    rows = (features - mean) / scale
-    kernel, unit = scaled_kernel(rows)
-    svr = SVR(kernel="precomputed", C=choice.C, epsilon=choice.epsilon).fit(kernel, age)
-    dual = np.zeros(len(rows), dtype=np.float64)
-    dual[svr.support_] = svr.dual_coef_[0]
-    weight = ((dual / unit) @ rows).astype(np.float32)
-    return LinearSvr(mean, scale, weight, intercept=float(svr.intercept_[0]))
-
-
-def standardisation(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and scale of each feature over (training) rows, float32: the standard deviation, with a floor."""
-    scaler = StandardScaler().fit(features)
-    floor = SCALE_FLOOR * np.sqrt(scaler.var_.mean())
-    scale = np.maximum(np.sqrt(scaler.var_), floor if floor > 0 else 1.0)
-    return scaler.mean_.astype(np.float32), scale.astype(np.float32)
-
-
-def scaled_kernel(rows: np.ndarray) -> tuple[np.ndarray, float]:
-    """Linear kernel (n, n) divided by its mean diagonal, and that divisor.
-
-    Without it the kernel of 25,088 standardised features has a diagonal near 25,088, every C from 0.01 to
-    1000 gives the same fit, and the grid chooses nothing.
-    """
-    kernel = rows @ rows.T
-    unit = float(kernel.diagonal().mean())
-    if unit <= 0:
-        raise ValueError(
-            "All features are constant over the training scans: nothing can be learned from them."
-        )
-    return kernel / unit, unit
+    usable = np.isfinite(features[:, 0])
+    kernel, svr = make_svr(**choice).fit(features[usable], age[usable])
+    coef = svr.dual_coef_[0] @ kernel.rows_[svr.support_] / kernel.unit_ / kernel.scale_
+    centre = float(svr.intercept_[0])
+    return coef, centre - float(coef @ kernel.mean_), centre
 
 
 def inner_folds(subject_id: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -164,303 +144,223 @@ def inner_folds(subject_id: Sequence[str]) -> Iterator[tuple[np.ndarray, np.ndar
     return GroupKFold(INNER_FOLDS).split(subjects, groups=subjects)
 
 
-def out_of_fold(
-    features: np.ndarray, age: np.ndarray, subject_id: Sequence[str], grid: Sequence[Choice] = GRID
+def predict_out_of_fold(
+    features: np.ndarray,
+    age: np.ndarray,
+    subject_id: Sequence[str],
+    grid: Mapping[str, Sequence[float]] = GRID,
 ) -> np.ndarray:
-    """Inner cross-validated predictions in years for every choice: (choices, n).
+    """Inner cross-validated predictions in years for every choice of `ParameterGrid(grid)`: (choices, n).
 
-    The scaler, the kernel's unit and the SVR are learned anew in every fold. A NaN row (a scan without these
-    features) takes no part and stays NaN.
+    What `GridSearchCV(make_svr(), …)` would fit, twelve times faster: a fold's kernel serves all choices.
+    A NaN row (a scan without these features) takes no part and stays NaN.
     """
-    predicted = np.full((len(grid), len(age)), np.nan)
+    choices = ParameterGrid(grid)
+    predicted = np.full((len(choices), len(age)), np.nan)
     usable = np.isfinite(features[:, 0])
     for train, held_out in inner_folds(subject_id):
         train, held_out = train[usable[train]], held_out[usable[held_out]]
         if not len(held_out):
             continue
-        mean, scale = standardisation(features[train])
-        rows = (features[train] - mean) / scale
-        kernel, unit = scaled_kernel(rows)
-        kernel_held_out = (features[held_out] - mean) / scale @ rows.T / unit
-        for row, choice in zip(predicted, grid, strict=True):
-            svr = SVR(kernel="precomputed", C=choice.C, epsilon=choice.epsilon).fit(kernel, age[train])
-            row[held_out] = svr.predict(kernel_held_out)
+        kernel = LinearKernel().fit(features[train])
+        among, beside = kernel.transform(features[train]), kernel.transform(features[held_out])
+        for row, choice in zip(predicted, choices, strict=True):
+            svr = SVR(kernel="precomputed", **choice).fit(among, age[train])
+            row[held_out] = svr.predict(beside)
     return predicted
 
 
-def score_grid(predicted: np.ndarray, age: np.ndarray, grid: Sequence[Choice] = GRID) -> pd.DataFrame:
-    """Inner cross-validated MAE in years, a row a choice: `C, epsilon, mae`. `predicted` is (choices, n) or
-    (choices, n, positions)."""
-    target = age if predicted.ndim == 2 else age[:, None]
-    mae = np.nanmean(np.abs(predicted - target).reshape(len(grid), -1), axis=1)
-    return pd.DataFrame(grid, columns=["C", "epsilon"]).assign(mae=mae)
+# --- fusion ---------------------------------------------------------------------------------------------
 
 
-def best_choice(scores: pd.DataFrame) -> int:
-    """Row number of the lowest MAE; among equals (to 0.001 years) the first, which has the smallest C."""
-    return int(np.flatnonzero(scores["mae"] <= scores["mae"].min() + 1e-3)[0])
+def find_positions(scans: Sequence[np.ndarray]) -> np.ndarray:
+    """Triplet positions at which at least half of these (training) scans show brain."""
+    share = np.mean([np.isfinite(rows[:, 0]) for rows in scans], axis=0)
+    if share.max() < MIN_SHARE:
+        raise ValueError("No triplet shows brain in half of the training scans: look at the volumes.")
+    return np.flatnonzero(share >= MIN_SHARE)
 
 
-LINEAR_RULES = ("inverse_error", "nnls")
-RULES = (*LINEAR_RULES, "median")
-DEFAULT_RULE = "nnls"
-# Neighbouring positions say nearly the same, so plain least squares gives all weight to a few, by luck.
-# A pull towards equal weights, as strong as this many typical scans, keeps them together where data are few.
-EQUAL_SCANS = 10
+def average_triplets(scans: Sequence[np.ndarray], positions: np.ndarray) -> np.ndarray:
+    """Mean over those of `positions` that show brain: float32 (scans, features); NaN where none does."""
+    means = np.full((len(scans), scans[0].shape[1]), np.nan, dtype=np.float32)
+    for mean, rows in zip(means, scans, strict=True):
+        shown = positions[np.isfinite(rows[positions, 0])]
+        if len(shown):
+            mean[:] = rows[shown].mean(axis=0, dtype=np.float32)
+    return means
 
 
-@dataclass(frozen=True)
-class Fusion:
-    """age = centre + slope * (weighted mean of (prediction - centre) over the regressors that have one).
+class Weighting(NamedTuple):
+    """age = centre + slope * (weighted mean of (age of a triplet - centre) over the triplets with brain).
 
-    Attributes
-    ----------
-    rule : str
-    centre : float
-        Mean age of the training scans, years.
-    slope : float
-        Above 1 where the regressors all pull towards the mean, as SVRs with little to go by do.
-    weights : float array (regressors,)
-        Not negative, summing to 1. A regressor without a prediction is left out and the others' weights are
-        scaled up to 1 again.
+    `weights` (triplets,) are not negative and sum to 1; without a triplet the others are scaled up to 1
+    again. `slope` is above 1 where all triplets pull towards the mean, as SVRs with little to go by do.
     """
 
-    rule: str
+    weights: np.ndarray
     centre: float
     slope: float
-    weights: np.ndarray
 
-    def combine(self, predicted: np.ndarray) -> np.ndarray:
-        """(n, regressors) in years, NaN where there is none, to (n,); NaN where none with weight is left."""
-        contributions = self.contributions(predicted)
-        lost = np.isnan(contributions).all(axis=1)
-        return np.where(lost, np.nan, self.centre + np.nansum(contributions, axis=1))
-
-    def contributions(self, predicted: np.ndarray) -> np.ndarray:
-        """Years by which each regressor moves the result away from the centre: (n, regressors), NaN kept."""
-        weights = np.where(np.isfinite(predicted), self.weights, 0.0)
+    def contributions(self, ages: np.ndarray) -> np.ndarray:
+        """Years by which each triplet's age (n, triplets) moves the result away from the centre; NaN kept."""
+        weights = np.where(np.isfinite(ages), self.weights, 0.0)
         total = weights.sum(axis=1, keepdims=True)
-        with np.errstate(invalid="ignore"):
-            return self.slope * (weights / np.where(total > 0, total, np.nan)) * (predicted - self.centre)
+        return self.slope * (weights / np.where(total > 0, total, np.nan)) * (ages - self.centre)
+
+    def combine(self, ages: np.ndarray) -> np.ndarray:
+        """(n, triplets) in years, NaN where there is none, to (n,); NaN where none with weight is left."""
+        moved = self.contributions(ages)
+        return np.where(np.isnan(moved).all(axis=1), np.nan, self.centre + np.nansum(moved, axis=1))
 
 
-def learn_fusion(predicted: np.ndarray, age: np.ndarray, rule: str = DEFAULT_RULE) -> Fusion:
-    """Learn the weights from out-of-fold predictions.
+def learn_weights(ages: np.ndarray, age: np.ndarray) -> Weighting:
+    """Non-negative least squares with a ridge penalty on the weights' differences from their own mean.
 
     Parameters
     ----------
-    predicted : array (n, regressors)
-        Out-of-fold predictions of training scans, years; NaN where a regressor has none.
+    ages : array (n, triplets)
+        Out-of-fold predictions of training scans, years; NaN where a triplet has none.
     age : array (n,)
         Their ages, years.
-    rule : {"inverse_error", "nnls"}
-        Weights proportional to 1 / MAE^2 and one least-squares slope for their mean; or non-negative least
-        squares of the ages on all predictions, pulled towards equal weights. Both work on differences from
-        the mean age.
     """
-    centre = float(np.mean(age))
-    deviation = predicted - centre
-    # A missing cell takes the mean of the same scan's others: it neither favours nor punishes its regressor.
+    centre, n = float(np.mean(age)), ages.shape[1]
+    deviation = ages - centre
+    # A missing cell takes the mean of the same scan's others: it neither favours nor punishes its triplet.
     deviation = np.where(np.isnan(deviation), np.nanmean(deviation, axis=1, keepdims=True), deviation)
-    if rule == "inverse_error":
-        weights = np.nanmean(np.abs(predicted - age[:, None]), axis=0) ** -2.0
-        weights *= _slope(deviation @ weights, age - centre)
-    elif rule == "nnls":
-        weights = _nnls(deviation, age - centre)
-    else:
-        raise ValueError(f"rule = {rule!r}: expected one of {', '.join(LINEAR_RULES)}.")
+    penalty = np.sqrt(EQUAL_SCANS * (deviation**2).mean()) * (np.eye(n) - 1 / n)
+    weights, _ = nnls(np.vstack([deviation, penalty]), np.concatenate([age - centre, np.zeros(n)]))
     slope = float(weights.sum())
-    if slope <= 0:  # no regressor knows anything about age: everyone gets the mean
-        return Fusion(rule, centre, 0.0, np.full(len(weights), 1 / len(weights)))
-    return Fusion(rule, centre, slope, weights / slope)
+    if slope <= 0:  # no triplet knows anything about age: everyone gets the mean
+        return Weighting(np.full(n, 1 / n), centre, 0.0)
+    return Weighting(weights / slope, centre, slope)
 
 
-def _nnls(deviation: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Non-negative least squares with a ridge penalty on the weights' differences from their own mean."""
-    n_regressors = deviation.shape[1]
-    strength = np.sqrt(EQUAL_SCANS * (deviation**2).mean())
-    penalty = strength * (np.eye(n_regressors) - 1 / n_regressors)
-    weights, _ = nnls(np.vstack([deviation, penalty]), np.concatenate([target, np.zeros(n_regressors)]))
-    return weights
+class _Fusion(RegressorMixin, BaseEstimator):
+    """Features of triplets to an age; `fit`, `predict` and `contributions` of both fusions."""
+
+    def __init__(self, grid: Mapping[str, Sequence[float]] = GRID):
+        self.grid = grid
+
+    def fit(self, X: Sequence[np.ndarray], y: np.ndarray, groups: Sequence[str]) -> _Fusion:
+        """Choose C and epsilon, then fit.
+
+        Parameters
+        ----------
+        X : sequence of arrays (positions, features)
+            Training scans only, as `extract_features` gives them.
+        y : array (n,)
+            Ages, years.
+        groups : sequence of str
+            Subjects: a person's scans never part in the inner cross-validation.
+        """
+        self.positions_ = find_positions(X)
+        inner = [predict_out_of_fold(rows, y, groups, self.grid) for rows in self._columns(X, "choosing")]
+        errors = np.abs(np.stack(inner, axis=-1) - y[:, None])
+        self.grid_ = pd.DataFrame(ParameterGrid(self.grid)).assign(mae=np.nanmean(errors, axis=(1, 2)))
+        # Of choices equal to 0.001 years the first is the best: it has the smallest C.
+        best = int(np.argmax(self.grid_["mae"] <= self.grid_["mae"].min() + 1e-3))
+        self.choice_ = ParameterGrid(self.grid)[best]
+        fitted = [fit_svr(rows, y, **self.choice_) for rows in self._columns(X, "fitting")]
+        self.coef_, self.intercept_, centres = (np.stack(part) for part in zip(*fitted, strict=True))
+        self._weigh(np.stack([ages[best] for ages in inner], axis=-1), y, np.asarray(groups), centres)
+        return self
+
+    def predict(self, X: Sequence[np.ndarray]) -> np.ndarray:
+        """Ages in years of scans, each (positions, features); NaN for one without usable triplet."""
+        return self.weighting_.combine(self._predict_triplets(X))
+
+    def contributions(self, X: Sequence[np.ndarray]) -> np.ndarray:
+        """Years by which each triplet in use moves a scan's age from `weighting_.centre`: (n, triplets)."""
+        return self.weighting_.contributions(self._predict_triplets(X))
+
+    def _predict_triplets(self, X: Sequence[np.ndarray]) -> np.ndarray:
+        each = [(rows[self.positions_].astype(np.float64) * self.coef_).sum(axis=1) for rows in X]
+        return np.stack(each) + self.intercept_
 
 
-def _slope(deviation: np.ndarray, target: np.ndarray) -> float:
-    """Least-squares slope through the origin, 0 where it would be negative."""
-    return max(0.0, float(deviation @ target) / max(float(deviation @ deviation), 1e-12))
+class EarlyFusion(_Fusion):
+    """Mean of the features over the triplets that show brain, then one SVR.
 
-
-def compare_rules(predicted: np.ndarray, age: np.ndarray, subject_id: Sequence[str]) -> pd.DataFrame:
-    """Cross-validated MAE (years) of every rule over training subjects: `rule, mae, default`.
-
-    The weights are learned on some subjects' out-of-fold predictions and scored on the others', so that a
-    rule with many weights gains nothing by fitting its own noise.
-    """
-    combined = {rule: np.full(len(age), np.nan) for rule in RULES}
-    for train, held_out in inner_folds(subject_id):
-        for rule in LINEAR_RULES:
-            fusion = learn_fusion(predicted[train], age[train], rule)
-            combined[rule][held_out] = fusion.combine(predicted[held_out])
-        centre, median = age[train].mean(), np.nanmedian(predicted, axis=1)
-        slope = _slope(median[train] - centre, age[train] - centre)
-        combined["median"][held_out] = centre + slope * (median[held_out] - centre)
-    mae = [np.nanmean(np.abs(combined[rule] - age)) for rule in RULES]
-    return pd.DataFrame({"rule": RULES, "mae": mae, "default": [rule == DEFAULT_RULE for rule in RULES]})
-
-
-EARLY, LATE = "early", "late"
-MIN_SHARE = 0.5  # a position is used where at least this share of the training scans shows brain
-
-
-@dataclass(frozen=True)
-class EarlyFusion:
-    """Mean over the triplets, then one SVR.
-
-    Attributes
-    ----------
-    positions : int array
-        Triplets in use.
-    svr : LinearSvr
-    choice : Choice
-        C and epsilon chosen by inner cross-validation.
-    inner_mae : float
-        Their inner cross-validated MAE over the training scans, years.
-    grid : DataFrame
-        `C, epsilon, mae` of every choice tried; empty in a loaded model.
-    """
-
-    positions: np.ndarray
-    svr: LinearSvr
-    choice: Choice
-    inner_mae: float
-    grid: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
-
-    def predict(self, scans: Sequence[np.ndarray]) -> np.ndarray:
-        """Ages in years of scans given as (positions, features); NaN for one without usable triplet."""
-        return self.svr.predict(mean_over_triplets(scans, self.positions))
-
-    def contributions(self, rows: np.ndarray) -> np.ndarray:
-        """Years each triplet in use moves this scan's age from the intercept: (triplets,), NaN: no brain."""
-        each = self.svr.contribution(rows[self.positions].astype(np.float32))
-        return each / np.isfinite(each).sum()
-
-
-@dataclass(frozen=True)
-class LateFusion:
-    """One SVR a triplet position, their ages combined by learned weights.
-
-    Attributes
-    ----------
-    positions : int array
-        Triplets in use; `svrs` and `fusion.weights` are in their order.
-    svrs : list of LinearSvr
-    fusion : Fusion
-    choice : Choice
-        C and epsilon, one pair for all positions: the lowest inner cross-validated MAE over all of them.
-    inner_mae : float
-        Of the combined age, weights learned and scored on different training subjects, years.
-    grid, by_position, rules : DataFrame
-        Inner cross-validated MAE of every choice, position and fusion rule; empty in a loaded model.
-    """
-
-    positions: np.ndarray
-    svrs: list[LinearSvr] = field(repr=False)
-    fusion: Fusion
-    choice: Choice
-    inner_mae: float
-    grid: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
-    by_position: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
-    rules: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
-
-    def predict(self, scans: Sequence[np.ndarray]) -> np.ndarray:
-        """Ages in years of scans given as (positions, features); NaN for one without usable triplet."""
-        return self.fusion.combine(self._each(scans))
-
-    def contributions(self, rows: np.ndarray) -> np.ndarray:
-        """Years each triplet in use moves this scan's age from the centre: (triplets,), NaN for no brain."""
-        return self.fusion.contributions(self._each([rows]))[0]
-
-    def _each(self, scans: Sequence[np.ndarray]) -> np.ndarray:
-        columns = zip(self.svrs, self.positions, strict=True)
-        return np.stack([svr.predict(at_position(scans, position)) for svr, position in columns], axis=1)
-
-
-# --- fitting --------------------------------------------------------------------------------------------
-
-
-def positions_in_use(scans: Sequence[np.ndarray]) -> np.ndarray:
-    """Triplet positions at which at least half of these (training) scans show brain."""
-    positions = np.flatnonzero(present(scans).mean(axis=0) >= MIN_SHARE)
-    if not len(positions):
-        raise ValueError(
-            "No triplet position shows brain in half of the training scans: look at the volumes."
-        )
-    return positions
-
-
-def fit_early(
-    scans: Sequence[np.ndarray], age: np.ndarray, subject_id: Sequence[str], grid: Sequence[Choice] = GRID
-) -> EarlyFusion:
-    """Choose C and epsilon by inner cross-validation grouped by subject, then fit on all rows.
+    The SVR is linear, so its age is also the mean of what it says of each triplet alone.
 
     Parameters
     ----------
-    scans : sequence of arrays (positions, features)
-        Training scans only, as `FeatureCache.rows` gives them.
-    age : array (n,)
-        Years.
-    subject_id : sequence of str
-        A person's scans never part in the inner cross-validation.
-    grid : sequence of Choice
-        Default: 15 pairs, the published one among them.
+    grid : dict
+        Values of C and epsilon to choose from by inner cross-validation; by default 15 pairs, the published
+        one among them.
+
+    Attributes
+    ----------
+    positions_ : int array (triplets,)
+        Triplets in use.
+    coef_, intercept_ : float arrays (1, features) and (1,)
+        Years = features @ coef + intercept. Late fusion has one row per triplet.
+    weighting_ : Weighting
+        Around the SVR's age of the training scans' mean features.
+    choice_ : dict
+        The C and epsilon chosen.
+    inner_mae_ : float
+        Inner cross-validated MAE over the training scans, years.
+    grid_ : DataFrame
+        `C, epsilon, mae` of every choice tried. A loaded model has neither this nor the two above.
     """
-    positions = positions_in_use(scans)
-    features = mean_over_triplets(scans, positions)
-    usable = np.isfinite(features[:, 0])
-    scores = score_grid(out_of_fold(features, age, subject_id, grid), age, grid)
-    best = best_choice(scores)
-    svr = fit_svr(features[usable], age[usable], grid[best])
-    return EarlyFusion(positions, svr, grid[best], float(scores["mae"][best]), scores)
+
+    def _columns(self, X: Sequence[np.ndarray], _stage: str) -> Iterator[np.ndarray]:
+        yield average_triplets(X, self.positions_)
+
+    def _weigh(self, ages: np.ndarray, age: np.ndarray, groups: np.ndarray, centres: np.ndarray) -> None:
+        n = len(self.positions_)
+        self.weighting_ = Weighting(np.full(n, 1 / n), float(centres[0]), 1.0)
+        self.inner_mae_ = float(np.nanmean(np.abs(ages[:, 0] - age)))
 
 
-def fit_late(
-    scans: Sequence[np.ndarray], age: np.ndarray, subject_id: Sequence[str], grid: Sequence[Choice] = GRID
-) -> LateFusion:
-    """One SVR a position and the weights that combine them, all from these rows.
+class LateFusion(_Fusion):
+    """One SVR per triplet position, their ages weighted by `learn_weights`.
 
-    The weights come from inner out-of-fold predictions, so no SVR is judged on a scan it was fitted to.
-    Parameters as in `fit_early`.
+    The weights come from inner out-of-fold predictions, so no SVR is judged on a scan it was fitted to. C and
+    epsilon are one pair for all positions. Parameters and attributes are those of `EarlyFusion`, with
+    `weighting_` around the training scans' mean age, and
+
+    Attributes
+    ----------
+    by_position_ : DataFrame
+        `position, first_slice, n_scans, mae, weight` of every triplet in use.
     """
-    from tqdm import tqdm
 
-    positions = positions_in_use(scans)
-    predicted = np.empty((len(grid), len(age), len(positions)))
-    for column, position in enumerate(tqdm(positions, desc="late fusion", unit="position", leave=False)):
-        predicted[:, :, column] = out_of_fold(at_position(scans, position), age, subject_id, grid)
-    scores = score_grid(predicted, age, grid)
-    best = best_choice(scores)
-    predicted = predicted[best]
-    some = np.isfinite(predicted).any(axis=1)
-    rules = compare_rules(predicted[some], age[some], np.asarray(subject_id)[some])
-    fusion = learn_fusion(predicted[some], age[some])
-    by_position = pd.DataFrame(
-        {
-            "position": positions,
-            "first_slice": positions * SLICES,
-            "n_scans": np.isfinite(predicted).sum(axis=0),
-            "mae": np.nanmean(np.abs(predicted - age[:, None]), axis=0),
-            "weight": fusion.weights,
-        }
-    )
-    svrs = [_fit_position(scans, position, age, grid[best]) for position in positions]
-    inner_mae = float(rules.loc[rules["rule"] == DEFAULT_RULE, "mae"].item())
-    return LateFusion(positions, svrs, fusion, grid[best], inner_mae, scores, by_position, rules)
+    def _columns(self, X: Sequence[np.ndarray], stage: str) -> Iterator[np.ndarray]:
+        from tqdm import tqdm
+
+        for position in tqdm(self.positions_, desc=f"late fusion, {stage}", unit="position", leave=False):
+            yield np.stack([rows[position] for rows in X]).astype(np.float32)
+
+    def _weigh(self, ages: np.ndarray, age: np.ndarray, groups: np.ndarray, centres: np.ndarray) -> None:
+        some = np.isfinite(ages).any(axis=1)
+        self.weighting_ = learn_weights(ages[some], age[some])
+        self.inner_mae_ = score_weights(ages[some], age[some], groups[some])
+        self.by_position_ = pd.DataFrame(
+            {
+                "position": self.positions_,
+                "first_slice": self.positions_ * SLICES,
+                "n_scans": np.isfinite(ages).sum(axis=0),
+                "mae": np.nanmean(np.abs(ages - age[:, None]), axis=0),
+                "weight": self.weighting_.weights,
+            }
+        )
 
 
-def _fit_position(scans: Sequence[np.ndarray], position: int, age: np.ndarray, choice: Choice) -> LinearSvr:
-    features = at_position(scans, position)
-    usable = np.isfinite(features[:, 0])
-    return fit_svr(features[usable], age[usable], choice)
+def score_weights(ages: np.ndarray, age: np.ndarray, subject_id: Sequence[str]) -> float:
+    """MAE in years of weighted ages, the weights learned on some training subjects and scored on others."""
+    combined = np.full(len(age), np.nan)
+    for train, held_out in inner_folds(subject_id):
+        combined[held_out] = learn_weights(ages[train], age[train]).combine(ages[held_out])
+    return float(np.nanmean(np.abs(combined - age)))
 
+
+FUSIONS = {"early": EarlyFusion, "late": LateFusion}
+
+
+# --- the model ------------------------------------------------------------------------------------------
 
 ARRAYS, FACTS, NETWORK = "vgg_svr.safetensors", "vgg_svr.json", "vgg16_features.safetensors"
 
@@ -472,14 +372,15 @@ class VggSvr:
     Parameters
     ----------
     early, late : EarlyFusion, LateFusion
+        Fitted.
     network : Vgg16Features
     settings : FeatureSettings
     spacing_mm : float
-        Of the volumes it was fitted to.
+        Of the volumes it was fitted on.
     variant : {"early", "late"}
-        The headline: the lower inner cross-validated MAE on training subjects.
+        Chosen on training subjects; the one that `predict` uses unless told otherwise.
     facts : dict
-        What was said of it when it was fitted; not used for predicting.
+        What the run knows about itself, for the model card.
     """
 
     early: EarlyFusion
@@ -488,17 +389,16 @@ class VggSvr:
     settings: FeatureSettings
     spacing_mm: float
     variant: str
-    facts: dict[str, Any] = field(default_factory=dict, repr=False)
+    facts: dict[str, Any]
 
     def fusion(self, variant: str = "") -> EarlyFusion | LateFusion:
-        """The named fusion; the headline one where no name is given."""
-        known = {EARLY: self.early, LATE: self.late}
-        if (variant or self.variant) not in known:
-            raise ValueError(f"variant = {variant!r}: expected one of {', '.join(known)}.")
-        return known[variant or self.variant]
+        """One of the two by name; the chosen one without."""
+        if (variant or self.variant) not in FUSIONS:
+            raise ValueError(f"variant = {variant!r}: expected {' or '.join(FUSIONS)}.")
+        return getattr(self, variant or self.variant)
 
     def features(self, volume: np.ndarray) -> np.ndarray:
-        """(positions, features) of one volume (size, size, size), RAS, float16 as in a store."""
+        """VGG16 features of one volume: (positions, features), as both fusions read them."""
         return volume_features(volume, self.spacing_mm, self.network, self.settings)
 
     def predict(self, volumes: Sequence[np.ndarray], variant: str = "") -> np.ndarray:
@@ -508,28 +408,36 @@ class VggSvr:
     def contributions(self, volume: np.ndarray, variant: str = "") -> pd.DataFrame:
         """What each triplet adds to one volume's age: `position, first_slice, last_slice, years`.
 
-        The years add up to the predicted age less the model's starting point (early: the SVR's intercept;
-        late: the training scans' mean age); NaN where the volume shows no brain.
+        The years add up to the predicted age less `weighting_.centre` (early: the age of the training scans'
+        mean features; late: their mean age); NaN where the volume shows no brain.
         """
         fusion = self.fusion(variant)
-        first = fusion.positions * SLICES
-        years = fusion.contributions(self.features(volume))
-        columns = {"position": fusion.positions, "first_slice": first, "last_slice": first + SLICES - 1}
-        return pd.DataFrame({**columns, "years": years})
+        first = fusion.positions_ * SLICES
+        columns = {"position": fusion.positions_, "first_slice": first, "last_slice": first + SLICES - 1}
+        return pd.DataFrame({**columns, "years": fusion.contributions([self.features(volume)])[0]})
 
-    def save(self, folder: Path | str, *, with_network: bool = False) -> list[Path]:
-        """Write arrays and JSON; `with_network` adds VGG16's convolutional weights (59 MB)."""
+    def save(self, folder: Path | str, *, with_network: bool = False) -> None:
+        """Write arrays and JSON; `with_network` adds VGG16's convolutions (59 MB): no download is needed."""
         from safetensors.numpy import save_file
 
-        paths = [Path(folder) / name for name in (ARRAYS, FACTS)]
-        with writing(paths[0]) as temporary:
-            save_file(_arrays(self), temporary)
-        write_json(_facts(self), paths[1])
+        network, arrays = self.network, {}
+        for name in FUSIONS:
+            fusion = self.fusion(name)
+            known = {"positions": fusion.positions_, "coef": fusion.coef_, "intercept": fusion.intercept_}
+            known |= fusion.weighting_._asdict()
+            arrays |= {f"{name}.{key}": np.ascontiguousarray(value) for key, value in known.items()}
+        with writing(Path(folder) / ARRAYS) as temporary:
+            save_file(arrays, temporary)
         if with_network:
-            paths.append(Path(folder) / NETWORK)
-            with writing(paths[2]) as temporary:
-                save_features(self.network, temporary)
-        return paths
+            tensors = network.layers.state_dict().items()
+            with writing(Path(folder) / NETWORK) as temporary:
+                save_file({name: tensor.cpu().contiguous().numpy() for name, tensor in tensors}, temporary)
+        described = {
+            "weights": network.mode,
+            **{name: getattr(network, name) for name in ("weights_sha256", "pooling", "seed")},
+        }
+        facts = {name: getattr(self, name) for name in ("variant", "spacing_mm", "facts")}
+        write_json(facts | {"settings": asdict(self.settings), "network": described}, Path(folder) / FACTS)
 
     @classmethod
     def load(cls, folder: Path | str, device: str = "cpu") -> VggSvr:
@@ -543,76 +451,47 @@ class VggSvr:
         """
         from safetensors.numpy import load_file
 
-        facts = read_json(Path(folder) / FACTS)
-        arrays = load_file(Path(folder) / ARRAYS)
-        network = _network(Path(folder), facts["network"]).place(device)
-        early = EarlyFusion(
-            arrays["early.positions"],
-            _svrs(arrays, EARLY, facts[EARLY]["intercepts"])[0],
-            Choice(**facts[EARLY]["choice"]),
-            facts[EARLY]["inner_mae"],
-        )
-        late = LateFusion(
-            arrays["late.positions"],
-            _svrs(arrays, LATE, facts[LATE]["intercepts"]),
-            Fusion(**facts[LATE]["fusion"], weights=arrays["late.fusion"]),
-            Choice(**facts[LATE]["choice"]),
-            facts[LATE]["inner_mae"],
-        )
+        facts, arrays = read_json(Path(folder) / FACTS), load_file(Path(folder) / ARRAYS)
+        fusions = []
+        for name, fusion in FUSIONS.items():
+            known = {
+                key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(name)
+            }
+            if "scale" in known:
+                known = _fold_standardisation(known, facts[name])
+            fusions.append(fusion())
+            fusions[-1].positions_, fusions[-1].coef_ = known["positions"], known["coef"]
+            fusions[-1].intercept_ = known["intercept"]
+            centre, slope = (float(np.squeeze(known[key])) for key in ("centre", "slope"))
+            fusions[-1].weighting_ = Weighting(known["weights"], centre, slope)
+        network = _load_network(Path(folder), facts["network"]).place(device)
         settings = FeatureSettings(**facts["settings"])
-        return cls(early, late, network, settings, facts["spacing_mm"], facts["variant"], facts["facts"])
+        return cls(*fusions, network, settings, facts["spacing_mm"], facts["variant"], facts["facts"])
 
 
-def _arrays(model: VggSvr) -> dict[str, np.ndarray]:
-    arrays = {"early.positions": model.early.positions, "late.positions": model.late.positions}
-    arrays["late.fusion"] = model.late.fusion.weights
-    for name, svrs in ((EARLY, [model.early.svr]), (LATE, model.late.svrs)):
-        for part in ("mean", "scale", "weight"):
-            arrays[f"{name}.{part}"] = np.stack([getattr(svr, part) for svr in svrs])
-    return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-
-
-def _facts(model: VggSvr) -> dict[str, Any]:
-    described = {
-        name: {
-            "choice": fitted.choice._asdict(),
-            "inner_mae": fitted.inner_mae,
-            "intercepts": [svr.intercept for svr in svrs],
-        }
-        for name, fitted, svrs in (
-            (EARLY, model.early, [model.early.svr]),
-            (LATE, model.late, model.late.svrs),
-        )
-    }
-    fusion = model.late.fusion
-    described[LATE]["fusion"] = {"rule": fusion.rule, "centre": fusion.centre, "slope": fusion.slope}
-    network = model.network
+def _fold_standardisation(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a fusion from a bundle that kept means and scales of features beside the weights."""
+    mean, scale, weight = (arrays[key].astype(np.float64) for key in ("mean", "scale", "weight"))
+    coef, centres, n = weight / scale, np.array(facts["intercepts"]), len(arrays["positions"])
     return {
-        "variant": model.variant,
-        "spacing_mm": model.spacing_mm,
-        "settings": asdict(model.settings),
-        "network": {
-            "weights": network.mode,
-            "weights_sha256": network.weights_sha256,
-            "pooling": network.pooling,
-            "seed": network.seed,
-        },
-        **described,
-        "facts": model.facts,
+        "positions": arrays["positions"],
+        "coef": coef,
+        "intercept": centres - (coef * mean).sum(axis=1),
+        "weights": arrays.get("fusion", np.full(n, 1 / n)),
+        **facts.get("fusion", {"centre": centres[0], "slope": 1.0}),
     }
 
 
-def _svrs(arrays: dict[str, np.ndarray], name: str, intercepts: list[float]) -> list[LinearSvr]:
-    parts = (arrays[f"{name}.{part}"] for part in ("mean", "scale", "weight"))
-    return [LinearSvr(*row, intercept) for *row, intercept in zip(*parts, intercepts, strict=True)]
-
-
-def _network(folder: Path, facts: dict[str, Any]) -> Vgg16Features:
-    mode, pooling = facts["weights"], facts["pooling"]
+def _load_network(folder: Path, facts: Mapping[str, Any]) -> Vgg16Features:
+    mode, known = facts["weights"], {"pooling": facts["pooling"], "seed": facts["seed"]}
     if (folder / NETWORK).exists():
-        network = saved_features(folder / NETWORK, mode, pooling, facts["seed"])
+        from safetensors.torch import load_file
+
+        layers = empty_layers()
+        layers.load_state_dict(load_file(folder / NETWORK))
+        network = Vgg16Features(layers, mode, **known)
     else:
-        network = vgg16_features(mode, pooling=pooling, seed=facts["seed"])
+        network = vgg16_features(mode, **known)
     if network.weights_sha256 != facts["weights_sha256"]:
         raise WeightsError(
             f"The VGG16 weights found have hash {network.weights_sha256[:8]}…, this model was fitted with "
@@ -622,8 +501,9 @@ def _network(folder: Path, facts: dict[str, Any]) -> Vgg16Features:
     return network
 
 
-COLUMNS = ("scan_id", "subject_id", "session_id", "split", "fold", "seed", "variant", "age", "predicted_age")
-METHOD = "vgg16_svr"
+# --- the run --------------------------------------------------------------------------------------------
+
+TABLES = ("predictions", "grid", "positions", "left_out")
 
 
 @dataclass
@@ -635,8 +515,8 @@ class VggRun:
     folder : Path
     predictions : DataFrame
         `predictions.csv`: with folds, train and validation rows are out-of-fold (`fold` >= 0).
-    grid, by_position, rules : DataFrame
-        Inner cross-validated MAE (years, training subjects) of hyper-parameters, positions, fusion rules.
+    grid, positions : DataFrame
+        Inner cross-validated MAE (years, training subjects) of hyper-parameters and of triplet positions.
     left_out : DataFrame
         `scan_id, split, reason`.
     settings : dict
@@ -650,20 +530,16 @@ class VggRun:
     folder: Path
     predictions: pd.DataFrame
     grid: pd.DataFrame
-    by_position: pd.DataFrame
-    rules: pd.DataFrame
+    positions: pd.DataFrame
     left_out: pd.DataFrame
     settings: dict[str, Any]
-    reused: bool
-    changed: list[str]
+    reused: bool = False
+    changed: Sequence[str] = ()
 
     def summary(self) -> pd.DataFrame:
-        """What was chosen on training subjects, a column a fusion."""
-        rows = {
-            name: {**self.settings[name], "headline": name == self.settings["variant"]}
-            for name in (EARLY, LATE)
-        }
-        return pd.DataFrame(rows).fillna("")
+        """What was chosen on training subjects, one column per fusion."""
+        headline = self.settings["variant"]
+        return pd.DataFrame({name: self.settings[name] | {"headline": name == headline} for name in FUSIONS})
 
     @property
     def reference_age(self) -> float:
@@ -681,150 +557,143 @@ class VggRun:
 
 
 def train_vgg_svr(
-    cache: FeatureCache,
-    splits: pd.DataFrame,
-    run_folder: Path | str,
-    network: Vgg16Features,
-    *,
-    failed: pd.DataFrame | None = None,
+    features: Features, splits: pd.DataFrame, run_folder: Path | str, network: Vgg16Features
 ) -> VggRun:
     """Fit both fusions on training subjects, predict every scan, write the run.
 
-    Without folds: fitted on `train`, all rows with `fold` -1. With folds: a fit a fold over train and
+    Without folds: fitted on `train`, all rows with `fold` -1. With folds: one fit per fold over train and
     validation gives their out-of-fold rows, and a last fit on all of them gives the test rows. Test ages (and
     validation ages without folds) are copied into the table and used for nothing else.
 
     Parameters
     ----------
-    cache : FeatureCache
+    features : Features
         From `extract_features`.
     splits : DataFrame
         `splits.csv`.
     run_folder : path
-        `ws.run("vgg16_svr")`; gets settings.json, predictions.csv, grid.csv, positions.csv, rules.csv,
-        left_out.csv and model/.
+        `ws.run("vgg16_svr")`; gets settings.json, predictions.csv, grid.csv, positions.csv, left_out.csv and
+        model/. A run with equal settings is read, not fitted again.
     network : Vgg16Features
         The one the features were extracted with.
-    failed : DataFrame, optional
-        `scan_id, reason` of the extraction, to be repeated in `left_out`.
+
+    Examples
+    --------
+    >>> run = train_vgg_svr(features, splits, ws.run("vgg16_svr"), network)
+    >>> run.accuracy("test")["late"]["mae"]
     """
-    folder = Path(run_folder)
-    inputs = _inputs(cache, splits, network)
+    folder, inputs = Path(run_folder), _inputs(features, splits, network)
     before = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
     if before.get("inputs") == inputs:
-        return _read(folder, before)
-    if network.weights_sha256 != cache.facts["weights_sha256"]:
+        return VggRun(folder, *(read_csv(folder / f"{name}.csv") for name in TABLES), before, reused=True)
+    if network.weights_sha256 != features.facts["weights_sha256"]:
         raise ValueError(
             "The features come from other weights than this network's: extract them again with it."
         )
-    known = np.array([cache.has(scan_id) for scan_id in splits["scan_id"]], dtype=bool)
+    known = splits["scan_id"].isin(list(features.files))
     scans = splits[known].reset_index(drop=True)
-    early, late, rows = _fit_and_predict(cache, scans, network.seed)
+    fusions, rows = _fit_and_predict(features, scans, network.seed)
     lost = rows["predicted_age"].isna()
-    left_out = _left_out(splits[~known], failed, rows[lost])
-    variant = EARLY if early.inner_mae <= late.inner_mae else LATE
-    settings = _settings(cache, network, variant, early, late, inputs)
+    left_out = _left_out(splits[~known], features.failed, rows[lost])
+    settings = _settings(features, network, fusions, inputs)
     settings["n_scans"] = {name: int(n) for name, n in scans["split"].value_counts().items()}
     settings["n_left_out"] = int(left_out["scan_id"].nunique())
-    model = VggSvr(early, late, network, cache.settings, cache.facts["spacing_mm"], variant, settings)
-    grid = pd.concat([early.grid.assign(variant=EARLY), late.grid.assign(variant=LATE)])
-    run = VggRun(folder, rows[~lost], grid, late.by_position, late.rules, left_out, settings, False, [])
-    run.changed = _differences(before.get("inputs", {}), inputs)
+    grid = pd.concat([fusion.grid_.assign(variant=name) for name, fusion in fusions.items()])
+    old = before.get("inputs", {})
+    changed = [
+        f"{name}: {old[name]} -> {inputs[name]}"
+        for name in inputs
+        if old.get(name, inputs[name]) != inputs[name]
+    ]
+    run = VggRun(folder, rows[~lost], grid, fusions["late"].by_position_, left_out, settings, False, changed)
+    model = VggSvr(
+        *fusions.values(),
+        network,
+        features.settings,
+        features.facts["spacing_mm"],
+        settings["variant"],
+        settings,
+    )
     _write(run, model)
     return run
 
 
 def _fit_and_predict(
-    cache: FeatureCache, scans: pd.DataFrame, seed: int
-) -> tuple[EarlyFusion, LateFusion, pd.DataFrame]:
+    features: Features, scans: pd.DataFrame, seed: int
+) -> tuple[dict[str, EarlyFusion | LateFusion], pd.DataFrame]:
     folds = sorted(fold for fold in scans["fold"].unique() if fold >= 0)
     learning = scans["split"].isin(["train", "val"]) if folds else scans["split"] == "train"
-    early, late = _fit(cache, scans[learning])
+    fusions = _fit(features, scans[learning])
     parts = []
     for fold in folds:
         held_out = scans["fold"] == fold
-        parts.append(_predict(cache, scans[held_out], *_fit(cache, scans[learning & ~held_out])))
+        parts.append(_predict(features, scans[held_out], _fit(features, scans[learning & ~held_out])))
     rest = scans[~learning] if folds else scans
-    parts.append(_predict(cache, rest.assign(fold=-1), early, late))
-    return early, late, pd.concat(parts, ignore_index=True).assign(seed=seed)[list(COLUMNS)]
+    parts.append(_predict(features, rest.assign(fold=-1), fusions))
+    return fusions, pd.concat(parts, ignore_index=True).assign(seed=seed)[list(COLUMNS)]
 
 
-def _fit(cache: FeatureCache, training: pd.DataFrame) -> tuple[EarlyFusion, LateFusion]:
-    rows = [cache.rows(scan_id) for scan_id in training["scan_id"]]
+def _fit(features: Features, training: pd.DataFrame) -> dict[str, EarlyFusion | LateFusion]:
+    rows = [features[scan_id] for scan_id in training["scan_id"]]
     age, subject_id = training["age"].to_numpy(dtype=np.float64), training["subject_id"].to_numpy()
-    return fit_early(rows, age, subject_id), fit_late(rows, age, subject_id)
+    return {name: fusion().fit(rows, age, subject_id) for name, fusion in FUSIONS.items()}
 
 
-def _predict(cache: FeatureCache, scans: pd.DataFrame, early: EarlyFusion, late: LateFusion) -> pd.DataFrame:
+def _predict(
+    features: Features, scans: pd.DataFrame, fusions: Mapping[str, EarlyFusion | LateFusion]
+) -> pd.DataFrame:
     if scans.empty:
         return pd.DataFrame(columns=[*scans.columns, "variant", "predicted_age"])
-    rows = [cache.rows(scan_id) for scan_id in scans["scan_id"]]
+    rows = [features[scan_id] for scan_id in scans["scan_id"]]
     return pd.concat(
-        [
-            scans.assign(variant=variant, predicted_age=model.predict(rows))
-            for variant, model in ((EARLY, early), (LATE, late))
-        ]
+        scans.assign(variant=name, predicted_age=fusion.predict(rows)) for name, fusion in fusions.items()
     )
 
 
-def _left_out(absent: pd.DataFrame, failed: pd.DataFrame | None, lost: pd.DataFrame) -> pd.DataFrame:
-    reasons = {} if failed is None else dict(zip(failed["scan_id"], failed["reason"], strict=True))
+def _left_out(absent: pd.DataFrame, failed: pd.DataFrame, lost: pd.DataFrame) -> pd.DataFrame:
+    reasons = dict(zip(failed["scan_id"], failed["reason"], strict=True))
     reason = absent["scan_id"].map(reasons).fillna("no features: run the extraction for this scan")
-    absent = absent.assign(reason=reason)
     lost = lost.assign(reason=lost["variant"] + ": none of the triplets the model uses shows brain")
-    return pd.concat([absent, lost])[["scan_id", "split", "reason"]].reset_index(drop=True)
+    return pd.concat([absent.assign(reason=reason), lost])[["scan_id", "split", "reason"]].reset_index(
+        drop=True
+    )
 
 
-def _inputs(cache: FeatureCache, splits: pd.DataFrame, network: Vgg16Features) -> dict[str, Any]:
+def _inputs(features: Features, splits: pd.DataFrame, network: Vgg16Features) -> dict[str, Any]:
     """What decides a run's outcome; equal inputs need no second fit."""
     used = splits[["scan_id", "subject_id", "age", "split", "fold"]].sort_values("scan_id")
-    known = [scan_id + cache.volume_sha256[scan_id] for scan_id in used["scan_id"] if cache.has(scan_id)]
+    volumes = sorted(features.files[scan_id].name for scan_id in used["scan_id"] if scan_id in features.files)
+    texts = {"volumes": "\n".join(volumes), "splits": used.to_csv(index=False)}
     return {
-        "features": cache.facts["fingerprint"],
-        "volumes": hashlib.sha256("\n".join(known).encode()).hexdigest()[:12],
-        "splits": hashlib.sha256(used.to_csv(index=False).encode()).hexdigest()[:12],
-        "grid": [list(choice) for choice in GRID],
+        "features": features.facts["fingerprint"],
+        **{name: hashlib.sha256(text.encode()).hexdigest()[:12] for name, text in texts.items()},
+        "grid": {name: list(values) for name, values in GRID.items()},
         "seed": network.seed,
     }
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    return [
-        f"{name}: {before[name]} -> {now[name]}"
-        for name in now
-        if name in before and before[name] != now[name]
-    ]
-
-
 def _settings(
-    cache: FeatureCache,
+    features: Features,
     network: Vgg16Features,
-    variant: str,
-    early: EarlyFusion,
-    late: LateFusion,
+    fusions: Mapping[str, EarlyFusion | LateFusion],
     inputs: dict[str, Any],
 ) -> dict[str, Any]:
+    chosen = {
+        name: fusion.choice_
+        | {"inner_cv_mae_years": fusion.inner_mae_, "n_triplets": len(fusion.positions_)}
+        | {"slope": fusion.weighting_.slope}
+        for name, fusion in fusions.items()
+    }
     return {
-        "method": METHOD,
+        "method": "vgg16_svr",
         "title": network.title,
-        "variant": variant,
+        "variant": min(fusions, key=lambda name: fusions[name].inner_mae_),
         "variant_chosen_by": "inner cross-validation on training subjects",
-        "fingerprint": cache.facts["volumes"],
+        "fingerprint": features.facts["volumes"],
         "weights": network.mode,
         "weights_sha256": network.weights_sha256,
-        "features": cache.facts,
-        EARLY: {
-            **early.choice._asdict(),
-            "inner_cv_mae_years": early.inner_mae,
-            "n_triplets": len(early.positions),
-        },
-        LATE: {
-            **late.choice._asdict(),
-            "inner_cv_mae_years": late.inner_mae,
-            "n_triplets": len(late.positions),
-            "rule": late.fusion.rule,
-            "slope": late.fusion.slope,
-        },
+        "features": features.facts,
+        **chosen,
         "inputs": inputs,
     }
 
@@ -834,21 +703,6 @@ def _write(run: VggRun, model: VggSvr) -> None:
     (run.folder / "settings.json").unlink(missing_ok=True)
     # A drawn network can be drawn again; ImageNet's weights go along, so that predicting needs no internet.
     model.save(run.folder / "model", with_network=model.network.mode == IMAGENET)
-    for name in ("predictions", "grid", "positions", "rules", "left_out"):
-        write_csv(_tables(run)[name], run.folder / f"{name}.csv")
+    for name in TABLES:
+        write_csv(getattr(run, name), run.folder / f"{name}.csv")
     write_json(run.settings, run.folder / "settings.json")
-
-
-def _tables(run: VggRun) -> dict[str, pd.DataFrame]:
-    return {
-        "predictions": run.predictions,
-        "grid": run.grid,
-        "positions": run.by_position,
-        "rules": run.rules,
-        "left_out": run.left_out,
-    }
-
-
-def _read(folder: Path, settings: dict[str, Any]) -> VggRun:
-    names = ("predictions", "grid", "positions", "rules", "left_out")
-    return VggRun(folder, *(read_csv(folder / f"{name}.csv") for name in names), settings, True, [])

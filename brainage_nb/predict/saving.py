@@ -1,18 +1,12 @@
-"""What a bundle says about the run behind it: who it was trained on, correction, interval, figures.
+"""From a finished training run to a bundle: its weights, and what must be known of them.
 
-Nothing here names a person: ages are counted or rounded, ids are kept as salted hashes.
-
-From a finished training run to a bundle: weights in the smallest exact-enough form, and what must be said
-of them.
-
-Reads the workspace the run lies in; opens no bundle (see `bundle`).
+Nothing in a bundle names a person: ages are counted or rounded, ids are kept as salted hashes.
 """
 
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,173 +15,22 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-from brainage_nb.bundle_format import CARD as CARD_FILE
-from brainage_nb.bundle_format import MANIFEST, all_seen, hashed, write_bundle
+from brainage_nb.bundle_format import CARD, MANIFEST, RESNET, VGG, hashed, write_bundle
 from brainage_nb.evaluation.correction import ConformalInterval
 from brainage_nb.evaluation.evaluate import calibrate
 from brainage_nb.evaluation.metrics import regression_metrics, with_interval
-from brainage_nb.evaluation.runs import OUT_OF_FOLD, Run, reported_level
-from brainage_nb.models.network import count_outputs
+from brainage_nb.evaluation.report import templates
+from brainage_nb.evaluation.runs import OUT_OF_FOLD, read_run, reported_level
 from brainage_nb.platforms import version_of
-from brainage_nb.predict.cautions import FILE as REFERENCE_FILE
-from brainage_nb.predict.cautions import NOT_A_DEVICE, Reference
-from brainage_nb.predict.predictors import (
-    HALF_PRECISION_YEARS,
-    RESNET,
-    VGG,
-    NetworkEnsemble,
-    SvrModel,
-    arrays_of,
-    network_from,
-    precision_check,
-)
+from brainage_nb.predict.cautions import NOT_A_DEVICE, REFERENCE_FILE, Reference
+from brainage_nb.predict.predictors import NetworkEnsemble, SvrModel, load_network, round_weights
 from brainage_nb.workspace import Workspace, open_workspace, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from brainage_nb.evaluation.correction import Calibration
     from brainage_nb.evaluation.runs import Run
-    from brainage_nb.volumes.settings import PreprocessingSettings
-    from brainage_nb.volumes.store import VolumeStore
 
-LOOKED_AT = 7  # training scans opened again
-
-
-def check_manifest(manifest: Mapping[str, Any], settings: PreprocessingSettings) -> None:
-    """Numbers that later steps rely on, checked once and early."""
-    if not (8 <= settings.size <= 256 and 0.5 <= settings.spacing_mm <= 10):
-        raise ValueError(
-            f"volumes of {settings.size} voxels of {settings.spacing_mm} mm; expected 8 to 256 and 0.5 to 10"
-        )
-    training = manifest["training"]
-    edges, counts = (np.asarray(training[name], dtype=float) for name in ("age_edges", "age_counts"))
-    if len(edges) != len(counts) + 1 or not 0 <= training["age_low"] <= training["age_high"] <= 130:
-        raise ValueError("the training ages are garbled")
-    position = manifest["position"]
-    if len({len(position[name]) for name in ("part", "age", "predicted_age")}) != 1:
-        raise ValueError("the positions are garbled")
-    for seen in all_seen(manifest):
-        bytes.fromhex(seen["salt"])
-
-
-def facts_of_run(run: Run, workspace: Workspace) -> dict[str, Any]:
-    """Manifest entries `training, correction, interval, figures, position, seen, seen_before`, all from the
-    run's own files.
-
-    Correction and interval are those of the evaluation (`calibrate`), at the level of the workspace's report
-    where there is one; test rows only give figures.
-    """
-    learning = training_rows(run)
-    cleaning = _cleaning(workspace)
-    return {
-        "training": _training(learning, cleaning)
-        | {"age_mean": run.reference_age, "skull_stripped": _skull_stripped(learning, workspace)},
-        **calibrate(run, reported_level(workspace)).to_dict(),
-        "figures": _figures(run),
-        "position": _position(run),
-        "seen": _seen(learning, cleaning),
-        "seen_before": run.settings.get("seen_before", []),
-    }
-
-
-def training_rows(run: Run) -> pd.DataFrame:
-    """Headline rows of all scans that any member learned or chose its epoch from: all but test."""
-    return run.predictions[run.predictions["split"] != "test"]
-
-
-def _training(rows: pd.DataFrame, cleaning: pd.DataFrame) -> dict[str, Any]:
-    subjects = rows.groupby("subject_id").agg(age=("age", "mean"))
-    age = subjects["age"].to_numpy()
-    edges = np.arange(5 * np.floor(age.min() / 5), age.max() + 5.001, 5)
-    facts = {
-        "n_subjects": len(subjects),
-        "n_scans": len(rows),
-        "age_low": float(age.min()),
-        "age_high": float(age.max()),
-        "age_edges": edges,
-        "age_counts": np.histogram(age, edges)[0],
-        "voxel_mm": _voxel_range(rows, cleaning),
-    }
-    for name in ("sex", "site", "source"):
-        if name in rows:
-            values = rows.drop_duplicates("subject_id")[name].fillna("").astype(str)
-            facts[name] = {value or "unknown": int(n) for value, n in values.value_counts().items()}
-    return facts
-
-
-def _voxel_range(rows: pd.DataFrame, cleaning: pd.DataFrame) -> list[float] | None:
-    """Smallest and largest voxel edge among the training scans in mm, where cleaning measured them."""
-    if "voxel_mm" not in cleaning:
-        return None
-    cells = cleaning.loc[cleaning["scan_id"].isin(rows["scan_id"]), "voxel_mm"].dropna()
-    sizes = [float(edge) for cell in cells for edge in cell.split(" x ")]
-    return [min(sizes), max(sizes)] if sizes else None
-
-
-def _skull_stripped(rows: pd.DataFrame, workspace: Workspace) -> bool | None:
-    """Whether most of a few training scans are skull-stripped; None where none can be opened."""
-    from brainage_nb.volumes.heads import find_head
-    from brainage_nb.volumes.scans import ScanError, load_scan
-
-    images = workspace.read("cohort.csv").set_index("scan_id")["image"]
-    chosen = rows["scan_id"].iloc[np.linspace(0, len(rows) - 1, min(len(rows), LOOKED_AT)).astype(int)]
-    seen = []
-    for scan_id in chosen:
-        try:
-            seen.append(find_head(load_scan(workspace.resolve(images[scan_id]))).skull_stripped)
-        except ScanError:  # scans need not lie where they lay in training
-            continue
-    return bool(np.mean(seen) > 0.5) if seen else None
-
-
-def _figures(run: Run) -> dict[str, Any]:
-    figures = {}
-    for split in (name for name in run.splits() if name != "train"):
-        rows = run.part(split)
-        figures[split] = regression_metrics(
-            rows["age"],
-            rows["predicted_age"],
-            rows["subject_id"].to_numpy(),
-            reference_age=run.reference_age,
-            n_bootstrap=1000,
-        )
-    return figures
-
-
-def _position(run: Run) -> dict[str, Any]:
-    """Held-out predictions against ages, to place a new one among: ages in whole years, no ids, shuffled."""
-    parts = [name for name in run.splits() if name != "train" and not (run.folds and name == "val")]
-    rows = pd.concat([run.part(name).assign(part=name) for name in parts])
-    rows = rows.sample(frac=1, random_state=0)
-    return {
-        "part": rows["part"].replace(OUT_OF_FOLD, "out of fold").tolist(),
-        "age": rows["age"].round().astype(int).tolist(),
-        "predicted_age": rows["predicted_age"].round(1).tolist(),
-    }
-
-
-def _cleaning(workspace: Workspace) -> pd.DataFrame:
-    if not workspace.path("cleaning.csv").exists():
-        return pd.DataFrame({"scan_id": []})
-    return workspace.read("cleaning.csv")
-
-
-# --- who was in it --------------------------------------------------------------------------------------
-
-
-def _seen(rows: pd.DataFrame, cleaning: pd.DataFrame) -> dict[str, Any]:
-    salt = os.urandom(16).hex()
-    images: Iterable[str] = ()
-    if "sha256" in cleaning:
-        chosen = cleaning[cleaning["scan_id"].isin(rows["scan_id"])]
-        images = chosen["sha256"].dropna().astype(str)
-    return {
-        "salt": salt,
-        "subjects": sorted({hashed(name, salt) for name in rows["subject_id"].unique()}),
-        "images": sorted({hashed(digest, salt) for digest in images if digest}),
-    }
-
-
-REFERENCE_SCANS, FEATURE_SCANS, CHECK_SCANS = 200, 64, 8
+OPENED_AGAIN, REFERENCE_SCANS, CHECK_SCANS = 7, 200, 8
 PACKAGES = ("brainage-nb", "torch", "numpy", "nibabel", "scipy", "safetensors")
 
 
@@ -196,8 +39,8 @@ def save_bundle(
 ) -> Path:
     """Write the bundle of a finished run, its interval at the level of the workspace's report (90 % before).
 
-    Weights are rounded to half precision where no age of the checked training scans moves by 0.01 years or
-    more; the manifest says which, and how far they moved.
+    Large weights are rounded to half precision; `reproduced_within_years` in the manifest says how far that
+    moves the ages of some training scans (null with folds, whose predictions come from single networks).
 
     Parameters
     ----------
@@ -212,19 +55,25 @@ def save_bundle(
     -------
     Path
         The bundle.
+
+    Examples
+    --------
+    >>> save_bundle("workspace/runs/resnet18", "model.zip", licence="CC BY 4.0")  # doctest: +SKIP
+    PosixPath('model.zip')
     """
-    from brainage_nb.evaluation.runs import read_run
     from brainage_nb.volumes.store import VolumeStore
 
     folder = Path(run_folder).absolute()
     ws = open_workspace(folder.parents[1])
     run = read_run(ws, folder.name)
     store = VolumeStore.open(ws.path("volumes", run.settings["fingerprint"]))
-    learning = evenly(training_rows(run)["scan_id"].tolist(), REFERENCE_SCANS)
-    checked = {scan_id: np.asarray(store[scan_id]) for scan_id in evenly(learning, CHECK_SCANS)}
-    make = _svr_parts if (folder / "model").is_dir() else _resnet_parts
-    model, parts, arrays = make(folder, run.settings, list(checked.values()))
-    reference = reference_of(store, learning, model)
+    learning = _choose_evenly(learning_rows(run)["scan_id"].tolist(), REFERENCE_SCANS)
+    reference = Reference.fit(store[scan_id] for scan_id in learning)
+    collect = _collect_svr if (folder / "model").is_dir() else _collect_networks
+    model, entries, arrays = collect(folder, run.settings)
+    known = run.predictions.set_index("scan_id")["predicted_age"]
+    apart = [abs(model.predict(store[scan_id]).mean() - known[scan_id]) for scan_id in
+             _choose_evenly(learning, 0 if run.folds else CHECK_SCANS)]  # fmt: skip
     manifest = {
         "run": run.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -235,12 +84,12 @@ def save_bundle(
         "preprocessing": store.settings.to_json(),
         "volumes": store.fingerprint,
         "reference": reference.to_dict(),
-        "reproduced_within_years": _largest_difference(model, checked, run),
-        **parts,
+        "reproduced_within_years": max(apart, default=None),
+        **entries,
         **facts_of_run(run, ws),
     }
     arrays[REFERENCE_FILE] = reference.arrays()
-    return write_bundle(target or folder / "bundle", manifest, arrays, card_of(manifest))
+    return write_bundle(target or folder / "bundle", manifest, arrays, write_card(manifest))
 
 
 def current_bundle(run_folder: Path | str) -> Path:
@@ -263,7 +112,7 @@ def update_bundle(run_folder: Path | str, calibration: Calibration) -> str:
     before = manifest["interval"] or {"level": 0}
     manifest |= evaluated
     write_json(manifest, place / MANIFEST)
-    write_text(card_of(manifest), place / CARD_FILE)
+    write_text(write_card(manifest), place / CARD)
     return f"the bundle now {gives}; copies made before keep their own ({before['level']:.0%})"
 
 
@@ -273,151 +122,166 @@ def _is_current(run_folder: Path | str) -> bool:
     return made.exists() and (not predicted.exists() or made.stat().st_mtime >= predicted.stat().st_mtime)
 
 
-def evenly(items: Sequence[str], n: int) -> list[str]:
-    """At most `n` of the items, evenly spaced."""
+def _choose_evenly(items: Sequence[str], n: int) -> list[str]:
     chosen = np.unique(np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int))
     return [items[place] for place in chosen]
 
 
-def reference_of(
-    volumes: Mapping[str, np.ndarray] | VolumeStore,
-    learning: Sequence[str],
-    model: NetworkEnsemble | SvrModel,
-) -> Reference:
-    """What the training scans `learning` looked like, to the eye and, where it is one, to the network."""
-    chosen = evenly(learning, FEATURE_SCANS) if isinstance(model, NetworkEnsemble) else []
-    features = [model.features(volumes[scan_id]) for scan_id in chosen]
-    return Reference.fit((volumes[scan_id] for scan_id in learning), features)
+# --- the model ------------------------------------------------------------------------------------------
 
 
-def _resnet_parts(
-    folder: Path, settings: Mapping[str, Any], volumes: Sequence[np.ndarray]
+def _collect_networks(
+    folder: Path, settings: Mapping[str, Any]
 ) -> tuple[NetworkEnsemble, dict[str, Any], dict[str, Any]]:
-    """The ensemble, its manifest entries and its array files."""
-    training = settings["settings"]
+    """The ensemble as it is saved, its manifest entries and its array files."""
+    training, places = settings["settings"], sorted(folder.glob("checkpoints/*/weights.safetensors"))
     if own := settings.get("own", {}).get("network"):
         raise ValueError(
             f"{folder} was trained with a network of your own ({own}): a bundle runs nothing, so it can only "
             "hold the ResNet-18 of this package. Keep checkpoints/*/weights.safetensors and the code."
         )
-    architecture = {name: training[name] for name in ("widths", "blocks", "shortcut")}
-    architecture["outputs"] = count_outputs(training["loss"])
-    flip = bool(training["flip_averaging"])
-    places = sorted(folder.glob("checkpoints/*/weights.safetensors"))
     if not places:
         raise FileNotFoundError(
             f"{folder} has no finished model (checkpoints/*/weights.safetensors). Train it to the end first."
         )
-    loaded = [load_file(path) for path in places]
-    architecture["linear_edge"] = len(loaded[0].get("linear.weight", ()))
-    stored = [network_from(architecture, weights) for weights in loaded]
-    moved = max(precision_check(network, architecture, volumes, flip_averaging=flip) for network in stored)
-    half = moved < HALF_PRECISION_YEARS
-    arrays = {
-        f"member-{n:02d}.safetensors": arrays_of(network, half=half) for n, network in enumerate(stored)
+    trained = [load_file(path) for path in places]
+    architecture = {name: training[name] for name in ("widths", "blocks", "shortcut")} | {
+        "outputs": len(trained[0]["fc.bias"]),
+        "linear_edge": len(trained[0].get("linear.weight", ())),
     }
-    kept = [network_from(architecture, named) for named in arrays.values()]
+    rounded = [round_weights(load_network(architecture, weights)) for weights in trained]
+    files = [f"member-{n:02d}.safetensors" for n in range(len(places))]
+    named = zip(files, places, strict=True)
     entries = {
         "kind": RESNET,
         "trained_by_recipe": settings["recipe"],
         "architecture": architecture,
-        "flip_averaging": flip,
-        "members": [
-            {"file": file, "name": path.parent.name} for file, path in zip(arrays, places, strict=True)
-        ],
-        "weights": "float16" if half else "float32",
-        "half_precision_moves_years": moved,
+        "flip_averaging": bool(training["flip_averaging"]),
+        "members": [{"file": file, "name": path.parent.name} for file, path in named],
+        "weights": "float16",
     }
-    return NetworkEnsemble(kept, flip_averaging=flip), entries, arrays
+    networks = [load_network(architecture, weights) for weights in rounded]
+    ensemble = NetworkEnsemble(networks, flip_averaging=entries["flip_averaging"])
+    return ensemble, entries, dict(zip(files, rounded, strict=True))
 
 
-def _svr_parts(
-    folder: Path, settings: Mapping[str, Any], _volumes: Sequence[np.ndarray]
+def _collect_svr(
+    folder: Path, settings: Mapping[str, Any]
 ) -> tuple[SvrModel, dict[str, Any], dict[str, Any]]:
     """The fusion, its manifest entries and its array files, VGG16's convolutions among them."""
     from brainage_nb.models.svr import ARRAYS, FACTS, NETWORK, VggSvr
 
     model = VggSvr.load(folder / "model")
-    with tempfile.TemporaryDirectory(prefix="brainage-") as scratch:
-        model.save(scratch, with_network=True)
-        arrays = {name: load_file(Path(scratch, name)) for name in (ARRAYS, NETWORK)}
-        facts = read_json(Path(scratch, FACTS))
+    network = model.network.layers.state_dict()
+    arrays = {
+        ARRAYS: load_file(folder / "model" / ARRAYS),
+        NETWORK: {name: tensor.float().numpy() for name, tensor in network.items()},
+    }
+    facts = read_json(folder / "model" / FACTS)
     entries = {"kind": VGG, "vgg_svr": facts, "members": [], "weights": "float32"}
     return SvrModel(model, settings["variant"]), entries, arrays
 
 
-def _largest_difference(
-    model: NetworkEnsemble | SvrModel, checked: Mapping[str, np.ndarray], run: Run
-) -> float | None:
-    """Largest difference in years from the run's own predictions of the checked scans; None with folds, where
-    those came from the members that had not seen the scan, not from all."""
-    if run.folds:
-        return None
-    known = run.predictions.set_index("scan_id")["predicted_age"]
-    return max(
-        abs(float(model.predict(volume).mean()) - known[scan_id]) for scan_id, volume in checked.items()
+# --- the run behind it ----------------------------------------------------------------------------------
+
+
+def facts_of_run(run: Run, workspace: Workspace) -> dict[str, Any]:
+    """Manifest entries `training, correction, interval, figures, position, seen, seen_before`, all from the
+    run's own files.
+
+    Correction and interval are those of the evaluation (`calibrate`), at the level of the workspace's report
+    where there is one; test rows only give figures.
+    """
+    learning, cleaning = learning_rows(run), pd.DataFrame({"scan_id": []})
+    if workspace.path("cleaning.csv").exists():
+        cleaning = workspace.read("cleaning.csv")
+    cleaning = cleaning[cleaning["scan_id"].isin(learning["scan_id"])]
+    return {
+        "training": _describe_training(learning, cleaning)
+        | {"age_mean": run.reference_age, "skull_stripped": _find_skull_stripped(learning, workspace)},
+        **calibrate(run, reported_level(workspace)).to_dict(),
+        "figures": {name: _measure(run, name) for name in run.splits() if name != "train"},
+        "position": _list_positions(run),
+        "seen": _hash_people(learning, cleaning),
+        "seen_before": run.settings.get("seen_before", []),
+    }
+
+
+def learning_rows(run: Run) -> pd.DataFrame:
+    """Headline rows of all scans that any member learned or chose its epoch from: all but test."""
+    return run.predictions[run.predictions["split"] != "test"]
+
+
+def _describe_training(rows: pd.DataFrame, cleaning: pd.DataFrame) -> dict[str, Any]:
+    age = rows.groupby("subject_id")["age"].mean().to_numpy()
+    edges = np.arange(5 * np.floor(age.min() / 5), age.max() + 5.001, 5)
+    cells = cleaning["voxel_mm"].dropna() if "voxel_mm" in cleaning else ()
+    voxels = [float(edge) for cell in cells for edge in cell.split(" x ")]
+    facts = {
+        "n_subjects": len(age),
+        "n_scans": len(rows),
+        "age_low": float(age.min()),
+        "age_high": float(age.max()),
+        "age_edges": edges,
+        "age_counts": np.histogram(age, edges)[0],
+        "voxel_mm": [min(voxels), max(voxels)] if voxels else None,
+    }
+    people = rows.drop_duplicates("subject_id")
+    for name in (name for name in ("sex", "site", "source") if name in rows):
+        counts = people[name].fillna("").astype(str).value_counts()
+        facts[name] = {value or "unknown": int(n) for value, n in counts.items()}
+    return facts
+
+
+def _find_skull_stripped(rows: pd.DataFrame, workspace: Workspace) -> bool | None:
+    """Whether most of a few training scans are skull-stripped; None where none can be opened."""
+    from brainage_nb.volumes.heads import find_head
+    from brainage_nb.volumes.scans import ScanError, load_scan
+
+    images = workspace.read("cohort.csv").set_index("scan_id")["image"]
+    found = []
+    for scan_id in _choose_evenly(rows["scan_id"].tolist(), OPENED_AGAIN):
+        try:
+            found.append(find_head(load_scan(workspace.resolve(images[scan_id]))).skull_stripped)
+        except ScanError:  # scans need not lie where they lay in training
+            continue
+    return bool(np.mean(found) > 0.5) if found else None
+
+
+def _measure(run: Run, split: str) -> dict[str, Any]:
+    rows = run.part(split)
+    subjects, mean = rows["subject_id"].to_numpy(), run.reference_age
+    return regression_metrics(
+        rows["age"], rows["predicted_age"], subjects, reference_age=mean, n_bootstrap=1000
     )
 
 
-def card_of(manifest: Mapping[str, Any]) -> str:
+def _list_positions(run: Run) -> dict[str, Any]:
+    """Held-out predictions against ages, to place a new one among: ages in whole years, no ids, shuffled."""
+    parts = [name for name in run.splits() if name != "train" and not (run.folds and name == "val")]
+    rows = pd.concat([run.part(name).assign(part=name) for name in parts])
+    rows = rows.sample(frac=1, random_state=0)
+    return {
+        "part": rows["part"].replace(OUT_OF_FOLD, "out of fold").tolist(),
+        "age": rows["age"].round().astype(int).tolist(),
+        "predicted_age": rows["predicted_age"].round(1).tolist(),
+    }
+
+
+def _hash_people(rows: pd.DataFrame, cleaning: pd.DataFrame) -> dict[str, Any]:
+    salt = os.urandom(16).hex()
+    images = cleaning["sha256"].dropna().astype(str) if "sha256" in cleaning else ()
+    return {
+        "salt": salt,
+        "subjects": sorted({hashed(name, salt) for name in rows["subject_id"].unique()}),
+        "images": sorted({hashed(digest, salt) for digest in images if digest}),
+    }
+
+
+def write_card(manifest: Mapping[str, Any]) -> str:
     """The bundle's README.md: what it is, from whom it learned, how good it is, what it is not for."""
-    training = manifest["training"]
-    rows = [
-        f"| {split.replace('_', ' ')} | {figures['n']} | {with_interval(figures['mae'])} | "
-        f"{with_interval(figures['r'])} | {with_interval(figures['mean_predictor_mae'])} |"
-        for split, figures in manifest["figures"].items()
-    ]
-    return CARD.format(
-        kind=manifest["kind"],
-        run=manifest["run"],
-        created=manifest["created"],
-        n_subjects=training["n_subjects"],
-        n_scans=training["n_scans"],
-        low=training["age_low"],
-        high=training["age_high"],
-        demo=DEMO if set(training.get("source", {})) == {"demo"} else "",
-        rows="\n".join(rows),
-        interval=_interval_line(manifest),
-        licence=manifest["licence"],
-        notice=NOT_A_DEVICE,
-    )
-
-
-def _interval_line(manifest: Mapping[str, Any]) -> str:
-    if not manifest["interval"]:
-        return "It gives no prediction interval: nothing was held out to calibrate one."
-    interval = ConformalInterval.from_dict(manifest["interval"])
-    return f"It gives a {interval.title}. " + (
-        interval.support_ or f"Half its width is {interval.quantile_:.1f} years."
-    )
-
-
-DEMO = """
-**A test object.** It was trained on invented heads whose ages are known, to check the kit. Its ages mean
-nothing for people.
-"""
-CARD = """\
-# A brain-age model: {kind}, run {run}
-{demo}
-Made {created} with brainage-nb. Trained and chosen on {n_subjects} people ({n_scans} scans) of {low:.0f} to
-{high:.0f} years.
-
-Raw figures in years with 95 % subject bootstrap; the mean predictor always says the mean training age.
-Validation scans may have chosen the epoch, so their figures may flatter; test scans chose nothing.
-
-| part | n | MAE | r | MAE of the mean predictor |
-|---|---|---|---|---|
-{rows}
-
-{interval}
-
-    from brainage_nb.predict.bundle import load_bundle
-    load_bundle("bundle").predict("scan.nii.gz", age=54.0)
-
-or `brainage-nb predict --bundle bundle scan.nii.gz`. Opening a bundle runs nothing from it; it holds
-`bundle.json` and safetensors arrays.
-
-Licence of the weights: {licence}.
-
-{notice}
-"""
+    interval = manifest["interval"] and ConformalInterval.from_dict(manifest["interval"])
+    is_test_object = set(manifest["training"].get("source", {})) == {"demo"}
+    content = {"interval": interval, "is_test_object": is_test_object, "with_interval": with_interval}
+    card = templates().get_template("bundle_card.md.j2").render(manifest | content, notice=NOT_A_DEVICE)
+    return f"{card.strip()}\n"

@@ -1,10 +1,13 @@
-"""Linear SVR, fusion rules, both fusions, saving and the run: on made-up features with a known age signal."""
+"""Linear SVR, weights, both fusions, saving and the run: on made-up features with a known age signal."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file, save_file
+from sklearn.model_selection import GridSearchCV, GroupKFold, ParameterGrid
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
@@ -12,25 +15,24 @@ from brainage_nb.models.svr import (
     COLUMNS,
     GRID,
     PUBLISHED,
-    Choice,
-    Fusion,
+    EarlyFusion,
+    LateFusion,
+    LinearKernel,
     VggSvr,
-    best_choice,
-    compare_rules,
-    fit_early,
-    fit_late,
+    Weighting,
+    average_triplets,
+    find_positions,
     fit_svr,
     inner_folds,
-    learn_fusion,
-    out_of_fold,
-    positions_in_use,
-    scaled_kernel,
-    score_grid,
+    learn_weights,
+    make_svr,
+    predict_out_of_fold,
+    score_weights,
     train_vgg_svr,
 )
 from brainage_nb.models.vgg16 import FeatureSettings, WeightsError, extract_features, vgg16_features
 
-FEW = (Choice(1.0, 0.064), PUBLISHED)
+FEW = {"C": (1.0, 98.0), "epsilon": (0.064,)}
 SMALL = FeatureSettings(image_size=32)
 POSITIONS, FEATURES = 4, 512
 
@@ -51,29 +53,43 @@ def made_up(n=40, seed=0, noise=(0.3, 1.0, 4.0, 30.0)):
 def test_the_weight_vector_predicts_what_the_support_vectors_do():
     scans, age, _ = made_up()
     features = np.stack([rows[1] for rows in scans]).astype(np.float32)
-    model = fit_svr(features[:30], age[:30], PUBLISHED)
+    coef, intercept, centre = fit_svr(features[:30], age[:30], **PUBLISHED)
+    folded = features[30:].astype(float) @ coef + intercept
     scaler = StandardScaler().fit(features[:30])
     train, test = scaler.transform(features[:30]), scaler.transform(features[30:])
     unit = np.mean(np.sum(train**2, axis=1))
-    reference = SVR(kernel="linear", C=PUBLISHED.C, epsilon=PUBLISHED.epsilon).fit(
-        train / unit**0.5, age[:30]
-    )
-    np.testing.assert_allclose(model.predict(features[30:]), reference.predict(test / unit**0.5), atol=0.02)
+    reference = SVR(kernel="linear", **PUBLISHED).fit(train / unit**0.5, age[:30])
+    np.testing.assert_allclose(folded, reference.predict(test / unit**0.5), atol=0.02)
+    pipeline = make_svr(**PUBLISHED).fit(features[:30], age[:30])
+    np.testing.assert_allclose(folded, pipeline.predict(features[30:]), atol=1e-3)
+    assert features[:30].mean(axis=0) @ coef + intercept == pytest.approx(centre, abs=1e-3)
 
 
 def test_the_kernel_has_a_mean_diagonal_of_one_so_that_c_matters():
     scans, age, subjects = made_up(noise=(8, 8, 8, 8))
     features = np.stack([rows[0] for rows in scans]).astype(np.float32)
-    kernel, unit = scaled_kernel(StandardScaler().fit_transform(features))
-    assert kernel.diagonal().mean() == pytest.approx(1)
-    assert unit == pytest.approx(FEATURES, rel=1e-3)
-    predicted = out_of_fold(features, age, subjects, (Choice(0.1, 1.0), Choice(98.0, 1.0)))
+    kernel = LinearKernel().fit(features)
+    assert kernel.transform(features).diagonal().mean() == pytest.approx(1)
+    assert kernel.unit_ == pytest.approx(FEATURES, rel=1e-3)
+    predicted = predict_out_of_fold(features, age, subjects, {"C": (0.1, 98.0), "epsilon": (1.0,)})
     assert np.std(predicted[0]) < 0.5 * np.std(predicted[1])
+    with pytest.raises(ValueError, match="constant"):
+        LinearKernel().fit(np.ones_like(features))
+
+
+def test_a_grid_search_by_scikit_learn_gives_the_same_errors():
+    scans, age, subjects = made_up()
+    features = np.stack([rows[2] for rows in scans]).astype(np.float32)
+    grid = {"svr__C": FEW["C"], "svr__epsilon": FEW["epsilon"]}
+    search = GridSearchCV(make_svr(), grid, cv=GroupKFold(5), scoring="neg_mean_absolute_error")
+    search.fit(features, age, groups=subjects)
+    mae = np.abs(predict_out_of_fold(features, age, subjects, FEW) - age).mean(axis=1)
+    np.testing.assert_allclose(-search.cv_results_["mean_test_score"], mae, rtol=1e-4)
 
 
 def test_the_published_point_is_in_the_grid():
-    assert PUBLISHED == (98.0, 0.064)
-    assert PUBLISHED in GRID
+    assert PUBLISHED == {"C": 98.0, "epsilon": 0.064}
+    assert PUBLISHED in list(ParameterGrid(GRID))
 
 
 def test_inner_folds_never_part_a_subject():
@@ -90,7 +106,7 @@ def test_an_out_of_fold_prediction_ignores_the_scans_own_age():
     changed = age.copy()
     _, held_out = next(inner_folds(subjects))
     changed[held_out] = 0
-    before, after = (out_of_fold(features, ages, subjects, FEW) for ages in (age, changed))
+    before, after = (predict_out_of_fold(features, ages, subjects, FEW) for ages in (age, changed))
     np.testing.assert_array_equal(before[:, held_out], after[:, held_out])
     others = np.setdiff1d(np.arange(len(age)), held_out)
     assert np.abs(before[:, others] - after[:, others]).max() > 1
@@ -102,7 +118,7 @@ def test_scaling_is_learned_inside_each_fold():
     _, held_out = next(inner_folds(subjects))
     one, moved = held_out[0], features.copy()
     moved[one] *= 100  # an outlier must not change what the other held-out scans of its fold get
-    before, after = (out_of_fold(rows, age, subjects, FEW) for rows in (features, moved))
+    before, after = (predict_out_of_fold(rows, age, subjects, FEW) for rows in (features, moved))
     np.testing.assert_allclose(before[:, held_out[1:]], after[:, held_out[1:]], atol=1e-3)
 
 
@@ -112,22 +128,21 @@ def test_a_feature_active_in_one_training_scan_cannot_throw_a_prediction():
     features[:, :100] = 0
     features[0, :100] = 0.05
     age[0] = 95 - age[0]  # so that the SVR leans on whatever sets this scan apart
-    model = fit_svr(features[:50], age[:50], PUBLISHED)
+    model = make_svr(**PUBLISHED).fit(features[:50], age[:50])
     usual = model.predict(features[50:])
     features[50:, :100] = 3  # new scans in which these features happen to be active
     assert np.abs(model.predict(features[50:]) - usual).max() < 5
 
 
 def test_the_best_choice_is_the_lowest_error_and_of_equals_the_first():
-    age = np.array([50.0, 60.0])
-    predicted = np.array([[55.0, 65.0], [51.0, 61.0], [51.0, 61.0]])
-    grid = (Choice(1, 1), Choice(10, 1), Choice(98, 1))
-    scores = score_grid(predicted, age, grid)
-    assert scores["mae"].tolist() == [5, 1, 1]
-    assert best_choice(scores) == 1
+    scans, age, subjects = made_up()
+    fusion = EarlyFusion({"C": (1e-3, 98.0, 1000.0), "epsilon": (0.064,)}).fit(scans, age, subjects)
+    mae = fusion.grid_["mae"]
+    assert fusion.choice_ == PUBLISHED
+    assert mae[1] == pytest.approx(mae[2], abs=1e-3) and mae[0] > mae[1] == fusion.inner_mae_
 
 
-# --- fusion rules ---------------------------------------------------------------------------------------
+# --- weights of triplets --------------------------------------------------------------------------------
 
 
 def noisy_predictions(n=60, sd=(1.0, 4.0, 16.0), seed=0):
@@ -136,19 +151,18 @@ def noisy_predictions(n=60, sd=(1.0, 4.0, 16.0), seed=0):
     return age[:, None] + rng.normal(0, 1, (n, len(sd))) * sd, age, np.arange(n).astype(str)
 
 
-@pytest.mark.parametrize("rule", ["nnls", "inverse_error"])
-def test_better_regressors_weigh_more(rule):
+def test_better_regressors_weigh_more():
     predicted, age, _ = noisy_predictions()
-    fusion = learn_fusion(predicted, age, rule)
-    assert fusion.weights[0] > fusion.weights[1] > fusion.weights[2] >= 0
-    assert fusion.weights.sum() == pytest.approx(1)
-    assert fusion.slope == pytest.approx(1, abs=0.1)
+    found = learn_weights(predicted, age)
+    assert found.weights[0] > found.weights[1] > found.weights[2] >= 0
+    assert found.weights.sum() == pytest.approx(1)
+    assert found.slope == pytest.approx(1, abs=0.1)
 
 
-def test_nnls_stretches_regressors_that_pull_towards_the_mean():
+def test_weights_stretch_regressors_that_pull_towards_the_mean():
     predicted, age, _ = noisy_predictions(sd=(0.5, 0.5, 0.5))
     shrunk = age.mean() + 0.5 * (predicted - age.mean())
-    fusion = learn_fusion(shrunk, age, "nnls")
+    fusion = learn_weights(shrunk, age)
     assert fusion.slope == pytest.approx(2, abs=0.05)
     np.testing.assert_allclose(fusion.combine(shrunk), age, atol=3)
 
@@ -156,11 +170,11 @@ def test_nnls_stretches_regressors_that_pull_towards_the_mean():
 def test_regressors_that_say_the_same_share_the_weight():
     predicted, age, _ = noisy_predictions(n=20, sd=(4.0,))
     twins = np.hstack([predicted, predicted + np.linspace(-0.1, 0.1, 20)[:, None]])
-    np.testing.assert_allclose(learn_fusion(twins, age, "nnls").weights, [0.5, 0.5], atol=0.05)
+    np.testing.assert_allclose(learn_weights(twins, age).weights, [0.5, 0.5], atol=0.05)
 
 
 def test_a_missing_position_scales_the_other_weights_up():
-    fusion = Fusion("nnls", 50.0, 1.0, np.array([0.5, 0.25, 0.25]))
+    fusion = Weighting(np.array([0.5, 0.25, 0.25]), 50.0, 1.0)
     predicted = np.array([[60.0, 70, 80], [np.nan, 70, 80], [np.nan, np.nan, np.nan]])
     np.testing.assert_allclose(fusion.combine(predicted), [67.5, 75.0, np.nan])
     np.testing.assert_allclose(fusion.contributions(predicted)[1], [np.nan, 10.0, 15.0])
@@ -168,66 +182,70 @@ def test_a_missing_position_scales_the_other_weights_up():
 
 def test_useless_regressors_give_everyone_the_mean_age():
     age = np.linspace(20, 80, 30)
-    fusion = learn_fusion(100 - age[:, None] * np.ones((1, 3)), age, "nnls")
+    fusion = learn_weights(100 - age[:, None] * np.ones((1, 3)), age)
     np.testing.assert_allclose(fusion.combine(np.full((2, 3), 33.0)), 50.0)
 
 
-def test_every_rule_is_scored_on_subjects_it_did_not_learn_from():
+def test_weights_are_scored_on_subjects_they_were_not_learned_from():
     rng = np.random.default_rng(3)
     age = rng.uniform(20, 80, 30)
     noise = 50 + rng.normal(0, 15, (30, 25))  # nothing to learn, many weights to fit it with
-    scores = compare_rules(noise, age, np.arange(30).astype(str)).set_index("rule")["mae"]
-    fitted = np.abs(learn_fusion(noise, age, "nnls").combine(noise) - age).mean()
-    assert scores["nnls"] > fitted
-    assert set(scores.index) == {"nnls", "inverse_error", "median"}
+    fitted = np.abs(learn_weights(noise, age).combine(noise) - age).mean()
+    assert score_weights(noise, age, np.arange(30).astype(str)) > fitted
 
 
 # --- early and late fusion ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fit", [fit_early, fit_late])
-def test_a_planted_age_signal_is_found(fit):
+@pytest.mark.parametrize("fusion", [EarlyFusion, LateFusion])
+def test_a_planted_age_signal_is_found(fusion):
     scans, age, subjects = made_up(60, noise=(0.3, 0.3, 1.0, 1.0))
-    model = fit(scans[:40], age[:40], subjects[:40], FEW)
+    model = fusion(FEW).fit(scans[:40], age[:40], subjects[:40])
     assert np.abs(model.predict(scans[40:]) - age[40:]).mean() < 3
-    assert model.inner_mae < 3
+    assert model.inner_mae_ < 3
 
 
 def test_positions_without_brain_in_most_scans_are_not_used():
     scans, _, _ = made_up()
     for rows in scans[:30]:
         rows[3] = np.nan
-    assert positions_in_use(scans).tolist() == [0, 1, 2]
+    assert find_positions(scans).tolist() == [0, 1, 2]
+
+
+def test_the_mean_leaves_out_triplets_without_brain():
+    rows = np.array([[1.0, 10], [3, 30], [np.nan, np.nan]], dtype=np.float16)
+    means = average_triplets([rows, np.full_like(rows, np.nan)], np.array([0, 1, 2]))
+    assert means[0].tolist() == [2, 20]
+    assert np.isnan(means[1]).all()
 
 
 def test_late_fusion_trusts_the_positions_that_know_the_age():
     scans, age, subjects = made_up(60)
-    late = fit_late(scans, age, subjects, FEW)
-    assert late.by_position["mae"].idxmin() in (0, 1)
-    assert late.fusion.weights[:2].sum() > 0.6
-    assert late.fusion.weights[3] == late.fusion.weights.min()
-    assert late.by_position["n_scans"].tolist() == [60] * 4
+    late = LateFusion(FEW).fit(scans, age, subjects)
+    assert late.by_position_["mae"].idxmin() in (0, 1)
+    assert late.weighting_.weights[:2].sum() > 0.6
+    assert late.weighting_.weights[3] == late.weighting_.weights.min()
+    assert late.by_position_["n_scans"].tolist() == [60] * 4
 
 
 def test_a_scan_without_one_position_gets_an_age_near_the_one_it_had():
     scans, age, subjects = made_up(60)
-    late = fit_late(scans[:50], age[:50], subjects[:50], FEW)
+    late = LateFusion(FEW).fit(scans[:50], age[:50], subjects[:50])
     fewer = [rows.copy() for rows in scans[50:]]
     for rows in fewer:
-        rows[np.argmax(late.fusion.weights)] = np.nan
+        rows[np.argmax(late.weighting_.weights)] = np.nan
     assert np.abs(late.predict(fewer) - late.predict(scans[50:])).max() < 10
     assert np.isnan(late.predict([np.full_like(scans[0], np.nan)])).all()
 
 
-@pytest.mark.parametrize("fit", [fit_early, fit_late])
-def test_contributions_add_up_to_the_predicted_age(fit):
+@pytest.mark.parametrize("fusion", [EarlyFusion, LateFusion])
+def test_contributions_add_up_to_the_predicted_age(fusion):
     scans, age, subjects = made_up()
     scans[0][2] = np.nan
-    model = fit(scans, age, subjects, FEW)
-    start = model.svr.intercept if fit is fit_early else model.fusion.centre
-    each = model.contributions(scans[0])
+    model = fusion(FEW).fit(scans, age, subjects)
+    each = model.contributions(scans[:1])[0]
     assert np.isnan(each[2])
-    assert start + np.nansum(each) == pytest.approx(model.predict(scans[:1])[0], abs=1e-3)
+    assert model.weighting_.centre + np.nansum(each) == pytest.approx(model.predict(scans[:1])[0], abs=1e-3)
 
 
 # --- the run --------------------------------------------------------------------------------------------
@@ -275,8 +293,8 @@ def store(cohort):
 
 
 @pytest.fixture(scope="module")
-def cache(store, network, tmp_path_factory):
-    return extract_features(store, tmp_path_factory.mktemp("features"), network, settings=SMALL).cache
+def features(store, network, tmp_path_factory):
+    return extract_features(store, tmp_path_factory.mktemp("features"), network, settings=SMALL)
 
 
 def permuted(splits, names):
@@ -285,39 +303,31 @@ def permuted(splits, names):
 
 
 def everything_learned(run):
-    """Weights, scalers, kernel choices, fusion coefficients and the headline, as one comparable text."""
+    """Weights, choices, fusion coefficients and the headline, as one comparable text."""
     model = VggSvr.load(run.folder / "model")
     arrays = [
-        array for svr in [model.early.svr, *model.late.svrs] for array in (svr.mean, svr.scale, svr.weight)
+        np.asarray(array).tolist()
+        for fusion in (model.early, model.late)
+        for array in (fusion.positions_, fusion.coef_, fusion.intercept_, *fusion.weighting_)
     ]
-    arrays += [model.late.fusion.weights, model.early.positions, model.late.positions]
-    intercepts = [model.early.svr.intercept, *[svr.intercept for svr in model.late.svrs]]
-    choices = [
-        model.variant,
-        model.early.choice,
-        model.late.choice,
-        model.early.inner_mae,
-        model.late.inner_mae,
-    ]
-    fusion = model.late.fusion
-    return json.dumps([[a.tolist() for a in arrays], intercepts, choices, fusion.centre, fusion.slope])
+    return json.dumps([arrays, {name: run.settings[name] for name in ("variant", "early", "late")}])
 
 
-def test_validation_and_test_labels_change_nothing_that_is_learned(cohort, cache, network, tmp_path):
-    plain = train_vgg_svr(cache, cohort, tmp_path / "a", network)
-    other = train_vgg_svr(cache, permuted(cohort, ["val", "test"]), tmp_path / "b", network)
+def test_validation_and_test_labels_change_nothing_that_is_learned(cohort, features, network, tmp_path):
+    plain = train_vgg_svr(features, cohort, tmp_path / "a", network)
+    other = train_vgg_svr(features, permuted(cohort, ["val", "test"]), tmp_path / "b", network)
     assert not plain.predictions["age"].equals(other.predictions["age"])
     pd.testing.assert_series_equal(plain.predictions["predicted_age"], other.predictions["predicted_age"])
     assert everything_learned(plain) == everything_learned(other)
-    learned = train_vgg_svr(cache, permuted(cohort, ["train"]), tmp_path / "c", network)
+    learned = train_vgg_svr(features, permuted(cohort, ["train"]), tmp_path / "c", network)
     assert everything_learned(plain) != everything_learned(learned)
 
 
-def test_with_folds_test_labels_change_nothing_that_is_learned(cohort, cache, network, tmp_path):
+def test_with_folds_test_labels_change_nothing_that_is_learned(cohort, features, network, tmp_path):
     fold = np.where(cohort["split"] == "test", -1, np.arange(len(cohort)) % 2)
     folded = cohort.assign(fold=fold)
-    plain = train_vgg_svr(cache, folded, tmp_path / "a", network)
-    other = train_vgg_svr(cache, permuted(folded, ["test"]), tmp_path / "b", network)
+    plain = train_vgg_svr(features, folded, tmp_path / "a", network)
+    other = train_vgg_svr(features, permuted(folded, ["test"]), tmp_path / "b", network)
     assert everything_learned(plain) == everything_learned(other)
     rows = plain.predictions
     pd.testing.assert_series_equal(rows["predicted_age"], other.predictions["predicted_age"])
@@ -329,14 +339,14 @@ def test_with_folds_test_labels_change_nothing_that_is_learned(cohort, cache, ne
     )
 
 
-def test_an_out_of_fold_row_ignores_its_own_fold(cohort, cache, network, tmp_path):
+def test_an_out_of_fold_row_ignores_its_own_fold(cohort, features, network, tmp_path):
     fold = np.where(cohort["split"] == "test", -1, np.arange(len(cohort)) % 2)
     folded = cohort.assign(fold=fold)
     changed = folded.assign(age=folded["age"].where(fold != 0, 100 - folded["age"]))
-    before = train_vgg_svr(cache, folded, tmp_path / "a", network).predictions.set_index(
+    before = train_vgg_svr(features, folded, tmp_path / "a", network).predictions.set_index(
         ["scan_id", "variant"]
     )
-    after = train_vgg_svr(cache, changed, tmp_path / "b", network).predictions.set_index(
+    after = train_vgg_svr(features, changed, tmp_path / "b", network).predictions.set_index(
         ["scan_id", "variant"]
     )
     own, other = before["fold"] == 0, before["fold"] == 1
@@ -344,8 +354,8 @@ def test_an_out_of_fold_row_ignores_its_own_fold(cohort, cache, network, tmp_pat
     assert (before["predicted_age"] - after["predicted_age"])[other].abs().max() > 1
 
 
-def test_predictions_carry_the_agreed_columns_and_both_variants(cohort, cache, network, tmp_path):
-    run = train_vgg_svr(cache, cohort, tmp_path, network)
+def test_predictions_carry_the_agreed_columns_and_both_variants(cohort, features, network, tmp_path):
+    run = train_vgg_svr(features, cohort, tmp_path, network)
     written = pd.read_csv(tmp_path / "predictions.csv", dtype={"scan_id": str})
     assert tuple(written.columns) == COLUMNS
     assert written.groupby("variant").size().to_dict() == {"early": 36, "late": 36}
@@ -364,36 +374,36 @@ def test_predictions_carry_the_agreed_columns_and_both_variants(cohort, cache, n
     assert accuracy["late"]["mean_predictor_mae"]["value"] == pytest.approx(expected)
 
 
-def test_the_headline_has_the_lower_inner_error(cohort, cache, network, tmp_path):
-    settings = train_vgg_svr(cache, cohort, tmp_path, network).settings
+def test_the_headline_has_the_lower_inner_error(cohort, features, network, tmp_path):
+    settings = train_vgg_svr(features, cohort, tmp_path, network).settings
     inner = {name: settings[name]["inner_cv_mae_years"] for name in ("early", "late")}
     assert settings["variant"] == min(inner, key=inner.get)
 
 
-def test_a_second_run_fits_nothing_and_other_splits_say_what_changed(cohort, cache, network, tmp_path):
-    first = train_vgg_svr(cache, cohort, tmp_path, network)
-    again = train_vgg_svr(cache, cohort, tmp_path, network)
+def test_a_second_run_fits_nothing_and_other_splits_say_what_changed(cohort, features, network, tmp_path):
+    first = train_vgg_svr(features, cohort, tmp_path, network)
+    again = train_vgg_svr(features, cohort, tmp_path, network)
     assert again.reused
     pd.testing.assert_frame_equal(again.predictions, first.predictions, check_dtype=False)
-    changed = train_vgg_svr(cache, permuted(cohort, ["test"]), tmp_path, network)
+    changed = train_vgg_svr(features, permuted(cohort, ["test"]), tmp_path, network)
     assert not changed.reused
     assert len(changed.changed) == 1
     assert changed.changed[0].startswith("splits:")
 
 
-def test_a_scan_without_features_is_left_out_with_its_reason(cohort, cache, network, tmp_path):
+def test_a_scan_without_features_is_left_out_with_its_reason(cohort, features, network, tmp_path):
     extra = pd.concat([cohort, cohort.tail(2).assign(scan_id=["x1", "x2"], subject_id=["x1", "x2"])])
     failed = pd.DataFrame({"scan_id": ["x1"], "reason": ["no brain"]})
-    run = train_vgg_svr(cache, extra, tmp_path, network, failed=failed)
+    run = train_vgg_svr(replace(features, failed=failed), extra, tmp_path, network)
     assert run.left_out["scan_id"].tolist() == ["x1", "x2"]
     assert run.left_out["reason"][0] == "no brain"
     assert not run.predictions["scan_id"].isin(["x1", "x2"]).any()
     assert run.settings["n_left_out"] == 2
 
 
-def test_features_of_another_network_are_refused(cohort, cache, tmp_path):
+def test_features_of_another_network_are_refused(cohort, features, tmp_path):
     with pytest.raises(ValueError, match="other weights"):
-        train_vgg_svr(cache, cohort, tmp_path, vgg16_features("random_projection", seed=3))
+        train_vgg_svr(features, cohort, tmp_path, vgg16_features("random_projection", seed=3))
 
 
 # --- the saved model ------------------------------------------------------------------------------------
@@ -401,11 +411,11 @@ def test_features_of_another_network_are_refused(cohort, cache, tmp_path):
 
 @pytest.mark.parametrize("with_network", [False, True])
 def test_a_saved_model_predicts_from_volumes_what_the_run_wrote(
-    cohort, cache, store, network, tmp_path, with_network
+    cohort, features, store, network, tmp_path, with_network
 ):
-    run = train_vgg_svr(cache, cohort, tmp_path / "run", network)
+    run = train_vgg_svr(features, cohort, tmp_path / "run", network)
     first = VggSvr.load(run.folder / "model")
-    np.testing.assert_allclose(first.late.fusion.weights, run.by_position["weight"])
+    np.testing.assert_allclose(first.late.weighting_.weights, run.positions["weight"])
     first.save(tmp_path / "copy", with_network=with_network)
     model = VggSvr.load(tmp_path / "copy")
     ids = ["s30", "s31"]
@@ -414,16 +424,39 @@ def test_a_saved_model_predicts_from_volumes_what_the_run_wrote(
         found = model.predict([store[scan_id] for scan_id in ids], variant)
         np.testing.assert_allclose(found, written, atol=0.05)
         contributions = model.contributions(store["s30"], variant)
-        start = model.early.svr.intercept if variant == "early" else model.late.fusion.centre
-        assert start + contributions["years"].sum() == pytest.approx(found[0], abs=1e-2)
+        centre = model.fusion(variant).weighting_.centre
+        assert centre + contributions["years"].sum() == pytest.approx(found[0], abs=1e-2)
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pkl", ".joblib", ".pickle")]
 
 
-def test_a_model_is_not_used_with_another_network(cohort, cache, network, tmp_path):
-    run = train_vgg_svr(cache, cohort, tmp_path, network)
+def test_a_model_is_not_used_with_another_network(cohort, features, network, tmp_path):
+    run = train_vgg_svr(features, cohort, tmp_path, network)
     facts = run.folder / "model" / "vgg_svr.json"
     described = json.loads(facts.read_text())
     described["network"]["seed"] = 5
     facts.write_text(json.dumps(described))
     with pytest.raises(WeightsError, match="fitted with"):
         VggSvr.load(run.folder / "model")
+
+
+def test_a_model_that_keeps_the_standardisation_beside_the_weights_predicts_the_same(
+    features, cohort, network, tmp_path
+):
+    run = train_vgg_svr(features, cohort, tmp_path, network)
+    folder = run.folder / "model"
+    model, arrays = VggSvr.load(folder), load_file(folder / "vgg_svr.safetensors")
+    facts, old = json.loads((folder / "vgg_svr.json").read_text()), {}
+    rng = np.random.default_rng(0)
+    for name, fusion in (("early", model.early), ("late", model.late)):
+        mean, scale = rng.uniform(0.5, 2, (2, *fusion.coef_.shape)).astype(np.float32)
+        old |= {f"{name}.positions": fusion.positions_, f"{name}.mean": mean, f"{name}.scale": scale}
+        old[f"{name}.weight"] = (fusion.coef_ * scale).astype(np.float32)
+        facts[name] = {"intercepts": (fusion.intercept_ + (fusion.coef_ * mean).sum(axis=1)).tolist()}
+    centre, slope = model.late.weighting_[1:]
+    facts["late"]["fusion"] = {"rule": "nnls", "centre": centre, "slope": slope}
+    save_file(old | {"late.fusion": arrays["late.weights"]}, folder / "vgg_svr.safetensors")
+    (folder / "vgg_svr.json").write_text(json.dumps(facts))
+    loaded, rows = VggSvr.load(folder), [features[scan_id] for scan_id in cohort["scan_id"]]
+    for variant in ("early", "late"):
+        expected = model.fusion(variant).predict(rows)
+        np.testing.assert_allclose(loaded.fusion(variant).predict(rows), expected, atol=1e-4)

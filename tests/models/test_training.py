@@ -24,7 +24,7 @@ from brainage_nb.models.resume import StopRequests
 from brainage_nb.models.run import Job, make_accelerator, write_predictions
 from brainage_nb.models.settings import TrainingFailed, TrainingRefused, TrainingSettings, list_members
 from brainage_nb.models.train import launch, train
-from brainage_nb.predict.saving import _resnet_parts
+from brainage_nb.predict.saving import _collect_networks
 from brainage_nb.volumes.augment import AugmentationSettings
 from brainage_nb.volumes.settings import list_changes
 from brainage_nb.workspace import open_workspace, read_json, write_csv, write_json
@@ -510,7 +510,7 @@ def test_a_network_of_one_s_own_learns_is_recorded_and_its_bundle_refused(tiny, 
     with pytest.raises(TrainingRefused, match=r"own_network: was 'monai.*Regressor', now None"):
         train(*tiny, tmp_path / "runs" / "own", settings)
     with pytest.raises(ValueError, match=r"network of your own.*runs nothing"):
-        _resnet_parts(tmp_path / "runs" / "own", result.settings, [])
+        _collect_networks(tmp_path / "runs" / "own", result.settings)
 
 
 def squared(predicted, age):

@@ -9,14 +9,9 @@ import torch
 
 from brainage_nb.models import vgg16 as vgg_network
 from brainage_nb.models.vgg16 import (
-    FeatureCache,
-    FeatureError,
     FeatureSettings,
     WeightsError,
     extract_features,
-    mean_over_triplets,
-    open_cache,
-    present,
     triplet_images,
     triplets_with_brain,
     vgg16_features,
@@ -141,14 +136,14 @@ def test_random_weights_keep_their_seed_and_say_what_they_are():
 
 
 def test_absent_imagenet_weights_raise_and_are_replaced_only_by_auto_with_a_warning(monkeypatch, tmp_path):
-    def offline(url, path, hash_prefix):
+    def offline(url, path, *_, **__):
         raise OSError("no route to host")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(WeightsError, match=r"no route to host.*random_projection"):
         vgg16_features("imagenet")
-    with pytest.raises(WeightsError, match="is not a file"):
+    with pytest.raises(WeightsError, match="No such file"):
         vgg16_features(tmp_path / "absent.pth")
     with pytest.warns(UserWarning, match="RANDOM PROJECTION instead of ImageNet weights.*no route to host"):
         fallen_back = vgg16_features("auto", seed=7)
@@ -176,7 +171,7 @@ def test_features_of_skipped_triplets_are_missing_not_zero(network):
     rows = volume_features(head(top=15), SPACING, network, SMALL)
     assert rows.shape == (8, 512)
     assert rows.dtype == np.float16
-    assert present([rows]).tolist() == [[True] * 5 + [False] * 3]
+    assert np.isfinite(rows).all(axis=1).tolist() == [True] * 5 + [False] * 3
     assert np.isnan(rows[5:]).all()
 
 
@@ -187,51 +182,42 @@ def test_a_batch_gives_the_features_of_its_images_one_by_one(network):
     np.testing.assert_allclose(together.astype(float), alone.astype(float), atol=2e-3, rtol=2e-3)
 
 
-def test_the_mean_leaves_out_triplets_without_brain():
-    rows = np.array([[1.0, 10], [3, 30], [np.nan, np.nan]], dtype=np.float16)
-    means = mean_over_triplets([rows, np.full_like(rows, np.nan)], np.array([0, 1, 2]))
-    assert means[0].tolist() == [2, 20]
-    assert np.isnan(means[1]).all()
-
-
 def test_a_scan_that_fails_is_reported_and_has_no_features(network, tmp_path):
     broken = head()
     broken[3, 3, 3] = np.nan
     store = Store({"sub-1": head(), "sub-2": broken, "sub-3": np.zeros((SIZE,) * 3, np.float16)})
-    report = extract_features(
+    features = extract_features(
         store, tmp_path, network, settings=SMALL, scan_ids=["sub-1", "sub-2", "sub-3", "sub-9"]
     )
-    assert report.failed["scan_id"].tolist() == ["sub-2", "sub-3", "sub-9"]
-    assert "missing or infinite" in report.failed["reason"][0]
-    assert "no triplet" in report.failed["reason"][1]
-    assert "not in the volume store" in report.failed["reason"][2]
-    assert report.cache.scan_ids == ["sub-1"]
-    assert not report.cache.has("sub-2")
+    reasons = features.failed.set_index("scan_id")["reason"]
+    assert sorted(reasons.index) == ["sub-2", "sub-3", "sub-9"]
+    assert "missing or infinite" in reasons["sub-2"]
+    assert "no triplet" in reasons["sub-3"]
+    assert "not in the volume store" in reasons["sub-9"]
+    assert list(features.files) == ["sub-1"]
 
 
 def test_only_missing_scans_are_computed(network, tmp_path, monkeypatch):
     store = Store({f"sub-{i}": head(seed=i) for i in range(3)})
     first = extract_features(store, tmp_path, network, settings=SMALL, scan_ids=["sub-0", "sub-1"])
     assert (first.computed, first.reused) == (2, 0)
-    before = first.cache.path("sub-0").stat().st_mtime_ns
-    first.cache.path("sub-1").write_bytes(b"half a file")
+    before = first.files["sub-0"].stat().st_mtime_ns
+    first.files["sub-1"].write_bytes(b"half a file")
     second = extract_features(store, tmp_path, network, settings=SMALL)
     assert (second.computed, second.reused) == (2, 1)
-    assert second.cache.path("sub-0").stat().st_mtime_ns == before
-    expected = volume_features(store["sub-1"], SPACING, network, SMALL)
-    np.testing.assert_array_equal(FeatureCache(second.cache.folder).rows("sub-1"), expected)
+    assert second.files["sub-0"].stat().st_mtime_ns == before
+    np.testing.assert_array_equal(second["sub-1"], volume_features(store["sub-1"], SPACING, network, SMALL))
 
 
-def test_a_volume_that_changed_is_computed_again(network, tmp_path):
+def test_a_volume_that_changed_is_computed_again_and_old_features_are_deleted(network, tmp_path):
     first = extract_features(Store({"a": head(), "b": head(seed=1)}), tmp_path, network, settings=SMALL)
     broken = np.zeros((SIZE,) * 3, np.float16)
     changed = Store({"a": head(seed=2), "b": broken})
     second = extract_features(changed, tmp_path, network, settings=SMALL)
-    assert second.cache.folder == first.cache.folder
+    assert second.folder == first.folder
     assert (second.computed, second.reused) == (1, 0)
-    expected = volume_features(changed["a"], SPACING, network, SMALL)
-    np.testing.assert_array_equal(FeatureCache(second.cache.folder).rows("a"), expected)
-    assert FeatureCache(second.cache.folder).scan_ids == ["a"]  # the old features of b are not kept
+    np.testing.assert_array_equal(second["a"], volume_features(changed["a"], SPACING, network, SMALL))
+    assert list(second.folder.glob("*.npy")) == [second.files["a"]]
 
 
 def test_an_interrupted_extraction_keeps_what_was_done(network, tmp_path):
@@ -251,19 +237,19 @@ def test_an_interrupted_extraction_keeps_what_was_done(network, tmp_path):
 
 def test_other_volumes_weights_or_settings_go_to_another_folder(network, tmp_path):
     store = Store({"sub-1": head()})
-    base = open_cache(store, tmp_path, network, SMALL).folder
-    assert open_cache(store, tmp_path, network, SMALL).folder == base
+    base = extract_features(store, tmp_path, network, settings=SMALL).folder
+    drawn, mean = (vgg16_features("random_projection", **kind) for kind in ({"seed": 1}, {"pooling": "mean"}))
     others = [
-        open_cache(Store({}, fingerprint="store-b"), tmp_path, network, SMALL),
-        open_cache(store, tmp_path, vgg16_features("random_projection", seed=1), SMALL),
-        open_cache(store, tmp_path, vgg16_features("random_projection", pooling="mean"), SMALL),
-        open_cache(store, tmp_path, network, FeatureSettings(image_size=64)),
-        open_cache(store, tmp_path, network, FeatureSettings(image_size=32, window=(-1, 5))),
+        extract_features(Store({}, fingerprint="store-b"), tmp_path, network, settings=SMALL),
+        extract_features(store, tmp_path, drawn, settings=SMALL),
+        extract_features(store, tmp_path, mean, settings=SMALL),
+        extract_features(store, tmp_path, network, settings=FeatureSettings(image_size=64)),
+        extract_features(store, tmp_path, network, settings=FeatureSettings(image_size=32, window=(-1, 5))),
     ]
-    assert len({base, *(cache.folder for cache in others)}) == 6
-    facts = read_json(base / "features.json")
-    assert facts["weights"] == "random_projection"
-    assert FeatureCache(base).settings == SMALL
+    assert len({base, *(features.folder for features in others)}) == 6
+    again = extract_features(store, tmp_path, network, settings=SMALL)
+    assert (again.folder, again.reused, again.settings) == (base, 1, SMALL)
+    assert read_json(base / "features.json")["weights"] == "random_projection"
 
 
 def test_a_volume_with_odd_intensities_is_refused(network):
@@ -273,5 +259,5 @@ def test_a_volume_with_odd_intensities_is_refused(network):
         def forward(self, images):
             return images.flatten(1)[:, :4] * 1e6
 
-    with pytest.raises(FeatureError, match="overflows half precision"):
+    with pytest.raises(ValueError, match="overflows half precision"):
         volume_features(head(), SPACING, Loud(), SMALL)

@@ -11,9 +11,9 @@ import torch
 
 from brainage_nb.bundle_format import write_bundle
 from brainage_nb.models.network import resnet18_regressor
-from brainage_nb.predict.cautions import FILE, NOT_A_DEVICE
-from brainage_nb.predict.predictors import NetworkEnsemble, arrays_of, network_from
-from brainage_nb.predict.saving import card_of, reference_of
+from brainage_nb.predict.cautions import NOT_A_DEVICE, REFERENCE_FILE, Reference
+from brainage_nb.predict.predictors import round_weights
+from brainage_nb.predict.saving import write_card
 from brainage_nb.volumes.preprocessing import as_stored, preprocess
 from brainage_nb.volumes.settings import PreprocessingSettings
 
@@ -25,7 +25,7 @@ AGES = np.linspace(20, 80, 60)
 def networks(n: int = 1, seed: int = 0) -> list:
     """Tiny networks that answer with clearly different ages."""
     torch.manual_seed(seed)
-    made = [resnet18_regressor(**ARCHITECTURE, age_mean=50.0, age_sd=10.0) for _ in range(n)]
+    made = [resnet18_regressor(**ARCHITECTURE, age_mean=45.0 + 14 * k, age_sd=10.0) for k in range(n)]
     for network in made:
         torch.nn.init.normal_(network.fc.weight, std=0.5)
     return [network.eval() for network in made]
@@ -72,7 +72,6 @@ def manifest(n: int = 1, **changes) -> dict:
         "flip_averaging": True,
         "members": files,
         "weights": "float16",
-        "half_precision_moves_years": 0.001,
         "reproduced_within_years": 0.0,
         "preprocessing": SETTINGS.to_json(),
         "volumes": SETTINGS.fingerprint,
@@ -99,13 +98,9 @@ def manifest(n: int = 1, **changes) -> dict:
         "correction_refused": "",
         "interval": {
             "level": 0.9,
-            "scaled": False,
             "quantile": 8.0,
             "n_calibration": 50,
             "support": "",
-            "learned": False,
-            "difficulty": None,
-            "floor": 0.0,
         },
         "figures": {"test": {"n": 50, "mae": figure, "r": figure, "mean_predictor_mae": figure}},
         "position": {
@@ -122,14 +117,11 @@ def write_tiny_bundle(folder: Path, *, n: int = 1, n_scans: int = 3, **changes) 
     """A bundle whose reference are a few of our balls."""
     scratch = folder.with_name(f"{folder.name}-scans")
     scratch.mkdir(parents=True)
-    volumes = {
-        str(k): as_stored(preprocess(write_scan(scratch / f"{k}.nii", k), SETTINGS)) for k in range(n_scans)
-    }
-    arrays = {f"member-{k:02d}.safetensors": arrays_of(net, half=True) for k, net in enumerate(networks(n))}
-    kept = [network_from(ARCHITECTURE, named) for named in arrays.values()]
-    reference = reference_of(volumes, list(volumes), NetworkEnsemble(kept, flip_averaging=True))
+    scans = [write_scan(scratch / f"{k}.nii", k) for k in range(n_scans)]
+    reference = Reference.fit(as_stored(preprocess(scan, SETTINGS)) for scan in scans)
+    arrays = {f"member-{k:02d}.safetensors": round_weights(net) for k, net in enumerate(networks(n))}
     said = manifest(n, reference=reference.to_dict(), **changes)
-    return write_bundle(folder, said, arrays | {FILE: reference.arrays()}, card_of(said))
+    return write_bundle(folder, said, arrays | {REFERENCE_FILE: reference.arrays()}, write_card(said))
 
 
 def bomb(claimed: tuple[int, int, int], gigabytes: float = 10.0) -> bytes:

@@ -1,53 +1,54 @@
-import json
-
 import numpy as np
 import pytest
 
-from brainage_nb.predict.cautions import DistanceFromTraining
+from brainage_nb.predict.cautions import Distance
+
+N = 17
 
 
-@pytest.fixture(params=[6, 200], ids=["statistics", "features"])
-def training(request):
-    rng = np.random.default_rng(0)
-    mixing = rng.normal(0, 1, (4, request.param))
-    return lambda n, seed: (
-        np.random.default_rng(seed).normal(0, 1, (n, 4)) @ mixing
-        + np.random.default_rng(seed + 1).normal(0, 0.1, (n, request.param))
-    )
+@pytest.fixture(scope="module")
+def draw():
+    """Statistics (n, 17) of scans that differ in four ways, one number constant."""
+    mixing = np.random.default_rng(0).normal(0, 1, (4, N)) * np.logspace(-3, 3, N)
+
+    def rows(n, seed):
+        rng = np.random.default_rng(seed)
+        made = rng.normal(0, 1, (n, 4)) @ mixing + rng.normal(0, 0.1, (n, N)) * np.logspace(-3, 3, N)
+        made[:, 5] = 7.0
+        return made
+
+    return rows
 
 
-def test_scans_like_those_of_training_are_rarely_called_far(training):
-    measure = DistanceFromTraining().fit(training(200, 1))
-    assert (measure.distance(training(400, 5)) > measure.limit_).mean() < 0.06
+def test_scans_like_those_of_training_are_rarely_called_far(draw):
+    distance = Distance.fit(draw(200, 1))
+    assert (distance.measure(draw(400, 5)) > distance.limit).mean() < 0.06
 
 
-def test_scans_from_elsewhere_are_called_far(training):
-    measure = DistanceFromTraining().fit(training(200, 1))
-    shifted = training(50, 7) * 3 + 8
-    assert "of 50 scans are further" in measure.warnings(shifted)[0]
-    assert (measure.distance(shifted) > measure.limit_).mean() > 0.9
+def test_scans_from_elsewhere_are_called_far(draw):
+    distance = Distance.fit(draw(200, 1))
+    assert (distance.measure(draw(50, 7) * 3 + 8) > distance.limit).mean() > 0.9
 
 
-def test_a_distance_survives_json(training):
-    measure = DistanceFromTraining().fit(training(60, 1))
-    again = DistanceFromTraining.from_dict(json.loads(json.dumps(measure.to_dict())))
-    assert again.distance(training(5, 2)) == pytest.approx(measure.distance(training(5, 2)))
-    assert again.limit_ == measure.limit_
+def test_a_distance_is_mahalanobis_in_standard_deviations():
+    rows = np.random.default_rng(0).normal(5, 2, (2000, N))
+    distance = Distance.fit(rows)
+    expected = np.sqrt((((rows - 5) / 2) ** 2).mean(axis=1))
+    np.testing.assert_allclose(distance.measure(rows), expected, rtol=0.1)
 
 
-@pytest.mark.parametrize(("name", "value"), [("whiten", [[1.0]]), ("limit", float("nan")), ("axes", [1.0])])
-def test_content_that_does_not_fit_together_is_refused(name, value, training):
-    content = DistanceFromTraining().fit(training(60, 1)).to_dict()
-    with pytest.raises(ValueError, match="a distance"):
-        DistanceFromTraining.from_dict(content | {name: value})
+def test_the_arrays_of_release_0_1_0_give_the_distance_they_gave(draw):
+    rng = np.random.default_rng(3)
+    old = {"mean": rng.normal(size=N), "scale": rng.uniform(1, 2, N), "limit": 1.5}
+    old |= {"axes": rng.normal(size=(N, 5)), "whiten": rng.normal(size=(5, 5))}
+    rows = draw(6, 2)
+    whitened = (rows - old["mean"]) / old["scale"] @ old["axes"] @ old["whiten"]
+    expected = np.sqrt((whitened**2).sum(axis=1) / 5)
+    np.testing.assert_allclose(Distance.from_arrays(old).measure(rows), expected)
 
 
-def test_a_constant_feature_does_no_harm():
-    features = np.random.default_rng(0).normal(0, 1, (40, 3))
-    features[:, 1] = 7.0
-    assert np.isfinite(DistanceFromTraining().fit(features).distance(features)).all()
-
-
-def test_too_few_training_scans_are_refused():
-    with pytest.raises(ValueError, match="at least 20"):
-        DistanceFromTraining().fit(np.zeros((19, 3)))
+@pytest.mark.parametrize("name", ["mean", "precision", "limit"])
+def test_content_that_is_not_finite_is_refused(name, draw):
+    arrays = {name: np.asarray(value) for name, value in vars(Distance.fit(draw(60, 1))).items()}
+    with pytest.raises(ValueError, match="not finite"):
+        Distance.from_arrays(arrays | {name: arrays[name] * np.nan})
