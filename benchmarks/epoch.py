@@ -21,9 +21,9 @@ import torch
 from synthetic_store import synthetic_store
 
 from brainage_nb.models.compute import choose_precision
-from brainage_nb.models.fit import MemberFit, ResidentVolumes, StreamedVolumes, huber_loss
+from brainage_nb.models.fit import DeviceVolumes, Trainer, huber_loss
 from brainage_nb.models.resume import StopRequests
-from brainage_nb.models.settings import TrainingSettings, members_of
+from brainage_nb.models.settings import TrainingSettings, list_members
 from brainage_nb.volumes.augment import AugmentationSettings, augment
 
 BATCH, SIZE, SPACING = 4, 96, 2.0
@@ -33,17 +33,17 @@ BARS = {"cpu": 1.15, "cuda": 1.10}
 class Bare:
     """Forward and backward passes on tensors on the device already; with `update`, AdamW's step too."""
 
-    def __init__(self, fit: MemberFit, steps: int, *, update: bool):
+    def __init__(self, fit: Trainer, steps: int, *, update: bool):
         device = fit.accelerator.device
         self.fit, self.steps, self.update = fit, steps, update
         self.volumes = torch.randn(BATCH, 1, SIZE, SIZE, SIZE, device=device)
         self.age = torch.linspace(20, 80, BATCH, device=device)
 
     def epoch(self) -> None:
-        model, accelerator = self.fit.stepper.model, self.fit.accelerator
+        model, accelerator = self.fit.model, self.fit.accelerator
         model.train()
         for _ in range(self.steps):
-            accelerator.backward(huber_loss(model(self.volumes), self.age, 1.0).mean())
+            accelerator.backward(huber_loss(model(self.volumes), self.age).mean())
             if self.update:
                 self.fit.optimiser.step()
             self.fit.optimiser.zero_grad()
@@ -52,29 +52,29 @@ class Bare:
 class Ours:
     """A training epoch as the package does it: input, augmentation, clipping, AdamW, weight average."""
 
-    def __init__(self, fit: MemberFit):
+    def __init__(self, fit: Trainer):
         self.fit = fit
 
     def epoch(self) -> None:
         self.fit.position = 0
-        self.fit._train_epoch(StopRequests(), lambda _: None)
+        self.fit.train_epoch(StopRequests(), lambda _: None)
 
 
 class Loader:
     """A training epoch over a DataLoader of another library's dataset, with a plain AdamW step."""
 
-    def __init__(self, fit: MemberFit, dataset, workers: int):
+    def __init__(self, fit: Trainer, dataset, workers: int):
         self.fit = fit
         self.loader = torch.utils.data.DataLoader(
             dataset, BATCH, shuffle=True, num_workers=workers, persistent_workers=True, collate_fn=stacked
         )
 
     def epoch(self) -> None:
-        model, accelerator, device = self.fit.stepper.model, self.fit.accelerator, self.fit.accelerator.device
+        model, accelerator, device = self.fit.model, self.fit.accelerator, self.fit.accelerator.device
         model.train()
         for volumes, age in self.loader:
             volumes, age = volumes.to(device), age.to(device)
-            accelerator.backward(huber_loss(model(volumes), age, 1.0).mean())
+            accelerator.backward(huber_loss(model(volumes), age).mean())
             self.fit.optimiser.step()
             self.fit.optimiser.zero_grad()
 
@@ -85,11 +85,11 @@ def stacked(samples: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     return volumes, torch.tensor([float(sample["age"]) for sample in samples])
 
 
-def make_fit(work: Path, store, splits, accelerator, kind, settings: TrainingSettings) -> MemberFit:
-    """A model ready to train on volumes of a kind (resident or streamed)."""
-    volumes = kind(store, list(splits["scan_id"]), accelerator.device)
-    member = members_of(splits, settings)[0]
-    return MemberFit(volumes, splits, member, settings, accelerator, work / kind.__name__, {})
+def make_fit(work: Path, store, splits, accelerator, share: float, settings: TrainingSettings) -> Trainer:
+    """A model ready to train on volumes held on the device up to this share of its memory, else streamed."""
+    volumes = DeviceVolumes(store, splits, accelerator.device, share)
+    member = list_members(splits, settings)[0]
+    return Trainer(volumes, splits, member, settings, accelerator, work / volumes.where, {})
 
 
 def write_scans(folder: Path, n: int) -> list[dict]:
@@ -149,7 +149,7 @@ def monai_chains(settings: AugmentationSettings) -> tuple[list, list]:
     return chain, random
 
 
-def peers(work: Path, fit: MemberFit, steps: int, workers: int) -> dict[str, Loader]:
+def peers(work: Path, fit: Trainer, steps: int, workers: int) -> dict[str, Loader]:
     """Loaders that a user would otherwise write, over the same number of 1 mm scans."""
     from monai import data
     from monai.transforms import Compose
@@ -227,7 +227,7 @@ def timed(contenders: dict, rounds: int, device: torch.device) -> tuple[pd.DataF
     return pd.DataFrame(wall[1:]), pd.DataFrame(processor[1:])
 
 
-def augmentation_seconds(fit: MemberFit, n: int = 24) -> float:
+def augmentation_seconds(fit: Trainer, n: int = 24) -> float:
     """Seconds that augmenting one volume takes, averaged over `n` draws."""
     volumes = torch.randn(BATCH, 1, SIZE, SIZE, SIZE, device=fit.accelerator.device)
     started = time.perf_counter()
@@ -258,15 +258,15 @@ def main() -> None:
         work = Path(folder)
         store, splits = synthetic_store(work / "volumes", steps * BATCH * 3 // 2, SIZE, SPACING)
         fits = {
-            kind: make_fit(work, store, splits, accelerator, kind, replace(settings))
-            for kind in (ResidentVolumes, StreamedVolumes)
+            share: make_fit(work, store, splits, accelerator, share, replace(settings))
+            for share in (1.0, 0.0)
         }
-        fit = fits[ResidentVolumes]
+        fit = fits[1.0]
         contenders = {
             "forward and backward": Bare(fit, steps, update=False),
             "forward, backward, AdamW": Bare(fit, steps, update=True),
             "ours, resident": Ours(fit),
-            "ours, streamed": Ours(fits[StreamedVolumes]),
+            "ours, streamed": Ours(fits[0.0]),
         }
         if not (options.quick or options.no_peers):
             contenders |= peers(work, fit, steps, workers=2)

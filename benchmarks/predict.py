@@ -52,7 +52,6 @@ def write_inputs(folder: Path) -> tuple[Path, Path]:
     tiny_bundle.ARCHITECTURE = {
         "widths": list(default.widths),
         "blocks": list(default.blocks),
-        "norm": default.norm,
         "shortcut": default.shortcut,
     }
     tiny_bundle.SETTINGS = PreprocessingSettings()

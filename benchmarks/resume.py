@@ -21,7 +21,6 @@ import pandas as pd
 import torch._dynamo  # noqa: F401  optimisers import it at their first step: once, before forking
 from synthetic_store import synthetic_store
 
-from brainage_nb.models import resume as checkpoints
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.train import train
 from brainage_nb.workspace import read_csv
@@ -54,19 +53,17 @@ def start(work: Path, run: str, store, splits, bytes_until_kill: int = 0) -> int
 
 def kill_while_writing(bytes_until_kill: int) -> None:
     """Make this process end itself within the write of a checkpoint."""
-    write = checkpoints._HashingStream.write
-    written = 0
+    write, written = Path.write_bytes, 0
 
-    def cut(stream, block):
+    def cut(path, block):
         nonlocal written
         written += len(block)
         if written > bytes_until_kill:
-            write(stream, bytes(block)[: len(block) // 2])
-            stream.stream.flush()
+            write(path, bytes(block)[: len(block) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
-        return write(stream, block)
+        return write(path, block)
 
-    checkpoints._HashingStream.write = cut
+    Path.write_bytes = cut
 
 
 def newest_step(folder: Path) -> int:

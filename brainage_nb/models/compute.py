@@ -1,9 +1,4 @@
-"""Whether training can run here, checked before it starts: device, precision, disk. Trains nothing.
-
-Where a saved model computes: on the CPU, or on a GPU while the processors go on preparing scans.
-
-Training chooses its device in `fitting.preflight`.
-"""
+"""Whether and where a model computes: device, precision and disk, proved before the work. Trains nothing."""
 
 from __future__ import annotations
 
@@ -19,12 +14,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from brainage_nb.models.resume import space_needed
-from brainage_nb.models.settings import TrainingSettings
-
-
-class NotReady(RuntimeError):
-    """Training cannot run here as set; the message says why and what to set."""
+from brainage_nb.models.settings import TrainingRefused, TrainingSettings
 
 
 def choose_device(settings: TrainingSettings) -> torch.device:
@@ -33,14 +23,14 @@ def choose_device(settings: TrainingSettings) -> torch.device:
 
     Raises
     ------
-    NotReady
+    TrainingRefused
         Where a GPU is required or asked for and none works, with the reason.
     """
     reason = "device='cpu' was asked for" if settings.device == "cpu" else why_no_gpu()
     if not reason:
         return torch.device("cuda", torch.cuda.current_device())
     if settings.require_gpu or settings.device == "cuda":
-        raise NotReady(
+        raise TrainingRefused(
             f"No usable GPU: {reason}. Choose a GPU runtime (Colab: Runtime > Change runtime type; Kaggle: "
             "Settings > Accelerator > GPU T4 x2), or set require_gpu=False and device='auto' for the CPU."
         )
@@ -50,6 +40,17 @@ def choose_device(settings: TrainingSettings) -> torch.device:
         stacklevel=2,
     )
     return torch.device("cpu")
+
+
+def count_processes(settings: TrainingSettings) -> int:
+    """Processes to train with: as set, else one for each GPU; `TrainingRefused` for several on a CPU."""
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    if on_cpu and settings.processes > 1:
+        raise TrainingRefused(
+            f"processes = {settings.processes}: several processes train on GPUs only, one on each, and none "
+            "is to be used here. Set processes=1; on CPUs, `cluster` trains several models side by side."
+        )
+    return 1 if on_cpu else settings.processes or torch.cuda.device_count()
 
 
 def why_no_gpu() -> str:
@@ -78,28 +79,36 @@ def choose_precision(settings: TrainingSettings, device: torch.device) -> str:
     if device.type != "cuda":
         # bf16 gradients of 3-D convolutions overflowed on a CPU with native bf16 (PyTorch 2.15): never there.
         if settings.precision not in ("auto", "fp32"):
-            raise NotReady(f"precision={settings.precision!r} needs a GPU; on a CPU set 'auto' or 'fp32'.")
+            raise TrainingRefused(
+                f"precision={settings.precision!r} needs a GPU; on a CPU set 'auto' or 'fp32'."
+            )
         return "fp32"
     if settings.precision != "auto":
         return settings.precision
     return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
 
 
-def check_disk(folder: Path, n_parameters: int, members: int) -> str:
-    """A sentence with the space a job needs and has.
+def space_needed(n_parameters: int, members: int) -> int:
+    """Bytes that a run needs at its worst moment.
 
-    Raises
-    ------
-    NotReady
-        Where it does not fit.
+    Two checkpoints and one being written of the model in training (weights, two Adam moments, weight
+    average: 16 bytes a parameter; best weights in half precision: 2), and half-precision weights of every
+    model.
     """
+    return 3 * 18 * n_parameters + members * 2 * n_parameters
+
+
+def check_disk(folder: Path, n_parameters: int, members: int) -> str:
+    """A sentence with the space a run needs and has; `TrainingRefused` where it does not fit."""
     needed, free = space_needed(n_parameters, members), shutil.disk_usage(folder).free
     sentence = (
         f"{needed / 1e9:.2f} GB of disk needed at most in {folder} ({members} model(s) and checkpoints), "
         f"{free / 1e9:.1f} GB free"
     )
     if needed > free:
-        raise NotReady(f"{sentence}. Free some space, train fewer members, or choose another workspace.")
+        raise TrainingRefused(
+            f"{sentence}. Free some space, train fewer models, or choose another workspace."
+        )
     return sentence
 
 
@@ -110,7 +119,7 @@ Model, Result = TypeVar("Model"), TypeVar("Result")
 
 
 def chosen_device(asked: str, n_scans: int) -> tuple[str, str]:
-    """The device for this many scans, and why it is not a GPU where one was looked for.
+    """The device to predict this many scans on, and why it is not a GPU where one was looked for.
 
     Parameters
     ----------
@@ -119,26 +128,16 @@ def chosen_device(asked: str, n_scans: int) -> tuple[str, str]:
     """
     if asked != "auto":
         return asked, ""
-    if n_scans < GPU_FROM_SCANS:
-        return "cpu", ""
-
-    reason = why_no_gpu()
-    return ("cpu", reason) if reason else ("cuda", "")
+    reason = why_no_gpu() if n_scans >= GPU_FROM_SCANS else ""
+    return ("cpu", reason) if reason or n_scans < GPU_FROM_SCANS else ("cuda", "")
 
 
 def working_device(name: str) -> torch.device:
-    """The CPU, or the GPU if it works.
-
-    Raises
-    ------
-    ValueError
-        The name is neither `cpu` nor `cuda`, or the GPU does not work, with the reason.
-    """
+    """The CPU, or the GPU if it works; ValueError with the reason where it does not, or for another name."""
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device = {name!r}: expected 'cpu' or 'cuda'.")
     if name == "cpu":
         return torch.device("cpu")
-    if name != "cuda":
-        raise ValueError(f"device = {name!r}: expected 'cpu' or 'cuda'.")
-
     if reason := why_no_gpu():
         raise ValueError(
             f"No usable GPU: {reason}. Choose the CPU (`--device cpu`, device='cpu'): it gives the same ages "
@@ -169,13 +168,10 @@ def full_float32() -> Iterator[None]:
 class Placed(Generic[Model]):
     """A model on the CPU and, where a GPU is named, its copy there, used by one thread at a time.
 
-    The model on the CPU is the reference: whatever the GPU cannot do, for want of memory above all, is done
-    there, with a warning.
-
     Parameters
     ----------
     model
-        On the CPU, float32.
+        On the CPU, float32. It stays there, for what is not computed by `run`.
     device : torch.device or str
     copied : callable
         From (model, device) to a copy on the device; the default suits a module or a list of them.
@@ -190,32 +186,14 @@ class Placed(Generic[Model]):
         copied: Callable[[Model, torch.device], Model] | None = None,
     ):
         self.model, self.device = model, torch.device(device)
-        self._there: Model | None = None
-        if self.device.type != "cpu":
-            self._there = self._tried(lambda: (copied or _copied)(model, self.device))
-        if self._there is None:
-            self.device = torch.device("cpu")
+        self._there = model if self.device.type == "cpu" else (copied or _copied)(model, self.device)
 
     def run(self, compute: Callable[[Model], Result]) -> Result:
-        """What `compute(model)` gives. It must return what lies on the CPU, never None."""
-        if self._there is not None:
-            with self._turn, full_float32():
-                result = self._tried(lambda: compute(self._there))
-            if result is not None:
-                return result
-        return compute(self.model)
-
-    def _tried(self, work: Callable[[], Result]) -> Result | None:
-        try:
-            return work()
-        except RuntimeError as error:  # what CUDA raises; an error of the model's own comes again on the CPU
-            full = isinstance(error, torch.OutOfMemoryError)
-            reason = "its memory is full" if full else (str(error).splitlines() or [type(error).__name__])[0]
-        # Here, not above: a caught error still holds the tensors of its frames.
-        warnings.warn(f"The GPU could not compute ({reason}); the CPU does it, more slowly.", stacklevel=4)
-        if full:
-            torch.cuda.empty_cache()
-        return None
+        """What `compute(model)` gives on the device; what is wrong there is PyTorch's own error."""
+        if self.device.type == "cpu":
+            return compute(self.model)
+        with self._turn, full_float32():
+            return compute(self._there)
 
 
 def _copied(model: Model, device: torch.device) -> Model:

@@ -1,16 +1,4 @@
-"""Volumes for training: on the device where they fit, else streamed from the mapped store; the same values.
-
-Knows the store's shards and the device; knows no ages and no model.
-
-BatchNorm whose statistics span all processes of a batch: several processes train what one would.
-
-What one optimisation step is made of: loss, learning rate, gradient in pieces, weight average, evaluation.
-
-Knows models and batches; knows no files, folds or epochs' bookkeeping.
-
-What a checkpoint of a model in training holds, and how training goes on from it, bit for bit on a CPU.
-
-One model from its first step to its predictions, resumable at any step. Which models there are is not
+"""One model from its first step to its predictions, resumable at any step. Which models there are is not
 decided here.
 
 Order, batches and augmentation are functions of (seed, epoch, scan), so a run that goes on from a checkpoint
@@ -34,111 +22,116 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, SequentialLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from brainage_nb.models.compute import full_float32
 from brainage_nb.models.network import (
     MOST_SCANS,
-    AgeRegressor,
-    VoxelRegression,
+    AgeOutput,
+    build_network,
     fit_linear,
     load_pretrained,
-    outputs_of,
-    resnet18_regressor,
-    views,
 )
-from brainage_nb.models.resume import Checkpoints, StopRequests, halved, write_weights
-from brainage_nb.models.settings import Member, TrainingSettings, averaging_of, member_rows, refuse_difference
+from brainage_nb.models.resume import Checkpoints, StopRequests, halve_weights, write_weights
+from brainage_nb.models.settings import (
+    Member,
+    TrainingFailed,
+    TrainingSettings,
+    refuse_difference,
+    tabulate_predictions,
+)
 from brainage_nb.volumes.augment import augment
 from brainage_nb.workspace import write_csv
 
 if TYPE_CHECKING:
     from brainage_nb.volumes.store import VolumeStore
 
-AHEAD = 2
+HUBER_DELTA = 1.0  # years: square within, linear beyond
+LABEL_SD = 3.0  # years, of the curve around a true age that a distribution is to match
+WARMUP_EPOCHS = 5  # of linear rise before the cosine; at most a fifth of all epochs
+GRADIENT_CLIP = 20.0  # largest norm
+PRECISE_SCANS = 64  # enough for BatchNorm's means
+AHEAD = 2  # batches read before they are asked for
+HISTORY = [
+    "fold", "seed", "epoch", "train_loss", "train_mae",
+    "val_loss", "val_mae", "learning_rate", "gradient_norm", "seconds",
+]  # fmt: skip
 
 
-class ResidentVolumes:
-    """All volumes of a list of scans, float16, on the device.
+class VolumeDataset(torch.utils.data.Dataset):
+    """Stored volumes with their ages, to be looped over by hand or by a `DataLoader`.
 
     Parameters
     ----------
     store : VolumeStore
-    scan_ids : sequence of str
-        Positions in this list are what `batches` takes.
-    device : torch.device
+    scans : DataFrame
+        `scan_id, age` (years); item k is row k.
+
+    >>> volume, age = VolumeDataset(store, splits)[0]  # doctest: +SKIP
+    >>> volume.shape, volume.dtype  # (channel, right, anterior, superior)
+    (torch.Size([1, 96, 96, 96]), torch.float32)
     """
 
-    def __init__(self, store: VolumeStore, scan_ids: Sequence[str], device: torch.device):
-        self.where = "resident"
-        self.size, self.spacing_mm, self.device = store.size, store.spacing_mm, device
-        shape = (len(scan_ids), *(self.size,) * 3)
-        self._volumes = torch.empty(shape, dtype=torch.float16, device=device)
-        for row, (shard, place) in enumerate(zip(*store.locate(scan_ids), strict=True)):
-            self._volumes[row] = torch.from_numpy(np.array(store.shards[shard][place])).to(device)
+    def __init__(self, store: VolumeStore, scans: pd.DataFrame):
+        self.size, self.spacing_mm, self._shards = store.size, store.spacing_mm, store.shards
+        self._places = np.stack(store.locate(list(scans["scan_id"])), axis=1)
+        self._age = scans["age"].to_numpy(np.float32)
 
-    def batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Tensor]:
-        """Float32 batches (n, 1, size, size, size), one for each array of n positions."""
-        for rows in wanted:
-            yield self._volumes[torch.as_tensor(rows, device=self.device)][:, None].float()
+    def __len__(self) -> int:
+        return len(self._places)
 
+    def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
+        return self.read([row])[0].float(), torch.tensor(self._age[row])
 
-class StreamedVolumes:
-    """Volumes of a list of scans, read from the mapped shards by a second thread, a little ahead.
-
-    Parameters are those of `ResidentVolumes`.
-    """
-
-    def __init__(self, store: VolumeStore, scan_ids: Sequence[str], device: torch.device):
-        self.where = "streamed"
-        self.size, self.spacing_mm, self.device = store.size, store.spacing_mm, device
-        self._shards = store.shards
-        self._shard, self._row = (np.asarray(places) for places in store.locate(scan_ids))
-
-    def batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Tensor]:
-        """Float32 batches (n, 1, size, size, size), one for each array of n positions."""
-        with ThreadPoolExecutor(1, thread_name_prefix="volumes") as reader:
-            waiting: deque = deque()
-            try:
-                for rows in wanted:
-                    waiting.append(reader.submit(self._read, np.asarray(rows)))
-                    if len(waiting) > AHEAD:
-                        yield self._sent(waiting.popleft().result())
-                while waiting:
-                    yield self._sent(waiting.popleft().result())
-            finally:
-                for pending in waiting:
-                    pending.cancel()
-
-    def _read(self, rows: np.ndarray) -> Tensor:
-        pinned = self.device.type == "cuda"
-        batch = torch.empty((len(rows), 1, *(self.size,) * 3), dtype=torch.float16, pin_memory=pinned)
-        for target, row in zip(batch.numpy(), rows, strict=True):
-            target[0] = self._shards[self._shard[row]][self._row[row]]
+    def read(self, rows: Sequence[int] | np.ndarray, *, pin: bool = False) -> Tensor:
+        """Several volumes, float16 (n, 1, size, size, size), in memory."""
+        batch = torch.empty((len(rows), 1, *(self.size,) * 3), dtype=torch.float16, pin_memory=pin)
+        for target, (shard, place) in zip(batch.numpy(), self._places[rows], strict=True):
+            target[0] = self._shards[shard][place]
         return batch
 
-    def _sent(self, batch: Tensor) -> Tensor:
-        return batch.to(self.device, non_blocking=True).float()
 
-
-def open_volumes(
-    store: VolumeStore, scan_ids: Sequence[str], device: torch.device, share: float
-) -> ResidentVolumes | StreamedVolumes:
-    """Volumes on the device where they take at most `share` of its free memory, streamed otherwise.
+class DeviceVolumes(VolumeDataset):
+    """Volumes in batches on a device, held there where they fit, else read ahead; the same values.
 
     Parameters
     ----------
-    store : VolumeStore
-    scan_ids : sequence of str
-        Scans that will be asked for, by position.
+    store, scans
+        As for `VolumeDataset`.
     device : torch.device
     share : float
-        Share of the device's free memory, 0 to 1; 0 always streams.
+        Largest share of the device's free memory to take, 0 to 1; 0 always streams.
     """
-    needed = len(scan_ids) * store.size**3 * 2
-    kind = ResidentVolumes if needed <= share * free_memory(device) else StreamedVolumes
-    return kind(store, scan_ids, device)
+
+    def __init__(self, store: VolumeStore, scans: pd.DataFrame, device: torch.device, share: float):
+        super().__init__(store, scans)
+        self.device, shape = device, (len(self), 1, *(self.size,) * 3)
+        self.where = "resident" if 2 * math.prod(shape) <= share * free_memory(device) else "streamed"
+        if self.where == "resident":
+            self._held = torch.empty(shape, dtype=torch.float16, device=device)
+            for row in range(len(self)):
+                self._held[row] = self.read([row])[0]
+
+    def batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Tensor]:
+        """Float32 batches (n, 1, size, size, size), one for each array of n positions."""
+        if self.where == "resident":
+            for rows in wanted:
+                yield self._held[torch.as_tensor(rows, device=self.device)].float()
+            return
+        pin = self.device.type == "cuda"
+        with ThreadPoolExecutor(1, thread_name_prefix="volumes") as reader:
+            waiting: deque = deque()
+            for rows in wanted:
+                waiting.append(reader.submit(self.read, rows, pin=pin))
+                if len(waiting) > AHEAD:
+                    yield self._send(waiting.popleft())
+            while waiting:
+                yield self._send(waiting.popleft())
+
+    def _send(self, pending) -> Tensor:
+        return pending.result().to(self.device, non_blocking=True).float()
 
 
 def free_memory(device: torch.device) -> int:
@@ -150,81 +143,16 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def share_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """Let every BatchNorm of a model take its statistics over all processes; names and weights stay.
+def huber_loss(predicted: Tensor, age: Tensor) -> Tensor:
+    """Huber loss of each sample (batch,), years; square within `HUBER_DELTA` years, linear beyond.
 
-    PyTorch's own SyncBatchNorm needs a GPU; on CPUs `SharedBatchNorm3d` stands in.
+    >>> huber_loss(torch.tensor([50.5, 53.0]), torch.tensor([50.0, 50.0]))
+    tensor([0.1250, 2.5000])
     """
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    for module in model.modules():
-        if type(module) is nn.BatchNorm3d:
-            module.__class__ = SharedBatchNorm3d
-    return model
+    return nn.functional.huber_loss(predicted, age, reduction="none", delta=HUBER_DELTA)
 
 
-class SharedBatchNorm3d(nn.BatchNorm3d):
-    """BatchNorm3d over the parts of a batch that several CPU processes hold; (n, channels, D, H, W)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        size = x.numel() // x.shape[1]
-        variance, mean = torch.var_mean(x, dim=(0, 2, 3, 4), correction=0)
-        mean, variance = mean.double(), variance.double()
-        parts = torch.cat([size * mean, size * (variance + mean**2), mean.new_tensor([size])])
-        first, second, total = _SumOverProcesses.apply(parts).split([len(mean), len(mean), 1])
-        mean = first / total
-        variance = second / total - mean**2
-        self._track(mean.detach(), variance.detach() * total / (total - 1))
-        shape = (1, -1, 1, 1, 1)
-        scale = self.weight * (variance + self.eps).rsqrt().to(x.dtype)
-        shift = self.bias - mean.to(x.dtype) * scale
-        return x * scale.view(shape) + shift.view(shape)
-
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
-        self.num_batches_tracked += 1
-        share = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean), share)
-        self.running_var.lerp_(variance.to(self.running_var), share)
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    """Sum over processes; its gradient is the sum of theirs, since the loss is a sum over processes too."""
-
-    @staticmethod
-    def forward(context, values: Tensor) -> Tensor:
-        return _summed(values)
-
-    @staticmethod
-    def backward(context, gradient: Tensor) -> Tensor:
-        return _summed(gradient)
-
-
-def _summed(values: Tensor) -> Tensor:
-    total = values.clone()
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return total
-
-
-def huber_loss(predicted: Tensor, age: Tensor, delta: float) -> Tensor:
-    """Huber loss of each sample (batch,), years; square within `delta` years, linear beyond.
-
-    Raises
-    ------
-    ValueError
-        Where the shapes differ: (batch, 1) against (batch,) would broadcast to (batch, batch) and train
-        nonsense.
-    """
-    if predicted.ndim != 1 or predicted.shape != age.shape:
-        raise ValueError(
-            f"predicted ages {tuple(predicted.shape)}, true ages {tuple(age.shape)}: expected both (batch,)."
-        )
-    return nn.functional.huber_loss(predicted, age, reduction="none", delta=delta)
-
-
-def distribution_loss(network: AgeRegressor, scores: Tensor, age: Tensor, label_sd: float) -> Tensor:
+def distribution_loss(network: AgeOutput, scores: Tensor, age: Tensor) -> Tensor:
     """Kullback-Leibler divergence of each sample (batch,) from a normal curve around its age to the network's
     distribution.
 
@@ -236,24 +164,12 @@ def distribution_loss(network: AgeRegressor, scores: Tensor, age: Tensor, label_
         Of its last layer.
     age : Tensor (batch,)
         Years; ages beyond the outputs count as the nearest.
-    label_sd : float
-        Standard deviation of the curve, years.
     """
-    points = network.age_mean + network.age_sd * network.points()
+    points = network.age_mean + network.age_sd * network.points(scores.shape[1])
     age = age.clamp(points[0], points[-1])
-    wanted = (-((points - age[:, None]) / label_sd).square() / 2).log_softmax(dim=1)
+    wanted = (-((points - age[:, None]) / LABEL_SD).square() / 2).log_softmax(dim=1)
     given = scores.float().log_softmax(dim=1)
     return nn.functional.kl_div(given, wanted, reduction="none", log_target=True).sum(dim=1)
-
-
-def learning_rate_at(step: int, steps_per_epoch: int, settings: TrainingSettings) -> float:
-    """Learning rate of a step: linear rise over the warm-up, then a cosine to a hundredth of the peak."""
-    total = steps_per_epoch * settings.epochs
-    rise = steps_per_epoch * min(settings.warmup_epochs, settings.epochs / 5)
-    if step < rise:
-        return settings.learning_rate * (step + 1) / (rise + 1)
-    done = (step - rise) / max(1.0, total - rise)
-    return settings.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, done))) / 2)
 
 
 def make_optimiser(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
@@ -266,185 +182,401 @@ def make_optimiser(model: nn.Module, settings: TrainingSettings) -> torch.optim.
     return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
 
 
-class WeightAverage:
-    """Exponential moving average of a model's weights; `model` is the averaged network, in evaluation mode.
+def make_schedule(
+    optimiser: torch.optim.Optimizer, settings: TrainingSettings, steps_per_epoch: int
+) -> LRScheduler:
+    """The learning rate of each step: a linear rise, then a cosine to a hundredth of the peak."""
+    steps = steps_per_epoch * settings.epochs
+    rise = round(steps_per_epoch * min(WARMUP_EPOCHS, settings.epochs / 5))
+    cosine = CosineAnnealingLR(optimiser, max(1, steps - rise), eta_min=settings.learning_rate / 100)
+    if not rise:
+        return cosine
+    warm_up = LinearLR(optimiser, start_factor=1 / (rise + 1), total_iters=rise)
+    return SequentialLR(optimiser, [warm_up, cosine], milestones=[rise])
 
-    Parameters
-    ----------
-    model : nn.Module
-        The network in training.
-    time_constant : float
-        In steps; the average forgets older weights by 1/e over so many. 0 follows the weights exactly.
+
+def list_learning_rates(settings: TrainingSettings, steps_per_epoch: int) -> np.ndarray:
+    """Learning rate of every step of a run, to be drawn.
+
+    >>> list_learning_rates(TrainingSettings(epochs=10), steps_per_epoch=4).argmax()  # two epochs of rise
+    8
     """
-
-    def __init__(self, model: nn.Module, time_constant: float):
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self.decay = math.exp(-1 / time_constant) if time_constant > 0 else 0.0
-
-    @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after step number `step` (from 0); early steps average over what there is."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
-        for average, value in zip(self.model.buffers(), model.buffers(), strict=True):
-            average.copy_(value)
-
-
-@torch.no_grad()
-def precise_statistics(model: nn.Module, batches: Iterable[Tensor], autocast) -> None:
-    """Re-estimate BatchNorm statistics as plain means over batches (Wu & Johnson 2021, arXiv:2105.07576).
-
-    On small data the running averages lag behind the weights by years of predicted age. Nothing to do for
-    other norms.
-
-    Parameters
-    ----------
-    model : nn.Module
-        Changed in place, left in evaluation mode.
-    batches : iterable of Tensor (batch, 1, D, H, W)
-        Training volumes, as in prediction: without augmentation.
-    autocast : callable
-        Gives the context of mixed precision.
-    """
-    layers = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    if not layers:
-        return
-    momentum = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # a cumulative mean
-    model.train()
-    for batch in batches:
-        with autocast():
-            model(batch)
-    model.eval()
-    for layer, value in zip(layers, momentum, strict=True):
-        layer.momentum = value
+    optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)
+    schedule, rates = make_schedule(optimiser, settings, steps_per_epoch), []
+    for _ in range(steps_per_epoch * settings.epochs):
+        rates.append(schedule.get_last_lr()[0])
+        optimiser.step()
+        schedule.step()
+    return np.array(rates)
 
 
 @torch.no_grad()
 def predict_ages(
-    model: nn.Module, batches: Iterable[Tensor], autocast, *, flip_averaging: bool, shift_averaging: int = 0
+    model: nn.Module, batches: Iterable[Tensor], autocast, *, flip_averaging: bool
 ) -> np.ndarray:
     """Ages in years (n,), float64, of batches (batch, 1, D, H, W) with axes RAS; evaluation mode.
 
-    Each age is the mean over the volume's `views`.
+    With `flip_averaging` each age is the mean over the volume and its left-right mirror image.
     """
     model.eval()
     ages = []
     for batch in batches:
         with autocast():
-            seen = views(batch, flip_averaging=flip_averaging, shift_averaging=shift_averaging)
-            predicted = torch.stack([model(view).float() for view in seen]).mean(dim=0)
-        ages.append(predicted.cpu().numpy().astype(np.float64))
+            views = [model(view).float() for view in ([batch, batch.flip(2)] if flip_averaging else [batch])]
+        ages.append(torch.stack(views).mean(dim=0).cpu().numpy().astype(np.float64))
     return np.concatenate(ages) if ages else np.empty(0)
 
 
-class Stepper:
-    """One optimisation step over a batch, in pieces that fit the device, on one process or several.
+class Trainer:
+    """Training of one model.
 
     Parameters
     ----------
-    accelerator : accelerate.Accelerator
-    model, optimiser
-        As prepared by the accelerator.
+    volumes : DeviceVolumes
+        By row position in `scans`.
+    scans : DataFrame
+        `scan_id, subject_id, session_id, split, age`.
+    member : Member
     settings : TrainingSettings
-    micro_batch : int
-        Volumes computed at once; 0 for the whole batch.
+    accelerator : accelerate.Accelerator
+    folder : Path
+        Receives checkpoints, then `weights.safetensors`, `history.csv` and, last of all, `predictions.csv`.
+    identity : dict
+        What decides the result; a checkpoint with another identity is refused.
+    network, loss
+        As in `train`.
     """
 
-    def __init__(self, accelerator, model, optimiser, settings: TrainingSettings, micro_batch: int):
-        self.accelerator, self.model, self.optimiser = accelerator, model, optimiser
-        self.network = accelerator.unwrap_model(model)
-        self.settings, self.micro_batch = settings, micro_batch
+    # What a checkpoint holds beside the states of `_stateful` and of the random numbers.
+    PROGRESS = ("epoch", "position", "step", "seconds", "history", "best", "sums", "piece")
 
-    def step(self, volumes: Tensor, age: Tensor, batch_total: int, learning_rate: float) -> Tensor:
-        """Do one step; returns (sum of losses, sum of absolute errors, gradient norm) of this process,
-        float64.
+    def __init__(
+        self,
+        volumes: DeviceVolumes,
+        scans: pd.DataFrame,
+        member: Member,
+        settings: TrainingSettings,
+        accelerator,
+        folder: Path,
+        identity: dict[str, Any],
+        *,
+        network: nn.Module | Callable[[], nn.Module] | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
+        self.volumes, self.scans, self.member, self.settings = volumes, scans, member, settings
+        self.accelerator, self.folder, self.loss = accelerator, folder, loss or huber_loss
+        self.identity = identity | {"model": member.name}
+        self.years = scans["age"].to_numpy(float)
+        self.age = torch.tensor(self.years, dtype=torch.float32, device=accelerator.device)
+        self.steps_per_epoch = -(-len(member.train) // settings.batch_size)
+        self.epoch = self.position = self.step = 0
+        self.seconds, self.history = 0.0, []
+        self.best: dict[str, Any] = {"val_mae": float("inf"), "epoch": -1, "weights": {}}
+        self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
+        self._build(network)
+        run, scratch = folder.parent.parent.name, settings.scratch
+        own = Path(scratch) / run / folder.name if scratch else folder
+        self.checkpoints = Checkpoints(own, mirror=folder if scratch else None)
+        self._saved = time.monotonic()
+
+    def _build(self, network) -> None:
+        settings, device = self.settings, self.accelerator.device
+        torch.manual_seed(self.member.seed)
+        model = build_network(settings, self.years[self.member.train], network)
+        if settings.init_from:
+            load_pretrained(model, settings.init_from)
+        model.to(device)
+        steps = settings.ema_epochs * self.steps_per_epoch
+        decay = get_ema_multi_avg_fn(math.exp(-1 / steps) if steps else 0.0)
+        self.average = AveragedModel(model, multi_avg_fn=decay).eval().requires_grad_(False)
+        self.piece = 0  # volumes computed at once; 0 for the whole batch
+        if self.accelerator.num_processes > 1:
+            share = -(-settings.batch_size // self.accelerator.num_processes)
+            self.piece = find_piece(model, self.volumes.size, share, self.accelerator)
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        optimiser = make_optimiser(model, settings)
+        self.schedule = make_schedule(optimiser, settings, self.steps_per_epoch)
+        self.network = model
+        self.model, self.optimiser = self.accelerator.prepare(model, optimiser)
+
+    # --- the loop ----------------------------------------------------------------------------------------
+
+    def run(self, stop: StopRequests, on_step: Callable, on_epoch: Callable) -> bool:
+        """Train to the end, or to a reason to stop; True where the end was reached and everything is written.
+
+        `on_step(trainer)` and `on_epoch(trainer)` are called after each.
+        """
+        while self.epoch < self.settings.epochs:
+            if not self.train_epoch(stop, on_step):
+                self.save()
+                self.checkpoints.wait()
+                self.accelerator.wait_for_everyone()
+                return False
+            self._end_epoch()
+            on_epoch(self)
+        self._finish()
+        return True
+
+    def train_epoch(self, stop: StopRequests, on_step: Callable) -> bool:
+        """The rest of this epoch; False where a reason to stop came first."""
+        self.network.train()
+        batches = self.draw_batches()[self.position :]
+        shares = [
+            batch[self.accelerator.process_index :: self.accelerator.num_processes] for batch in batches
+        ]
+        started = time.monotonic()
+        for batch, share, volumes in zip(batches, shares, self.volumes.batches(shares), strict=True):
+            self.train_step(volumes, share, len(batch))
+            now = time.monotonic()
+            self.seconds, started = self.seconds + now - started, now
+            on_step(self)
+            if stop.asked(self.accelerator):
+                return False
+            if now - self._saved >= 60 * self.settings.checkpoint_minutes:
+                self.save()
+                started = time.monotonic()
+        return True
+
+    def draw_batches(self) -> list[np.ndarray]:
+        """Row positions of each batch of this epoch; sizes differ by one at most, so no batch is tiny."""
+        draw = np.random.default_rng([self.member.seed, self.epoch])
+        batches = np.array_split(draw.permutation(self.member.train), self.steps_per_epoch)
+        if len(batches[-1]) < self.accelerator.num_processes:
+            raise ValueError(
+                f"{self.accelerator.num_processes} processes cannot share batches of {len(batches[-1])}. Set "
+                "a larger batch_size or fewer processes."
+            )
+        return batches
+
+    def train_step(self, volumes: Tensor, rows: np.ndarray, batch_total: int) -> None:
+        """One step of the optimiser.
 
         Parameters
         ----------
-        volumes, age : Tensor (n, 1, D, H, W) and (n,)
-            This process's part of the batch.
+        volumes : Tensor (n, 1, size, size, size)
+            This process's part of the batch, as stored.
+        rows : (n,) array
+            Their row positions.
         batch_total : int
             Volumes of the batch over all processes: each sample weighs 1 / batch_total in the gradient.
-        learning_rate : float
         """
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate
-        sums = self._gradient_that_fits(volumes, age, batch_total)
-        norm = torch.zeros(())
-        if self.settings.gradient_clip:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
+        if self.settings.augmentation is not None:
+            streams = [(self.member.seed, self.epoch, int(row)) for row in rows]
+            volumes = augment(volumes, self.settings.augmentation, self.volumes.spacing_mm, streams)
+        self.sums[:2] += self._add_gradients(volumes, self.age[torch.as_tensor(rows)], batch_total)
+        self.sums[2] += self.accelerator.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         self.optimiser.step()
         self.optimiser.zero_grad()
-        return torch.cat([sums, norm.detach().to(sums)[None]])
+        if not self.optimiser.step_was_skipped:  # as fp16 skips a step whose gradient overflows
+            self.schedule.step()
+        self.average.update_parameters(self.network)
+        self.step, self.position = self.step + 1, self.position + 1
 
-    def _gradient_that_fits(self, volumes: Tensor, age: Tensor, batch_total: int) -> Tensor:
+    def time_step(self, n: int = 3) -> float:
+        """Seconds of a step: the fastest of `n` after the first, on an epoch's first batch.
+
+        The weights are changed by it: for a trainer that is thrown away.
+        """
+        self.network.train()
+        batch, seconds = self.draw_batches()[0], []
+        for _ in range(n):
+            started = time.monotonic()
+            (volumes,) = self.volumes.batches([batch])
+            self.train_step(volumes, batch, len(batch))
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.monotonic() - started)
+        return min(seconds[1:])
+
+    def _add_gradients(self, volumes: Tensor, age: Tensor, batch_total: int) -> Tensor:
+        """`compute_gradients`, its pieces halved until they fit the device; the batch stays what it was."""
         while True:
             try:
-                return self._gradient(volumes, age, batch_total)
+                return self.compute_gradients(volumes, age, batch_total)
             except torch.OutOfMemoryError:
-                self._halve(len(volumes))
-
-    def _halve(self, batch: int) -> None:
-        """Halve the piece that is computed at once; the step starts again and the batch stays what it was."""
-        size = min(self.micro_batch or batch, batch)
-        if size == 1 or self.accelerator.num_processes > 1:
-            raise torch.OutOfMemoryError(
-                f"{size} volume(s) at once do not fit the memory of {self.accelerator.device}. Set a smaller "
-                "batch_size, or micro_batch where several processes train together, or a coarser spacing_mm."
+                size = min(self.piece or len(volumes), len(volumes))
+                if size == 1 or self.accelerator.num_processes > 1:
+                    raise torch.OutOfMemoryError(
+                        f"{size} volume(s) at once do not fit the memory of {self.accelerator.device}. Set a "
+                        "smaller batch_size or narrower widths, or preprocess to a coarser spacing_mm."
+                    ) from None
+            self.piece = (size + 1) // 2
+            self.optimiser.zero_grad()
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
+            warnings.warn(
+                f"{size} volumes at once do not fit the device: computing {self.piece} at a time (which is "
+                f"what BatchNorm sees) and adding gradients up. The batch of {len(volumes)} stays.",
+                stacklevel=2,
             )
-        self.micro_batch = (size + 1) // 2
-        self.optimiser.zero_grad()
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.empty_cache()
-        warnings.warn(
-            f"{size} volumes at once do not fit the device: computing {self.micro_batch} at a time (which is "
-            f"what BatchNorm sees) and adding gradients up. The batch of {batch} stays.",
-            stacklevel=2,
-        )
 
-    def _gradient(self, volumes: Tensor, age: Tensor, batch_total: int) -> Tensor:
-        """Add up gradients piece by piece; processes exchange them with the last piece only."""
-        piece = self.micro_batch or len(volumes)
+    def compute_gradients(self, volumes: Tensor, age: Tensor, batch_total: int) -> Tensor:
+        """Add up gradients piece by piece; gives (sum of losses, sum of absolute errors), float64."""
+        piece = self.piece or len(volumes)
         # Accelerate averages gradients over processes; the loss is a mean over the whole batch.
         weight = self.accelerator.num_processes / batch_total
         sums = torch.zeros(2, dtype=torch.float64, device=volumes.device)
         for start in range(0, len(volumes), piece):
             part = slice(start, start + piece)
-            last = start + piece >= len(volumes)
-            with _exchanging(self.accelerator, self.model, last):
-                predicted, losses = self._losses(volumes[part], age[part])
+            last = start + piece >= len(volumes)  # processes exchange gradients with it only
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                predicted, losses = self._compute_losses(volumes[part], age[part])
                 self.accelerator.backward(losses.sum() * weight)
             error = (predicted.detach() - age[part]).abs()
             sums += torch.stack([losses.detach().double().sum(), error.double().sum()])
         return sums
 
-    def _losses(self, volumes: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
+    def _compute_losses(self, volumes: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted ages (years) and what is minimised, both (batch,)."""
         scores = self.model(volumes, scores=True)
         predicted = self.network.ages(scores)
         if self.settings.loss == "distribution":
-            return predicted, distribution_loss(self.network, scores, age, self.settings.label_sd)
-        return predicted, huber_loss(predicted, age, self.settings.huber_delta)
+            return predicted, distribution_loss(self.network, scores, age)
+        losses = self.loss(predicted, age)
+        if losses.shape != age.shape:
+            raise ValueError(
+                f"The loss gives {tuple(losses.shape)} for {len(age)} ages: expected one number per scan, "
+                f"({len(age)},); leave the mean over the batch to the loop."
+            )
+        return predicted, losses
+
+    def _end_epoch(self) -> None:
+        """Evaluate the averaged weights, note the epoch, keep the weights where they are the best so far."""
+        started = time.monotonic()
+        loss, mae = (self.accelerator.reduce(self.sums[:2], "sum") / len(self.member.train)).tolist()
+        val_loss, val_mae = self._validate()
+        if not np.isfinite(loss + val_mae):
+            raise TrainingFailed(
+                f"{self.member.name}: the loss is {loss} in epoch {self.epoch + 1}. Lower learning_rate "
+                f"({self.settings.learning_rate:g}) and run with fresh=True."
+            )
+        numbers = (self.member.fold, self.member.seed, self.epoch, loss, mae, val_loss, val_mae)
+        rate, norm = self.schedule.get_last_lr()[0], self.sums[2].item() / self.steps_per_epoch
+        seconds = round(self.seconds + time.monotonic() - started, 3)
+        self.history.append(dict(zip(HISTORY, (*numbers, rate, norm, seconds), strict=True)))
+        if val_mae < self.best["val_mae"] or self.settings.keep == "last":
+            weights = halve_weights(self.average.module)
+            self.best = {"val_mae": val_mae, "epoch": self.epoch, "weights": weights}
+        self.epoch, self.position, self.seconds = self.epoch + 1, 0, 0.0
+        self.sums.zero_()
+
+    # --- evaluation --------------------------------------------------------------------------------------
+
+    def _validate(self) -> tuple[float, float]:
+        """Loss and MAE in years of the averaged weights on the validation scans."""
+        with self.accelerator.autocast():  # statistics of the averaged weights, which never trained
+            update_bn(self.volumes.batches(self.draw_precise_batches()), self.average)
+        rows = self.member.validation
+        predicted = torch.from_numpy(self._predict(rows, self.accelerator.autocast, flip_averaging=False))
+        age = torch.from_numpy(self.years[rows])
+        return self.loss(predicted, age).mean().item(), (predicted - age).abs().mean().item()
+
+    def draw_precise_batches(self) -> list[np.ndarray]:
+        """Training scans spread over the ages, for BatchNorm's means (Wu & Johnson 2021, arXiv:2105.07576).
+
+        On small data the running averages lag behind the weights by years of predicted age.
+        """
+        rows = self.member.train[np.argsort(self.years[self.member.train], kind="stable")]
+        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), PRECISE_SCANS)).round().astype(int)]
+        return self._split(np.random.default_rng(0).permutation(rows))  # so that each batch spans the ages
+
+    def _split(self, rows: np.ndarray) -> list[np.ndarray]:
+        return np.array_split(rows, -(-len(rows) // self.settings.batch_size))
+
+    def _predict(self, rows: np.ndarray, autocast: Callable, *, flip_averaging: bool) -> np.ndarray:
+        """Ages in years of the scans at `rows`, every process doing its share and receiving all."""
+        size = self.piece or self.settings.batch_size
+        share = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        batches = self.volumes.batches([share[start : start + size] for start in range(0, len(share), size)])
+        ages = predict_ages(self.average.module, batches, autocast, flip_averaging=flip_averaging)
+        if self.accelerator.num_processes == 1:
+            return ages
+        from accelerate.utils import gather_object
+
+        found = dict(gather_object(list(zip(share.tolist(), ages.tolist(), strict=True))))
+        return np.array([found[row] for row in rows.tolist()])
+
+    def _finish(self) -> None:
+        """Predict with the best epoch's weights as stored, write everything, drop the checkpoints."""
+        model, weights = self.average.module, self.best["weights"]
+        _load(model, weights)
+        if self.settings.linear:
+            model.linear = self._fit_linear().to(self.accelerator.device)
+            weights = halve_weights(model)
+            _load(model, weights)
+        with full_float32():  # as a saved model predicts
+            flip = self.settings.flip_averaging
+            predicted = self._predict(self.member.predicted, contextlib.nullcontext, flip_averaging=flip)
+        if self.accelerator.is_main_process:
+            write_weights(weights, self.folder / "weights.safetensors")
+            write_csv(pd.DataFrame(self.history, columns=HISTORY), self.folder / "history.csv")
+            rows = tabulate_predictions(self.scans, self.member, predicted)
+            write_csv(rows, self.folder / "predictions.csv")
+            self.checkpoints.delete()
+        self.accelerator.wait_for_everyone()
+
+    def _fit_linear(self) -> nn.Module:
+        """The regression beside the network, from the same training scans as they are stored."""
+        rows = np.sort(np.random.default_rng(self.member.seed).permutation(self.member.train)[:MOST_SCANS])
+        subjects = self.scans["subject_id"].to_numpy()[rows]
+        batches = self.volumes.batches(self._split(rows))
+        return fit_linear(batches, self.years[rows], subjects, self.volumes.spacing_mm)
+
+    # --- checkpoints -------------------------------------------------------------------------------------
+
+    def _stateful(self) -> dict[str, Any]:
+        parts = {"network": self.network, "average": self.average, "optimiser": self.optimiser}
+        scaler = self.accelerator.scaler
+        return parts | {"schedule": self.schedule} | ({"scaler": scaler} if scaler is not None else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides what comes after this very step: plain tensors, numbers and text."""
+        state = {name: part.state_dict() for name, part in self._stateful().items()}
+        state |= {name: getattr(self, name) for name in self.PROGRESS}
+        cuda = self.accelerator.device.type == "cuda"
+        random = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])]
+        return state | {"identity": json.dumps(self.identity), "random": random}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` left off; `TrainingRefused` where that was another run."""
+        refuse_difference(json.loads(state["identity"]), self.identity, self.folder)
+        for name, part in self._stateful().items():
+            if name in state:
+                part.load_state_dict(state[name])
+        for name in self.PROGRESS:
+            setattr(self, name, state[name])
+        self.sums = self.sums.to(self.accelerator.device)
+        torch.set_rng_state(state["random"][0])
+        if self.accelerator.device.type == "cuda" and len(state["random"]) > 1:
+            torch.cuda.set_rng_state(state["random"][1])
+
+    def save(self) -> None:
+        """Write a checkpoint of this very step."""
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self.state_dict(), self.step)
+        self._saved = time.monotonic()
+
+    def resume(self) -> None:
+        """Go on from the newest whole checkpoint, if any."""
+        if (state := self.checkpoints.load()) is not None:
+            self.load_state_dict(state)
 
 
-def _exchanging(accelerator, model, last: bool):
-    return contextlib.nullcontext() if last else accelerator.no_sync(model)
+def _load(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
 
 
-def piece_that_fits(model: nn.Module, size: int, share: int, accelerator) -> int:
+def find_piece(model: nn.Module, size: int, share: int, accelerator) -> int:
     """How many volumes of edge `size` every process can compute at once, at most `share`; 0 means all.
 
     Several processes must know before they start: one that runs out of memory in a step leaves the others
     waiting.
     """
+    from accelerate.utils import gather_object
+
     trial, piece = copy.deepcopy(model), share
     while piece > 1 and not _fits(trial, size, piece, accelerator):
         piece = (piece + 1) // 2
-    from accelerate.utils import gather_object
-
     piece = min(gather_object([piece]))
     return 0 if piece == share else piece
 
@@ -460,324 +592,3 @@ def _fits(model: nn.Module, size: int, piece: int, accelerator) -> bool:
     finally:
         model.zero_grad()
     return True
-
-
-def state_of(fit: MemberFit) -> dict[str, Any]:
-    """All that decides what comes after this very step: plain tensors, numbers and text."""
-    scaler = fit.accelerator.scaler
-    cuda = fit.accelerator.device.type == "cuda"
-    return {
-        "identity": json.dumps(fit.identity),
-        "model": fit.network.state_dict(),
-        "average": fit.average.model.state_dict(),
-        "optimiser": fit.optimiser.state_dict(),
-        "scaler": scaler.state_dict() if scaler is not None else {},
-        "epoch": fit.epoch,
-        "position": fit.position,
-        "step": fit.step,
-        "seconds": fit.seconds,
-        "history": fit.history,
-        "best": fit.best,
-        "sums": fit.sums,
-        "micro_batch": fit.stepper.micro_batch,
-        "random": torch.get_rng_state(),
-        "random_cuda": torch.cuda.get_rng_state() if cuda else None,
-    }
-
-
-def restore(fit: MemberFit, state: dict[str, Any]) -> None:
-    """Put a training where `state_of` found one; `SettingsDiffer` where it is another run's."""
-    refuse_difference(json.loads(state["identity"]), fit.identity, fit.folder)
-    fit.network.load_state_dict(state["model"])
-    fit.average.model.load_state_dict(state["average"])
-    fit.optimiser.load_state_dict(state["optimiser"])
-    if fit.accelerator.scaler is not None and state["scaler"]:
-        fit.accelerator.scaler.load_state_dict(state["scaler"])
-    fit.epoch, fit.position, fit.step = state["epoch"], state["position"], state["step"]
-    fit.seconds, fit.history, fit.best = state["seconds"], state["history"], state["best"]
-    fit.sums.copy_(state["sums"])
-    fit.stepper.micro_batch = state["micro_batch"]
-    torch.set_rng_state(state["random"])
-    if fit.accelerator.device.type == "cuda" and state["random_cuda"] is not None:
-        torch.cuda.set_rng_state(state["random_cuda"])
-
-
-PRECISE_SCANS = 64  # enough for BatchNorm's means
-HISTORY = (
-    "fold",
-    "seed",
-    "epoch",
-    "train_loss",
-    "train_mae",
-    "val_loss",
-    "val_mae",
-    "learning_rate",
-    "gradient_norm",
-    "seconds",
-)
-
-
-class Diverged(RuntimeError):
-    """The loss is no longer a number; the message says what to set."""
-
-
-def build_network(settings: TrainingSettings, age: np.ndarray) -> AgeRegressor:
-    """The network of these settings, started at the mean and spread of the training ages (years)."""
-    return resnet18_regressor(
-        widths=settings.widths,
-        blocks=settings.blocks,
-        norm=settings.norm,
-        shortcut=settings.shortcut,
-        dropout=settings.dropout,
-        outputs=outputs_of(settings.loss),
-        age_mean=float(np.mean(age)),
-        age_sd=max(1.0, float(np.std(age))),
-    )
-
-
-def _load(model: AgeRegressor, weights: dict[str, torch.Tensor]) -> None:
-    model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-
-
-class MemberFit:
-    """Training of one model.
-
-    Parameters
-    ----------
-    volumes : ResidentVolumes or StreamedVolumes
-        By row position in `scans`.
-    scans : DataFrame
-        `scan_id, subject_id, session_id, split, age`.
-    member : Member
-    settings : TrainingSettings
-    accelerator : accelerate.Accelerator
-    folder : Path
-        Receives checkpoints, then `weights.safetensors`, `history.csv` and, last of all, `predictions.csv`.
-    identity : dict
-        What decides the result; a checkpoint with another identity is refused.
-    """
-
-    def __init__(
-        self,
-        volumes: ResidentVolumes | StreamedVolumes,
-        scans: pd.DataFrame,
-        member: Member,
-        settings: TrainingSettings,
-        accelerator,
-        folder: Path,
-        identity: dict[str, Any],
-    ):
-        self.volumes, self.scans, self.member = volumes, scans, member
-        self.settings, self.accelerator, self.folder = settings, accelerator, folder
-        self.identity = identity | {"model": member.name}
-        self.age = torch.tensor(scans["age"].to_numpy(np.float32), device=accelerator.device)
-        self.steps_per_epoch = -(-len(member.train) // settings.batch_size)
-        self.epoch = self.position = self.step = 0
-        self.seconds = 0.0
-        self.history: list[dict[str, float]] = []
-        self.best: dict[str, Any] = {"val_mae": float("inf"), "epoch": -1, "weights": {}}
-        self._build()
-        self.checkpoints = self._open_checkpoints() if accelerator.is_main_process else None
-        self._saved = time.monotonic()
-
-    def _build(self) -> None:
-        settings, device = self.settings, self.accelerator.device
-        torch.manual_seed(self.member.seed)
-        model = build_network(settings, self.scans["age"].to_numpy()[self.member.train])
-        if settings.init_from:
-            load_pretrained(model, settings.init_from)
-        model.to(device)
-        self.average = WeightAverage(model, settings.ema_epochs * self.steps_per_epoch)
-        piece = settings.micro_batch
-        if self.accelerator.num_processes > 1:
-            share = -(-settings.batch_size // self.accelerator.num_processes)
-            piece = piece or piece_that_fits(model, self.volumes.size, share, self.accelerator)
-            model = share_batchnorm(model, device)
-        self.network = model
-        prepared, self.optimiser = self.accelerator.prepare(model, make_optimiser(model, settings))
-        self.stepper = Stepper(self.accelerator, prepared, self.optimiser, settings, piece)
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)
-
-    def _open_checkpoints(self) -> Checkpoints:
-        if not self.settings.scratch:
-            return Checkpoints(self.folder)
-        run = self.folder.parent.parent.name
-        return Checkpoints(Path(self.settings.scratch) / run / self.folder.name, mirror=self.folder)
-
-    # --- the loop ----------------------------------------------------------------------------------------
-
-    def run(self, stop: StopRequests, on_step: Callable, on_epoch: Callable) -> bool:
-        """Train to the end, or to a reason to stop; True where the end was reached and everything is written.
-
-        `on_step(fit)` and `on_epoch(fit)` are called after each.
-        """
-        self.resume()
-        while not self.finished:
-            if not self._train_epoch(stop, on_step):
-                self.save()
-                self._wait()
-                return False
-            self._end_epoch()
-            on_epoch(self)
-        self._finish()
-        return True
-
-    @property
-    def finished(self) -> bool:
-        """All epochs done, or none better for `patience` of them."""
-        patience = self.settings.patience
-        waited = self.epoch - 1 - self.best["epoch"]
-        return self.epoch >= self.settings.epochs or bool(patience and self.epoch and waited >= patience)
-
-    def _train_epoch(self, stop: StopRequests, on_step: Callable) -> bool:
-        """The rest of this epoch; False where a reason to stop came first."""
-        self.network.train()
-        batches = self._batches_of_epoch()[self.position :]
-        shares = [
-            batch[self.accelerator.process_index :: self.accelerator.num_processes] for batch in batches
-        ]
-        started = time.monotonic()
-        for batch, share, volumes in zip(batches, shares, self.volumes.batches(shares), strict=True):
-            self._step(batch, share, volumes)
-            now = time.monotonic()
-            self.seconds, started = self.seconds + now - started, now
-            on_step(self)
-            if stop.asked(self.accelerator):
-                return False
-            if now - self._saved >= 60 * self.settings.checkpoint_minutes:
-                self.save()
-                started = time.monotonic()
-        return True
-
-    def _batches_of_epoch(self) -> list[np.ndarray]:
-        """Row positions of each batch; sizes differ by one at most, so no batch is tiny."""
-        draw = np.random.default_rng([self.member.seed, self.epoch])
-        batches = np.array_split(draw.permutation(self.member.train), self.steps_per_epoch)
-        if len(batches[-1]) < self.accelerator.num_processes:
-            raise ValueError(
-                f"{self.accelerator.num_processes} processes cannot share batches of {len(batches[-1])}. Set "
-                " a larger batch_size or fewer processes."
-            )
-        return batches
-
-    def _step(self, batch: np.ndarray, share: np.ndarray, volumes: torch.Tensor) -> None:
-        settings = self.settings
-        if settings.augmentation is not None:
-            streams = [(self.member.seed, self.epoch, int(row)) for row in share]
-            volumes = augment(volumes, settings.augmentation, self.volumes.spacing_mm, streams)
-        rate = learning_rate_at(self.step, self.steps_per_epoch, settings)
-        age = self.age[torch.as_tensor(share, device=self.age.device)]
-        self.sums += self.stepper.step(volumes, age, len(batch), rate)
-        self.average.update(self.network, self.step)
-        self.step += 1
-        self.position += 1
-
-    def _end_epoch(self) -> None:
-        """Evaluate the averaged weights, note the epoch, keep the weights where they are the best so far."""
-        started = time.monotonic()
-        loss, mae = (self.accelerator.reduce(self.sums[:2], "sum") / len(self.member.train)).tolist()
-        val_loss, val_mae = self._validation()
-        if not np.isfinite(loss + val_mae):
-            raise Diverged(
-                f"{self.member.name}: the loss is {loss} in epoch {self.epoch + 1}. Lower learning_rate "
-                f"({self.settings.learning_rate:g}) and run with fresh=True."
-            )
-        row = {
-            "fold": self.member.fold,
-            "seed": self.member.seed,
-            "epoch": self.epoch,
-            "train_loss": loss,
-            "train_mae": mae,
-            "val_loss": val_loss,
-            "val_mae": val_mae,
-            "learning_rate": learning_rate_at(self.step - 1, self.steps_per_epoch, self.settings),
-            "gradient_norm": self.sums[2].item() / self.steps_per_epoch,
-            "seconds": round(self.seconds + time.monotonic() - started, 3),
-        }
-        self.history.append(row)
-        if val_mae < self.best["val_mae"] or self.settings.keep == "last":
-            self.best = {"val_mae": val_mae, "epoch": self.epoch, "weights": halved(self.average.model)}
-        self.epoch, self.position, self.seconds = self.epoch + 1, 0, 0.0
-        self.sums.zero_()
-
-    # --- evaluation --------------------------------------------------------------------------------------
-
-    def _validation(self) -> tuple[float, float]:
-        """Loss and MAE in years of the averaged weights on the validation scans."""
-        rows = self.member.validation
-        precise_statistics(self.average.model, self._precise_batches(), self.accelerator.autocast)
-        predicted = self._predict(rows, self.accelerator.autocast, flip_averaging=False)
-        predicted, age = torch.from_numpy(predicted), torch.tensor(self.scans["age"].to_numpy(float)[rows])
-        losses = huber_loss(predicted, age, self.settings.huber_delta)
-        return losses.mean().item(), (predicted - age).abs().mean().item()
-
-    def _precise_batches(self):
-        """Training volumes spread over the ages, as they are predicted: without augmentation."""
-        rows = self.member.train[np.argsort(self.scans["age"].to_numpy()[self.member.train], kind="stable")]
-        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), PRECISE_SCANS)).round().astype(int)]
-        rows = np.random.default_rng(0).permutation(rows)  # so that each batch spans the ages
-        return self.volumes.batches(np.array_split(rows, -(-len(rows) // self.settings.batch_size)))
-
-    def _predict(self, rows: np.ndarray, autocast: Callable, **averaging: int) -> np.ndarray:
-        """Ages in years of the scans at `rows`, every process doing its share and receiving all."""
-        size = self.stepper.micro_batch or self.settings.batch_size
-        share = rows[self.accelerator.process_index :: self.accelerator.num_processes]
-        batches = self.volumes.batches([share[start : start + size] for start in range(0, len(share), size)])
-        ages = predict_ages(self.average.model, batches, autocast, **averaging)
-        if self.accelerator.num_processes == 1:
-            return ages
-        from accelerate.utils import gather_object
-
-        found = dict(gather_object(list(zip(share.tolist(), ages.tolist(), strict=True))))
-        return np.array([found[row] for row in rows.tolist()])
-
-    def _finish(self) -> None:
-        """Predict with the best epoch's weights as stored, write everything, drop the checkpoints."""
-        weights = self.best["weights"]
-        _load(self.average.model, weights)
-        if self.settings.linear:
-            self.average.model.linear = self._linear().to(self.accelerator.device)
-            weights = halved(self.average.model)
-            _load(self.average.model, weights)
-        averaging = averaging_of(vars(self.settings))
-        with full_float32():  # as a saved model predicts
-            predicted = self._predict(self.member.predicted, contextlib.nullcontext, **averaging)
-        if self.accelerator.is_main_process:
-            write_weights(weights, self.folder / "weights.safetensors")
-            write_csv(pd.DataFrame(self.history, columns=list(HISTORY)), self.folder / "history.csv")
-            rows = member_rows(self.scans, self.member, predicted)
-            write_csv(rows, self.folder / "predictions.csv")
-            self.checkpoints.delete()
-        self.accelerator.wait_for_everyone()
-
-    def _linear(self) -> VoxelRegression:
-        """The regression beside the network, from the same training scans as they are stored."""
-        rows = np.sort(np.random.default_rng(self.member.seed).permutation(self.member.train)[:MOST_SCANS])
-        batches = self.volumes.batches(np.array_split(rows, -(-len(rows) // self.settings.batch_size)))
-        scans = self.scans.iloc[rows]
-        age, subjects = scans["age"].to_numpy(float), scans["subject_id"].to_numpy()
-        return fit_linear(batches, age, subjects, self.volumes.spacing_mm)
-
-    # --- checkpoints -------------------------------------------------------------------------------------
-
-    def save(self) -> None:
-        """Write a checkpoint of this very step."""
-        if self.accelerator.is_main_process:
-            self.checkpoints.save(state_of(self), self.step)
-        self._saved = time.monotonic()
-
-    def _wait(self) -> None:
-        if self.accelerator.is_main_process:
-            self.checkpoints.wait()
-        self.accelerator.wait_for_everyone()
-
-    def resume(self) -> None:
-        """Go on from the newest whole checkpoint, if any; `SettingsDiffer` where it is another run's."""
-        state = self.checkpoints.load() if self.checkpoints else None
-        if self.accelerator.num_processes > 1:  # the first process alone sees its scratch folder
-            from accelerate.utils import broadcast_object_list
-
-            state = broadcast_object_list([state])[0]
-        if state is None:
-            return
-        restore(self, state)

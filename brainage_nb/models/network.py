@@ -1,78 +1,30 @@
-"""The variants of a volume whose predicted ages are averaged. One place for training and for bundles.
+"""The network that reads an age from a head, the linear regression beside it, and weights to start from.
 
-The 3-D ResNet-18 that reads an age from a head. It knows nothing of files, batches or training.
-
-Written out here, not imported from MONAI: `import monai.networks.nets.resnet` costs 12 s on two cores and
-every prediction would pay it, and MONAI 1.6's `norm` argument never reaches the residual blocks. Parameter
-names and arithmetic are those of MONAI and MedicalNet, so their weights load (the tests compare outputs).
-
-A ridge regression on smoothed voxels beside a network: what hundreds of scans say in a straight line.
-
-It and a network err differently, and among few scans the mean of both errs less than either
-(`benchmarks/accuracy.py`). The smoothing and the scaling are folded into one map of weights, so that a
-prediction is a sum of products.
-
-Weights to start training from: a bundle of ours, a `.safetensors`, or a PyTorch file such as MedicalNet's.
-
-Only who may start from where is judged here; training itself is in `member_fit`.
+It is MONAI's 3-D ResNet-18; batches, losses and the training loop are not known here.
 """
 
 from __future__ import annotations
 
+import copy
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
+from monai.networks.nets.resnet import ResNet
 from torch import Tensor, nn
 
 from brainage_nb.bundle_format import all_seen, among, open_bundle
-from brainage_nb.models.settings import NORMS
+from brainage_nb.models.settings import TrainingRefused, TrainingSettings
 from brainage_nb.volumes.resampling import FWHM_PER_SD
 
-
-def views(batch: Tensor, *, flip_averaging: bool, shift_averaging: int = 0) -> Iterator[Tensor]:
-    """The batch itself, then its variants, all of one shape.
-
-    Parameters
-    ----------
-    batch : Tensor (batch, 1, D, H, W)
-        Axes RAS.
-    flip_averaging : bool
-        Each view is followed by its left-right mirror image.
-    shift_averaging : int
-        Also the batch moved by so many voxels to and fro along each axis, its edge repeated; 0 for not.
-    """
-    for moved in (batch, *_shifted(batch, shift_averaging)):
-        yield moved
-        if flip_averaging:
-            yield moved.flip(2)
-
-
-def _shifted(batch: Tensor, voxels: int) -> Iterator[Tensor]:
-    from torch.nn.functional import pad
-
-    if not voxels:
-        return
-    wide = pad(batch, (voxels,) * 6, mode="replicate")
-    for axis in (2, 3, 4):
-        for start in (0, 2 * voxels):
-            view = wide
-            for other in (2, 3, 4):
-                view = view.narrow(other, start if other == axis else voxels, batch.shape[other])
-            yield view
-
+if TYPE_CHECKING:
+    import pandas as pd
 
 DISTRIBUTION_POINTS, DISTRIBUTION_REACH = 65, 4.0  # of an age distribution: spread over +-4 age_sd
 HEAD = ("fc.weight", "fc.bias", "age_mean", "age_sd")
-
-
-def outputs_of(loss: str) -> int:
-    """How many outputs a network learns with a loss: `distribution` needs many, all others one."""
-    return DISTRIBUTION_POINTS if loss == "distribution" else 1
 
 
 def resnet18_regressor(
@@ -81,7 +33,6 @@ def resnet18_regressor(
     blocks: Sequence[int] = (2, 2, 2, 2),
     norm: str = "batch",
     shortcut: str = "B",
-    dropout: float = 0.0,
     outputs: int = 1,
     linear_edge: int = 0,
     age_mean: float = 0.0,
@@ -91,18 +42,13 @@ def resnet18_regressor(
 
     Parameters
     ----------
-    widths : sequence of int
-        Channels of the four residual stages.
-    blocks : sequence of int
-        Residual blocks of each stage; (2, 2, 2, 2) is ResNet-18, (1, 1, 1, 1) is ResNet-10.
-    norm : {"batch", "group", "instance"}
-        Normalisation. "batch" learns fastest on small cohorts; before evaluation its statistics need
-        `precise_statistics`. "group" is GroupNorm of 16 channels a group, alike in training and evaluation.
+    widths, blocks : sequence of int
+        Channels and residual blocks of the four stages; blocks of (1, 1, 1, 1) make a ResNet-10.
+    norm : {"batch"}
+        Only batch normalisation is left; bundles name it.
     shortcut : {"A", "B"}
         Where the resolution halves: "B" is a strided 1x1x1 convolution, "A" subsamples and pads with zero
-        channels (MedicalNet; here gradients pass, in MONAI they do not).
-    dropout : float
-        Share of the pooled features dropped in training.
+        channels, as MedicalNet does.
     outputs : int
         1 for the age itself; more for its distribution over so many ages, evenly from 4 `age_sd` below to
         4 `age_sd` above `age_mean`, whose mean is the age (soft labels, Peng et al. 2021,
@@ -118,92 +64,186 @@ def resnet18_regressor(
     -------
     AgeRegressor
         Module from (batch, 1, D, H, W) to ages in years of shape (batch,).
+
+    >>> resnet18_regressor(age_mean=50.0, age_sd=15.0)(torch.zeros(2, 1, 48, 48, 48)).shape
+    torch.Size([2])
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm={norm!r} is unknown. Available: {list(NORMS)}")
+    if norm != "batch":
+        raise ValueError(f"norm={norm!r}: networks with another norm than 'batch' are no longer computed.")
     if shortcut not in ("A", "B"):
         raise ValueError(f"shortcut={shortcut!r} is unknown. Available: ['A', 'B']")
     if len(widths) != 4 or len(blocks) != 4:
         raise ValueError(f"A ResNet has four stages; widths={tuple(widths)}, blocks={tuple(blocks)}.")
-    network = AgeRegressor(widths, blocks, norm, shortcut, dropout, outputs, age_mean, age_sd)
+    network = AgeRegressor(widths, blocks, shortcut, outputs, age_mean, age_sd)
     if linear_edge:
         empty = torch.zeros((linear_edge,) * 3)
         network.linear = VoxelRegression(empty, empty.clone(), 0.0)
     return network
 
 
-class AgeRegressor(nn.Module):
-    """See `resnet18_regressor`; `features` gives what the last layer sees, `ages` what it makes of that.
+class AgeOutput(nn.Module):
+    """What turns a network's scores into ages. A subclass has `features` and the last layer, `fc`.
 
-    `linear`, where there is one, stands beside the network: it is fitted after it (`fitting.linear`), and a
-    predicted age is the mean of both.
+    `linear`, where there is one, stands beside the network: it is fitted after it, and a predicted age is the
+    mean of both.
     """
 
-    def __init__(self, widths, blocks, norm, shortcut, dropout, outputs, age_mean, age_sd):
-        super().__init__()
-        self.conv1 = nn.Conv3d(1, widths[0], kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1 = _norm(norm, widths[0])
-        self.act = nn.ReLU(inplace=True)
-        self.maxpool = nn.MaxPool3d(kernel_size=3, stride=2, padding=1)
-        before = widths[0]
-        for stage, (width, depth) in enumerate(zip(widths, blocks, strict=True), start=1):
-            stride = 1 if stage == 1 else 2
-            first = ResidualBlock(before, width, stride, norm, shortcut)
-            rest = [ResidualBlock(width, width, 1, norm, shortcut) for _ in range(depth - 1)]
-            setattr(self, f"layer{stage}", nn.Sequential(first, *rest))
-            before = width
-        self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(before, outputs)
+    linear: VoxelRegression | None
+
+    def start_at(self, age_mean: float, age_sd: float) -> None:
+        """Let the first guess be `age_mean`, and scores count in `age_sd` from there (years)."""
         self.register_buffer("age_mean", torch.tensor(float(age_mean)))
         self.register_buffer("age_sd", torch.tensor(float(age_sd)))
-        self.linear: VoxelRegression | None = None
-        self._start()
+        self.linear = None
 
-    def _start(self):
-        for module in self.modules():
-            if isinstance(module, nn.Conv3d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.normal_(self.fc.weight, std=0.01)
-        nn.init.zeros_(self.fc.bias)
-        if self.fc.out_features > 1:  # the first guess is the training ages' spread
-            self.fc.bias.data = -self.points().square() / 2
-
-    def features(self, volumes: Tensor) -> Tensor:
-        """Pooled features (batch, widths[-1]) of volumes (batch, 1, D, H, W), axes RAS."""
-        x = self.maxpool(self.act(self.bn1(self.conv1(volumes))))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return x.mean(dim=(2, 3, 4))
-
-    def points(self) -> Tensor:
-        """Where the distribution's outputs stand, (outputs,), in `age_sd` from `age_mean`."""
-        return torch.linspace(
-            -DISTRIBUTION_REACH, DISTRIBUTION_REACH, self.fc.out_features, device=self.age_mean.device
-        )
+    def points(self, outputs: int) -> Tensor:
+        """Where a distribution's outputs stand, (outputs,), in `age_sd` from `age_mean`."""
+        return torch.linspace(-DISTRIBUTION_REACH, DISTRIBUTION_REACH, outputs, device=self.age_mean.device)
 
     def ages(self, scores: Tensor) -> Tensor:
         """Ages in years (batch,) of the last layer's outputs (batch, outputs)."""
         scores = scores.float()
         if scores.shape[1] > 1:
-            return self.age_mean + self.age_sd * (scores.softmax(dim=1) @ self.points())
+            return self.age_mean + self.age_sd * (scores.softmax(dim=1) @ self.points(scores.shape[1]))
         return self.age_mean + self.age_sd * scores[:, 0]
-
-    def seen(self, volumes: Tensor) -> Tensor:
-        """All that an age is made of: `features` and, as a last column, the age of `linear` where it is."""
-        features = self.features(volumes)
-        if self.linear is None:
-            return features
-        return torch.cat([features, self.linear(volumes)[:, None]], dim=1)
-
-    def ages_of(self, seen: Tensor) -> Tensor:
-        """Ages in years (batch,) of what `seen` gave."""
-        ages = self.ages(self.fc(self.dropout(seen[:, : self.fc.in_features])))
-        return ages if self.linear is None else (ages + seen[:, -1].float()) / 2
 
     def forward(self, volumes: Tensor, *, scores: bool = False) -> Tensor:
         """Ages in years, shape (batch,); with `scores` the last layer's outputs (batch, outputs) instead."""
+        given = self.fc(self.features(volumes))
         if scores:
-            return self.fc(self.dropout(self.features(volumes)))
-        return self.ages_of(self.seen(volumes))
+            return given
+        return self.ages(given) if self.linear is None else (self.ages(given) + self.linear(volumes)) / 2
+
+
+class AgeRegressor(AgeOutput, ResNet):
+    """See `resnet18_regressor`; `features` gives what the last layer takes, `ages` what it makes of that."""
+
+    def __init__(self, widths, blocks, shortcut, outputs, age_mean, age_sd):
+        super().__init__(
+            "basic",
+            list(blocks),
+            list(widths),
+            spatial_dims=3,
+            n_input_channels=1,
+            conv1_t_stride=2,  # MONAI's default, 1, does ten times the work
+            shortcut_type=shortcut,
+            num_classes=outputs,
+        )
+        self.start_at(age_mean, age_sd)
+        nn.init.normal_(self.fc.weight, std=0.01)
+        nn.init.zeros_(self.fc.bias)
+        if outputs > 1:  # the first guess is the training ages' spread
+            self.fc.bias.data = -self.points(outputs).square() / 2
+
+    def features(self, volumes: Tensor) -> Tensor:
+        """Pooled features (batch, widths[-1]) of volumes (batch, 1, D, H, W), axes RAS."""
+        x = self.maxpool(self.act(self.bn1(self.conv1(volumes))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.avgpool(x).flatten(1)
+
+    def _downsample_basic_block(self, x: Tensor, planes: int, stride: int, **_: Any) -> Tensor:
+        """Shortcut "A": every `stride`-th voxel, then zeros. MONAI's own lets no gradient pass."""
+        step = slice(None, None, stride)
+        return nn.functional.pad(x[:, :, step, step, step], (0, 0, 0, 0, 0, 0, 0, planes - x.shape[1]))
+
+
+class OwnNetwork(AgeOutput):
+    """Any module from (batch, 1, D, H, W) to one number per volume: its age in `age_sd` from `age_mean`."""
+
+    def __init__(self, network: nn.Module, age_mean: float, age_sd: float):
+        super().__init__()
+        self.network, self.fc = network, nn.Identity()
+        self.start_at(age_mean, age_sd)
+
+    def features(self, volumes: Tensor) -> Tensor:
+        """The module's numbers, (batch, 1)."""
+        given = self.network(volumes)
+        if given.numel() != len(volumes):
+            raise ValueError(
+                f"The network gives {tuple(given.shape)} for {len(volumes)} volumes: expected one number "
+                f"per volume, ({len(volumes)},) or ({len(volumes)}, 1)."
+            )
+        return given.reshape(-1, 1)
+
+
+def build_network(
+    settings: TrainingSettings, age: np.ndarray, network: nn.Module | Callable[[], nn.Module] | None = None
+) -> AgeOutput:
+    """The network of these settings, or one of your own, started at the mean and spread of the training ages.
+
+    Parameters
+    ----------
+    settings : TrainingSettings
+    age : (n,) array
+        Years.
+    network : module, or function that makes one, optional
+        See `train`.
+
+    >>> build_network(TrainingSettings(), np.array([20.0, 80.0])).age_mean
+    tensor(50.)
+    """
+    start = {"age_mean": float(np.mean(age)), "age_sd": max(1.0, float(np.std(age)))}
+    if network is not None:
+        made = copy.deepcopy(network) if isinstance(network, nn.Module) else network()
+        return OwnNetwork(made, **start)
+    return resnet18_regressor(
+        widths=settings.widths,
+        blocks=settings.blocks,
+        shortcut=settings.shortcut,
+        outputs=DISTRIBUTION_POINTS if settings.loss == "distribution" else 1,
+        **start,
+    )
+
+
+def describe_network(network: AgeOutput, size: int) -> pd.DataFrame:
+    """One row per part of a network, in order of computation.
+
+    Parameters
+    ----------
+    network : AgeRegressor or OwnNetwork
+        On the CPU; left in evaluation mode.
+    size : int
+        Edge of a volume, voxels.
+
+    Returns
+    -------
+    DataFrame
+        Index `part`; columns `kind`, `gives` (channels and voxels for one volume) and `parameters`.
+
+    >>> describe_network(resnet18_regressor(), 96).loc["conv1", "gives"]
+    (64, 48, 48, 48)
+    """
+    import pandas as pd
+
+    rows: list[dict[str, Any]] = []
+
+    def note(name: str, part: nn.Module, given: Tensor) -> None:
+        weights = sum(weight.numel() for weight in part.parameters())
+        rows.append({"part": name, "kind": type(part).__name__, "gives": tuple(given.shape[1:]),
+                     "parameters": weights})  # fmt: skip
+
+    own = isinstance(network, OwnNetwork)
+    hooks = [
+        part.register_forward_hook(lambda part, _, given, name=name: note(name, part, given))
+        for name, part in (network.network if own else network).named_children()
+    ]
+    with torch.inference_mode():
+        network.eval()(torch.zeros(1, 1, size, size, size))
+    for hook in hooks:
+        hook.remove()
+    return pd.DataFrame(rows).set_index("part")
+
+
+# --- the linear regression beside a network: what hundreds of scans say in a straight line ----------------
+# It and a network err differently, and among few scans the mean of both errs less than either. Smoothing and
+# scaling are folded into one map of weights, so that a prediction is a sum of products.
+
+EDGE_MM = 4.0  # of a cube; finer than what the smoothing leaves
+SMOOTH_MM = 12.0  # full width at half maximum, usual in morphometry
+LEAST_SPREAD = 0.1  # of the largest spread over scans: voxels that vary less say nothing and are left out
+PENALTIES = np.logspace(-4, 1, 16)  # in mean squared lengths of a scan
+FOLDS = 5
+MOST_SCANS = 3000  # more are drawn from at random: all are held in memory at once
 
 
 class VoxelRegression(nn.Module):
@@ -240,59 +280,6 @@ def cubes(volumes: Tensor, edge: int) -> Tensor:
     return nn.functional.adaptive_avg_pool3d(volumes, edge)[:, 0]
 
 
-class ResidualBlock(nn.Module):
-    """Two 3x3x3 convolutions and a shortcut around them (He et al. 2016, arXiv:1512.03385)."""
-
-    def __init__(self, before: int, width: int, stride: int, norm: str, shortcut: str):
-        super().__init__()
-        self.conv1 = nn.Conv3d(before, width, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn1 = _norm(norm, width)
-        self.act = nn.ReLU(inplace=True)
-        self.conv2 = nn.Conv3d(width, width, kernel_size=3, padding=1, bias=False)
-        self.bn2 = _norm(norm, width)
-        if stride == 1 and before == width:
-            self.downsample = nn.Identity()
-        elif shortcut == "A":
-            self.downsample = Subsample(stride, width - before)
-        else:
-            self.downsample = nn.Sequential(
-                nn.Conv3d(before, width, kernel_size=1, stride=stride), _norm(norm, width)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.act(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return self.act(out + self.downsample(x))
-
-
-class Subsample(nn.Module):
-    """Shortcut "A": every `stride`-th voxel, then `padding` channels of zeros."""
-
-    def __init__(self, stride: int, padding: int):
-        super().__init__()
-        self.stride, self.padding = stride, padding
-
-    def forward(self, x: Tensor) -> Tensor:
-        step = slice(None, None, self.stride)
-        return nn.functional.pad(x[:, :, step, step, step], (0, 0, 0, 0, 0, 0, 0, self.padding))
-
-
-def _norm(norm: str, channels: int) -> nn.Module:
-    if norm == "batch":
-        return nn.BatchNorm3d(channels)
-    if norm == "instance":
-        return nn.GroupNorm(channels, channels)
-    return nn.GroupNorm(max(1, channels // 16), channels)
-
-
-EDGE_MM = 4.0  # of a cube; finer than what the smoothing leaves
-SMOOTH_MM = 12.0  # full width at half maximum, usual in morphometry
-LEAST_SPREAD = 0.1  # of the largest spread over scans: voxels that vary less say nothing and are left out
-PENALTIES = np.logspace(-4, 1, 16)  # in mean squared lengths of a scan
-FOLDS = 5
-MOST_SCANS = 3000  # more are drawn from at random: all are held in memory at once
-
-
 def fit_linear(
     volumes: Iterable[Tensor], age: np.ndarray, subjects: np.ndarray, spacing_mm: float
 ) -> VoxelRegression:
@@ -317,57 +304,53 @@ def fit_linear(
         means = cubes(batch, edge)
         means = (means + means.flip(1)) / 2  # left and right count alike
         total = total + means.sum(dim=0)
-        smooth.extend(_smoothed(volume, sd) for volume in means.cpu().numpy())
+        smooth.extend(_smooth(volume, sd) for volume in means.cpu().numpy())
     smooth = np.stack(smooth)
     centre, spread = smooth.mean(axis=0), smooth.std(axis=0)
     used = spread > LEAST_SPREAD * spread.max()
     scaled = (smooth[:, used] - centre[used]) / spread[used]
     del smooth
-    coefficients, intercept = _ridge(scaled, age, subjects)
+    coefficients, intercept = _fit_ridge(scaled, age, subjects)
     weight = np.zeros(centre.shape)
     weight[used] = coefficients / spread[used]
     # The smoothing is its own adjoint: smoothing the weights does what smoothing each volume would do.
-    weight = torch.from_numpy(_smoothed(weight, sd).astype(np.float32))
+    weight = torch.from_numpy(_smooth(weight, sd).astype(np.float32))
     return VoxelRegression(weight, (total / len(age)).cpu(), intercept)
 
 
-def _ridge(scaled: np.ndarray, age: np.ndarray, subjects: np.ndarray) -> tuple[np.ndarray, float]:
+def _fit_ridge(scaled: np.ndarray, age: np.ndarray, subjects: np.ndarray) -> tuple[np.ndarray, float]:
     """Coefficients (n_voxels,) and intercept, from as many principal components as there are scans."""
-    from sklearn.linear_model import Ridge
-    from sklearn.model_selection import GridSearchCV, GroupKFold
+    from sklearn.linear_model import Ridge, RidgeCV
+    from sklearn.model_selection import GroupKFold
 
     values, vectors = np.linalg.eigh(scaled @ scaled.T)
     kept = values > 1e-9 * values[-1]
     lengths = np.sqrt(values[kept])
-    components = vectors[:, kept] * lengths
-    penalties = PENALTIES * values.mean()
-    model = Ridge(alpha=penalties[-1])
-    folds = min(FOLDS, len(np.unique(subjects)))
+    components, penalties = vectors[:, kept] * lengths, PENALTIES * values.mean()
+    model, folds = Ridge(alpha=penalties[-1]), min(FOLDS, len(np.unique(subjects)))
     if folds > 1:
-        grid, cut = {"alpha": penalties}, GroupKFold(folds)
-        search = GridSearchCV(model, grid, scoring="neg_mean_absolute_error", cv=cut, refit=False)
-        model.alpha = search.fit(components, age, groups=subjects).best_params_["alpha"]
+        cut = list(GroupKFold(folds).split(components, age, subjects))
+        model = RidgeCV(penalties, scoring="neg_mean_absolute_error", cv=cut)
     model.fit(components, age)
     return scaled.T @ (vectors[:, kept] @ (model.coef_ / lengths)), float(model.intercept_)
 
 
-def _smoothed(volume: np.ndarray, sd: float) -> np.ndarray:
+def _smooth(volume: np.ndarray, sd: float) -> np.ndarray:
     from scipy.ndimage import gaussian_filter
 
     return gaussian_filter(volume, sd, mode="constant")
 
 
-class StartRefused(ValueError):
-    """Weights that must not be started from; the message says why and what to do."""
+# --- weights to start from: a bundle, a `.safetensors`, or a PyTorch file such as MedicalNet's ------------
 
 
-def load_pretrained(model: AgeRegressor, path: str | Path) -> list[str]:
+def load_pretrained(model: nn.Module, path: str | Path) -> list[str]:
     """Load weights of the same architecture, save for the regression head; returns the names left alone.
 
     Parameters
     ----------
     model : AgeRegressor
-        Changed in place. MedicalNet's weights need `norm="batch", shortcut="A"`.
+        Changed in place. MedicalNet's weights need `shortcut="A"`.
     path : path
         A bundle (folder or `.zip`; of an ensemble the first member), `.safetensors`, or a PyTorch file, bare
         or under the key `state_dict`, with or without the prefix `module.`. Nothing in it is executed.
@@ -377,7 +360,7 @@ def load_pretrained(model: AgeRegressor, path: str | Path) -> list[str]:
     ValueError
         Where a tensor of the file does not fit the network, or the file lacks one the network needs.
     """
-    weights = {name.removeprefix("module."): tensor for name, tensor in _weights(Path(path)).items()}
+    weights = {name.removeprefix("module."): tensor for name, tensor in _read_weights(Path(path)).items()}
     own = model.state_dict()
     wanted = [name for name in own if name not in HEAD and not name.endswith("num_batches_tracked")]
     missing = [name for name in wanted if name not in weights]
@@ -385,14 +368,15 @@ def load_pretrained(model: AgeRegressor, path: str | Path) -> list[str]:
     if missing or unlike:
         raise ValueError(
             f"{path} does not fit this network: {len(missing)} tensors missing ({missing[:3]}), "
-            f"{len(unlike)} of another shape ({unlike[:3]}). MedicalNet's weights need norm='batch' and "
-            "shortcut='A'."
+            f"{len(unlike)} of another shape ({unlike[:3]}). MedicalNet's weights need shortcut='A'."
         )
     model.load_state_dict({name: weights[name] for name in wanted}, strict=False)
     return [name for name in own if name not in wanted]
 
 
-def refuse_seen(path: str | Path, scans: pd.DataFrame, hashes: Mapping[str, str], *, folds: bool) -> None:
+def refuse_training_people(
+    path: str | Path, scans: pd.DataFrame, hashes: Mapping[str, str], *, folds: bool
+) -> None:
     """Refuse a bundle that has learned from scans this run is judged by; other files cannot be asked.
 
     Parameters
@@ -408,46 +392,40 @@ def refuse_seen(path: str | Path, scans: pd.DataFrame, hashes: Mapping[str, str]
 
     Raises
     ------
-    StartRefused
+    TrainingRefused
     """
     if not Path(path).exists():
-        raise StartRefused(f"init_from = {path} does not exist; give a bundle or a file of weights.")
-    seen = seen_by(path)
-    if not seen:
-        return
+        raise TrainingRefused(f"init_from = {path} does not exist; give a bundle or a file of weights.")
+    seen = list_training_people(path)
     judged = scans if folds else scans[scans["split"] != "train"]
     known = [scan_id for scan_id in judged["scan_id"] if hashes.get(scan_id)]
-    learned = [
-        scan_id
-        for scan_id, found in zip(known, among([hashes[s] for s in known], seen, "images"), strict=True)
-        if found
-    ]
+    found = among([hashes[scan_id] for scan_id in known], seen, "images") if seen else []
+    learned = [scan_id for scan_id, one in zip(known, found, strict=False) if one]
     if learned:
-        raise StartRefused(
+        raise TrainingRefused(
             f"init_from = {path}: this bundle has learned from {len(learned)} of the {len(judged)} scans "
             f"that this run would be judged by (the first: {learned[0]}), so its errors would be too small. "
             "Start from a bundle of other people, such as one trained on the known-answer cohort."
         )
 
 
-def seen_by(path: str | Path) -> list[dict[str, Any]]:
-    """Whom weights to start from have learned from, as `all_seen` says it; nobody for what is no bundle."""
-    place = _bundle_around(Path(path)) if str(path) else None
-    return all_seen(open_bundle(place).manifest) if place else []
-
-
-def _bundle_around(path: Path) -> Path | None:
-    """The bundle that a path is, or that a file of weights lies in."""
-    if _is_bundle(path):
-        return path
-    return path.parent if (path.parent / "bundle.json").is_file() else None
+def list_training_people(path: str | Path) -> list[dict[str, Any]]:
+    """From which people starting weights have learned, in `all_seen`'s form; none for what is no bundle."""
+    if not str(path):
+        return []
+    place = Path(path)
+    if not _is_bundle(place):
+        place = place.parent  # a file of weights may lie in a bundle
+        if not (place / "bundle.json").is_file():
+            return []
+    return all_seen(open_bundle(place).manifest)
 
 
 def _is_bundle(path: Path) -> bool:
-    return path.is_dir() or (zipfile.is_zipfile(path) and path.suffix == ".zip")
+    return path.is_dir() or (path.suffix == ".zip" and zipfile.is_zipfile(path))
 
 
-def _weights(path: Path) -> Mapping[str, Tensor]:
+def _read_weights(path: Path) -> Mapping[str, Tensor]:
     if _is_bundle(path):
         files = open_bundle(path)
         if not files.manifest.get("members"):

@@ -1,4 +1,4 @@
-"""All models of one training run, one after the other, and the tables they leave; `member_fit` fits each."""
+"""All models of one training run, one after the other, and the tables they leave; `fit` trains each."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ import hashlib
 import os
 import shutil
 import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor, nn
 
 from brainage_nb.models.compute import check_disk, choose_device, choose_precision
-from brainage_nb.models.fit import HISTORY, MemberFit, build_network, open_volumes
-from brainage_nb.models.network import StartRefused, refuse_seen, seen_by
+from brainage_nb.models.fit import HISTORY, DeviceVolumes, Trainer
+from brainage_nb.models.network import build_network, list_training_people, refuse_training_people
 from brainage_nb.models.resume import StopRequests
 from brainage_nb.models.settings import (
     Member,
-    SettingsDiffer,
+    TrainingRefused,
     TrainingSettings,
-    members_of,
+    add_means,
+    list_members,
     refuse_difference,
-    with_means,
+    tabulate_predictions,
 )
 from brainage_nb.platforms import version_of
 from brainage_nb.workspace import read_csv, read_json, write_csv, write_json
@@ -30,30 +35,56 @@ from brainage_nb.workspace import read_csv, read_json, write_csv, write_json
 if TYPE_CHECKING:
     from brainage_nb.volumes.store import VolumeStore
 
+STOPPED = {
+    "time": "max_minutes is used up",
+    "interrupt": "interrupted",
+    "terminate": "asked to terminate",
+}
+
 
 class Job:
-    """All models of a run, one after the other; parameters as in `train`."""
+    """All models of a run; parameters as in `train`."""
 
     def __init__(
-        self, store: VolumeStore, splits: pd.DataFrame, run_folder: Path, settings: TrainingSettings
+        self,
+        store: VolumeStore,
+        splits: pd.DataFrame,
+        run_folder: Path,
+        settings: TrainingSettings,
+        network: nn.Module | Callable[[], nn.Module] | None = None,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
-        self.store, self.run_folder, self.settings = store, Path(run_folder), settings
-        self.scans = _scans_in_store(splits, store)
-        self.members = members_of(self.scans, settings)
-        self.identity = settings.identity() | {
+        self.store, self.run_folder = store, Path(run_folder)
+        self.network, self.loss = network, loss
+        self.settings = replace(settings, loss="own") if loss is not None else settings
+        self._check_own()
+        self.scans = _select_scans(splits, store)
+        self.members = list_members(self.scans, self.settings)
+        self.identity = self.settings.identity() | {
             "fingerprint": store.fingerprint,
             "scans_ages_splits": _digest(self.scans),
         }
+        self.own = {"network": _name_of(network), "loss": _name_of(loss)}
+        self.identity |= {f"own_{name}": value for name, value in self.own.items() if value}
         self.notes: list[str] = []
+
+    def _check_own(self) -> None:
+        if self.settings.loss == "own" and self.loss is None:
+            raise TrainingRefused("loss = 'own' stands for a function: give it as train(..., loss=...).")
+        if self.network is not None and self.settings.loss == "distribution":
+            raise TrainingRefused(
+                "A network of your own answers with one number per scan, no distribution of ages: set "
+                "loss='huber', or give a loss of your own."
+            )
 
     def check_start(self, *, fresh: bool) -> None:
         """Refuse weights to start from that are absent, would be deleted first, or know the answers."""
         if not self.settings.init_from:
             return
         hashes = dict(zip(self.store.index["scan_id"], self.store.index["source_sha256"], strict=True))
-        refuse_seen(self.settings.init_from, self.scans, hashes, folds=bool(self.settings.folds))
+        refuse_training_people(self.settings.init_from, self.scans, hashes, folds=bool(self.settings.folds))
         if fresh and Path(self.settings.init_from).absolute().is_relative_to(self.run_folder.absolute()):
-            raise StartRefused(
+            raise TrainingRefused(
                 f"init_from = {self.settings.init_from} lies in this run's own folder, which fresh = True "
                 "deletes. Choose another name for this run."
             )
@@ -68,102 +99,108 @@ class Job:
             shutil.rmtree(Path(self.settings.scratch) / self.run_folder.name, ignore_errors=True)
 
     def is_done(self) -> bool:
-        """True for a finished run of the same settings; other settings raise `SettingsDiffer`."""
+        """True for a finished run of the same settings; other settings raise `TrainingRefused`."""
         path = self.run_folder / "settings.json"
         if not path.exists():
             return False
         before = read_json(path)
         if "identity" not in before:
-            raise SettingsDiffer(
+            raise TrainingRefused(
                 f"{self.run_folder} holds a run of another kind. Choose another run name, or set fresh=True."
             )
         refuse_difference(before["identity"], self.identity, self.run_folder)
         return (self.run_folder / "predictions.csv").exists()
 
     def run(self, stop: StopRequests, progress, *, fresh: bool = False, only: str = "") -> None:
-        """Fit the members that are not finished, or the one named `only`; write the tables once all are."""
-        accelerator, note = accelerator_for(self.settings)
+        """Fit the models that are not finished, or the one named `only`; write the tables once all are."""
+        accelerator = make_accelerator(self.settings)
         if fresh and accelerator.is_main_process:
             self.clear()
         accelerator.wait_for_everyone()
         volumes = self._prepare(accelerator)
-        self.notes = [note, *self.notes]
         for number, member in enumerate(self.members):
             if self._has(member) or only not in ("", member.name):
                 continue
-            folder = self._folder(member)
-            folder.mkdir(parents=True, exist_ok=True)
-            fit = MemberFit(volumes, self.scans, member, self.settings, accelerator, folder, self.identity)
-            progress.begin(member.name, number, len(self.members), self.history())
-            complete = fit.run(stop, progress.step, progress.epoch)
+            trainer = self.make_trainer(volumes, member, accelerator, self._folder(member))
+            trainer.resume()
+            progress.begin(trainer, number, len(self.members), self.history())
+            complete = trainer.run(stop, progress.step, progress.epoch)
             progress.end()
             accelerator.free_memory()
             if not complete:
-                self._stopped(fit, stop.reason)
+                self._note_stop(trainer, stop.reason)
                 return
         if accelerator.is_main_process and not only:
             self.write_tables()
         accelerator.wait_for_everyone()
 
-    def _prepare(self, accelerator):
-        """Check the disk, open the volumes, write settings.json; returns the volumes."""
-        with torch.device("meta"):
-            network = build_network(self.settings, self.scans["age"].to_numpy())
-        n_parameters = sum(weight.numel() for weight in network.parameters())
+    def make_trainer(self, volumes: DeviceVolumes, member: Member, accelerator, folder: Path) -> Trainer:
+        """What fits one model of the run."""
+        folder.mkdir(parents=True, exist_ok=True)
+        arguments = (volumes, self.scans, member, self.settings, accelerator, folder, self.identity)
+        return Trainer(*arguments, network=self.network, loss=self.loss)
+
+    def count_parameters(self) -> int:
+        """Weights of one model."""
+        with torch.random.fork_rng():
+            network = build_network(self.settings, self.scans["age"].to_numpy(), self.network)
+        return sum(weight.numel() for weight in network.parameters())
+
+    def _prepare(self, accelerator) -> DeviceVolumes:
+        """Check the disk, open the volumes, write settings.json."""
+        n_parameters = self.count_parameters()
         self.run_folder.mkdir(parents=True, exist_ok=True)
         disk = check_disk(self.run_folder, n_parameters, len(self.members))
-        scan_ids = list(self.scans["scan_id"])
-        volumes = open_volumes(self.store, scan_ids, accelerator.device, self.settings.resident_share)
-        self.notes = [f"{len(scan_ids)} volumes {volumes.where}", disk]
+        volumes = DeviceVolumes(self.store, self.scans, accelerator.device, self.settings.resident_share)
+        facts = _describe_device(accelerator)
+        self.notes = [
+            f"{facts['processes']} process(es) on {facts['device']}, {facts['precision']}",
+            f"{len(volumes)} volumes {volumes.where}",
+            disk,
+        ]
         if accelerator.is_main_process:
-            self._write_settings(accelerator, n_parameters, volumes.where)
+            self._write_settings(facts | {"n_parameters": n_parameters, "volumes": volumes.where})
         return volumes
 
-    def _stopped(self, fit: MemberFit, reason: str) -> None:
-        if fit.accelerator.is_main_process:
-            write_csv(self.history(fit), self.run_folder / "history.csv")
-        why = {
-            "time": "max_minutes is used up",
-            "interrupt": "interrupted",
-            "terminate": "asked to terminate",
-        }
+    def _note_stop(self, trainer: Trainer, reason: str) -> None:
+        if trainer.accelerator.is_main_process:
+            write_csv(self.history(trainer), self.run_folder / "history.csv")
         self.notes.append(
-            f"Stopped in epoch {fit.epoch + 1} of {fit.settings.epochs} of {fit.member.name}: {why[reason]}; "
-            "all is saved. Run again with the same settings to go on."
+            f"Stopped in epoch {trainer.epoch + 1} of {self.settings.epochs} of {trainer.member.name}: "
+            f"{STOPPED[reason]}; all is saved. Run again with the same settings to go on."
         )
 
     def _folder(self, member: Member) -> Path:
         return self.run_folder / "checkpoints" / member.name
 
     def unfinished(self) -> list[Member]:
-        """The members that have no predictions yet."""
+        """The models that have no predictions yet."""
         return [member for member in self.members if not self._has(member)]
 
     def _has(self, member: Member) -> bool:
         return (self._folder(member) / "predictions.csv").exists()
 
-    def history(self, unfinished: MemberFit | None = None) -> pd.DataFrame:
-        """History of the finished members, and of one that is not."""
+    def history(self, unfinished: Trainer | None = None) -> pd.DataFrame:
+        """History of the finished models, and of one that is not."""
         done = [read_csv(self._folder(m) / "history.csv") for m in self.members if self._has(m)]
         if unfinished is not None and unfinished.history:
             done.append(pd.DataFrame(unfinished.history))
-        return pd.concat(done, ignore_index=True) if done else pd.DataFrame(columns=list(HISTORY))
+        return pd.concat(done, ignore_index=True) if done else pd.DataFrame(columns=HISTORY)
 
-    def _write_settings(self, accelerator, n_parameters: int, where: str) -> None:
+    def _write_settings(self, facts: dict) -> None:
         content = {
             "variant": "single" if len(self.members) == 1 else "mean",
             "fingerprint": self.store.fingerprint,
             "preprocessing": self.store.settings.to_json(),
             "recipe": self.settings.recipe,
-            "seen_before": seen_by(self.settings.init_from),
+            "own": self.own,
+            "seen_before": list_training_people(self.settings.init_from),
             "settings": self.settings.to_json(),
             "identity": self.identity,
-            "n_parameters": n_parameters,
-            "device": _device_name(accelerator.device),
-            "processes": accelerator.num_processes,
-            "precision": _precision_name(accelerator),
-            "volumes": where,
-            "versions": {name: version_of(name) for name in ("brainage-nb", "torch", "accelerate", "numpy")},
+            **facts,
+            "versions": {
+                name: version_of(name) for name in ("brainage-nb", "torch", "monai", "accelerate", "numpy")
+            },
             "seconds_per_epoch": None,
         }
         write_json(content, self.run_folder / "settings.json")
@@ -178,11 +215,39 @@ class Job:
         content["best_epochs"] = best[["fold", "seed", "epoch", "val_mae"]].to_dict("records")
         write_json(content, self.run_folder / "settings.json")
         rows = [read_csv(self._folder(member) / "predictions.csv") for member in self.members]
-        predictions, _ = with_means(pd.concat(rows, ignore_index=True))
-        write_csv(predictions, self.run_folder / "predictions.csv")
+        write_csv(add_means(pd.concat(rows, ignore_index=True)), self.run_folder / "predictions.csv")
 
 
-def _scans_in_store(splits: pd.DataFrame, store: VolumeStore) -> pd.DataFrame:
+def write_predictions(
+    splits: pd.DataFrame, predicted_age: Sequence[float], run_folder: str | Path, store: VolumeStore
+) -> Path:
+    """Leave the predictions of a loop of your own where notebook 06 finds and evaluates them.
+
+    Parameters
+    ----------
+    splits : DataFrame
+        `scan_id, subject_id, session_id, split, age` (years), one row per scan.
+    predicted_age : (n,) array
+        Years, in the order of `splits`.
+    run_folder : path
+        `runs/<run>` of the workspace; receives `predictions.csv` and `settings.json`.
+    store : VolumeStore
+        What was predicted from.
+
+    Returns
+    -------
+    Path
+        The run folder.
+    """
+    folder, everyone = Path(run_folder), np.arange(len(splits))
+    member = Member(-1, 0, everyone, everyone, everyone)
+    facts = {"variant": "single", "fingerprint": store.fingerprint, "own": {"network": "by hand", "loss": ""}}
+    write_json(facts | {"settings": {}}, folder / "settings.json")
+    write_csv(tabulate_predictions(splits, member, predicted_age), folder / "predictions.csv")
+    return folder
+
+
+def _select_scans(splits: pd.DataFrame, store: VolumeStore) -> pd.DataFrame:
     """Rows with a volume and an age, by scan_id, ids as text."""
     known = splits["scan_id"].isin(set(store.scan_ids))
     if not known.all():
@@ -207,8 +272,17 @@ def _digest(scans: pd.DataFrame) -> str:
     return hashlib.sha256(scans[columns].to_csv(index=False).encode()).hexdigest()[:16]
 
 
-def accelerator_for(settings: TrainingSettings):
-    """What computes a run, and a note that says it: device, number of processes, precision."""
+def _name_of(own: object) -> str:
+    """The name that a network or loss of the user's own is recorded by; empty for none."""
+    if own is None:
+        return ""
+    named = getattr(own, "func", own)  # of a functools.partial
+    named = named if hasattr(named, "__qualname__") else type(named)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def make_accelerator(settings: TrainingSettings):
+    """The `accelerate.Accelerator` of a run: device, processes and precision, proved beforehand."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -216,19 +290,14 @@ def accelerator_for(settings: TrainingSettings):
     precision = choose_precision(settings, device)
     if "WORLD_SIZE" not in os.environ:
         AcceleratorState._reset_state(True)  # a notebook may have trained with another precision before
-    mixed = "no" if precision == "fp32" else precision
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
-    return (
-        accelerator,
-        f"{accelerator.num_processes} process(es) on {_device_name(accelerator.device)}, {precision}",
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=precision.replace("fp32", "no"))
+
+
+def _describe_device(accelerator) -> dict[str, str | int]:
+    """Device, processes and precision as settings.json says them."""
+    cuda = accelerator.device.type == "cuda"
+    name = (
+        torch.cuda.get_device_name(accelerator.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
     )
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
-
-
-def _precision_name(accelerator) -> str:
-    return "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    precision = accelerator.mixed_precision.replace("no", "fp32")
+    return {"device": name, "processes": accelerator.num_processes, "precision": precision}

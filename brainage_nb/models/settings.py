@@ -1,15 +1,11 @@
-"""The settings of a training run, flat and in one place. No behaviour beyond checking them.
+"""The settings of a training run, and the models that follow from them: folds, seeds, who trains each.
 
-Which models a job trains (folds, seeds), who trains each, and how their predictions become one table.
-
-Works on tables of scans; trains nothing itself.
+Checks and counts only; nothing is trained here.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,35 +19,28 @@ from brainage_nb.volumes.augment import AugmentationSettings
 from brainage_nb.volumes.settings import name_recipe, recipe_defaults
 
 # How and where a run is computed. These may differ when a run is continued; all others decide its result.
-RUNTIME = (
-    "precision",
-    "device",
-    "processes",
-    "micro_batch",
-    "resident_share",
-    "max_minutes",
-    "checkpoint_minutes",
-    "require_gpu",
-    "scratch",
-    "cluster",
-)
-# How each named recipe is learned, beside how its scans are prepared (`volumes.recipes`): `best` is what the
-# ablation on real scans chose (`benchmarks/accuracy.py`).
+RUNTIME = [
+    "precision", "device", "processes", "resident_share", "max_minutes",
+    "checkpoint_minutes", "require_gpu", "scratch", "cluster",
+]  # fmt: skip
+# How each named recipe is learned, beside how its scans are prepared (`volumes.settings`): `reference` is the
+# published method, `best` is what the ablation on real scans chose (`benchmarks/accuracy.py`).
 RECIPES: dict[str, dict[str, Any]] = {
     "reference": {"loss": "huber", "keep": "best", "inner_fraction": 0.15, "linear": False},
     "best": {"loss": "distribution", "keep": "last", "inner_fraction": 0.0, "linear": True},
 }
-
-# Settings that do nothing unless another is like this.
-COUNTS_WITH = {
-    "huber_delta": ("loss", "huber"),
-    "label_sd": ("loss", "distribution"),
-    "inner_fraction": ("folds", "[^0].*"),
-}
+COLUMNS = [
+    "scan_id", "subject_id", "session_id", "split", "fold",
+    "seed", "variant", "age", "predicted_age",
+]  # fmt: skip
 
 
-class SettingsDiffer(ValueError):
-    """A run was begun with other settings; the message names them."""
+class TrainingRefused(ValueError):
+    """Training does not start as set; the message says why (folder, weights, machine) and what to do."""
+
+
+class TrainingFailed(RuntimeError):
+    """Training began and could not go on; the message says what is safe and what to set."""
 
 
 @dataclass(frozen=True)
@@ -63,22 +52,15 @@ class TrainingSettings:
     epochs : int
         Passes over the training set.
     batch_size : int
-        Volumes a step, all processes together; kept when memory forces smaller pieces.
+        Volumes per step, all processes together; kept when memory forces smaller pieces.
     learning_rate : float
         Peak of AdamW's learning rate, after the warm-up.
     weight_decay : float
         Of AdamW; norms and biases are spared.
-    warmup_epochs : int
-        Epochs of linear rise before the cosine; at most a fifth of all epochs is used.
-    loss : {"huber", "distribution"}
+    loss : {"huber", "distribution", "own"}
         What is learned: the age (Huber), or a distribution of ages around it (Kullback-Leibler divergence
-        from a normal curve of `label_sd`), whose mean is the predicted age; the recipe's if not set.
-    huber_delta : float
-        With "huber": where the loss turns from square to linear, years.
-    label_sd : float
-        With "distribution": standard deviation of the curve around each true age, years.
-    gradient_clip : float
-        Largest norm of the gradient; 0 for none.
+        from a normal curve), whose mean is the predicted age; the recipe's if not set. `own` stands for a
+        function that was given to `train`.
     ema_epochs : float
         Time constant of the weight average, epochs; the average is what is evaluated. 0 for none.
     keep : {"best", "last"}
@@ -87,30 +69,21 @@ class TrainingSettings:
         is a fair choice.
     linear : bool
         Average each predicted age with that of a ridge regression on the smoothed training volumes
-        (`fitting.linear`), fitted in seconds once the network is trained; the recipe's if not set.
-    patience : int
-        Stop after so many epochs without a better validation MAE; 0 for never.
-    norm : {"batch", "group", "instance"}
-        Normalisation of the network; batch learns fastest.
+        (`fit_linear`), fitted in seconds once the network is trained; the recipe's if not set.
     shortcut : {"A", "B"}
         Of the residual blocks; A where MedicalNet's weights are to be loaded.
     widths : ints
         Channels of the four stages; 64,128,256,512 is ResNet-18, halves of these train four times as fast.
     blocks : ints
         Residual blocks of the four stages; 2,2,2,2 is ResNet-18, 1,1,1,1 is ResNet-10.
-    dropout : float
-        Share of the pooled features dropped at random in training.
     augmentation : AugmentationSettings or None
         Random variation of training volumes; None for none.
     flip_averaging : bool
         Predict each scan and its mirror image and average.
-    shift_averaging : int
-        Predict each scan also moved by so many voxels to and fro along each axis and average; 0 for not.
-        Takes seven times as long.
     init_from : str
-        Bundle or file of weights to start from (`starting.load_pretrained`); empty for random ones.
+        Bundle or file of weights to start from (`load_pretrained`); empty for random ones.
     seeds : ints
-        One model a seed; several are an ensemble.
+        One model for each seed; several are an ensemble.
     folds : int
         Cross-validation folds over train and validation; 0 for none.
     inner_fraction : float
@@ -121,9 +94,7 @@ class TrainingSettings:
     device : {"auto", "cpu", "cuda"}
         Where to train; "auto" is a GPU where there is one.
     processes : int
-        Processes, one a GPU; 0 for all GPUs seen.
-    micro_batch : int
-        Volumes computed at once on a device; 0 for as many as fit.
+        Processes, one for each GPU; 0 for all GPUs.
     resident_share : float
         Volumes stay on the device where they take at most this share of its free memory.
     max_minutes : float
@@ -144,23 +115,15 @@ class TrainingSettings:
     batch_size: int = 8
     learning_rate: float = 3e-4
     weight_decay: float = 1e-4
-    warmup_epochs: int = 5
     loss: str = "huber"
-    huber_delta: float = 1.0
-    label_sd: float = 3.0
-    gradient_clip: float = 20.0
     ema_epochs: float = 1.0
     keep: str = "best"
     linear: bool = False
-    patience: int = 0
-    norm: str = "batch"
     shortcut: str = "B"
     widths: tuple[int, ...] = (64, 128, 256, 512)
     blocks: tuple[int, ...] = (2, 2, 2, 2)
-    dropout: float = 0.0
     augmentation: AugmentationSettings | None = field(default_factory=AugmentationSettings)
     flip_averaging: bool = True
-    shift_averaging: int = 0
     init_from: str = ""
     seeds: tuple[int, ...] = (0,)
     folds: int = 0
@@ -168,7 +131,6 @@ class TrainingSettings:
     precision: str = "auto"
     device: str = "auto"
     processes: int = 0
-    micro_batch: int = 0
     resident_share: float = 0.5
     max_minutes: float = 0.0
     checkpoint_minutes: float = 5.0
@@ -178,18 +140,18 @@ class TrainingSettings:
 
     def __post_init__(self):
         check_fields(self)  # JSON brings lists
-        for name in ("epochs", "batch_size", "learning_rate", "huber_delta", "label_sd"):
-            _require(self, name, getattr(self, name) > 0, "a number above 0")
-        for name, value in vars(self).items():
-            _require(self, name, not isinstance(value, int | float) or value >= 0, "no number below 0")
-        _require(self, "dropout", self.dropout < 1, "a share below 1")
-        _require(self, "folds", self.folds == 0 or self.folds >= 2, "0 (none) or at least 2")
-        _require(self, "seeds", 0 < len(set(self.seeds)) == len(self.seeds), "one or more different numbers")
-        watched = self.inner_fraction > 0 or self.keep == "last"
-        share = "a share from 0 to below 1, and above 0 with keep='best'"
-        _require(self, "inner_fraction", watched and 0 <= self.inner_fraction < 1, share)
-        _require(self, "patience", not (self.patience and self.keep == "last"), "0 with keep='last'")
-        averaging_of(vars(self))
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
+        share = 0 <= self.inner_fraction < 1 and (self.inner_fraction > 0 or self.keep == "last")
+        checks = [
+            *((name, numbers[name] > 0, "above 0") for name in ("epochs", "batch_size", "learning_rate")),
+            *((name, value >= 0, "no number below 0") for name, value in numbers.items()),
+            ("folds", self.folds != 1, "0 (none) or at least 2"),
+            ("seeds", 0 < len(set(self.seeds)) == len(self.seeds), "one or more different numbers"),
+            ("inner_fraction", share, "a share from 0 to below 1, and above 0 with keep='best'"),
+        ]
+        for name, holds, expected in checks:
+            if not holds:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: expected {expected}.")
 
     @classmethod
     def of_recipe(cls, recipe: str, **numbers: Any) -> TrainingSettings:
@@ -201,15 +163,16 @@ class TrainingSettings:
         **numbers
             Any settings; they go before the recipe's. ValueError for one that would change nothing beside
             the others.
+
+        >>> TrainingSettings.of_recipe("best", epochs=7).keep
+        'last'
         """
         settings = cls(**recipe_defaults(recipe, RECIPES) | numbers)
-        for name in set(numbers) & set(COUNTS_WITH):
-            other, wanted = COUNTS_WITH[name]
-            if not re.fullmatch(wanted, str(getattr(settings, other))):
-                raise ValueError(
-                    f"{name} = {numbers[name]!r} would change nothing: {other} is "
-                    f"{getattr(settings, other)!r} (recipe {recipe}). Set {other} too, or leave {name} out."
-                )
+        if "inner_fraction" in numbers and not settings.folds:
+            raise ValueError(
+                f"inner_fraction = {settings.inner_fraction!r} would change nothing: folds is 0. "
+                "Set folds too, or leave inner_fraction out."
+            )
         return settings
 
     @property
@@ -219,9 +182,7 @@ class TrainingSettings:
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, text and lists; `from_json` reads them back."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
-        }
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> TrainingSettings:
@@ -229,9 +190,8 @@ class TrainingSettings:
         known = [entry.name for entry in fields(cls)]
         if unknown := sorted(set(content) - set(known)):
             raise ValueError(f"Unknown training settings {unknown}. Available: {known}")
-        content = dict(content)
-        if isinstance(content.get("augmentation"), dict):
-            content["augmentation"] = AugmentationSettings(**content["augmentation"])
+        if isinstance(augmentation := content.get("augmentation"), dict):
+            content = content | {"augmentation": AugmentationSettings(**augmentation)}
         return cls(**content)
 
     def identity(self) -> dict[str, Any]:
@@ -239,13 +199,8 @@ class TrainingSettings:
         return {name: value for name, value in self.to_json().items() if name not in RUNTIME}
 
 
-def _require(settings: TrainingSettings, name: str, holds: bool, expected: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} = {getattr(settings, name)!r}: expected {expected}.")
-
-
 def refuse_difference(before: dict[str, Any], now: dict[str, Any], place: Path) -> None:
-    """Raise `SettingsDiffer` naming every setting that is not what `place` was begun with.
+    """Raise `TrainingRefused` naming every setting that is not what `place` was begun with.
 
     A setting that is younger than the run counts as its default, which does what was done before it.
     """
@@ -254,28 +209,15 @@ def refuse_difference(before: dict[str, Any], now: dict[str, Any], place: Path) 
     names = [name for name in sorted(set(before) | set(now)) if before.get(name) != now.get(name)]
     if names:
         listed = "; ".join(f"{name}: was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
-        raise SettingsDiffer(
+        raise TrainingRefused(
             f"{place} was begun with other settings ({listed}). Go on with those, choose another run "
-            "name, or set fresh=True to delete it and start anew."
+            "name, or set fresh=True to delete it and start again."
         )
-
-
-COLUMNS = (
-    "scan_id",
-    "subject_id",
-    "session_id",
-    "split",
-    "fold",
-    "seed",
-    "variant",
-    "age",
-    "predicted_age",
-)
 
 
 @dataclass(frozen=True)
 class Member:
-    """One model of a job. Arrays hold row positions in the table of scans.
+    """One model of a run. Arrays hold row positions in the table of scans.
 
     Parameters
     ----------
@@ -300,28 +242,27 @@ class Member:
         return f"seed{self.seed}" if self.fold < 0 else f"fold{self.fold}_seed{self.seed}"
 
 
-def members_of(scans: pd.DataFrame, settings: TrainingSettings) -> list[Member]:
+def list_members(scans: pd.DataFrame, settings: TrainingSettings) -> list[Member]:
     """The models to train, in order.
 
     Parameters
     ----------
     scans : DataFrame
-        `subject_id, age, split, fold`, a row a scan. Folds of another number than the settings ask for are
-        dealt anew here (by subject and age; the test split is never touched).
+        `subject_id, age, split, fold`, one row per scan. Folds of another number than the settings ask for
+        are dealt here (by subject and age; the test split is never touched).
     settings : TrainingSettings
         Its `folds`, `seeds` and `inner_fraction`.
 
     Raises
     ------
     ValueError
-        Where a member would have nobody to train on or to choose the best epoch by.
+        Where a model would have nobody to train on or to choose the best epoch by.
     """
     scans = scans.reset_index(drop=True)
-    if not settings.folds:
-        parts = [_parts(scans, -1, 0.0)]
-    else:
-        scans = scans.assign(fold=folds_of(scans, settings.folds))
-        parts = [_parts(scans, fold, settings.inner_fraction) for fold in range(settings.folds)]
+    folds = [-1]
+    if settings.folds:
+        scans, folds = scans.assign(fold=_deal_folds(scans, settings.folds)), range(settings.folds)
+    parts = [(fold, *_split_scans(scans, fold, settings.inner_fraction)) for fold in folds]
     members = [Member(fold, seed, *rows) for fold, *rows in parts for seed in settings.seeds]
     for member in members:
         if len(member.train) < 2 or not len(member.validation):
@@ -332,7 +273,7 @@ def members_of(scans: pd.DataFrame, settings: TrainingSettings) -> list[Member]:
     return members
 
 
-def folds_of(scans: pd.DataFrame, folds: int) -> np.ndarray:
+def _deal_folds(scans: pd.DataFrame, folds: int) -> np.ndarray:
     """Fold of each scan: the table's own where it has `folds` of them, else dealt by subject and age."""
     dealt = scans.loc[scans["split"] != "test"]
     if "fold" in scans and set(dealt["fold"]) == set(range(folds)):
@@ -342,8 +283,8 @@ def folds_of(scans: pd.DataFrame, folds: int) -> np.ndarray:
     return fold.where(scans["split"] != "test", -1).fillna(-1).astype(int).to_numpy()
 
 
-def _parts(scans: pd.DataFrame, fold: int, inner_fraction: float) -> tuple:
-    """(fold, train, validation, predicted) as row positions."""
+def _split_scans(scans: pd.DataFrame, fold: int, inner_fraction: float) -> list[np.ndarray]:
+    """Row positions (train, validation, predicted)."""
     test = (scans["split"] == "test").to_numpy()
     if fold < 0:
         train, validation = (scans["split"] == "train").to_numpy(), (scans["split"] == "val").to_numpy()
@@ -351,55 +292,34 @@ def _parts(scans: pd.DataFrame, fold: int, inner_fraction: float) -> tuple:
     else:
         held_out = (scans["fold"] == fold).to_numpy() & ~test
         validation = held_out  # only watched; all others are trained on
-        if inner_fraction:
-            inner = _inner(scans[~test & ~held_out], inner_fraction, fold)
-            validation = scans["subject_id"].isin(inner).to_numpy() & ~test & ~held_out
+        if (
+            inner_fraction
+        ):  # the subjects of one of several folds inside of the training fold choose the epoch
+            age = scans[~test & ~held_out].groupby("subject_id", sort=True)["age"].mean()
+            dealt = deal_folds(age, max(2, min(len(age), round(1 / inner_fraction))), seed=fold)
+            inner = scans["subject_id"].isin(dealt.index[dealt == 0]).to_numpy()
+            validation = inner & ~test & ~held_out
         train, predicted = ~test & ~held_out & ~validation, held_out | test
-    return (fold, *(np.flatnonzero(part) for part in (train, validation, predicted)))
+    return [np.flatnonzero(part) for part in (train, validation, predicted)]
 
 
-def _inner(scans: pd.DataFrame, fraction: float, fold: int) -> list[str]:
-    """Subjects that choose the best epoch: one of every so many neighbours in age."""
-    age = scans.groupby("subject_id", sort=True)["age"].mean()
-    groups = max(2, min(len(age), round(1 / fraction)))
-    dealt = deal_folds(age, groups, seed=fold)
-    return list(dealt.index[dealt == 0])
-
-
-def member_rows(scans: pd.DataFrame, member: Member, predicted_age: np.ndarray) -> pd.DataFrame:
+def tabulate_predictions(scans: pd.DataFrame, member: Member, predicted_age: np.ndarray) -> pd.DataFrame:
     """Prediction rows of one model: `predicted_age` (years) belongs to the scans `member.predicted`."""
-    rows = scans.iloc[member.predicted][["scan_id", "subject_id", "session_id", "split", "age"]]
-    return rows.assign(fold=member.fold, seed=member.seed, variant="single", predicted_age=predicted_age)[
-        list(COLUMNS)
-    ]
+    rows = scans.iloc[member.predicted].assign(fold=member.fold, seed=member.seed, variant="single")
+    return rows.assign(predicted_age=predicted_age)[COLUMNS]
 
 
-def with_means(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
-    """All prediction rows with the ensemble's `mean` rows added, and the name of the headline variant.
+def add_means(rows: pd.DataFrame) -> pd.DataFrame:
+    """All prediction rows and, where there are several models, the ensemble's rows of variant `mean`.
 
     A scan of train or val averages over seeds (with folds: of the models that held it out, whose fold the
-    mean row carries); a test scan averages over all models, fold -1. A single model needs no mean rows.
+    mean row carries); a test scan averages over all models, fold -1.
     """
     if rows.groupby(["fold", "seed"]).ngroups == 1:
-        return rows, "single"
+        return rows
     keys = ["scan_id", "subject_id", "session_id", "split", "age"]
     mean = rows.groupby(keys, sort=False, as_index=False).agg(
         predicted_age=("predicted_age", "mean"), fold=("fold", "max")
     )
     mean.loc[mean["split"] == "test", "fold"] = -1
-    mean = mean.assign(seed=-1, variant="mean")[list(COLUMNS)]
-    return pd.concat([rows, mean], ignore_index=True), "mean"
-
-
-MOST_SHIFT = 4  # voxels
-
-
-def averaging_of(facts: Mapping[str, Any]) -> dict[str, int]:
-    """What `views` is to do, from the settings of a run or a bundle's manifest; ValueError out of bounds."""
-    shift = facts.get("shift_averaging", 0)
-    if type(shift) is not int or not 0 <= shift <= MOST_SHIFT:
-        raise ValueError(f"shift_averaging = {shift!r}: expected 0 (none) to {MOST_SHIFT} voxels.")
-    return {"flip_averaging": bool(facts["flip_averaging"]), "shift_averaging": shift}
-
-
-NORMS = ("batch", "group", "instance")
+    return pd.concat([rows, mean.assign(seed=-1, variant="mean")[COLUMNS]], ignore_index=True)

@@ -140,6 +140,11 @@ def _collect_networks(
             "hold the ResNet-18 of this package. Keep checkpoints/*/weights.safetensors and the code."
         )
     training, places = settings["settings"], sorted(folder.glob("checkpoints/*/weights.safetensors"))
+    if own := settings.get("own", {}).get("network"):
+        raise ValueError(
+            f"{folder} was trained with a network of your own ({own}): a bundle runs nothing, so it can only "
+            "hold the ResNet-18 of this package. Keep checkpoints/*/weights.safetensors and the code."
+        )
     if not places:
         raise FileNotFoundError(
             f"{folder} has no finished model (checkpoints/*/weights.safetensors). Train it to the end first."

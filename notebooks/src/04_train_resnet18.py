@@ -20,9 +20,9 @@
 #
 # **Out:** `runs/<run>/`: settings, history, checkpoints and `predictions.csv` for every scan.
 #
-# A residual network looks at the whole volume and answers with one number, the age in years. After every epoch it is
-# judged on the validation subjects, who choose the epoch in `reference` and only watch in `best`; the test subjects are
-# only predicted, at the very end.
+# A residual network looks at the whole volume. It answers with one number, the age in years.
+# After each epoch it is judged on the validation subjects. In `reference` they choose the epoch; in `best` they only watch.
+# The test subjects are predicted once, at the very end.
 # Press *Run all* again after a lost connection: training goes on from the last checkpoint.
 
 # %% [markdown]
@@ -68,16 +68,19 @@ fresh = False  # @param {type:"boolean"}
 more = ""  # @param {type:"string"}
 
 # %%
+import pandas as pd
 from IPython.display import Markdown
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.apps.widget import LiveCurve
 from brainage_nb.evaluation.metrics import metrics_by_split
+from brainage_nb.models.fit import VolumeDataset, list_learning_rates
+from brainage_nb.models.network import build_network, describe_network
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.train import forecast, train
 from brainage_nb.parameters import pick_fields, read_parameters
 from brainage_nb.predict.saving import current_bundle
-from brainage_nb.volumes.augment import AugmentationSettings, augmentation_examples
+from brainage_nb.volumes.augment import AugmentationSettings, augment, augmentation_examples
 from brainage_nb.volumes.pictures import montage
 from brainage_nb.volumes.settings import list_changes
 from brainage_nb.volumes.store import current_store
@@ -106,37 +109,95 @@ splits.groupby("split").agg(
 )
 
 # %% [markdown]
-# ## What the network gets to see
-# Each training volume is varied at random, anew in every epoch: a head may be turned, larger, or taken by another
-# scanner, and the age must stay the same. Only left and right are exchanged; other mirror images are no anatomy.
+# ## Settings
+# The recipe decides what is not asked for above. `brainage-nb list 04` shows every field with its unit.
 
 # %%
 augmentation = AugmentationSettings(**pick_fields(parameters, AugmentationSettings))
+chosen = {"scratch": str(scratch or "")} | pick_fields(parameters, TrainingSettings)
+settings = TrainingSettings.of_recipe(recipe, **chosen, augmentation=augmentation)
+print(f"Other than recipe {recipe}: {list_changes(settings, recipe)}")
+
+# %% [markdown]
+# ## The network
+# This is MONAI's 3D ResNet-18. A residual block learns what to add to its input.
+# From stage to stage the picture halves and the channels double.
+# The last layer sees one mean for each channel. With the loss `huber` it gives the age.
+# With `distribution` it gives the shares of 65 ages, and their mean is the predicted age.
+# The network starts at the mean age of the training subjects: its first guess is the mean predictor's.
+
+# %%
+known = splits[splits["scan_id"].isin(store.scan_ids)]
+layers = describe_network(build_network(settings, known["age"].to_numpy()), store.size)
+print(f"{layers['parameters'].sum() / 1e6:.1f} million parameters")
+layers
+
+# %% [markdown]
+# ## What the network gets to see
+# Each training volume is varied at random, differently in every epoch.
+# A head may be turned, larger, or taken by another scanner, and the age must stay the same.
+# Only left and right are exchanged; other mirror images are no anatomy.
+# First one volume with each change alone.
+
+# %%
 examples = augmentation_examples(store[store.scan_ids[0]], augmentation, store.spacing_mm, seed=1)
 montage([volume for _, volume in examples], [title for title, _ in examples], name="axial", columns=3)
 
 # %% [markdown]
-# ## Train
-# AdamW with a warm-up and a cosine, mixed precision where the card has it. The network starts at the mean age of the
-# training subjects, so its first guess is the mean predictor's. First a few steps are timed: what the run will take is
-# known before it starts.
+# Then one batch, as the network receives it.
 
 # %%
-chosen = {"scratch": str(scratch or "")} | pick_fields(parameters, TrainingSettings)
-settings = TrainingSettings.of_recipe(recipe, **chosen, augmentation=augmentation)
-print(f"Other than recipe {recipe}: {list_changes(settings, recipe)}")
+train_set = VolumeDataset(store, known[known["split"] == "train"])
+rows = range(min(settings.batch_size, len(train_set)))
+batch = augment(train_set.read(rows).float(), augmentation, store.spacing_mm, [(1, 0, k) for k in rows])
+ages = [f"{train_set[k][1]:.0f} years" for k in rows]
+print(f"batch {tuple(batch.shape)}: scans, channel, right, anterior, superior")
+montage(list(batch[:, 0].numpy()), ages, name="axial", columns=4)
+
+# %% [markdown]
+# ## Loss, optimiser, learning rate
+# `huber` is square within a year of the true age and linear beyond, so that one odd scan does not rule the others.
+# `distribution` compares the 65 shares with a normal curve around the true age (Kullback-Leibler divergence).
+# AdamW turns gradients into steps; weight decay spares norms and biases.
+# The learning rate rises for some epochs, since the first gradients are wild. Then it falls as a cosine.
+
+# %%
+rates = pd.Series(list_learning_rates(settings, -(-len(train_set) // settings.batch_size)))
+axes = rates.plot(figsize=(5, 2.4), xlabel="step", ylabel="learning rate", grid=True)
+
+# %% [markdown]
+# ## A network or loss of your own
+# A network takes volumes (batch, 1, D, H, W) and gives one number for each: the age is the mean training age plus that
+# number times the ages' spread.
+# A loss takes predicted and true ages and gives one number for each scan.
+# Both are recorded by name. A run with another network is evaluated as any other, but has no bundle: a bundle runs nothing.
+
+# %%
+network = loss = None  # the ResNet-18 and the recipe's loss; or, for example:
+# import functools, monai, torch
+# network = monai.networks.nets.DenseNet121(spatial_dims=3, in_channels=1, out_channels=1)
+# loss = functools.partial(torch.nn.functional.l1_loss, reduction="none")
+
+# %% [markdown]
+# ## Train
+# What the loop will do, and how long it takes: a few steps are timed first.
+
+# %%
+own = {"network": network, "loss": loss}
 if not elsewhere:
-    display(forecast(store, splits, ws.run(run), settings, fresh=fresh))
+    with pd.option_context("display.max_colwidth", None):
+        display(forecast(store, splits, ws.run(run), settings, fresh=fresh, **own))
 
 # %%
 curve = LiveCurve()
-result = train(store, splits, ws.run(run), settings, fresh=fresh, on_epoch=curve)
+result = train(store, splits, ws.run(run), settings, fresh=fresh, on_epoch=curve, **own)
 Markdown("\n".join(f"- {note}" for note in result.notes))
 
 # %% [markdown]
-# The validation error mostly lies below the training error: training scans are varied at random and predicted while
-# the weights still move, validation scans are predicted as they are, by averaged weights. With `distribution` the
-# training loss is how far the curve of ages is off, no years: compare the errors, not the losses.
+# The validation error mostly lies below the training error.
+# Training scans are varied at random and predicted while the weights still move.
+# Validation scans are predicted as they are, by averaged weights.
+# With `distribution` the training loss is how far the curve of ages is off, no years: compare the errors, not the losses.
 
 # %%
 curve.draw(result.history)  # the last epochs, in the same place
@@ -144,8 +205,9 @@ result.history.tail()
 
 # %% [markdown]
 # ## First figures
-# Raw predictions, split by split. Training subjects were seen, and validation subjects may have chosen the epoch: only the
-# test row says what to expect on new people. **06 · Evaluate** adds intervals, corrections and the report.
+# Raw predictions, split by split. The network has learned from the training subjects.
+# Validation subjects may have chosen the epoch. Only the test row says what to expect on new people.
+# **06 · Evaluate** adds intervals, corrections and the report.
 
 # %%
 if not result.complete:
@@ -159,8 +221,21 @@ figures
 # from, its correction and interval. **07** and the app open it.
 
 # %%
-if result.complete:
+if result.complete and network is None:
     print(f"Saved {current_bundle(ws.run(run))}")
+
+# %% [markdown]
+# ## A loop of your own
+# The store is a torch `Dataset`: volumes (1, size, size, size) with ages in years. Any loop can train on it.
+# `write_predictions` leaves the predictions where **06** evaluates them beside the other runs.
+
+# %%
+everyone = VolumeDataset(store, known)
+print(f"{len(everyone)} volumes, the first {tuple(everyone[0][0].shape)} of age {everyone[0][1]:.1f}")
+# for volumes, ages in torch.utils.data.DataLoader(train_set, batch_size=4, shuffle=True): ...  # your step
+# predicted = [float(your_network(volume[None])) for volume, _ in everyone]
+# from brainage_nb.models.run import write_predictions
+# write_predictions(known, predicted, ws.run("by_hand"), store)
 
 # %%
 folder = ws.run(run)

@@ -39,6 +39,7 @@ def test_finished_models_are_not_counted_and_sessions_follow_from_the_limit(tiny
     train(*tiny, tmp_path / "run", tiny_settings)
     assert "nothing is left" in forecast(*tiny, tmp_path / "run", tiny_settings).loc["time", "value"]
     again = forecast(*tiny, tmp_path / "run", tiny_settings, fresh=True)["value"]
+    assert "4 steps over 20 scans" in again["one epoch is"] and "Huber" in again["loss"]
     assert again["models to train"] == "1 of 1"
     long = dataclasses.replace(tiny_settings, epochs=10**6, max_minutes=30, seeds=(1, 2))
     told = forecast(*tiny, tmp_path / "other", long)["value"]

@@ -75,7 +75,7 @@ def test_the_penalty_is_chosen_with_all_scans_of_a_person_on_one_side(monkeypatc
 def test_fine_volumes_are_averaged_to_four_millimetres_and_smoothed_by_twelve(spacing_mm, edge, monkeypatch):
     volumes, age = cohort(8)
     wide = []
-    monkeypatch.setattr(linear, "_smoothed", lambda volume, sd: wide.append(sd) or volume)
+    monkeypatch.setattr(linear, "_smooth", lambda volume, sd: wide.append(sd) or volume)
     fitted = fit_linear([volumes], age, np.arange(8), spacing_mm)
     assert fitted.weight.shape == (edge,) * 3
     cube_mm = 24 * spacing_mm / edge

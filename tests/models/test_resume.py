@@ -6,7 +6,9 @@ import signal
 import pytest
 import torch
 
-from brainage_nb.models.resume import CheckpointError, Checkpoints, space_needed
+from brainage_nb.models.compute import space_needed
+from brainage_nb.models.resume import Checkpoints
+from brainage_nb.models.settings import TrainingFailed
 
 
 def state(step, size=1000):
@@ -96,7 +98,7 @@ def test_a_full_disk_stops_with_what_is_safe_and_leaves_no_broken_file(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-        with pytest.raises(CheckpointError, match=r"Safe: step-000000002"):
+        with pytest.raises(TrainingFailed, match=r"Safe: step-000000002"):
             checkpoints.save(state(3, size=100_000), 3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

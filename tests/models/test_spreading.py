@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 import torch
 
-from brainage_nb.models.train import MARK, ModelsFailed, Superseded, Watched, train, train_member
+from brainage_nb.models.settings import TrainingFailed
+from brainage_nb.models.train import MARK, Watched, train, train_member
 
 distributed = pytest.importorskip("distributed", reason="Dask (the extra `cluster`) is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:TRAINING ON THE CPU")
@@ -69,7 +70,7 @@ def test_models_that_cannot_be_trained_are_named_and_the_others_kept(tiny, tiny_
     settings = replace(tiny_settings, seeds=(1, 2), epochs=1, cluster="local")
     run = tmp_path / "run"
     (run / "checkpoints" / "seed2" / "history.csv").mkdir(parents=True)  # where a file must go
-    with pytest.raises(ModelsFailed, match="1 of 2 models") as caught:
+    with pytest.raises(TrainingFailed, match="1 of 2 models") as caught:
         train(store, splits, run, settings)
     assert "seed2: IsADirectoryError" in str(caught.value)
     (run / "checkpoints" / "seed2" / "history.csv").rmdir()
@@ -90,13 +91,13 @@ def test_a_task_of_an_earlier_start_saves_nothing(tiny, tiny_settings, tmp_path,
     run = tmp_path / "run"
     run.mkdir()
     (run / MARK).write_text("a newer start")
-    with pytest.raises(Superseded):
+    with pytest.raises(TrainingFailed, match="started again or given up"):
         train_member(
             store.folder, splits, run, tiny_settings.to_json(), "an older one", float("inf"), "seed0"
         )
     assert not list(run.glob("checkpoints/*/*"))
     (run / MARK).write_text("this start")
     monkeypatch.setattr(Watched, "epoch", lambda self, fit: (run / MARK).write_text("newer") and self.check())
-    with pytest.raises(Superseded):
+    with pytest.raises(TrainingFailed, match="started again or given up"):
         train_member(store.folder, splits, run, tiny_settings.to_json(), "this start", float("inf"), "seed0")
     assert not (run / "checkpoints" / "seed0" / "predictions.csv").exists()

@@ -15,7 +15,7 @@ from brainage_nb.models.settings import RECIPES, TrainingSettings
 from brainage_nb.models.train import train
 from brainage_nb.predict.bundle import load_bundle
 from brainage_nb.predict.cautions import Failure
-from brainage_nb.predict.predictors import SvrModel, round_weights
+from brainage_nb.predict.predictors import round_weights
 from brainage_nb.predict.saving import current_bundle, save_bundle, update_bundle, write_card
 from brainage_nb.volumes.scans import ScanError
 from brainage_nb.volumes.store import VolumeStore, build_store
@@ -106,7 +106,7 @@ def test_a_learned_distribution_and_the_regression_beside_it_are_saved_too(train
 
 
 def test_training_starts_from_a_bundle_but_not_from_one_that_saw_its_test_scans(trained, saved, tmp_path):
-    from brainage_nb.models.network import StartRefused
+    from brainage_nb.models.settings import TrainingRefused
     from brainage_nb.volumes.store import current_store
 
     store, splits = current_store(trained.path("volumes")), trained.read("splits.csv")
@@ -117,14 +117,14 @@ def test_training_starts_from_a_bundle_but_not_from_one_that_saw_its_test_scans(
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(StartRefused, match="has learned from 5 of the 8 scans"):
+        with pytest.raises(TrainingRefused, match="has learned from 5 of the 8 scans"):
             train(store, splits, tmp_path / "leak", settings)
         inside = replace(settings, init_from=str(saved / "member-00.safetensors"))
-        with pytest.raises(StartRefused, match="has learned from"):
+        with pytest.raises(TrainingRefused, match="has learned from"):
             train(store, splits, tmp_path / "leak", inside)
         kept = sorted(trained.run("resnet18").rglob("*"))
         for start in (str(saved), str(saved / "nowhere.pth")):  # refused before anything is deleted
-            with pytest.raises(StartRefused):
+            with pytest.raises(TrainingRefused):
                 train(store, splits, trained.run("resnet18"), replace(settings, init_from=start), fresh=True)
         assert sorted(trained.run("resnet18").rglob("*")) == kept
         others = splits.assign(split=["train" if s != "test" else "val" for s in splits["split"]])
@@ -136,7 +136,8 @@ def test_training_starts_from_a_bundle_but_not_from_one_that_saw_its_test_scans(
 
 
 def test_a_bundle_that_started_from_another_knows_whom_that_one_had_seen(trained, saved, tmp_path):
-    from brainage_nb.models.network import StartRefused, seen_by
+    from brainage_nb.models.network import list_training_people
+    from brainage_nb.models.settings import TrainingRefused
     from brainage_nb.volumes.store import current_store
 
     ws = open_workspace(shutil.copytree(trained.root, tmp_path / "heir"))
@@ -152,12 +153,12 @@ def test_a_bundle_that_started_from_another_knows_whom_that_one_had_seen(trained
         write_csv(strangers, ws.path("splits.csv"))
         train(store, strangers, ws.run("heir"), settings)
         heir = save_bundle(ws.run("heir"))
-        with pytest.raises(StartRefused, match="has learned from 1 of the 1 scans"):
+        with pytest.raises(TrainingRefused, match="has learned from 1 of the 1 scans"):
             train(store, judged, tmp_path / "leak", replace(settings, init_from=str(heir)))
     bundle = load_bundle(heir)
     assert bundle.manifest["training"]["n_subjects"] == 3
     assert bundle.trained_on(["003", "016", "nobody"]) == [True, True, False]
-    assert len(seen_by(saved)) == 1 and len(seen_by(heir)) == 2 and seen_by("weights.pth") == []
+    assert [len(list_training_people(path)) for path in (saved, heir, "weights.pth")] == [1, 2, 0]
 
 
 @pytest.fixture(scope="module")
@@ -187,17 +188,6 @@ def test_a_saved_svr_predicts_what_its_run_predicted(trained, svr_saved):
     for row in trained.read("splits.csv").itertuples():
         assert bundle.predict(row.image).predicted_age == pytest.approx(expected[row.scan_id], abs=1e-4)
     assert expected.std() > 0.1
-
-
-def test_an_svr_whose_network_fails_elsewhere_is_computed_on_the_cpu(trained, svr_saved):
-    bundle, scan = load_bundle(svr_saved), trained.path("17.nii")
-    expected = bundle.predict(scan)
-    # PyTorch's device without numbers, in a GPU's place: the copy really lies there and cannot answer.
-    bundle.model = SvrModel(bundle.model.model, bundle.model.variant, device="meta")
-    places = [model.network.device.type for model in (bundle.model._placed._there, bundle.model.model)]
-    assert places == ["meta", "cpu"]
-    with pytest.warns(UserWarning, match="the CPU does it"):
-        assert bundle.predict(scan) == expected
 
 
 def test_a_damaged_svr_is_refused(svr_saved, tmp_path):
