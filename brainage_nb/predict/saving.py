@@ -220,7 +220,7 @@ def save_bundle(
     folder = Path(run_folder).absolute()
     ws = open_workspace(folder.parents[1])
     run = read_run(ws, folder.name)
-    store = VolumeStore.open(ws.path("volumes", run.settings["fingerprint"]))
+    store = VolumeStore(ws.path("volumes", run.settings["fingerprint"]))
     learning = evenly(training_rows(run)["scan_id"].tolist(), REFERENCE_SCANS)
     checked = {scan_id: np.asarray(store[scan_id]) for scan_id in evenly(learning, CHECK_SCANS)}
     make = _svr_parts if (folder / "model").is_dir() else _resnet_parts

@@ -37,7 +37,6 @@ MASK_NAMES = (
     *("synthstrip_mask", "BrainExtractionMask"),
 )
 MASKED_BY_FREESURFER = ("T1", "nu", "orig", "rawavg")  # what lies in one space with its brainmask.mgz
-N4_SHRINK_MM, N4_ROUNDS = 4.0, (40, 30, 20)
 
 
 @dataclass(frozen=True)
@@ -136,24 +135,6 @@ def mask_beside(scan: str | Path) -> Path | None:
         found = scan.with_name("brainmask.mgz")
         return found if found.is_file() and scan.stem in MASKED_BY_FREESURFER else None
     return _beside(scan, MASK_NAMES) or _in_derivatives(scan)
-
-
-def without_bias(image: nib.spatialimages.SpatialImage, brain: Brain) -> np.ndarray:
-    """N4 bias field correction (SimpleITK) with the field fitted inside the brain; float32, image's shape."""
-    import SimpleITK as sitk
-
-    array = np.ascontiguousarray(image.dataobj, dtype=np.float32)
-    sizes = voxel_sizes(image.affine)
-    mask = brain.mask_on(image.affine, array.shape).astype(np.uint8)
-    picture, inside = sitk.GetImageFromArray(array), sitk.GetImageFromArray(mask)
-    for part in (picture, inside):  # SimpleITK reads the axes in reverse
-        part.SetSpacing([float(size) for size in sizes[::-1]])
-    shrink = [int(np.ceil(N4_SHRINK_MM / max(size, 0.1) - 0.01)) for size in sizes[::-1]]
-    n4 = sitk.N4BiasFieldCorrectionImageFilter()
-    n4.SetMaximumNumberOfIterations(N4_ROUNDS)
-    n4.Execute(sitk.Shrink(picture, shrink), sitk.Shrink(inside, shrink))
-    field = sitk.GetArrayFromImage(n4.GetLogBiasFieldAsImage(picture))
-    return (array / np.exp(field)).astype(np.float32)
 
 
 def _find(image: nib.spatialimages.SpatialImage, found_masks: bool) -> Brain:

@@ -21,8 +21,7 @@ from brainage_nb.models.fit import Diverged, ResidentVolumes, Stepper, StreamedV
 from brainage_nb.models.resume import StopRequests
 from brainage_nb.models.settings import SettingsDiffer, TrainingSettings, members_of
 from brainage_nb.models.train import train
-from brainage_nb.volumes.augment import AugmentationSettings
-from brainage_nb.volumes.settings import list_changes
+from brainage_nb.volumes.settings import AugmentationSettings, list_changes
 from brainage_nb.workspace import read_json, write_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRAINING ON THE CPU")
