@@ -119,10 +119,27 @@ def add_transforms(settings: PreprocessingSettings, *transforms: Transform) -> P
     >>> add_transforms(PreprocessingSettings(), MedianSmooth(radius=1)).extra
     'MedianSmooth(radius=1)'
     """
-    extra = "; ".join([*filter(None, [settings.extra]), *map(_written, transforms)])
+    for kind in map(type, transforms):
+        if kind is not getattr(monai.transforms, kind.__name__, None):
+            raise ValueError(
+                f"{kind.__name__} is no transform of MONAI: a bundle carries names and numbers, no code."
+            )
+    extra = "; ".join([*filter(None, [settings.extra]), *map(describe_transform, transforms)])
     settings = replace(settings, extra=extra)
     build_transforms(settings.extra)
     return settings
+
+
+def describe_transform(transform: Transform) -> str:
+    """A transform as the call that makes it, as `MedianSmooth(radius=1)`, from its attributes."""
+    if isinstance(transform, OpenScan | ScanTransform):
+        return repr(transform)
+    arguments = {}
+    for name, parameter in signature(type(transform)).parameters.items():
+        value = vars(transform).get(name, parameter.default)
+        if value is not parameter.default or isinstance(value, bool | int | float | str):
+            arguments[name] = value
+    return write_transforms([(type(transform).__name__, arguments)])
 
 
 def run_steps(chain: Compose, scan: str | Path) -> list[tuple[str, np.ndarray, np.ndarray]]:
@@ -141,10 +158,7 @@ def run_steps(chain: Compose, scan: str | Path) -> list[tuple[str, np.ndarray, n
     steps, volume = [], scan
     for transform in chain.transforms:
         volume = transform(volume)
-        ours = isinstance(transform, OpenScan | ScanTransform)
-        steps.append(
-            (repr(transform) if ours else _written(transform), np.asarray(volume[0]), volume.meta["voxel_mm"])
-        )
+        steps.append((describe_transform(transform), np.asarray(volume[0]), volume.meta["voxel_mm"]))
     return steps
 
 
@@ -152,18 +166,3 @@ def _to_tensor(stage: Stage) -> MetaTensor:
     meta = {"voxel_mm": stage.voxel_mm} | ({} if stage.scan is None else {"scan": stage.scan})
     array = np.asarray(stage.array, np.float32)
     return MetaTensor(array[None], affine=stage.affine, meta=meta)
-
-
-def _written(transform: Transform) -> str:
-    """A transform as the call that makes it, from its attributes."""
-    kind = type(transform)
-    if kind is not getattr(monai.transforms, kind.__name__, None):
-        raise ValueError(
-            f"{kind.__name__} is no transform of MONAI: a bundle carries names and numbers, no code."
-        )
-    arguments = {}
-    for name, parameter in signature(kind).parameters.items():
-        value = vars(transform).get(name, parameter.default)
-        if value is not parameter.default or isinstance(value, bool | int | float | str):
-            arguments[name] = value
-    return write_transforms([(kind.__name__, arguments)])
