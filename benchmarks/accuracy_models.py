@@ -28,8 +28,7 @@ from brainage_nb.cohort.splits import deal_folds
 from brainage_nb.models.network import fit_linear
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.train import train
-from brainage_nb.volumes.augment import AugmentationSettings
-from brainage_nb.volumes.settings import PreprocessingSettings
+from brainage_nb.volumes.settings import AugmentationSettings, PreprocessingSettings
 from brainage_nb.volumes.store import VolumeStore, build_store
 from brainage_nb.workspace import read_json, write_json
 

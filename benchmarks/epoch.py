@@ -24,7 +24,8 @@ from brainage_nb.models.compute import choose_precision
 from brainage_nb.models.fit import DeviceVolumes, Trainer, huber_loss
 from brainage_nb.models.resume import StopRequests
 from brainage_nb.models.settings import TrainingSettings, list_members
-from brainage_nb.volumes.augment import AugmentationSettings, augment
+from brainage_nb.volumes.augment import augment
+from brainage_nb.volumes.settings import AugmentationSettings
 
 BATCH, SIZE, SPACING = 4, 96, 2.0
 BARS = {"cpu": 1.15, "cuda": 1.10}

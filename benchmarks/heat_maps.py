@@ -35,7 +35,7 @@ def main() -> int:
         return 0
     ws = open_workspace(options.workspace)
     bundle = load_bundle(current_bundle(ws.run(options.run)))
-    store = VolumeStore.open(ws.path("volumes", bundle.settings.fingerprint))
+    store = VolumeStore(ws.path("volumes", bundle.settings.fingerprint))
     splits = ws.read("splits.csv")
     test = splits[(splits["split"] == "test") & splits["scan_id"].isin(store.scan_ids)].sort_values("age")
     draw_groups(bundle, store, test, 4 if options.quick else 12)

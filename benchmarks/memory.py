@@ -20,7 +20,7 @@ import pandas as pd
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.train import train
 from brainage_nb.volumes.settings import PreprocessingSettings
-from brainage_nb.volumes.store import HEADER_BYTES, INDEX_COLUMNS, SHARD_BYTES, VolumeStore, shard_path
+from brainage_nb.volumes.store import INDEX_COLUMNS, SHARD_BYTES, VolumeStore, shard_path
 from brainage_nb.workspace import write_csv, write_json
 
 BAR, SIZE = 1.2, 48
@@ -38,11 +38,10 @@ def sparse_store(folder: Path, n: int) -> tuple[VolumeStore, pd.DataFrame]:
     index = pd.DataFrame({"scan_id": ids, "shard": np.arange(n) // capacity, "row": np.arange(n) % capacity})
     write_csv(index.reindex(columns=INDEX_COLUMNS, fill_value=0), folder / "index.csv")
     for shard, rows in index.groupby("shard").size().items():
-        with open(shard_path(folder, shard), "wb") as stream:
-            stream.truncate(HEADER_BYTES + rows * 2 * SIZE**3)
+        np.lib.format.open_memmap(shard_path(folder, shard), "w+", np.float16, (rows, *(SIZE,) * 3))
     splits = pd.DataFrame({"scan_id": ids, "subject_id": ids, "session_id": "", "fold": -1})
     part = np.array(["train", "train", "train", "train", "val", "test"])[np.arange(n) % 6]
-    return VolumeStore.open(folder), splits.assign(age=np.linspace(20, 80, n), split=part)
+    return VolumeStore(folder), splits.assign(age=np.linspace(20, 80, n), split=part)
 
 
 def anonymous_megabytes(process: int) -> float:

@@ -29,4 +29,4 @@ def synthetic_store(folder: Path, n: int, size: int, spacing_mm: float) -> tuple
         writer.add(scan_id, ((volume - volume.mean()) / volume.std()).astype(np.float16), SOURCE)
     writer.commit()
     splits = pd.DataFrame({"scan_id": ids, "subject_id": ids, "session_id": "", "age": ages, "fold": -1})
-    return VolumeStore.open(folder), splits.assign(split=[PATTERN[row % 6] for row in range(n)])
+    return VolumeStore(folder), splits.assign(split=[PATTERN[row % 6] for row in range(n)])

@@ -23,9 +23,8 @@ from scipy.ndimage import affine_transform
 
 from brainage_nb.volumes import tissues
 from brainage_nb.volumes.brain import brain_or_error
-from brainage_nb.volumes.preprocessing import tissues_in
+from brainage_nb.volumes.preprocessing import find_tissues
 from brainage_nb.volumes.scans import load_scan
-from brainage_nb.volumes.settings import PreprocessingSettings
 
 GREY = (*range(100, 208), 38, 39, 71, 72, 73, 23, 30, 31, 32, 36, 37, 47, 48, 57, 58)
 WHITE = (*range(81, 96), 40, 41)
@@ -38,7 +37,7 @@ def row_of(scan: Path, regions: Path) -> dict[str, float]:
     image = load_scan(scan)
     brain = brain_or_error(image)
     started = time.perf_counter()
-    found = tissues_in(image, PreprocessingSettings(found_masks=False))
+    found = find_tissues(image, found_masks=False)
     seconds = time.perf_counter() - started
     labelled = nib.load(regions)
     to_label = np.linalg.inv(labelled.affine) @ brain.alignment.to_scan @ tissues.grid()

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 
 from brainage_nb.demo.cohort import draw_planted
 from brainage_nb.volumes.pictures import steps_figure
-from brainage_nb.volumes.preprocessing import preprocessing_steps
 from brainage_nb.volumes.settings import PreprocessingSettings
+from brainage_nb.volumes.transforms import preprocessing_chain, run_steps
 from brainage_nb.workspace import open_workspace, read_csv
 
 TARGET = Path(__file__).parent / "pictures"
@@ -28,7 +28,7 @@ def main(workspace: str) -> None:
     heads = Figure(figsize=(11, 10), layout="constrained")
     draw_planted(ws.path("demo"), truth, heads).savefig(TARGET / "heads.png", dpi=70)
     first = ws.resolve(ws.read("splits.csv")["image"].iloc[0])
-    steps = preprocessing_steps(first, PreprocessingSettings.of_recipe("best"))
+    steps = run_steps(preprocessing_chain(PreprocessingSettings.of_recipe("best")), first)
     steps_figure(steps).savefig(TARGET / "steps.png", dpi=60)
     for name in ("predicted_vs_true_resnet18", "gap_vs_age_resnet18"):
         shutil.copy(ws.path("evaluation", "figures", f"{name}.png"), TARGET / f"{name}.png")

@@ -125,7 +125,10 @@ def test_more_in_a_form_is_checked_and_never_goes_beside_a_line_of_the_form():
         "more": "spacing_mm=4",
         "spacing_mm": 4.0,
     }
-    for more, told in {"size=32": "has a line of its own", "smoth=yes": "Did you mean smooth"}.items():
+    for more, told in {
+        "size=32": "has a line of its own",
+        "found_mask=yes": "Did you mean found_masks",
+    }.items():
         with pytest.raises(ParameterError, match=told):
             read_parameters(form | {"more": more}, PreprocessingSettings)
 

@@ -15,8 +15,7 @@ import pandas as pd
 
 from brainage_nb.cohort.splits import deal_folds
 from brainage_nb.parameters import check_fields
-from brainage_nb.volumes.augment import AugmentationSettings
-from brainage_nb.volumes.settings import name_recipe, recipe_defaults
+from brainage_nb.volumes.settings import AugmentationSettings, name_recipe, recipe_defaults
 
 # How and where a run is computed. These may differ when a run is continued; all others decide its result.
 RUNTIME = [

@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     content = json.loads(Path(given.settings).read_text(encoding="utf-8")) if given.settings else {}
     os.environ.setdefault("BRAINAGE_TRAINING_WORKER", "1")
     result = train(
-        VolumeStore.open(given.volumes),
+        VolumeStore(given.volumes),
         read_csv(given.splits),
         given.run_folder,
         TrainingSettings.from_json(content),
@@ -356,7 +356,7 @@ def train_member(
         if left <= 0:
             return [f"{name} not begun: max_minutes is used up. Run again with the same settings to go on."]
         timed = TrainingSettings.from_json(settings | {"max_minutes": left if left < float("inf") else 0.0})
-        job = Job(VolumeStore.open(store_folder), splits, run_folder, timed)
+        job = Job(VolumeStore(store_folder), splits, run_folder, timed)
         with StopRequests(timed.max_minutes) as stop:
             watched = Watched(Path(run_folder) / MARK, token)
             watched.check()

@@ -66,7 +66,7 @@ def save_bundle(
     folder = Path(run_folder).absolute()
     ws = open_workspace(folder.parents[1])
     run = read_run(ws, folder.name)
-    store = VolumeStore.open(ws.path("volumes", run.settings["fingerprint"]))
+    store = VolumeStore(ws.path("volumes", run.settings["fingerprint"]))
     learning = _choose_evenly(learning_rows(run)["scan_id"].tolist(), REFERENCE_SCANS)
     reference = Reference.fit(store[scan_id] for scan_id in learning)
     collect = _collect_svr if (folder / "model").is_dir() else _collect_networks

@@ -1,9 +1,7 @@
-"""Figures of volumes: three planes, one row a preprocessing step, a montage of a cohort. Arrays in, axes out.
+"""Figures of volumes: three planes, one row per preprocessing step, a montage of a cohort, brains outlined.
 
 All volumes are RAS and are shown as radiology workstations do: the head's left is on the picture's right,
-front and crown are up. Nothing here reads a file or changes an intensity.
-
-Pictures of brains found: the mask's outline on scans as they are preprocessed, and a table of scores.
+front and crown are up.
 """
 
 from __future__ import annotations
@@ -26,6 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PLANES = ("sagittal", "coronal", "axial")
+OUTLINE = "#56B4E9"
 GREY_RANGE = (1.0, 99.5)  # percentiles shown as black and white
 
 
@@ -116,18 +115,15 @@ def three_planes(
 
 
 def steps_figure(steps: Sequence[tuple[str, np.ndarray, Sequence[float]]]) -> Figure:
-    """One row a preprocessing step, three planes each, with shape and voxel size.
+    """One row per preprocessing step, three planes each, with shape and voxel size.
 
     Parameters
     ----------
     steps : sequence of (title, array, voxel_size)
-        As `preprocessing_steps` gives them. The first is drawn as it lies in the file.
+        As `transforms.run_steps` gives them. The first is drawn as it lies in the file.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.5, 2.9 * len(steps)), layout="constrained")
-    rows = np.atleast_2d(figure.subplots(len(steps), 3))
-    for index, (row, (name, array, voxel_size)) in enumerate(zip(rows, steps, strict=True)):
+    figure, axes = _figure(len(steps), 3, 2.83, 2.9)
+    for index, (row, (name, array, voxel_size)) in enumerate(zip(axes, steps, strict=True)):
         shape = " x ".join(str(n) for n in array.shape)
         size = " x ".join(f"{s:.3g}" for s in voxel_size)
         three_planes(array, row, voxel_size=voxel_size, sides=index > 0)
@@ -152,30 +148,23 @@ def montage(
     volumes : sequence of (x, y, z) arrays
         RAS.
     titles : sequence of str
-        One a volume, or none.
+        One for each volume, or none.
     name : str
         Plane: sagittal, coronal or axial.
     """
-    from matplotlib.figure import Figure
-
     if len(volumes) == 0:
         raise ValueError("A montage of no volumes: give at least one.")
     if titles and len(titles) != len(volumes):
         raise ValueError(f"{len(titles)} titles for {len(volumes)} volumes: give one each, or none.")
     columns = min(columns, len(volumes))
-    rows = -(-len(volumes) // columns)
-    figure = Figure(figsize=(1.4 * columns + 0.2, 1.65 * rows + 0.4), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
-    for ax in axes[len(volumes) :]:
+    figure, axes = _figure(-(-len(volumes) // columns), columns, 1.4, 1.65)
+    for ax in axes.flat[len(volumes) :]:
         ax.set_axis_off()
-    for ax, volume, title in zip(axes, volumes, titles or [""] * len(volumes), strict=False):
+    for ax, volume, title in zip(axes.flat, volumes, titles or [""] * len(volumes), strict=False):
         show_plane(np.asarray(volume, dtype=np.float32), name, ax, voxel_size=voxel_size)
         ax.set_title(title, fontsize=7)
     figure.suptitle(heading or f"middle {name} slice of {len(volumes)} volumes", fontsize=10)
     return figure
-
-
-OUTLINE = "#56B4E9"
 
 
 def brain_preview(
@@ -194,16 +183,15 @@ def brain_preview(
     Returns
     -------
     table : DataFrame
-        A row a scan: quality (0 to 1), correlation, agreement, litres, where the mask is from, problems, and
-        why a mask beside it was not taken.
+        One row per scan: quality (0 to 1), correlation, agreement, litres, where the mask is from, problems,
+        and why a mask beside it was not taken.
     figure : Figure
-        A row a plane, a column a scan.
+        One row per plane, one column per scan.
     """
     import pandas as pd
-    from matplotlib.figure import Figure
 
     rows, drawn = [], []
-    plain = replace(settings, brain_only=False, grey_matter=False)
+    plain = replace(settings, brain_only=False, grey_matter=False, extra="")
     for title, path in scans.items():
         try:
             image = load_scan(path)
@@ -211,24 +199,25 @@ def brain_preview(
             rows.append({"scan": title, "problems": str(error)})
             continue
         brain = find_brain(image, found_masks=settings.found_masks)
-        rows.append(
-            {
-                "scan": title,
-                "quality": brain.quality,
-                "correlation": brain.correlation,
-                "agreement": brain.agreement,
-                "litres": brain.volume_l,
-                "mask": "template" if brain.source == "template" else Path(brain.source).name,
-                "problems": "; ".join(brain.problems),
-                "note": image.extra["flags"].get("mask_not_taken", ""),
-            }
-        )
+        row = {
+            "scan": title,
+            "quality": brain.quality,
+            "correlation": brain.correlation,
+            "agreement": brain.agreement,
+            "litres": brain.volume_l,
+            "mask": "template" if brain.source == "template" else Path(brain.source).name,
+            "problems": "; ".join(brain.problems),
+            "note": image.extra["flags"].get("mask_not_taken", ""),
+        }
+        rows.append(row)
         if not brain.problems:
             inside = brain.mask_on(grid_affine(image, plain), (settings.size,) * 3)
             drawn.append((title, preprocess(image, plain), inside))
-    figure = Figure(figsize=(1.5 * max(len(drawn), 1) + 0.2, 5.0), layout="constrained")
-    if drawn:
-        _draw(figure, drawn)
+    figure, axes = _figure(len(PLANES), len(drawn), 1.5, 1.6)
+    for column, (title, volume, inside) in zip(axes.T, drawn, strict=True):
+        for name, ax in zip(PLANES, column, strict=True):
+            outline(inside, name, show_plane(volume, name, ax))
+        column[0].set_title(title, fontsize=8)
     return pd.DataFrame(rows), figure
 
 
@@ -240,9 +229,10 @@ def outline(inside: np.ndarray, name: str, ax: Axes) -> Axes:
     return ax
 
 
-def _draw(figure: Figure, drawn: list[tuple[str, np.ndarray, np.ndarray]]) -> None:
-    axes = figure.subplots(len(PLANES), len(drawn), squeeze=False)
-    for column, (title, volume, inside) in zip(axes.T, drawn, strict=True):
-        for name, ax in zip(PLANES, column, strict=True):
-            outline(inside, name, show_plane(volume, name, ax))
-        column[0].set_title(title, fontsize=8)
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes (rows, columns), each so many inches wide and high."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * max(columns, 1) + 0.2, height * rows + 0.2), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False) if columns else np.empty((rows, 0), object)
+    return figure, axes

@@ -1,42 +1,52 @@
 """One scan file to one network input, the same way in training, on the command line and in the app.
 
-The steps are those of a MONAI chain - Orientation (RAS), GaussianSmooth, Spacing, a crop,
-NormalizeIntensity - and the tests hold the result to it. They are computed in one pass an axis instead:
-importing MONAI takes longer than ten scans, and most of what the chain smooths is cropped away again.
+The steps are functions without torch, so that the processes that preprocess start fast; `volumes.transforms`
+shows the same functions as a MONAI `Compose`. What sampling does in one pass per axis is MONAI's
+GaussianSmooth and SpatialResample, of which most would be cropped away again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from brainage_nb.volumes.heads import find_head
 from brainage_nb.volumes.registration import mni_grid
-from brainage_nb.volumes.resampling import gaussian_kernel, resample, smoothing_sd
+from brainage_nb.volumes.resampling import resample, smoothing_sd
 from brainage_nb.volumes.scans import ScanError, load_scan, voxel_sizes
-from brainage_nb.volumes.settings import PreprocessingSettings
+from brainage_nb.volumes.settings import PreprocessingSettings, parse_transforms, write_transforms
 
 if TYPE_CHECKING:
     import nibabel as nib
 
     from brainage_nb.volumes.tissues import Tissues
 
-__all__ = [
-    "PreprocessingSettings",
-    "ScanError",
-    "as_stored",
-    "brain_inside",
-    "grid_affine",
-    "load_scan",
-    "preprocess",
-    "preprocessing_steps",
-    "tissues_in",
-]
-
 # World axes and voxel lattice count as parallel when the farthest voxel is off by less than this.
 PARALLEL_MM = 1e-3
+
+
+class Stage(NamedTuple):
+    """What the steps so far have made of a scan.
+
+    Attributes
+    ----------
+    array : (i, j, k) float32 array
+    affine : (4, 4) array
+        From a voxel to the scan's world, mm.
+    voxel_mm : (3,) array
+        Edges of a voxel; in the template's mm where it lies on the template.
+    scan : nibabel image
+        The scan as it was opened; later steps find head and brain in it.
+    """
+
+    array: np.ndarray
+    affine: np.ndarray
+    voxel_mm: np.ndarray
+    scan: Any
 
 
 def preprocess(
@@ -69,17 +79,32 @@ def preprocess(
     ScanError
         The scan cannot be used, its brain was not found (`brain_not_found`), or its tissues cannot be told
         apart (`tissues_unclear`).
+
+    Examples
+    --------
+    >>> volume = preprocess("sub-01_T1w.nii.gz", PreprocessingSettings(spacing_mm=4, size=48))
+    >>> volume.shape
+    (48, 48, 48)
     """
     settings = settings or PreprocessingSettings()
-    image = _loaded(scan)
+    stage = start(scan)
     try:
-        grid = _grid(image, settings)
-        if settings.grey_matter:
-            return _grey_cube(image, grid, settings)
-        return _scaled(_cube(image, grid, settings), image, grid, settings)
+        for step in list_steps(settings):
+            stage = step(stage)
     except ScanError as error:  # what was odd about the file may say why
-        flags = image.extra.get("flags", {})
+        flags = stage.scan.extra.get("flags", {})
         raise ScanError(error.code, " ".join([error.sentence, *flags.values()])) from error
+    return _apply_extra(stage.array, settings.extra) if settings.extra else stage.array
+
+
+def list_steps(settings: PreprocessingSettings) -> list[Callable[[Stage], Stage]]:
+    """The steps after opening, in order, as functions from stage to stage."""
+    masks = {"found_masks": settings.found_masks}
+    numbers = {name: getattr(settings, name) for name in ("spacing_mm", "size", "smooth", "to_mni")}
+    sampling = partial(smooth_and_sample, **numbers, **masks)
+    if settings.grey_matter:
+        return [partial(share_grey_matter, **masks), sampling]
+    return [sampling, partial(scale_brain, **masks) if settings.brain_only else partial(scale_cube)]
 
 
 def as_stored(volume: np.ndarray) -> np.ndarray:
@@ -91,63 +116,59 @@ def grid_affine(
     scan: str | Path | nib.spatialimages.SpatialImage, settings: PreprocessingSettings | None = None
 ) -> np.ndarray:
     """Affine (4, 4) from a voxel of `preprocess`'s result to the scan's world coordinates, mm."""
-    return _grid(_loaded(scan), settings or PreprocessingSettings())
-
-
-def preprocessing_steps(
-    scan: str | Path | nib.spatialimages.SpatialImage, settings: PreprocessingSettings | None = None
-) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """What `preprocess` does to a scan, one picture a step.
-
-    Returns
-    -------
-    list of (title, array, voxel_size)
-        Title of the step, a 3-D array and its voxel size (3,) in mm. The first keeps the file's axes; all
-        others are RAS. The last is `preprocess`'s result.
-    """
-    import nibabel as nib
-
     settings = settings or PreprocessingSettings()
-    image = _loaded(scan)
-    stored = "".join(nib.aff2axcodes(image.affine))
-    turned = nib.as_closest_canonical(image)
-    sd = _smoothing(turned, settings)
-    smoothed = _voxels(turned)
-    for axis in range(3):
-        if sd[axis]:
-            from scipy.ndimage import correlate1d
-
-            smoothed = correlate1d(smoothed, gaussian_kernel(sd[axis]), axis=axis, mode="constant")
-    final = np.full(3, settings.spacing_mm)
-    grid = _grid(image, settings)
-    cube = _cube(image, grid, settings)
-    place = "in MNI152 space" if settings.to_mni else "below the crown"
-    if settings.grey_matter:
-        last, result = "share of grey matter", _grey_cube(image, grid, settings)
-    else:
-        last = "brain only, z-scored" if settings.brain_only else "z-scored"
-        result = _scaled(cube, image, grid, settings)
-    steps = [
-        (f"as stored ({stored})", _voxels(image), voxel_sizes(image.affine)),
-        ("turned to RAS", _voxels(turned), voxel_sizes(turned.affine)),
-        (f"smoothed to {settings.spacing_mm:g} mm", smoothed, voxel_sizes(turned.affine)),
-        (f"{settings.spacing_mm:g} mm, {settings.size} voxels, {place}", cube, final),
-        (last, result, final),
-    ]
-    return [step for step in steps if sd.any() or not step[0].startswith("smoothed")]
+    return _grid(start(scan).scan, settings.spacing_mm, settings.size, settings.to_mni, settings.found_masks)
 
 
-def brain_inside(
-    scan: str | Path | nib.spatialimages.SpatialImage, settings: PreprocessingSettings
-) -> np.ndarray:
-    """The brain mask (size, size, size) bool on the grid of `preprocess`'s result."""
-    image = _loaded(scan)
-    return _brain(image, settings).mask_on(_grid(image, settings), (settings.size,) * 3)
+def start(scan: str | Path | nib.spatialimages.SpatialImage) -> Stage:
+    """Open a scan: voxels and axes as in the file, lengths in mm; ScanError where it cannot be used."""
+    image = load_scan(scan) if isinstance(scan, str | Path) else scan
+    return Stage(_voxels(image), image.affine, voxel_sizes(image.affine), image)
 
 
-def tissues_in(
-    scan: str | Path | nib.spatialimages.SpatialImage, settings: PreprocessingSettings | None = None
-) -> Tissues:
+def smooth_and_sample(
+    stage: Stage,
+    *,
+    spacing_mm: float,
+    size: int,
+    smooth: bool = True,
+    to_mni: bool = False,
+    found_masks: bool = True,
+) -> Stage:
+    """Bring a scan to the target resolution on a cube below the crown or in template space, in one pass.
+
+    Keywords are fields of `PreprocessingSettings`.
+    """
+    grid = _grid(stage.scan, spacing_mm, size, to_mni, found_masks)
+    sd = smoothing_sd(stage.voxel_mm, spacing_mm) if smooth else np.zeros(3)
+    cube = _not_empty(resample(stage.array, stage.affine, grid, size, sd))
+    return Stage(cube, grid, np.full(3, spacing_mm), stage.scan)
+
+
+def share_grey_matter(stage: Stage, *, found_masks: bool = True) -> Stage:
+    """The share of grey matter in each voxel, 0 to 1, on the template's grid."""
+    from brainage_nb.volumes import tissues
+
+    found = find_tissues(stage.scan, found_masks=found_masks)
+    fine = _alignment(stage.scan, found_masks) @ tissues.grid()
+    return Stage(found.grey, fine, np.full(3, tissues.SPACING_MM), stage.scan)
+
+
+def scale_cube(stage: Stage) -> Stage:
+    """Mean 0 and standard deviation 1 over all voxels."""
+    return stage._replace(array=_z_scored(stage.array))
+
+
+def scale_brain(stage: Stage, *, found_masks: bool = True) -> Stage:
+    """Mean 0 and standard deviation 1 over the brain, and 0 outside of it."""
+    brain = _brain(stage.scan, found_masks)
+    inside = _not_empty(brain.mask_on(stage.affine, stage.array.shape))
+    scaled = np.zeros(stage.array.shape, np.float32)
+    scaled[inside] = _z_scored(stage.array[inside])
+    return stage._replace(array=scaled)
+
+
+def find_tissues(image: nib.spatialimages.SpatialImage, *, found_masks: bool = True) -> Tissues:
     """Grey and white matter of a scan, on `tissues.grid()`.
 
     Raises
@@ -157,8 +178,7 @@ def tissues_in(
     """
     from brainage_nb.volumes import tissues
 
-    image, settings = _loaded(scan), settings or PreprocessingSettings()
-    brain = _brain(image, settings)
+    brain = _brain(image, found_masks)
     fine = brain.alignment.to_scan @ tissues.grid()
     sd = smoothing_sd(voxel_sizes(image.affine), tissues.RESOLUTION_MM)
     voxels = resample(_voxels(image), image.affine, fine, tissues.SIZE, sd)
@@ -170,70 +190,65 @@ def tissues_in(
     return found
 
 
-def _brain(image: Any, settings: PreprocessingSettings) -> Any:
+def build_transforms(text: str) -> list[Any]:
+    """The transforms that `parse_transforms` reads; ValueError where MONAI does not take the arguments."""
+    if not text:  # workers without further transforms need no MONAI
+        return []
+    import monai.transforms
+
+    built = []
+    for name, arguments in parse_transforms(text):
+        try:
+            built.append(getattr(monai.transforms, name)(**arguments))
+        except Exception as error:  # MONAI raises many kinds
+            raise ValueError(f"{write_transforms([(name, arguments)])}: {error}") from error
+    return built
+
+
+def _apply_extra(cube: np.ndarray, extra: str) -> np.ndarray:
+    """What further transforms of MONAI make of a preprocessed cube."""
+    import torch
+
+    volume = torch.from_numpy(cube)[None]
+    for transform in build_transforms(extra):
+        volume = transform(volume)
+    array = np.asarray(volume[0], np.float32)
+    if not np.isfinite(array).all():
+        raise ScanError("not_finite", f"{extra} leaves no usable volume; take it out of the chain.")
+    return array
+
+
+def _brain(image: Any, found_masks: bool) -> Any:
     from brainage_nb.volumes.brain import brain_or_error
 
-    return brain_or_error(image, found_masks=settings.found_masks)
+    return brain_or_error(image, found_masks=found_masks)
 
 
-def _cube(image: Any, grid: np.ndarray, settings: PreprocessingSettings) -> np.ndarray:
-    """The scan on the grid, before any scaling."""
-    voxels = _voxels(image)
-    return resample(voxels, image.affine, grid, settings.size, _smoothing(image, settings))
+def _alignment(image: Any, found_masks: bool) -> np.ndarray:
+    return _brain(image, found_masks).alignment.to_scan
 
 
-def _grey_cube(image: Any, grid: np.ndarray, settings: PreprocessingSettings) -> np.ndarray:
-    """Share of grey matter on the grid."""
-    from brainage_nb.volumes import tissues
-
-    found = tissues_in(image, settings)
-    spacing = np.full(3, tissues.SPACING_MM)
-    sd = smoothing_sd(spacing, settings.spacing_mm) if settings.smooth else np.zeros(3)
-    fine = _brain(image, settings).alignment.to_scan @ tissues.grid()
-    cube = resample(found.grey, fine, grid, settings.size, sd)
-    return _with_brain(cube)
-
-
-def _scaled(cube: np.ndarray, image: Any, grid: np.ndarray, settings: PreprocessingSettings) -> np.ndarray:
-    if not settings.brain_only:
-        return _z_scored(cube)
-    inside = _with_brain(_brain(image, settings).mask_on(grid, cube.shape))
-    scaled = np.zeros(cube.shape, np.float32)
-    scaled[inside] = _z_scored(cube[inside])
-    return scaled
-
-
-def _with_brain(inside: np.ndarray) -> np.ndarray:
+def _not_empty(array: np.ndarray) -> np.ndarray:
     """The array, in which something is not 0; ScanError where nothing is."""
-    if not inside.any():
+    if not array.any():
         raise ScanError("brain_not_found", "The brain lies outside of the field of view; look at the scan.")
-    return inside
-
-
-def _loaded(scan: Any) -> Any:
-    return load_scan(scan) if isinstance(scan, str | Path) else scan
+    return array
 
 
 def _voxels(image: Any) -> np.ndarray:
     return np.asanyarray(image.dataobj, dtype=np.float32)
 
 
-def _smoothing(image: Any, settings: PreprocessingSettings) -> np.ndarray:
-    return smoothing_sd(voxel_sizes(image.affine), settings.spacing_mm) if settings.smooth else np.zeros(3)
-
-
-def _grid(image: Any, settings: PreprocessingSettings) -> np.ndarray:
+def _grid(image: Any, spacing_mm: float, size: int, to_mni: bool, found_masks: bool) -> np.ndarray:
     """The cube in MNI152 space, or under the crown, moved by under half a voxel of the scan onto its lattice.
 
     A scan that already has the target's spacing is so copied voxel by voxel: no interpolation blurs it.
     """
-    if settings.to_mni:
-        to_scan = _brain(image, settings).alignment.to_scan
-        return to_scan @ mni_grid(settings.spacing_mm, settings.size)
-    first = np.array(find_head(image).centre_mm) - settings.spacing_mm * (settings.size - 1) / 2
-    first = _on_lattice(first, image.affine, max(image.shape))
-    grid = np.diag([settings.spacing_mm] * 3 + [1.0])
-    grid[:3, 3] = first
+    if to_mni:
+        return _alignment(image, found_masks) @ mni_grid(spacing_mm, size)
+    grid = np.diag([spacing_mm] * 3 + [1.0])
+    first = np.array(find_head(image).centre_mm) - spacing_mm * (size - 1) / 2
+    grid[:3, 3] = _on_lattice(first, image.affine, max(image.shape))
     return grid
 
 
@@ -248,8 +263,8 @@ def _on_lattice(point: np.ndarray, affine: np.ndarray, length: int) -> np.ndarra
     return affine[:3, :3] @ voxel + affine[:3, 3]
 
 
-def _z_scored(cube: np.ndarray) -> np.ndarray:
-    spread = float(cube.std(dtype=np.float64))
+def _z_scored(values: np.ndarray) -> np.ndarray:
+    spread = float(values.std(dtype=np.float64))
     if spread == 0.0:
         raise ScanError("blank", "The field of view under the crown holds one value only; look at the scan.")
-    return ((cube - cube.mean(dtype=np.float64)) / spread).astype(np.float32)
+    return ((values - values.mean(dtype=np.float64)) / spread).astype(np.float32)

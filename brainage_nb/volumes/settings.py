@@ -1,7 +1,11 @@
-"""Which steps turn a scan into a network's input, with every number: settings, recipes, fingerprint."""
+"""Settings of volumes: which steps make them, how training varies them, recipes and the fingerprint.
+
+Nothing is computed here, and nothing heavy is imported.
+"""
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from collections.abc import Mapping
@@ -18,7 +22,39 @@ RECIPES: dict[str, dict[str, bool]] = {
     "reference": {"brain_only": False, "to_mni": False, "grey_matter": False},
     "best": {"brain_only": True, "to_mni": True, "grey_matter": True},
 }
-SWITCHES = tuple(RECIPES["reference"])
+# Transforms of MONAI that may follow the chain: same voxels each time, no file, no code, same shape.
+MONAI_TRANSFORMS = (
+    *("AdjustContrast", "ClipIntensityPercentiles", "GaussianSharpen", "GaussianSmooth"),
+    *("HistogramNormalize", "MedianSmooth", "NormalizeIntensity", "SavitzkyGolaySmooth", "ScaleIntensity"),
+    *("ScaleIntensityRange", "ScaleIntensityRangePercentiles", "ShiftIntensity", "StdShiftIntensity"),
+    "ThresholdIntensity",
+)
+MOST_TEXT = 1000  # characters of `extra`
+# The numbers of each step as `preprocessing.json` lists them. The fingerprint is made of them, so that a step
+# that changes gives a store of another name.
+STEPS: dict[str, dict[str, Any]] = {
+    "orientation": {"axes": "RAS"},
+    "find the brain": {
+        "template": "MNI152, nilearn",
+        "bending_degrees": [1, 2, 4],
+        "margin_mm": 3.0,
+        "lowest_correlation": 0.32,
+    },
+    "tissues": {
+        "spacing_mm": 2.0,
+        "resolution_mm": 3.0,
+        "prior_mm": 6.0,
+        "field_degree": 4,
+        "lowest_contrast": 1.5,
+        "values": "share of grey matter, 0 outside of the brain",
+    },
+    "smooth": {"kernel": "gaussian", "where": "finer than it"},
+    "resample": {"interpolation": "linear"},
+    "outside of the brain": {"value": 0.0},
+    "z-score": {},
+}
+BELOW_CROWN = {"crown_ml": 5.0, "crown_to_centre_mm": 80.0, "top_mm": 120.0}
+IN_TEMPLATE = {"space": "MNI152, affine", "centre_mm": [0.0, -17.0, 5.0]}
 
 
 def recipe_defaults(recipe: str, recipes: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
@@ -29,24 +65,67 @@ def recipe_defaults(recipe: str, recipes: Mapping[str, dict[str, Any]]) -> dict[
 
 
 def name_recipe(settings: Any, recipes: Mapping[str, dict[str, Any]]) -> str:
-    """The recipe that these settings follow, as `best`, or the nearest, as `best with grey_matter=False`."""
+    """The recipe that these settings follow, as `best`, or the nearest, as `best with to_mni=False`."""
     differing = {
         name: [field for field in decided if getattr(settings, field) != decided[field]]
         for name, decided in recipes.items()
     }
     nearest = min(differing, key=lambda name: len(differing[name]))
-    told = ", ".join(f"{field}={getattr(settings, field)!r}" for field in differing[nearest])
-    return f"{nearest} with {told}" if told else nearest
+    changes = ", ".join(f"{field}={getattr(settings, field)!r}" for field in differing[nearest])
+    return f"{nearest} with {changes}" if changes else nearest
 
 
 def list_changes(settings: Any, recipe: str) -> str:
     """The settings that are not what the recipe gives by itself, as `spacing_mm=4.0 instead of 2.0; ...`."""
     plain, now = (asdict(item) for item in (type(settings).of_recipe(recipe), settings))
-    for facts in (plain, now):  # settings inside of settings, side by side with the others
-        facts.update(*[facts.pop(name) for name in list(facts) if isinstance(facts[name], dict)])
+    for values in (plain, now):  # settings inside of settings, side by side with the others
+        values.update(*[values.pop(name) for name in list(values) if isinstance(values[name], dict)])
     names = [name for name in now if now[name] != plain[name] and name != "seeds"]  # a draw, no choice
-    told = [f"{name}={now[name]!r} instead of {plain[name]!r}" for name in names]
-    return "; ".join(told) or "nothing"
+    return "; ".join(f"{name}={now[name]!r} instead of {plain[name]!r}" for name in names) or "nothing"
+
+
+def parse_transforms(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names and arguments of MONAI transforms written as calls; the text is read, never run.
+
+    Raises
+    ------
+    ValueError
+        It is no list of calls with plain values, or names a transform that is not in `MONAI_TRANSFORMS`.
+
+    Examples
+    --------
+    >>> parse_transforms("MedianSmooth(radius=1); ScaleIntensity()")
+    [('MedianSmooth', {'radius': 1}), ('ScaleIntensity', {})]
+    """
+    try:
+        lines = ast.parse(text[: MOST_TEXT + 1].strip()).body
+        calls = [line.value for line in lines]
+        named = [{part.arg: ast.literal_eval(part.value) for part in call.keywords} for call in calls]
+        found = [(call.func.id, arguments) for call, arguments in zip(calls, named, strict=True)]
+        plain = len(text) <= MOST_TEXT and all(isinstance(line, ast.Expr) for line in lines)
+        plain = plain and not any(call.args for call in calls) and not any(None in part for part in named)
+        json.dumps(found, sort_keys=True)
+    except (SyntaxError, AttributeError, TypeError, ValueError, RecursionError, MemoryError):
+        plain = False
+    if not plain:
+        raise ValueError(
+            f"extra = {text[:100]!r}: expected calls with named, plain values, as MedianSmooth(radius=1); "
+            f"several are separated by a semicolon, {MOST_TEXT} characters at most."
+        )
+    if unknown := [name for name, _ in found if name not in MONAI_TRANSFORMS]:
+        raise ValueError(
+            f"extra: {unknown[0]} cannot be part of the chain, which a bundle carries as names and numbers, "
+            f"without code. It can hold these of MONAI: {', '.join(MONAI_TRANSFORMS)}."
+        )
+    return found
+
+
+def write_transforms(transforms: list[tuple[str, dict[str, Any]]]) -> str:
+    """The text that `parse_transforms` reads back."""
+    return "; ".join(
+        f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+        for name, arguments in transforms
+    )
 
 
 @dataclass(frozen=True)
@@ -73,6 +152,9 @@ class PreprocessingSettings:
     found_masks : bool
         Whether a brain mask that another tool left beside the scan is taken (`brain.mask_beside`); matters
         only with the steps that look for the brain.
+    extra : str
+        Transforms of MONAI after the last step, as MedianSmooth(radius=1); several are separated by a
+        semicolon.
     """
 
     spacing_mm: float = 2.0
@@ -82,6 +164,7 @@ class PreprocessingSettings:
     to_mni: bool = False
     grey_matter: bool = False
     found_masks: bool = True
+    extra: str = ""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -90,10 +173,11 @@ class PreprocessingSettings:
         if not 8 <= self.size <= 512:
             raise ValueError(f"size = {self.size}: expected 8 to 512 voxels, usually 96 or 48.")
         object.__setattr__(self, "brain_only", self.brain_only or self.grey_matter)
+        object.__setattr__(self, "extra", write_transforms(parse_transforms(self.extra)))
 
     @classmethod
     def of_recipe(cls, recipe: str, **numbers: Any) -> PreprocessingSettings:
-        """Settings of a named recipe, save for those given.
+        """Settings of a named recipe, except for those given.
 
         Parameters
         ----------
@@ -102,116 +186,47 @@ class PreprocessingSettings:
             Any settings; they go before the recipe's. ValueError where one cannot be had beside the others.
         """
         settings = cls(**recipe_defaults(recipe, RECIPES) | numbers)
-        for name, value in numbers.items():
-            if getattr(settings, name) != value:
-                raise ValueError(
-                    f"{name} = {value!r} cannot be had with recipe = {recipe!r}: grey_matter implies "
-                    "brain_only. Set grey_matter as well."
-                )
+        if settings.brain_only != numbers.get("brain_only", settings.brain_only):
+            raise ValueError(
+                f"brain_only = {numbers['brain_only']!r} cannot be had with recipe = {recipe!r}: grey_matter "
+                "implies brain_only. Set grey_matter as well."
+            )
         return settings
 
     @property
     def recipe(self) -> str:
         """The recipe these steps follow, with what differs, see `name_recipe`."""
-        return name_recipe(self, RECIPES)
+        name = name_recipe(self, RECIPES)
+        return f"{name}, then {self.extra}" if self.extra else name
 
     @property
     def needs_brain(self) -> bool:
         """Whether any step looks for the brain."""
-        return any(getattr(self, name) for name in SWITCHES)
+        return self.brain_only or self.to_mni
 
     @property
     def steps(self) -> list[dict[str, Any]]:
         """Every step with its numbers, in order, as `preprocessing.json` lists them."""
-        from brainage_nb.volumes import heads
-
+        place = IN_TEMPLATE if self.to_mni else BELOW_CROWN
+        grid = {"spacing_mm": self.spacing_mm, "size": self.size, **place}
+        used: dict[str, dict[str, Any]] = {}
         if self.needs_brain:
-            return self._steps_with_brain()
-        return [
-            {"step": "orientation", "axes": "RAS"},
-            *([self._smoothing_step()] if self.smooth else []),
-            {
-                "step": "resample",
-                "spacing_mm": self.spacing_mm,
-                "size": self.size,
-                "interpolation": "linear",
-                "axes": "world",
-                "crown_ml": heads.CROWN_ML,
-                "crown_to_centre_mm": heads.CROWN_TO_CENTRE_MM,
-                "top_mm": heads.TOP_MM,
-            },
-            self._scaling_step(),
-        ]
+            from brainage_nb.volumes import brain, tissues
 
-    def _steps_with_brain(self) -> list[dict[str, Any]]:
-        from brainage_nb.volumes import heads
-        from brainage_nb.volumes import registration as mni
-
-        place = {
-            "crown_ml": heads.CROWN_ML,
-            "crown_to_centre_mm": heads.CROWN_TO_CENTRE_MM,
-            "top_mm": heads.TOP_MM,
-        }
-        if self.to_mni:
-            place = {"space": "MNI152, affine", "centre_mm": mni.CENTRE_MM.tolist()}
-        resampling = {
-            "step": "resample",
-            "spacing_mm": self.spacing_mm,
-            "size": self.size,
-            "interpolation": "linear",
-        }
-        return [
-            self._finding_step(),
-            *([self._tissue_step()] if self.grey_matter else []),
-            *([self._smoothing_step()] if self.smooth else []),
-            resampling | place,
-            *self._steps_after_resampling(),
-        ]
-
-    def _steps_after_resampling(self) -> list[dict[str, Any]]:
-        if self.grey_matter:
-            return []
-        cut = [{"step": "outside of the brain", "value": 0.0}] if self.brain_only else []
-        return [*cut, self._scaling_step()]
-
-    def _finding_step(self) -> dict[str, Any]:
-        from brainage_nb.volumes import brain
-        from brainage_nb.volumes import registration as warping
-
-        return {
-            "step": "find the brain",
-            "version": brain.VERSION,
-            "template": "MNI152, nilearn",
-            "bending_degrees": list(warping.DEGREES),
-            "margin_mm": brain.MARGIN_MM,
-            "lowest_correlation": brain.LOWEST_CORRELATION,
-            "masks_of_other_tools": self.found_masks,
-        }
-
-    def _tissue_step(self) -> dict[str, Any]:
-        from brainage_nb.volumes import tissues
-
-        return {
-            "step": "tissues",
-            "version": tissues.VERSION,
-            "spacing_mm": tissues.SPACING_MM,
-            "resolution_mm": tissues.RESOLUTION_MM,
-            "prior_mm": tissues.PRIOR_MM,
-            "field_degree": tissues.FIELD_DEGREE,
-            "lowest_contrast": tissues.LOWEST_CONTRAST,
-            "values": "share of grey matter, 0 outside of the brain",
-        }
-
-    def _smoothing_step(self) -> dict[str, Any]:
-        return {
-            "step": "smooth",
-            "fwhm_mm": self.spacing_mm,
-            "kernel": "gaussian",
-            "where": "finer than it",
-        }
-
-    def _scaling_step(self) -> dict[str, Any]:
-        return {"step": "z-score", "over": "the brain" if self.brain_only else "all voxels"}
+            used["find the brain"] = {"version": brain.VERSION, "masks_of_other_tools": self.found_masks}
+            if self.grey_matter:
+                used["tissues"] = {"version": tissues.VERSION}
+        else:
+            used["orientation"], grid = {}, grid | {"axes": "world"}
+        if self.smooth:
+            used["smooth"] = {"fwhm_mm": self.spacing_mm}
+        used["resample"] = grid
+        if not self.grey_matter:
+            if self.brain_only:
+                used["outside of the brain"] = {}
+            used["z-score"] = {"over": "the brain" if self.brain_only else "all voxels"}
+        steps = [{"step": name} | STEPS[name] | numbers for name, numbers in used.items()]
+        return steps + [{"step": name} | arguments for name, arguments in parse_transforms(self.extra)]
 
     @property
     def fingerprint(self) -> str:
@@ -221,22 +236,19 @@ class PreprocessingSettings:
 
     def to_json(self) -> dict[str, Any]:
         """Content of `preprocessing.json`."""
-        return {
-            "version": VERSION,
-            "fingerprint": self.fingerprint,
-            "recipe": self.recipe,
-            "settings": asdict(self),
-            "steps": self.steps,
-        }
+        names = ("fingerprint", "recipe", "steps")
+        return {"version": VERSION, "settings": asdict(self)} | {name: getattr(self, name) for name in names}
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> PreprocessingSettings:
         """Read `to_json` back; ValueError where this version of the package would give other numbers."""
+        given = dict(content["settings"])
+        if not given.get("n4"):  # a switch that older versions had
+            given.pop("n4", None)
         known = {field.name for field in fields(cls)}
-        given = {name: value for name, value in content["settings"].items() if (name, value) != ("n4", False)}
         if extra := set(given) - known:
             raise ValueError(f"Unknown preprocessing settings {sorted(extra)}; known are {sorted(known)}.")
-        settings = cls(**given)  # n4 is a switch that older versions had
+        settings = cls(**given)
         if settings.fingerprint != content["fingerprint"]:
             raise ValueError(
                 f"These volumes were made by other steps ({content['fingerprint']}) than this version of the "
@@ -244,3 +256,70 @@ class PreprocessingSettings:
                 "them, or preprocess again."
             )
         return settings
+
+
+@dataclass(frozen=True)
+class AugmentationSettings:
+    """Ranges and probabilities of the random changes; a probability of 0 turns one off.
+
+    Parameters
+    ----------
+    flip : float
+        Probability of exchanging left and right.
+    rotation_deg : float
+        Largest rotation about each axis, degrees.
+    scale : float
+        Largest isotropic change of size, share (0.08 is 8 % smaller to 8 % larger).
+    shift_mm : float
+        Largest shift along each axis, mm.
+    pose : float
+        Probability of rotation, scale and shift, drawn together.
+    deformation_mm : float
+        Largest displacement of a control point along each axis, mm (control points lie about 32 mm apart).
+    deformation : float
+        Probability of the smooth deformation.
+    log_gamma : float
+        Largest log of the contrast exponent: 0.25 draws exponents from 0.78 to 1.28.
+    gamma : float
+        Probability of the contrast change.
+    log_bias : float
+        Largest log of the smooth multiplicative field: 0.2 makes places 18 % darker to 22 % brighter.
+    bias_field : float
+        Probability of the bias field.
+    blur_mm : float
+        Largest full width at half maximum of the Gaussian blur along each axis, mm.
+    blur : float
+        Probability of the blur.
+    noise_sd : float
+        Largest standard deviation of the white noise, in standard deviations of the volume.
+    noise : float
+        Probability of the noise.
+    """
+
+    flip: float = 0.5
+    rotation_deg: float = 10.0
+    scale: float = 0.08
+    shift_mm: float = 5.0
+    pose: float = 0.7
+    deformation_mm: float = 3.0
+    deformation: float = 0.3
+    log_gamma: float = 0.25
+    gamma: float = 0.3
+    log_bias: float = 0.2
+    bias_field: float = 0.3
+    blur_mm: float = 4.0
+    blur: float = 0.2
+    noise_sd: float = 0.1
+    noise: float = 0.3
+
+    def __post_init__(self):
+        check_fields(self)
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value < 0 or (entry.name in PROBABILITIES and value > 1):
+                expected = "a probability from 0 to 1" if entry.name in PROBABILITIES else "a number from 0"
+                raise ValueError(f"augmentation {entry.name}={value}: expected {expected}.")
+
+
+PROBABILITIES = ("flip", "pose", "deformation", "gamma", "bias_field", "blur", "noise")
+NOTHING = AugmentationSettings(**dict.fromkeys(PROBABILITIES, 0.0))

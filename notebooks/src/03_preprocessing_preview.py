@@ -20,11 +20,13 @@
 #
 # **Out:** `volumes/<fingerprint>/`, every scan as the array a model sees, stored once in half precision.
 #
-# A scan is turned to one orientation, smoothed to the resolution of the grid, resampled, cut to a cube, and scaled. With
-# the recipe `best` the cube lies on the MNI152 template and holds how much of each voxel is grey matter, which the
-# scanner's brightness and the position of the head change little; with `reference` it hangs from the crown of the head and holds
-# brightness. Each volume is treated by itself, so a new scan can be treated the same way later. This notebook shows every
-# step on one scan before it treats them all.
+# Preprocessing turns every scan into a cube of the same size and resolution. It is a MONAI `Compose`, a list of transforms.
+#
+# With the recipe `reference` the cube hangs from the crown of the head and holds brightness.
+# With `best` it lies on the MNI152 template and holds how much of each voxel is grey matter. Scanner and position of the
+# head change that little.
+#
+# Each scan is treated by itself, so a new scan can be treated the same way later.
 
 # %% [markdown]
 # ## Set-up
@@ -63,15 +65,14 @@ preview_scan = ""  # @param {type:"string"}
 more = ""  # @param {type:"string"}
 
 # %%
-import pandas as pd
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.parameters import pick_fields, read_parameters
 from brainage_nb.volumes.pictures import brain_preview, montage, steps_figure
-from brainage_nb.volumes.preprocessing import preprocessing_steps
 from brainage_nb.volumes.scans import ScanError
 from brainage_nb.volumes.settings import PreprocessingSettings, list_changes
 from brainage_nb.volumes.store import build_store
+from brainage_nb.volumes.transforms import describe_transform, preprocessing_chain, run_steps
 from brainage_nb.workspace import open_workspace, session_summary, write_csv
 
 set_matplotlib_formats("png")  # figures appear in their cells
@@ -80,33 +81,51 @@ ws = open_workspace(workspace).begin("03_preprocessing_preview")
 print(session_summary(ws.root))
 
 # %% [markdown]
-# ## The steps and their numbers
-# These numbers make the fingerprint of the volume store: other numbers, another store beside it.
+# ## The chain
+# `OpenScan` reads a file and says in words what is wrong with it. `SmoothAndSample` brings the scan to the grid.
+# The other transforms depend on the recipe.
+#
+# The numbers make the fingerprint of the volume store. Other numbers give another store beside it.
 
 # %%
 settings = PreprocessingSettings.of_recipe(recipe, **pick_fields(parameters, PreprocessingSettings))
-print(f"fingerprint {settings.fingerprint}; other than recipe {recipe}: {list_changes(settings, recipe)}")
-numbers = [
-    (step["step"], name, value) for step in settings.steps for name, value in step.items() if name != "step"
-]
-pd.DataFrame(numbers, columns=["step", "number", "value"])
+print(f"Other than recipe {recipe}: {list_changes(settings, recipe)}")
+
+# %% [markdown]
+# A transform of MONAI can be added at the end. Uncomment the first three lines to smooth each volume with a median.
+#
+# The store, the model's bundle and later predictions carry it by name and numbers. A transform that MONAI does not
+# have is refused, since a bundle holds no code.
+#
+# Settings take steps out, as `more = "smooth=no"`.
+
+# %%
+# from monai.transforms import MedianSmooth
+# from brainage_nb.volumes.transforms import add_transforms
+# settings = add_transforms(settings, MedianSmooth(radius=1))
+chain = preprocessing_chain(settings)
+print(f"fingerprint {settings.fingerprint}", *map(describe_transform, chain.transforms), sep="\n")
 
 # %% [markdown]
 # ## One scan, step by step
-# Left is marked. A long neck or a head far from the middle of the image does not push the brain out of the cube.
+# One row per transform of the chain. L and R mark the head's sides.
+#
+# Look for the whole brain in the last row. A long neck or a head far from the middle of the image does not push the brain
+# out of the cube.
 
 # %%
 scans = ws.read("splits.csv")
 chosen = scans.set_index("scan_id").loc[preview_scan or scans["scan_id"].iloc[0]]
 try:
-    display(steps_figure(preprocessing_steps(ws.resolve(chosen["image"]), settings)))
+    display(steps_figure(run_steps(chain, ws.resolve(chosen["image"]))))
 except ScanError as error:
     print(f"{error} Name another scan in preview_scan to see the steps.")
 
 # %% [markdown]
 # ## Where the brain is
-# For recipes that look for the brain: its outline on scans spread over the ages, before anything is cut away. A brain
-# that cannot be trusted is not drawn; the table says why, and such a scan gives no volume below.
+# Some recipes look for the brain. Here is its outline on scans spread over the ages, before anything is cut away.
+#
+# A brain that cannot be trusted is not drawn. The table says why, and such a scan gives no volume below.
 
 # %%
 outlined = scans.sort_values("age").iloc[:: max(1, len(scans) // 6)].head(6 if settings.needs_brain else 0)
@@ -119,8 +138,10 @@ found
 
 # %% [markdown]
 # ## All scans
-# Each volume is written once, in half precision, with its checksum. Run this cell again after an interruption: it goes
-# on with the scans that are missing. Scans that give no volume are listed in `scans_without_volume.csv`, with the reason.
+# Each volume is written once, in half precision, with its checksum. After an interruption, run this cell again: it
+# makes only the volumes that are missing.
+#
+# Scans that give no volume are listed in `scans_without_volume.csv`, with the reason.
 
 # %%
 report = build_store(scans, ws.path("volumes"), settings, ws.resolve, scratch=ws.scratch, cluster=cluster)
@@ -143,6 +164,8 @@ if not ready.any():
 # %% [markdown]
 # ## The cohort as a model sees it
 # Look for a head that is cut, turned or empty. The scans are spread evenly over the ages.
+#
+# `report.store` is a torch `Dataset`: `store[0]` is the first volume, and `DataLoader(store, batch_size=8)` gives batches.
 
 # %%
 store = report.store

@@ -32,7 +32,7 @@ def make_tiny_cohort(folder: Path, n: int = 30, size: int = 16, per_shard: int =
     splits = pd.DataFrame({"scan_id": ids, "subject_id": ids, "session_id": "", "age": ages})
     splits["image"] = splits["scan_id"] + ".nii.gz"
     pattern = ("train", "train", "val", "train", "train", "test")
-    return VolumeStore.open(folder), splits.assign(
+    return VolumeStore(folder), splits.assign(
         sex="F", site="here", split=[pattern[row % 6] for row in range(n)], fold=-1
     )
 

@@ -25,8 +25,7 @@ from brainage_nb.models.run import Job, make_accelerator, write_predictions
 from brainage_nb.models.settings import TrainingFailed, TrainingRefused, TrainingSettings, list_members
 from brainage_nb.models.train import launch, train
 from brainage_nb.predict.saving import _collect_networks
-from brainage_nb.volumes.augment import AugmentationSettings
-from brainage_nb.volumes.settings import list_changes
+from brainage_nb.volumes.settings import AugmentationSettings, list_changes
 from brainage_nb.workspace import open_workspace, read_json, write_csv, write_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRAINING ON THE CPU")

@@ -86,7 +86,7 @@ def test_a_saved_model_predicts_what_the_run_predicted(trained, saved):
 
 def test_a_learned_distribution_and_the_regression_beside_it_are_saved_too(trained, tmp_path):
     ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
-    store = VolumeStore.open(next(path for path in ws.path("volumes").iterdir() if path.is_dir()))
+    store = VolumeStore(next(path for path in ws.path("volumes").iterdir() if path.is_dir()))
     chosen = TrainingSettings(
         epochs=2, widths=ARCHITECTURE["widths"], blocks=ARCHITECTURE["blocks"], device="cpu", processes=1,
         augmentation=None, learning_rate=1e-3, **RECIPES["best"],

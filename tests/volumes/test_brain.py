@@ -14,7 +14,7 @@ from brainage_nb.volumes.brain import (
     mask_beside,
 )
 from brainage_nb.volumes.heads import find_head
-from brainage_nb.volumes.preprocessing import brain_inside, preprocess
+from brainage_nb.volumes.preprocessing import grid_affine, preprocess
 from brainage_nb.volumes.registration import template
 from brainage_nb.volumes.scans import ScanError, load_scan
 from brainage_nb.volumes.settings import PreprocessingSettings, list_changes
@@ -23,6 +23,12 @@ from tests.volumes.template_head import SIZE, VOXEL_MM, head, pose, shuffled
 
 BEST = PreprocessingSettings.of_recipe("best", spacing_mm=4, size=48)
 REGISTERED = PreprocessingSettings.of_recipe("reference", brain_only=True, to_mni=True, spacing_mm=4, size=48)
+
+
+def brain_inside(image, settings):
+    """The brain mask on the grid of `preprocess`'s result."""
+    brain = brain_or_error(image, found_masks=settings.found_masks)
+    return brain.mask_on(grid_affine(image, settings), (settings.size,) * 3)
 
 
 def dice(a, b):
@@ -207,15 +213,19 @@ def test_recipes_name_their_switches_and_the_reference_keeps_its_fingerprint():
         PreprocessingSettings.of_recipe("bset")
     old = {"settings": {"spacing_mm": 2.0, "size": 96, "smooth": True}, "fingerprint": reference.fingerprint}
     assert PreprocessingSettings.from_json(old) == reference
+    assert BEST.fingerprint == "4mm-48-11f6831ba1"
+    without_n4 = old | {"settings": old["settings"] | {"n4": False}}
+    assert PreprocessingSettings.from_json(without_n4) == reference
+    with pytest.raises(ValueError, match="n4"):
+        PreprocessingSettings.from_json(old | {"settings": {"n4": True}})
 
 
 def test_what_is_asked_beside_a_recipe_is_done_named_and_another_fingerprint_or_refused():
     plain = PreprocessingSettings.of_recipe("best")
-    asked = PreprocessingSettings.of_recipe("best", grey_matter=False, spacing_mm=4)
-    assert (asked.grey_matter, asked.brain_only) == (False, True)
-    assert asked.recipe == "best with grey_matter=False"
+    asked = PreprocessingSettings.of_recipe("best", to_mni=False, spacing_mm=4)
+    assert (asked.to_mni, asked.grey_matter, asked.recipe) == (False, True, "best with to_mni=False")
     assert asked.fingerprint != plain.fingerprint
-    assert list_changes(asked, "best") == "spacing_mm=4.0 instead of 2.0; grey_matter=False instead of True"
+    assert list_changes(asked, "best") == "spacing_mm=4.0 instead of 2.0; to_mni=False instead of True"
     assert list_changes(plain, "best") == "nothing"
     with pytest.raises(ValueError, match=r"brain_only = False cannot be had.*grey_matter implies"):
         PreprocessingSettings.of_recipe("best", brain_only=False)

@@ -13,29 +13,29 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainage_nb.volumes import store as store_files
+from brainage_nb.cluster import in_order
+from brainage_nb.volumes import store as store_module
 from brainage_nb.volumes.preprocessing import as_stored, preprocess
 from brainage_nb.volumes.settings import PreprocessingSettings
-from brainage_nb.volumes.store import VolumeStore, build_store, current_store
+from brainage_nb.volumes.store import VolumeStore, build_store, current_store, find_damaged
 
 SMALL = PreprocessingSettings(spacing_mm=8, size=12)
 KILLED = """
 import os, sys
 import pandas as pd
-from brainage_nb.volumes import store_building, store_files
+from brainage_nb.volumes import store
 from brainage_nb.volumes.preprocessing import PreprocessingSettings
-store_files.COMMIT_SECONDS = 0.0
+store.COMMIT_SECONDS = 0.0
 where, times = sys.argv[3], int(sys.argv[4])
-module = store_files if where == "write_csv" else store_building
-plain, calls = getattr(module, where), []
+plain, calls = getattr(store, where), []
 def deadly(*arguments, **named):
     calls.append(1)
     if len(calls) == times:
         os.kill(os.getpid(), 9)
     return plain(*arguments, **named)
-setattr(module, where, deadly)
+setattr(store, where, deadly)
 scans = pd.read_csv(sys.argv[1], dtype=str)
-store_building.build_store(scans, sys.argv[2], PreprocessingSettings(spacing_mm=8, size=12), n_jobs=1)
+store.build_store(scans, sys.argv[2], PreprocessingSettings(spacing_mm=8, size=12), n_jobs=1)
 """
 
 
@@ -74,7 +74,7 @@ def test_the_number_of_processes_changes_nothing(scans, tmp_path):
 
 
 def test_shards_are_plain_npy_files_of_limited_size(scans, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_files, "SHARD_BYTES", 3 * 2 * 12**3)
+    monkeypatch.setattr(store_module, "SHARD_BYTES", 3 * 2 * 12**3)
     store = build_store(scans, tmp_path, SMALL, n_jobs=1).store
     assert [shard.shape for shard in store.shards.values()] == [
         (3, 12, 12, 12),
@@ -112,9 +112,9 @@ def test_a_killed_build_goes_on_to_the_very_same_store(scans, tmp_path, where, t
     argument = [str(tmp_path / "scans.csv"), str(tmp_path / "killed"), where, str(times)]
     ended = subprocess.run([sys.executable, "-c", KILLED, *argument], capture_output=True)
     assert ended.returncode == -9
-    partial = VolumeStore.open(tmp_path / "killed" / SMALL.fingerprint)
+    partial = VolumeStore(tmp_path / "killed" / SMALL.fingerprint)
     assert len(partial) == times - 1
-    assert partial.verify().empty
+    assert find_damaged(partial.folder, partial.index) == []
     build_store(scans, tmp_path / "killed", SMALL, n_jobs=1)
     build_store(scans, tmp_path / "whole", SMALL, n_jobs=1)
     rest = {name for name in contents(tmp_path / "killed") if not name.endswith(".tmp")}
@@ -143,7 +143,7 @@ def test_a_scan_whose_content_changed_is_made_again_and_a_new_date_alone_is_not(
     assert report.n_new == 1
     assert report.store.scan_ids == scans["scan_id"].tolist()
     assert np.array_equal(report.store["002"], as_stored(preprocess(tmp_path / "002.nii.gz", SMALL)))
-    assert report.store.verify().empty
+    assert find_damaged(report.store.folder, report.store.index) == []
 
 
 def test_a_scan_whose_file_is_gone_keeps_its_volume(scans, tmp_path):
@@ -154,12 +154,14 @@ def test_a_scan_whose_file_is_gone_keeps_its_volume(scans, tmp_path):
 
 def test_a_damaged_row_is_found(scans, tmp_path):
     store = build_store(scans, tmp_path, SMALL, n_jobs=1).store
-    assert store.verify().empty
+    assert find_damaged(store.folder, store.index) == []
     shard = store.folder / "shard-0000.npy"
     content = bytearray(shard.read_bytes())
-    content[store_files.HEADER_BYTES + 4 * 2 * 12**3 + 100] ^= 1
+    content[-3 * 2 * 12**3 + 100] ^= 1
     shard.write_bytes(content)
-    assert VolumeStore.open(store.folder).verify()["scan_id"].tolist() == ["004"]
+    assert find_damaged(store.folder, store.index) == ["004"]
+    shard.write_bytes(content[:-100])
+    assert len(find_damaged(store.folder, store.index)) == 7  # cut short: nothing in it is trusted
 
 
 def test_current_follows_the_settings_used_last_and_the_note_says_what_changed(scans, tmp_path):
@@ -192,21 +194,20 @@ def test_shards_cannot_be_written_through_the_store(scans, tmp_path):
         store.shards[0][0] = 0
 
 
-def test_a_cluster_makes_the_same_store_though_a_worker_is_killed(scans, tmp_path):
+def test_a_cluster_makes_the_same_store_though_a_worker_is_killed(scans, tmp_path, monkeypatch):
     distributed = pytest.importorskip("distributed", reason="Dask (the extra `cluster`) is not installed")
     plain = build_store(scans, tmp_path / "plain", SMALL, n_jobs=1).store
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1"
     ) as cluster:
-        begun = iter(range(10**6))
         pids = [worker.pid for worker in cluster.workers.values()]
 
-        def resolve(image):
-            if next(begun) == len(scans) - 1:
-                threading.Timer(0.05, os.kill, (pids[0], signal.SIGKILL)).start()
-            return image
+        def kill_one_and_go_on(*arguments):
+            threading.Timer(0.05, os.kill, (pids[0], signal.SIGKILL)).start()
+            return in_order(*arguments)
 
-        report = build_store(scans, tmp_path / "spread", SMALL, resolve, cluster=cluster.scheduler_address)
+        monkeypatch.setattr(store_module, "in_order", kill_one_and_go_on)
+        report = build_store(scans, tmp_path / "spread", SMALL, cluster=cluster.scheduler_address)
         time.sleep(0.1)
         with pytest.raises(ProcessLookupError):
             os.kill(pids[0], 0)
@@ -215,7 +216,7 @@ def test_a_cluster_makes_the_same_store_though_a_worker_is_killed(scans, tmp_pat
 
 
 def test_a_shard_without_a_current_scan_is_not_needed(scans, tmp_path, monkeypatch):
-    monkeypatch.setattr(store_files, "SHARD_BYTES", 3 * 2 * 12**3)
+    monkeypatch.setattr(store_module, "SHARD_BYTES", 3 * 2 * 12**3)
     build_store(scans.head(3), tmp_path / "volumes", SMALL, n_jobs=1)
     for image in scans["image"].head(3):  # all scans of the first shard come anew
         changed = nib.load(image).get_fdata() + np.arange(25)
@@ -223,4 +224,4 @@ def test_a_shard_without_a_current_scan_is_not_needed(scans, tmp_path, monkeypat
     store = build_store(scans.head(3), tmp_path / "volumes", SMALL, n_jobs=1).store
     expected = store.read(store.scan_ids)
     (store.folder / "shard-0000.npy").unlink()
-    assert np.array_equal(VolumeStore.open(store.folder).read(store.scan_ids), expected)
+    assert np.array_equal(VolumeStore(store.folder).read(store.scan_ids), expected)
