@@ -18,59 +18,31 @@ from brainage_nb.workspace import MARKER
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr.gz", ".hdr", ".img.gz", ".img")
 COLUMNS = ["image", "stem", "folders", "subject_hint", "session_hint", "run_hint", "site_hint", "contrast"]
 
-_T1_WORDS = {"t1", "t1w", "t1weighted", "mprage", "mpr", "mp2rage", "spgr", "fspgr", "bravo", "tfe", "unit1"}
-_LABEL_WORDS = {
-    *(
-        "mask",
-        "brainmask",
-        "seg",
-        "dseg",
-        "probseg",
-        "fseg",
-        "segmentation",
-        "label",
-        "labels",
-        "aseg",
-        "aparc",
-    ),
-    *("parcellation", "dlmuse", "roi"),
+_WORDS = {
+    "T1": "t1 t1w t1weighted mprage mpr mp2rage spgr fspgr bravo tfe unit1",
+    "label": """
+        mask brainmask seg dseg probseg fseg segmentation label labels aseg aparc parcellation dlmuse roi""",
+    "other": """
+        t2 t2w t2star pd pdw flair dwi dti adc bold epi asl mra tof angio swi pet ct fmap phasediff magnitude1
+        magnitude2 sbref""",
+    # made from a scan, and no scan
+    "map": """
+        heat lesion pve pveseg mixeltype biasfield warp warpfield warpcoef jac jacobian logjacobian defacemask
+        lesionmask firstseg origsegs outskin outskull inskull wmparc ribbon thickness synthseg posterior""",
+    # made from a scan, left out where that is there; of several the one whose word comes first is taken
+    "picture": """
+        orig rawavg nu restore biascorr biascorrected corrected bfc n3 n4 n4corrected unifize denoised sanlm
+        preproc preprocessed processed norm normalized normalised defaced reorient reoriented orig2std
+        fullfov robustfov crop cropped eq tilt resampled conformed 1mm 2mm iso rigid reg registered coreg
+        aligned flirt fnirt warped lin nonlin linear nonlinear affine std to mni mni152 template talairach
+        synthsr bet brain extracted skullstripped skullstrip stripped noskull deskulled masked hdbet
+        synthstrip finalsurfs smooth smoothed fast bias field skull overlay gm wm csf prob tissue
+        deformation pvc filled""",
 }
-_OTHER_WORDS = {
-    *(
-        "t2",
-        "t2w",
-        "t2star",
-        "pd",
-        "pdw",
-        "flair",
-        "dwi",
-        "dti",
-        "adc",
-        "bold",
-        "epi",
-        "asl",
-        "mra",
-        "tof",
-        "angio",
-    ),
-    *("swi", "pet", "ct", "fmap", "phasediff", "magnitude1", "magnitude2", "sbref"),
-}
-# Words for maps, which are no scans; then those for pictures of the same head, or maps, that are left out
-# where what they were made from is there. Of several pictures the one whose word comes first is taken.
-_PRODUCTS = (
-    "heat lesion pve pveseg mixeltype biasfield warp warpfield warpcoef jac jacobian logjacobian defacemask "
-    "lesionmask firstseg origsegs outskin outskull inskull wmparc ribbon thickness synthseg posterior | "
-    "orig rawavg nu restore biascorr biascorrected corrected bfc n3 n4 n4corrected unifize denoised sanlm "
-    "preproc preprocessed processed norm normalized normalised defaced reorient reoriented orig2std "
-    "fullfov robustfov crop cropped eq tilt resampled conformed 1mm 2mm iso rigid reg registered coreg "
-    "aligned flirt fnirt warped lin nonlin linear nonlinear affine std to mni mni152 template talairach "
-    "synthsr bet brain extracted skullstripped skullstrip stripped noskull deskulled masked hdbet "
-    "synthstrip finalsurfs smooth smoothed fast bias field skull overlay gm wm csf prob tissue "
-    "deformation pvc filled"
-)
-_MAP_WORDS, _PICTURE_WORDS = (words.split() for words in _PRODUCTS.split("|"))
-_MAP_WORDS = _LABEL_WORDS | set(_MAP_WORDS)
-_PICTURE_WORDS = {word: place for place, word in enumerate(_PICTURE_WORDS)}
+"""Words of file names by what they say of an image, in lower case."""
+_WORDS = {kind: {word: place for place, word in enumerate(words.split())} for kind, words in _WORDS.items()}
+_T1, _PICTURE = _WORDS["T1"], _WORDS["picture"]
+_MAP = _WORDS["label"] | _WORDS["map"]
 _MADE_BY_ANTS_OR_FIRST = re.compile(
     r"[-_.]?(?:(?<!T)\d)?((?:BrainExtraction|BrainSegmentation|CorticalThickness|ExtractedBrain|BrainNormalizedTo"
     r"|SubjectTo|TemplateTo)[A-Za-z0-9]*|(?:Inverse)?Warp(?:ed)?|GenericAffine"
@@ -85,7 +57,7 @@ _PREFIX = re.compile(rf"BiasField_|sanlm_|{_SPM}(?:c[1-6]|p\d)?")
 _MAP_PREFIX = re.compile(rf"(?:s\d{{0,2}})?m0?w[cp]\d|{_SPM}(?:(?<=_)|c[1-6]|p\d)(?=sub-)")
 # the folders of one FreeSurfer subject, and of one run of fsl_anat
 _HOME = re.compile(r"(?:^|/)(?P<subject>[^/]*?)(?P<tool>/?\bmri(?:/orig)?|\.anat)$")
-_CONTRAST_WORDS = _T1_WORDS | _LABEL_WORDS | _OTHER_WORDS
+_CONTRAST = _T1 | _WORDS["label"] | _WORDS["other"]
 _SITES = {"guys": "Guys", "hh": "HH", "iop": "IOP"}
 _PATTERNS = (
     # IXI002-Guys-0828-T1: the second number counts scans, it is no session
@@ -202,7 +174,7 @@ def clean_text(text: str) -> str:
 
 def is_contrast_word(part: str) -> bool:
     """Whether a part of a name tells what was measured (`T1`, `flair`, `mask`) rather than who."""
-    return part.lower() in _CONTRAST_WORDS
+    return part.lower() in _CONTRAST
 
 
 def _walk(folder: Path) -> tuple[list[Path], Counter[str], list[str]]:
@@ -271,11 +243,8 @@ def _session_in(names: list[str]) -> str:
 def contrast_of(parts: Iterable[str]) -> str:
     """What the parts of a file name say was measured: "T1", "other" or ""."""
     words = {part.lower() for part in parts}
-    if words & _LABEL_WORDS:
-        return "other"
-    if words & _T1_WORDS:
-        return "T1"
-    return "other" if words & _OTHER_WORDS else ""
+    kinds = {"label": "other", "T1": "T1", "other": "other"}
+    return next((told for kind, told in kinds.items() if words & _WORDS[kind].keys()), "")
 
 
 # --- what is no scan ------------------------------------------------------------------------------------
@@ -368,7 +337,7 @@ class _Sources:
 
 def _rank(made: list[str]) -> tuple[int, list[int]]:
     """How far an image is from a scan, by the words for what was made."""
-    return len(made), [_PICTURE_WORDS.get(word.lower(), len(_PICTURE_WORDS)) for word in made]
+    return len(made), [_PICTURE.get(word.lower(), len(_PICTURE)) for word in made]
 
 
 def _source_and_products(stem: str, folders: str, image: str) -> tuple[tuple[str, ...], list[str], bool, int]:
@@ -389,18 +358,18 @@ def _source_and_products(stem: str, folders: str, image: str) -> tuple[tuple[str
 def _parts_and_products(stem: str) -> tuple[list[str], list[str], bool, int]:
     if ants := _MADE_BY_ANTS_OR_FIRST.search(stem):
         parts = parts_of(stem[: ants.start()])
-        rest = [part for part in parts if part.lower() not in _T1_WORDS]
+        rest = [part for part in parts if part.lower() not in _T1]
         return rest, [ants[1]], not _ANTS_PICTURE.search(ants[1]), len(parts)
     made = [part.lstrip("_") for part in _DERIVED_OF_BIDS.findall(stem)]
     if not made and re.fullmatch(r"sub-[^_]+(?:_[a-z]+-[^_]+)*_T1w", stem):
         return parts_of(stem)[:-1], [], False, 0  # rec-norm is how the scanner made it
     parts = [part for part in re.split(r"[-_. +]+", _DERIVED_OF_BIDS.sub("", stem)) if part]
     rest, is_map, until = [], False, len(parts) if made else 0
-    names_one = any(not _is_product(part) and part.lower() not in _T1_WORDS for part in parts)
+    names_one = any(not _is_product(part) and part.lower() not in _T1 for part in parts)
     for number, part in enumerate(parts):
         # before the id only small letters count: HEAT_001 is a person of a study
         if _is_product(part) and (rest or not names_one or part.islower()):
-            made, until, is_map = [*made, part], number, part.lower() not in _PICTURE_WORDS
+            made, until, is_map = [*made, part], number, part.lower() not in _PICTURE
         elif (
             made
             and until == number - 1
@@ -408,7 +377,7 @@ def _parts_and_products(stem: str) -> tuple[list[str], list[str], bool, int]:
             and (is_map or made[-1] in _COUNTED)
         ):
             made, until = [*made[:-1], f"{made[-1]}_{part}"], number  # pve_0: the number is the tissue's
-        elif part.lower() not in _T1_WORDS:
+        elif part.lower() not in _T1:
             rest, is_map = [*rest, part], False  # only at the end a word makes the image a map
     if prefix := _MAP_PREFIX.match(stem):
         made, is_map = [prefix[0], *made], True
@@ -416,7 +385,7 @@ def _parts_and_products(stem: str) -> tuple[list[str], list[str], bool, int]:
 
 
 def _is_product(part: str) -> bool:
-    return part.lower() in _PICTURE_WORDS or part.lower().rstrip("0123456789") in _MAP_WORDS
+    return part.lower() in _PICTURE or part.lower().rstrip("0123456789") in _MAP
 
 
 def _prefixed(stem: str) -> Iterator[tuple[tuple[str, ...], list[str], int]]:

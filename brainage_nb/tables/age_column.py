@@ -18,8 +18,7 @@ from brainage_nb.tables.ages import (
     fold,
     is_missing,
     parse_age,
-    unit_named,
-    unit_stated,
+    read_unit,
     words_of,
 )
 from brainage_nb.tables.columns import (
@@ -112,7 +111,7 @@ def units_of(table: TextTable, column: AgeColumn, age_unit: str) -> list[str]:
     cells = [] if own is None else [cell.strip() for cell in table.cells[own]]
     levels = dict(text.split(": ", 1) for _, text in table.described(own or "") if ": " in text)
     told = ["" if is_missing(cell) else levels.get(cell, cell) for cell in cells]
-    units = [unit_named(text) if text else "" for text in told]
+    units = [read_unit(text, is_unit=True) if text else "" for text in told]
     of_hospital = (
         "age" not in plain_name(own or "") and set(units) <= {"", UNCLEAR} and "m" not in map(fold, told)
     )
@@ -162,9 +161,7 @@ def _said_of_unit(table: TextTable, column: AgeColumn) -> dict[str, str]:
     for key, text in table.described(column.name):
         field = bool(re.search("unit|einheit|unidad", fold(key))) or (len(text) < 3 and text.isalpha())
         if not is_missing(text):
-            found.append(
-                (f"{key}: {text}".lstrip(": "), unit_named(text) if field else unit_stated(text), field)
-            )
+            found.append((f"{key}: {text}".lstrip(": "), read_unit(text, is_unit=field), field))
     said, spoken = {}, {}  # what is merely spoken of counts where nothing else is said
     for text, unit, field in found:
         if FROM_CONCEPTION.search(fold(text).replace("_", " ")):
@@ -176,7 +173,7 @@ def _said_of_unit(table: TextTable, column: AgeColumn) -> dict[str, str]:
 
 def _doubts(table: TextTable) -> list[str]:
     """What may say a unit and is of no column: lines above the header, a sidecar that cannot be read."""
-    lines = [line for line in table.cells.attrs.get("above", []) if unit_stated(line) not in ("", "years")]
+    lines = [line for line in table.cells.attrs.get("above", []) if read_unit(line) not in ("", "years")]
     return [*(f"above the header: {line}" for line in lines), *filter(None, [table.sidecar.get("", "")])]
 
 
@@ -212,7 +209,7 @@ def _labels(cells: pd.DataFrame, subject: str, ages: list[str]) -> list[str]:
     texts = [text for text in texts if re.match(r"\W*[^\W\d_]", text)]
     if not texts or any(age.years for age in read.values()):
         return []
-    told = [text for text in texts if unit_stated(text) or len(text) < 3 or _AGE_IN_WORDS.search(fold(text))]
+    told = [text for text in texts if read_unit(text) or len(text) < 3 or _AGE_IN_WORDS.search(fold(text))]
     if told:
         return told
     with_digits = others[subject].str.contains(r"\d").mean() > 0.5 and not re.search(r"\d", row[subject])
