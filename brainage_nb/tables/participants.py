@@ -1,13 +1,6 @@
-"""Several rows of one person and visit become one, by stated rules. Reads no cells and no files.
+"""From any participants table, and BIDS sessions files, to ages in years: one row per subject and session.
 
-From any participants table to ages in years, a row a subject and session. Knows no images.
-
-What can be decided by a rule is decided and noted; what cannot is refused with a word on what to set. Every
-age in the result can be found in the table.
-
-Ages at sessions, which BIDS keeps in `sub-…/sub-…_sessions.tsv`, before those of the table.
-
-Reads tables only.
+What a rule can decide is decided and noted; what none can is refused. Knows no images.
 """
 
 from __future__ import annotations
@@ -31,6 +24,7 @@ from brainage_nb.tables.age_column import (
 )
 from brainage_nb.tables.ages import PER_YEAR, Age, is_missing, parse_age
 from brainage_nb.tables.columns import (
+    COLUMN_PARAMETERS,
     ROLE_NAMES,
     AgeColumn,
     age_columns,
@@ -64,30 +58,29 @@ def merge_repeats(rows: pd.DataFrame, table: TextTable) -> pd.DataFrame:
     table.note(f"Ids with several rows: {count} (in {repeated.sum()} rows); each gives one row.")
     rows = rows.drop_duplicates()  # rows that say the same need no rule
     repeated = rows.duplicated(key, keep=False)
-    merged = [_merged(group, key, table) for _, group in rows[repeated].groupby(key, sort=False)]
+    merged = [_merge_rows(group, table) for _, group in rows[repeated].groupby(key, sort=False)]
     if not merged:
         return rows.reset_index(drop=True)
     joined = pd.concat([rows[~repeated], pd.DataFrame(merged).set_index("_order")])
     return joined.sort_index().reset_index(drop=True)
 
 
-def _merged(group: pd.DataFrame, key: list[str], table: TextTable) -> dict[str, Any]:
+def _merge_rows(group: pd.DataFrame, table: TextTable) -> dict[str, Any]:
     name = " ".join(filter(None, group.iloc[0][["subject_id", "session_id"]]))
-    age = _one_age(list(group["age"]))
-    if age.rule:
-        table.note(f"{name}: {age.rule}.")
-    elif age.reason and any(other.years is not None for other in group["age"]):
-        table.note(f"{name}: {age.reason}; refused.")
+    age = _merge_ages(list(group["age"]))
+    if age.rule or (age.reason and any(other.years is not None for other in group["age"])):
+        table.note(f"{name}: {age.rule or f'{age.reason}; refused'}.")
     row: dict[str, Any] = {"_order": group.index[0], "age": age}
     for column in group.columns.drop("age"):
-        values = list(dict.fromkeys(value for value in group[column] if value))
-        if len(values) > 1 and column not in (*key, "table_id"):
+        values = list(dict.fromkeys(value for value in group[column] if value)) or [""]
+        if len(values) > 1 and column != "table_id":
             table.note(f"{name}: its rows disagree on {column} ({', '.join(values)}): left blank.")
-        row[column] = values[0] if len(values) == 1 or (values and column == "table_id") else ""
+            values = [""]
+        row[column] = values[0]
     return row
 
 
-def _one_age(ages: list[Age]) -> Age:
+def _merge_ages(ages: list[Age]) -> Age:
     readable = [age for age in ages if age.years is not None]
     unusable = [age for age in ages if age.years is None and not age.blank]
     if not readable:
@@ -104,40 +97,32 @@ def _one_age(ages: list[Age]) -> Age:
 
 
 _KNOWN_TEXT = ("site", "diagnosis", "cdr", "image_id")
+_SUB = re.compile(r"^sub-", re.IGNORECASE)
 _SESSION_IN_ID = re.compile(
-    r"(.+?)[-_](ses-?[a-z0-9]+|MR\d+|MR_d\d+|baseline(?:_\d+)?|retest(?:_\d+)?|visit_?\d+)", re.IGNORECASE
+    r"^(.+?)[-_](ses-?[a-z0-9]+|MR\d+|MR_d\d+|baseline(?:_\d+)?|retest(?:_\d+)?|visit_?\d+)$",
+    re.IGNORECASE,
 )
 
 
-def read_table(
-    path: Path | str,
-    *,
-    subject_id: str | None = None,
-    age: str | None = None,
-    sex: str | None = None,
-    site: str | None = None,
-    session_id: str | None = None,
-    diagnosis: str | None = None,
-    image_id: str | None = None,
-    age_unit: str = "auto",
-) -> pd.DataFrame:
+def read_table(path: Path | str, *, age_unit: str = "auto", **columns: str | None) -> pd.DataFrame:
     """Read a participants table of any common kind.
 
     Parameters
     ----------
     path : path
         CSV, TSV, XLS or XLSX.
-    subject_id, age, sex, site, session_id, diagnosis, image_id : str, optional
-        Names of columns; what is not named is found by its name. `age` may list one column a visit, parted by
-        commas (`"AgeMRI_W1,AgeMRI_W2"`): each gives a row, and the visit becomes the session.
     age_unit : {"auto", "years", "months", "weeks", "days"}
         Unit of bare numbers. "auto": what the column's name, the sidecar (`participants.json`), a line of
         labels below the header or a column `age_unit` says, else years.
+    **columns : str
+        Names of columns by role: `subject_id`, `age`, `sex`, `site`, `session_id`, `diagnosis`, `image_id`;
+        what is not named is found by its name. `age` may list one column per visit, with commas between
+        (`"AgeMRI_W1,AgeMRI_W2"`): each gives a row, and the visit becomes the session.
 
     Returns
     -------
     DataFrame
-        One row a subject and session (and image, where the table lists images) with a usable age:
+        One row per subject and session (and image, where the table lists images) with a usable age:
         `subject_id, session_id, age` [years], `sex` ("F", "M" or ""), `site`; `diagnosis`, `cdr`, `image_id`
         where the table knows them; `table_id` (the id as written) and `age_note` (how an age came from
         several rows, mostly ""). Ids are text as written, without `sub-`. `attrs["notes"]` lists what was
@@ -149,20 +134,15 @@ def read_table(
     TableError
         Where no age can be read safely; the message says what to set.
     """
-    named = {
-        "subject_id": subject_id,
-        "age": age,
-        "sex": sex,
-        "site": site,
-        "session_id": session_id,
-        "diagnosis": diagnosis,
-        "image_id": image_id,
-    }
-    named = {role: name for role, name in named.items() if name}
+    if unknown := columns.keys() - COLUMN_PARAMETERS:
+        raise TypeError(
+            f"read_table knows no {', '.join(unknown)}; roles are {', '.join(COLUMN_PARAMETERS)}."
+        )
+    named = {role: name for role, name in columns.items() if name}
     sheets, notes = read_cells(path)
     table = TextTable(next(iter(sheets.values())), str(path), read_sidecar(path), notes)
     if len(sheets) > 1:
-        table = _sheet_with_ages(sheets, table, named)
+        table = _choose_sheet(sheets, table, named)
     return interpret_cells(table, named, age_unit)
 
 
@@ -199,7 +179,7 @@ def interpret_cells(table: TextTable, named: dict[str, str], age_unit: str = "au
     """
     if age_unit not in ("auto", *PER_YEAR):
         raise TableError(f"age_unit = {age_unit!r}: it is one of auto, {', '.join(PER_YEAR)}.")
-    subject = _column(table, named, "subject_id")
+    subject = _find_column(table, named, "subject_id")
     if subject is None:
         raise table.error("no column of subject ids was found", "set subject_column to its name")
     for line in table.cells.attrs.get("above", []):
@@ -214,17 +194,17 @@ def interpret_cells(table: TextTable, named: dict[str, str], age_unit: str = "au
             f"'{ages[0].name}' is the same as '{subject}' in every row: the columns seem shifted",
             "name each column in the header, or set age_column to another one",
         )
-    people = _people(table, named, subject)
-    visits = [_visit(table, people, column, age_unit, several=len(ages) > 1) for column in ages]
+    people = _read_people(table, named, subject)
+    visits = [_read_visit(table, people, column, age_unit, several=len(ages) > 1) for column in ages]
     rows = pd.concat(visits, ignore_index=True)
     nameless = rows["subject_id"] == ""
     if nameless.any():
         table.note(f"Rows without an id, left out: {nameless.sum()}.")
     rows = merge_repeats(rows[~nameless].reset_index(drop=True), table)
-    return _result(rows, table, ages)
+    return _collect(rows, table, ages)
 
 
-def _sheet_with_ages(sheets: dict[str, pd.DataFrame], first: TextTable, named: dict[str, str]) -> TextTable:
+def _choose_sheet(sheets: dict[str, pd.DataFrame], first: TextTable, named: dict[str, str]) -> TextTable:
     """The first sheet of a workbook that has a column of ids and one of ages."""
     for name, cells in sheets.items():
         has_id = named.get("subject_id") in cells or find_role("subject_id", cells.columns)
@@ -236,7 +216,7 @@ def _sheet_with_ages(sheets: dict[str, pd.DataFrame], first: TextTable, named: d
     return first
 
 
-def _column(table: TextTable, named: dict[str, str], role: str) -> str | None:
+def _find_column(table: TextTable, named: dict[str, str], role: str) -> str | None:
     """The column of a role: the one named, else the one found, else None."""
     if role in named:
         return existing_column(table, named[role], role)
@@ -246,49 +226,48 @@ def _column(table: TextTable, named: dict[str, str], role: str) -> str | None:
     return name
 
 
-def _people(table: TextTable, named: dict[str, str], subject: str) -> pd.DataFrame:
+def _read_people(table: TextTable, named: dict[str, str], subject: str) -> pd.DataFrame:
     """All but the age of every row: ids, session, sex and what else is known."""
     cells = table.cells
-    written = _filled(cells[subject])
-    ids, in_id = _ids(table, written)
-    session = _column(table, named, "session_id")
-    sessions = _filled(cells[session]).map(bare_session) if session else in_id
+    written = _blank_missing(cells[subject])
+    ids, in_id = _read_ids(table, written)
+    session = _find_column(table, named, "session_id")
+    sessions = _blank_missing(cells[session]).map(bare_session) if session else in_id
     people = {
         "subject_id": ids,
         "session_id": sessions.where(sessions != "", in_id),
-        "sex": _sexes(table, _column(table, named, "sex")),
+        "sex": _read_sexes(table, _find_column(table, named, "sex")),
         "table_id": written,
     }
     for role in _KNOWN_TEXT:
         if named.get(role, find_role(role, cells.columns)) not in (None, subject):
-            people[role] = _filled(cells[_column(table, named, role)])
+            people[role] = _blank_missing(cells[_find_column(table, named, role)])
     return pd.DataFrame(people)
 
 
-def _filled(cells: pd.Series) -> pd.Series:
+def _blank_missing(cells: pd.Series) -> pd.Series:
     return cells.where(~cells.map(is_missing), "").str.strip()
 
 
-def _ids(table: TextTable, written: pd.Series) -> tuple[pd.Series, pd.Series]:
+def _read_ids(table: TextTable, written: pd.Series) -> tuple[pd.Series, pd.Series]:
     """Subject ids without `sub-`, and the sessions that ids carry (`OAS1_0001_MR2`)."""
     ids = written
     if written[written != ""].str.fullmatch(r"\d+\.0").all():
         table.note("Ids such as '12.0' are read as '12'.")
         ids = ids.str.removesuffix(".0")
-    ids = ids.str.replace(r"^sub-", "", case=False, regex=True)
-    carried = ids.map(_SESSION_IN_ID.fullmatch)
-    if carried.notna().any():
-        first = carried.dropna().iloc[0]
+    ids = ids.str.replace(_SUB, "", regex=True)
+    carried = ids.str.extract(_SESSION_IN_ID).fillna("")
+    sessions = carried[1].map(bare_session)
+    if (found := sessions != "").any():
+        first = found.idxmax()
         table.note(
-            f"Ids that carry a session: {carried.notna().sum()}; '{first[0]}' is session "
-            f"'{bare_session(first[2])}' of subject '{first[1]}'."
+            f"Ids that carry a session: {found.sum()}; '{ids[first]}' is session '{sessions[first]}' of "
+            f"subject '{carried[0][first]}'."
         )
-    subjects = [match[1] if match else whole for match, whole in zip(carried, ids, strict=True)]
-    sessions = [bare_session(match[2]) if match else "" for match in carried]
-    return pd.Series(subjects, index=ids.index, dtype=str), pd.Series(sessions, index=ids.index, dtype=str)
+    return carried[0].where(found, ids), sessions
 
 
-def _sexes(table: TextTable, name: str | None) -> pd.Series:
+def _read_sexes(table: TextTable, name: str | None) -> pd.Series:
     """'F', 'M' or '' a row."""
     if name is None:
         return pd.Series("", index=table.cells.index, dtype=str)
@@ -304,7 +283,7 @@ def _sexes(table: TextTable, name: str | None) -> pd.Series:
     return sexes
 
 
-def _visit(
+def _read_visit(
     table: TextTable, people: pd.DataFrame, column: AgeColumn, age_unit: str, *, several: bool
 ) -> pd.DataFrame:
     """The rows with the ages of one age column."""
@@ -334,7 +313,7 @@ def _note_cell_rules(ages: pd.Series, table: TextTable) -> None:
         table.note(f"Ages not written as plain years: {len(alike)} ({alike.iloc[0]}).")
 
 
-def _result(rows: pd.DataFrame, table: TextTable, ages: list[AgeColumn]) -> pd.DataFrame:
+def _collect(rows: pd.DataFrame, table: TextTable, ages: list[AgeColumn]) -> pd.DataFrame:
     """The table of usable ages, with notes and refused rows in `attrs`."""
     usable = rows["age"].map(lambda age: age.years is not None).astype(bool)
     reasons = rows["age"].map(lambda age: age.reason)
@@ -392,7 +371,7 @@ def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) ->
     DataFrame
         As `read_table`.
     """
-    sessions = [] if columns.get("age") else _session_tables(data_dir)
+    sessions = [] if columns.get("age") else _read_sessions(data_dir)
     if not sessions:
         return read_table(path, **columns)
     unit = columns.get("age_unit") or "auto"
@@ -400,17 +379,17 @@ def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) ->
     named = {role: name for role, name in columns.items() if name in people}
     subject = named.pop("subject_id", find_role("subject_id", people.columns))
     named.pop("session_id", None)
-    joined = _with_people(_as_one(sessions, unit), people, subject, path)
+    joined = _with_read_people(_join_tables(sessions, unit), people, subject, path)
     at_session = interpret_cells(joined, named, unit)
     try:
         table = read_table(path, **columns)
     except TableError as error:
         at_session.attrs["notes"].append(f"No age is read from the table itself: {error}")
         return at_session
-    return _put_before(at_session, table)
+    return _prefer_sessions(at_session, table)
 
 
-def _session_tables(data_dir: Path) -> list[TextTable]:
+def _read_sessions(data_dir: Path) -> list[TextTable]:
     """The sessions files that hold ages; those with the same columns and sidecars as one table."""
     alike: dict[str, tuple[dict, list[pd.DataFrame]]] = {}
     shared, without = read_sidecar(data_dir / "sessions.tsv"), []
@@ -439,7 +418,7 @@ def _session_tables(data_dir: Path) -> list[TextTable]:
     ]
 
 
-def _as_one(parts: list[TextTable], age_unit: str) -> TextTable:
+def _join_tables(parts: list[TextTable], age_unit: str) -> TextTable:
     """Tables with other columns or sidecars as one, each age with the unit of its own table."""
     if len(parts) == 1:
         return parts[0]
@@ -453,7 +432,9 @@ def _as_one(parts: list[TextTable], age_unit: str) -> TextTable:
     return TextTable(pd.concat(cells, ignore_index=True).fillna(""), parts[0].where, {}, notes)
 
 
-def _with_people(sessions: TextTable, people: pd.DataFrame, subject: str | None, path: Path) -> TextTable:
+def _with_read_people(
+    sessions: TextTable, people: pd.DataFrame, subject: str | None, path: Path
+) -> TextTable:
     """The sessions with what the participants table knows of the people: all but ages and sessions."""
     if subject not in people:
         return sessions
@@ -467,10 +448,10 @@ def _with_people(sessions: TextTable, people: pd.DataFrame, subject: str | None,
 
 
 def _bare(ids: pd.Series) -> pd.Series:
-    return ids.str.strip().str.replace(r"^sub-", "", case=False, regex=True)
+    return ids.str.strip().str.replace(_SUB, "", regex=True)
 
 
-def _put_before(at_session: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+def _prefer_sessions(at_session: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """All rows of subjects with an age at a session, then the table's rows of all others."""
     told = set(at_session["subject_id"])
     others = table[~table["subject_id"].isin(told)]
