@@ -16,11 +16,11 @@ import pandas as pd
 
 from brainage_nb.tables.age_column import (
     SAME_AGE_YEARS,
-    existing_column,
     find_age,
-    named_ages,
+    find_named_column,
+    find_units,
+    read_named_ages,
     set_labels_aside,
-    units_of,
 )
 from brainage_nb.tables.ages import PER_YEAR, Age, is_missing, parse_age
 from brainage_nb.tables.columns import (
@@ -186,7 +186,7 @@ def interpret_cells(table: TextTable, named: dict[str, str], age_unit: str = "au
         table.note(f"A line above the header is passed over: {line}")
     if problem := table.sidecar.get(""):
         table.note(f"{problem}: nothing that it explains was used.")
-    ages = named_ages(table, named["age"]) if "age" in named else age_columns(table.cells)
+    ages = read_named_ages(table, named["age"]) if "age" in named else age_columns(table.cells)
     set_labels_aside(table, subject, [column.name for column in ages])
     ages = ages if "age" in named else [find_age(table, subject, age_unit)]
     if len(table.cells) > 2 and (table.cells[ages[0].name] == table.cells[subject]).all():
@@ -219,7 +219,7 @@ def _choose_sheet(sheets: dict[str, pd.DataFrame], first: TextTable, named: dict
 def _find_column(table: TextTable, named: dict[str, str], role: str) -> str | None:
     """The column of a role: the one named, else the one found, else None."""
     if role in named:
-        return existing_column(table, named[role], role)
+        return find_named_column(table, named[role], role)
     name = find_role(role, table.cells.columns)
     if name is not None and plain_name(name) != ROLE_NAMES[role][0]:
         table.note(f"{role} is read from column '{name}'.")
@@ -291,7 +291,7 @@ def _read_visit(
         raise table.error(
             "rows have sessions, and several age columns were named", "set age_column to one column"
         )
-    units = units_of(table, column, age_unit)
+    units = find_units(table, column, age_unit)
     cells = zip(table.cells[column.name], units, strict=True)
     ages = pd.Series([parse_age(cell, unit) for cell, unit in cells], index=people.index)
     _note_cell_rules(ages, table)
@@ -425,7 +425,7 @@ def _join_tables(parts: list[TextTable], age_unit: str) -> TextTable:
     cells = []
     for part in parts:
         age = find_age(part, "participant_id", age_unit)
-        units = units_of(part, age, age_unit)
+        units = find_units(part, age, age_unit)
         others = [column.name for column in age_columns(part.cells)]
         cells.append(part.cells.drop(columns=others).assign(age=part.cells[age.name], age_unit=units))
     notes = list(dict.fromkeys(note for part in parts for note in part.notes))

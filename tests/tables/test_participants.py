@@ -9,7 +9,10 @@ import pandas as pd
 import pytest
 
 import brainage_nb
+from brainage_nb.cohort.rules import CohortRules
+from brainage_nb.parameters import fields_of
 from brainage_nb.pipeline import Notebook, notebooks_folder
+from brainage_nb.sources.opening import SourceSettings
 from brainage_nb.tables.columns import COLUMN_PARAMETERS
 from brainage_nb.tables.files import TableError, read_cells
 from brainage_nb.tables.participants import read_table, refused_rows
@@ -522,14 +525,14 @@ def test_tables_can_be_put_together_although_they_carry_notes(table):
 
 def test_messages_tell_to_set_parameters_of_the_first_notebook():
     """Walks every text of the modules that read tables and find sources."""
-    known = {*Notebook(notebooks_folder() / "01_data_access.ipynb").parameters(), *COLUMN_PARAMETERS.values()}
-    told = []
+    more = {*fields_of(SourceSettings), *fields_of(CohortRules)}
+    known = {*Notebook(notebooks_folder() / "01_data_access.ipynb").parameters(), *more}
+    assert known >= set(COLUMN_PARAMETERS.values())
+    told, to_set = [], re.compile(r"\b[Ss]et `?(\w+)|(?:or|as) (\w+(?=={})|\w+_\w+)")
     package = Path(brainage_nb.__file__).parent
     for path in sorted(path for place in ("tables", "sources") for path in package.glob(f"{place}/*.py")):
         for text in texts_of(ast.parse(path.read_text())):
-            told += [
-                (path.name, *names) for names in re.findall(r"\b[Ss]et `?(\w+)|(?:or|as) (\w+)={}", text)
-            ]
+            told += [(path.name, *names) for names in to_set.findall(text)]
     told = [(name, word) for name, *words in told for word in words if word]
     assert len(told) > 20
     prose = {
