@@ -97,7 +97,6 @@ def _merge_ages(ages: list[Age]) -> Age:
 
 
 _KNOWN_TEXT = ("site", "diagnosis", "cdr", "image_id")
-_SUB = re.compile(r"^sub-", re.IGNORECASE)
 _SESSION_IN_ID = re.compile(
     r"^(.+?)[-_](ses-?[a-z0-9]+|MR\d+|MR_d\d+|baseline(?:_\d+)?|retest(?:_\d+)?|visit_?\d+)$",
     re.IGNORECASE,
@@ -143,7 +142,7 @@ def read_table(path: Path | str, *, age_unit: str = "auto", **columns: str | Non
     table = TextTable(next(iter(sheets.values())), str(path), read_sidecar(path), notes)
     if len(sheets) > 1:
         table = _choose_sheet(sheets, table, named)
-    return interpret_cells(table, named, age_unit)
+    return _collect(*_read_rows(table, named, age_unit), table)
 
 
 def refused_rows(frame: pd.DataFrame) -> pd.DataFrame:
@@ -160,23 +159,10 @@ def bare_session(label: str) -> str:
     return re.sub(r"^ses-?(?=.)", "", re.sub(r"^(\d+)\.0$", r"\1", label.strip()), flags=re.IGNORECASE)
 
 
-def interpret_cells(table: TextTable, named: dict[str, str], age_unit: str = "auto") -> pd.DataFrame:
-    """Find the columns of a table of text cells and read them.
-
-    Parameters
-    ----------
-    table : TextTable
-        The cells as written.
-    named : dict
-        Role (a parameter of `read_table`) -> column.
-    age_unit : str
-        As in `read_table`.
-
-    Returns
-    -------
-    DataFrame
-        As `read_table`.
-    """
+def _read_rows(
+    table: TextTable, named: dict[str, str], age_unit: str = "auto"
+) -> tuple[pd.DataFrame, list[AgeColumn]]:
+    """The rows of a table of text cells, each with its `Age`; and the columns that the ages are from."""
     if age_unit not in ("auto", *PER_YEAR):
         raise TableError(f"age_unit = {age_unit!r}: it is one of auto, {', '.join(PER_YEAR)}.")
     subject = _find_column(table, named, "subject_id")
@@ -196,12 +182,7 @@ def interpret_cells(table: TextTable, named: dict[str, str], age_unit: str = "au
         )
     people = _read_people(table, named, subject)
     visits = [_read_visit(table, people, column, age_unit, several=len(ages) > 1) for column in ages]
-    rows = pd.concat(visits, ignore_index=True)
-    nameless = rows["subject_id"] == ""
-    if nameless.any():
-        table.note(f"Rows without an id, left out: {nameless.sum()}.")
-    rows = merge_repeats(rows[~nameless].reset_index(drop=True), table)
-    return _collect(rows, table, ages)
+    return pd.concat(visits, ignore_index=True), ages
 
 
 def _choose_sheet(sheets: dict[str, pd.DataFrame], first: TextTable, named: dict[str, str]) -> TextTable:
@@ -255,7 +236,7 @@ def _read_ids(table: TextTable, written: pd.Series) -> tuple[pd.Series, pd.Serie
     if written[written != ""].str.fullmatch(r"\d+\.0").all():
         table.note("Ids such as '12.0' are read as '12'.")
         ids = ids.str.removesuffix(".0")
-    ids = ids.str.replace(_SUB, "", regex=True)
+    ids = ids.str.replace(r"^sub-", "", case=False, regex=True)
     carried = ids.str.extract(_SESSION_IN_ID).fillna("")
     sessions = carried[1].map(bare_session)
     if (found := sessions != "").any():
@@ -313,8 +294,12 @@ def _note_cell_rules(ages: pd.Series, table: TextTable) -> None:
         table.note(f"Ages not written as plain years: {len(alike)} ({alike.iloc[0]}).")
 
 
-def _collect(rows: pd.DataFrame, table: TextTable, ages: list[AgeColumn]) -> pd.DataFrame:
+def _collect(rows: pd.DataFrame, ages: list[AgeColumn], table: TextTable) -> pd.DataFrame:
     """The table of usable ages, with notes and refused rows in `attrs`."""
+    nameless = rows["subject_id"] == ""
+    if nameless.any():
+        table.note(f"Rows without an id, left out: {nameless.sum()}.")
+    rows = merge_repeats(rows[~nameless].reset_index(drop=True), table)
     usable = rows["age"].map(lambda age: age.years is not None).astype(bool)
     reasons = rows["age"].map(lambda age: age.reason)
     if not usable.any():
@@ -371,16 +356,14 @@ def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) ->
     DataFrame
         As `read_table`.
     """
-    sessions = [] if columns.get("age") else _read_sessions(data_dir)
-    if not sessions:
+    parts = [] if columns.get("age") else _read_sessions(data_dir)
+    if not parts:
         return read_table(path, **columns)
-    unit = columns.get("age_unit") or "auto"
-    people = next(iter(read_cells(path)[0].values()))
-    named = {role: name for role, name in columns.items() if name in people}
-    subject = named.pop("subject_id", find_role("subject_id", people.columns))
-    named.pop("session_id", None)
-    joined = _with_read_people(_join_tables(sessions, unit), people, subject, path)
-    at_session = interpret_cells(joined, named, unit)
+    read = [_read_rows(part, {}, columns.get("age_unit") or "auto") for part in parts]
+    people = TextTable(next(iter(read_cells(path)[0].values())), str(path), read_sidecar(path))
+    people.notes = list(dict.fromkeys(note for part in parts for note in part.notes))
+    rows = pd.concat([rows for rows, _ in read], ignore_index=True).fillna("")
+    at_session = _collect(_add_people(rows, people, columns), read[0][1], people)
     try:
         table = read_table(path, **columns)
     except TableError as error:
@@ -418,37 +401,17 @@ def _read_sessions(data_dir: Path) -> list[TextTable]:
     ]
 
 
-def _join_tables(parts: list[TextTable], age_unit: str) -> TextTable:
-    """Tables with other columns or sidecars as one, each age with the unit of its own table."""
-    if len(parts) == 1:
-        return parts[0]
-    cells = []
-    for part in parts:
-        age = find_age(part, "participant_id", age_unit)
-        units = find_units(part, age, age_unit)
-        others = [column.name for column in age_columns(part.cells)]
-        cells.append(part.cells.drop(columns=others).assign(age=part.cells[age.name], age_unit=units))
-    notes = list(dict.fromkeys(note for part in parts for note in part.notes))
-    return TextTable(pd.concat(cells, ignore_index=True).fillna(""), parts[0].where, {}, notes)
-
-
-def _with_read_people(
-    sessions: TextTable, people: pd.DataFrame, subject: str | None, path: Path
-) -> TextTable:
-    """The sessions with what the participants table knows of the people: all but ages and sessions."""
-    if subject not in people:
-        return sessions
-    aside = {column.name for column in age_columns(people.columns)} | set(sessions.cells.columns)
-    aside = (aside | {find_role("session_id", people.columns)}) - {subject}
-    known = people.drop(columns=[name for name in people.columns if name in aside])
-    known = known.assign(_id=_bare(known[subject])).drop(columns=subject).drop_duplicates("_id")
-    cells = sessions.cells.assign(_id=_bare(sessions.cells["participant_id"]))
-    cells = cells.merge(known, on="_id", how="left").drop(columns="_id").fillna("")
-    return TextTable(cells, sessions.where, read_sidecar(path) | sessions.sidecar, sessions.notes)
-
-
-def _bare(ids: pd.Series) -> pd.Series:
-    return ids.str.strip().str.replace(_SUB, "", regex=True)
+def _add_people(rows: pd.DataFrame, people: TextTable, columns: Mapping[str, str]) -> pd.DataFrame:
+    """Rows of sessions with what the participants table knows of their people."""
+    named = {role: name for role, name in columns.items() if name in people.cells}
+    subject = named.get("subject_id", find_role("subject_id", people.cells.columns))
+    if subject is None:
+        return rows
+    known = _read_people(people, named, subject).drop_duplicates("subject_id").set_index("subject_id")
+    for column in known.columns.intersection(["sex", "site", "diagnosis", "cdr"]):
+        own = rows.get(column, pd.Series("", index=rows.index))
+        rows[column] = own.where(own != "", rows["subject_id"].map(known[column]).fillna(""))
+    return rows
 
 
 def _prefer_sessions(at_session: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
