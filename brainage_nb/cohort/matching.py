@@ -342,11 +342,12 @@ class _People:
                 continue
             plain = _unpadded(part.text)
             key += "_" * (key[-1:].isdecimal() and plain[:1].isdecimal()) + plain
-            readings = [(key, None)]
-            readings += [(key[len(letters) :], letters)] if letters else []
-            readings += [(self.prefix + key, "")] if self.prefix and key.isdecimal() else []
-            known = next(((one, prefix) for one, prefix in readings if one in self.plain), None)
-            best = (known and self._weigh(path, start, end, *known)) or best
+            if key in self.plain:
+                best = self._weigh(path, start, end, key, None) or best
+            elif letters and key[len(letters) :] in self.plain:
+                best = self._weigh(path, start, end, key[len(letters) :], letters) or best
+            elif self.prefix and key.isdecimal() and self.prefix + key in self.plain:
+                best = self._weigh(path, start, end, self.prefix + key, "") or best
         return best
 
     def _weigh(self, path: _Path, start: int, end: int, key: str, prefix: str | None) -> _Candidate | None:
@@ -401,6 +402,7 @@ def _unpadded(text: str) -> str:
     return re.sub(r"(?<!\d)0+(?=\d)", "", text) if "0" in text else text
 
 
+@lru_cache(maxsize=100_000)
 def is_telling(name: str) -> bool:
     """Whether a name may identify someone by itself, wherever in a path it stands."""
     parts = parts_of(name)
