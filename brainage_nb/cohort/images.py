@@ -220,7 +220,7 @@ def _describe(path: Path, folder: Path) -> tuple[str, ...]:
             or "_".join(filter(None, (told.get("word"), told.get("count"))))
         )
     run = entities.get("run", "")
-    return str(path), stem, "/".join(folders), subject, session, run, site, contrast_of(parts_of(stem))
+    return str(path), stem, "/".join(folders), subject, session, run, site, read_contrast(parts_of(stem))
 
 
 def _find_first(patterns: Iterable[re.Pattern], names: list[str]) -> dict[str, str]:
@@ -229,7 +229,7 @@ def _find_first(patterns: Iterable[re.Pattern], names: list[str]) -> dict[str, s
     return next((match.groupdict() for match in found), {})
 
 
-def contrast_of(parts: Iterable[str]) -> str:
+def read_contrast(parts: Iterable[str]) -> str:
     """What the parts of a file name say was measured: "T1", "other" or ""."""
     words = {part.lower() for part in parts}
     kinds = {"label": "other", "T1": "T1", "other": "other"}

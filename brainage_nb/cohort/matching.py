@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from brainage_nb.cohort.images import contrast_of, image_stem, is_contrast_word, parts_of, spans_of_parts
+from brainage_nb.cohort.images import image_stem, is_contrast_word, parts_of, read_contrast, spans_of_parts
 
 _WORDS = {
     role: set(words.split())
@@ -260,7 +260,7 @@ class _Path:
         words = (
             self.texts[n] for n in range(self.stem_start, len(self.texts)) if not own.start <= n < own.end
         )
-        return self.image.contrast == "other" and contrast_of(words) == "other"
+        return self.image.contrast == "other" and read_contrast(words) == "other"
 
 
 # --- people ---------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from brainage_nb.tables.columns import (
     AGE_WORDS,
     COLUMN_PARAMETERS,
     AgeColumn,
-    age_columns,
+    find_age_columns,
     find_role,
     plain_name,
     read_age_name,
@@ -52,7 +52,7 @@ def find_age(table: TextTable, subject: str, age_unit: str) -> AgeColumn:
     TableError
         Where there is none, or several that differ.
     """
-    found = [column for column in age_columns(table.cells.columns) if column.name != subject]
+    found = [column for column in find_age_columns(table.cells.columns) if column.name != subject]
     at_scan = [column for column in found if column.kind in ("age", "wave")]
     at_scan = [column for column in at_scan if column.t1w] or at_scan
     plain = [column for column in at_scan if column.kind == "age"]
@@ -83,12 +83,12 @@ def find_named_column(table: TextTable, wanted: str, role: str) -> str:
 
 
 def read_named_ages(table: TextTable, wanted: str) -> list[AgeColumn]:
-    """The age columns a person named: one, or one a visit, parted by commas."""
+    """The age columns that a person named: one, or one per visit with commas between."""
     single = wanted in table.cells or "," not in wanted
     parts = [wanted] if single else [part.strip() for part in wanted.split(",") if part.strip()]
     names = [find_named_column(table, part, "age") for part in parts]
     columns = [read_age_name(name) for name in names]
-    if len(columns) == 1 and not age_columns(names):
+    if len(columns) == 1 and not find_age_columns(names):
         columns = [replace(columns[0], wave="")]
     waves = {column.wave for column in columns}
     if len(columns) > 1 and ("" in waves or len(waves) < len(columns)):

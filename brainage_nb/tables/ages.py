@@ -24,7 +24,7 @@ def fold(text: str) -> str:
 
 
 def words_of(text: str) -> set[str]:
-    """Words parted by blanks, folded."""
+    """The words of a text, folded."""
     return set(fold(text).split())
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from brainage_nb.tables.ages import parse_age
-from brainage_nb.tables.columns import age_columns, is_header, plain_name
+from brainage_nb.tables.columns import find_age_columns, is_header, plain_name
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".xls", ".xlsx", ".xlsm", ".ods")
 _DELIMITERS = ("\t", ";", ",", "|", " ")
@@ -205,7 +205,7 @@ def _parse(text: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
     names = {"\t": "tab", ";": "semicolon", ",": "comma", "|": "bar", " ": "space"}
     expected = {".tsv": "\t", ".csv": ","}.get(path.suffix.lower(), mark)
     wide = len(tables[mark][0]) > 1
-    notes = [f"Columns are parted by a {names[mark]}."] if mark != expected and wide else []
+    notes = [f"The delimiter is a {names[mark]}."] if mark != expected and wide else []
     frame, more = _make_frame(tables[mark], path)
     frame.attrs["above"] = above
     return frame, notes + more
@@ -305,7 +305,7 @@ def _ends_blank(header: list[str], body: list[list[str]]) -> bool:
 
     Sure where they give no age when read from the second cell on, as if the first were a row name.
     """
-    ages = [number for number, name in enumerate(header) if age_columns([name])]
+    ages = [number for number, name in enumerate(header) if find_age_columns([name])]
     as_rows_of_r = any(parse_age(row[number + 1]).years for number in ages for row in body)
     return bool(ages) and not as_rows_of_r and not any(row[-1] for row in body)
 

@@ -27,11 +27,11 @@ from brainage_nb.tables.columns import (
     COLUMN_PARAMETERS,
     ROLE_NAMES,
     AgeColumn,
-    age_columns,
+    find_age_columns,
     find_role,
     plain_name,
     read_sex,
-    sex_coding,
+    read_sex_codes,
 )
 from brainage_nb.tables.files import TableError, TextTable, read_cells, read_sidecar
 
@@ -172,7 +172,7 @@ def _read_rows(
         table.note(f"A line above the header is passed over: {line}")
     if problem := table.sidecar.get(""):
         table.note(f"{problem}: nothing that it explains was used.")
-    ages = read_named_ages(table, named["age"]) if "age" in named else age_columns(table.cells)
+    ages = read_named_ages(table, named["age"]) if "age" in named else find_age_columns(table.cells)
     set_labels_aside(table, subject, [column.name for column in ages])
     ages = ages if "age" in named else [find_age(table, subject, age_unit)]
     if len(table.cells) > 2 and (table.cells[ages[0].name] == table.cells[subject]).all():
@@ -189,7 +189,7 @@ def _choose_sheet(sheets: dict[str, pd.DataFrame], first: TextTable, named: dict
     """The first sheet of a workbook that has a column of ids and one of ages."""
     for name, cells in sheets.items():
         has_id = named.get("subject_id") in cells or find_role("subject_id", cells.columns)
-        has_age = named.get("age") in cells or age_columns(cells.columns)
+        has_age = named.get("age") in cells or find_age_columns(cells.columns)
         if has_id and has_age:
             others = ", ".join(sheet for sheet in sheets if sheet != name)
             note = f"Sheet '{name}' was read; other sheets were not: {others}."
@@ -249,10 +249,10 @@ def _read_ids(table: TextTable, written: pd.Series) -> tuple[pd.Series, pd.Serie
 
 
 def _read_sexes(table: TextTable, name: str | None) -> pd.Series:
-    """'F', 'M' or '' a row."""
+    """'F', 'M' or '' for each row."""
     if name is None:
         return pd.Series("", index=table.cells.index, dtype=str)
-    coding = sex_coding([name, *(text for _, text in table.described(name))])
+    coding = read_sex_codes([name, *(text for _, text in table.described(name))])
     sexes = table.cells[name].map(lambda cell: read_sex(cell, coding))
     unread = [cell for cell in table.cells[name][sexes == ""] if not is_missing(cell)]
     if unread:
@@ -381,7 +381,7 @@ def _read_sessions(data_dir: Path) -> list[TextTable]:
             cells = read_cells(path)[0][""]
         except TableError:
             cells = pd.DataFrame()  # a sessions file without rows is common
-        if not age_columns(cells.columns):
+        if not find_age_columns(cells.columns):
             without.append(path.parent.name)
             continue
         sidecar = shared | read_sidecar(path)

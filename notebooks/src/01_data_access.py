@@ -61,7 +61,7 @@ subject_column = ""  # @param {type:"string"}
 age_column = ""  # @param {type:"string"}
 # unit of the ages: auto, years, months, weeks or days
 age_unit = "auto"  # @param ["auto", "years", "months", "weeks", "days"]
-# words for controls in the table that are not known (healthy, HC, CTL, ...), parted by commas; 06 uses them too
+# words for controls in the table that are not known (healthy, HC, CTL, ...), with commas between; 06 uses them too
 control_words = ""  # @param {type:"string"}
 # people in the demo cohort (source "demo")
 n_subjects = 220  # @param {type:"integer"}
