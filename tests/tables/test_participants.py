@@ -198,21 +198,10 @@ def test_a_person_without_a_number_for_an_age_is_no_label(table):
 # --- columns --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "age",
-        "Age",
-        "AGE",
-        "AGE_AT_SCAN",
-        "Age (years)",
-        "ageyears",
-        "Age_in_Yrs",
-        "PatientAge",
-        "MRIAge",
-        "âge",
-    ],
-)
+AGES = "age Age AGE AGE_AT_SCAN ageyears Age_in_Yrs PatientAge MRIAge âge"
+
+
+@pytest.mark.parametrize("name", ["Age (years)", *AGES.split()])
 def test_the_age_column_is_found_by_its_name(table, name):
     assert ages(table(f"ID\t{name}\n01\t35\n")) == {"01": 35}
 
@@ -260,6 +249,11 @@ def test_columns_can_be_named_and_a_misspelt_name_lists_what_there_is(table):
     assert frame.loc[0, ["subject_id", "age", "sex"]].to_list() == ["7", 35, "F"]
     with pytest.raises(TableError, match="Columns: code, years, m_or_f"):
         table(text, subject_id="code", age="yers")
+
+
+def test_a_role_that_does_not_exist_is_refused(table):
+    with pytest.raises(TypeError, match="read_table knows no agee; roles are subject_id, age"):
+        table("ID\tage\n1\t30\n", agee="age")
 
 
 def test_socioeconomic_status_is_no_session(table):
@@ -523,6 +517,10 @@ def test_tables_can_be_put_together_although_they_carry_notes(table):
     assert len(first.merge(second, on="age")) == 1
 
 
+PROSE = "and aside by has import in it itself of or states stays with"
+"""Words after `set` in texts that set nothing."""
+
+
 def test_messages_tell_to_set_parameters_of_the_first_notebook():
     """Walks every text of the modules that read tables and find sources."""
     more = {*fields_of(SourceSettings), *fields_of(CohortRules)}
@@ -535,21 +533,7 @@ def test_messages_tell_to_set_parameters_of_the_first_notebook():
             told += [(path.name, *names) for names in to_set.findall(text)]
     told = [(name, word) for name, *words in told for word in words if word]
     assert len(told) > 20
-    prose = {
-        "and",
-        "aside",
-        "by",
-        "has",
-        "import",
-        "in",
-        "it",
-        "itself",
-        "of",
-        "or",
-        "states",
-        "stays",
-        "with",
-    }
+    prose = set(PROSE.split())
     assert [(name, word) for name, word in told if word not in known | prose] == []
 
 
