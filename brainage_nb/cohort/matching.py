@@ -540,14 +540,17 @@ class _Cohort:
         return own > rest and (4 * rest <= own or max(here.values()) == 1)
 
     def _is_credible(self, slot: Hashable, clean: list[tuple[int, _Candidate]]) -> bool:
-        """Whether short numbers in a slot are ids: most are, and no other number varies like them."""
+        """Whether short numbers in a slot are ids: most are, or most of the table, and no others vary."""
         if any(one.strength >= _TELLING for _, one in clean):
             return True
         *place, prefix = slot
         letters = [self.paths[n].parts[number].letters for n, number in self.at[tuple(place)].items()]
-        if len(self.slots[slot]) < 0.5 * (letters.count(prefix) if prefix else len(letters)):
+        count = letters.count(prefix) if prefix else len(letters)
+        if max(len(self.slots[slot]) / count, len(clean) / len(self.people.rows_of)) < 0.5:
             return False
         several, weakest = len(clean) > 2, min(one.strength for _, one in clean)
+        if several and weakest >= _WHOLE_NUMBER:
+            return True
         others, rivals = [], set()
         for n, one in clean:
             later = self.people.find_later(self.paths[n], one) if several else ()
