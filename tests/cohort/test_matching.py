@@ -255,6 +255,16 @@ def test_what_stands_before_the_ids_is_not_taken_for_them(match, prefix, ids):
     assert match(names, ids) == dict(zip(names, ids, strict=True))
 
 
+def test_a_table_of_few_of_the_people_gives_them_their_images(match):
+    names = [f"site{i % 3}_{i:03d}.nii" for i in range(1, 13)]
+    found = match(names, ["002", "005", "009"])
+    assert {name: one for name, one in found.items() if len(one) == 3} == {
+        "site2_002.nii": "002",
+        "site2_005.nii": "005",
+        "site0_009.nii": "009",
+    }
+
+
 def test_an_id_in_a_folder_wins_over_that_of_the_centre(match):
     names = [f"C{(i + 2) // 3:02d}/{i:03d}/anat.nii.gz" for i in range(1, 10)]
     assert match(names, [f"{i:03d}" for i in range(1, 20)]) == {name: name[4:7] for name in names}
