@@ -18,59 +18,31 @@ from brainage_nb.workspace import MARKER
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr.gz", ".hdr", ".img.gz", ".img")
 COLUMNS = ["image", "stem", "folders", "subject_hint", "session_hint", "run_hint", "site_hint", "contrast"]
 
-_T1_WORDS = {"t1", "t1w", "t1weighted", "mprage", "mpr", "mp2rage", "spgr", "fspgr", "bravo", "tfe", "unit1"}
-_LABEL_WORDS = {
-    *(
-        "mask",
-        "brainmask",
-        "seg",
-        "dseg",
-        "probseg",
-        "fseg",
-        "segmentation",
-        "label",
-        "labels",
-        "aseg",
-        "aparc",
-    ),
-    *("parcellation", "dlmuse", "roi"),
+_WORDS = {
+    "T1": "t1 t1w t1weighted mprage mpr mp2rage spgr fspgr bravo tfe unit1",
+    "label": """
+        mask brainmask seg dseg probseg fseg segmentation label labels aseg aparc parcellation dlmuse roi""",
+    "other": """
+        t2 t2w t2star pd pdw flair dwi dti adc bold epi asl mra tof angio swi pet ct fmap phasediff magnitude1
+        magnitude2 sbref""",
+    # made from a scan, and no scan
+    "map": """
+        heat lesion pve pveseg mixeltype biasfield warp warpfield warpcoef jac jacobian logjacobian defacemask
+        lesionmask firstseg origsegs outskin outskull inskull wmparc ribbon thickness synthseg posterior""",
+    # made from a scan, left out where that is there; of several the one whose word comes first is taken
+    "picture": """
+        orig rawavg nu restore biascorr biascorrected corrected bfc n3 n4 n4corrected unifize denoised sanlm
+        preproc preprocessed processed norm normalized normalised defaced reorient reoriented orig2std
+        fullfov robustfov crop cropped eq tilt resampled conformed 1mm 2mm iso rigid reg registered coreg
+        aligned flirt fnirt warped lin nonlin linear nonlinear affine std to mni mni152 template talairach
+        synthsr bet brain extracted skullstripped skullstrip stripped noskull deskulled masked hdbet
+        synthstrip finalsurfs smooth smoothed fast bias field skull overlay gm wm csf prob tissue
+        deformation pvc filled""",
 }
-_OTHER_WORDS = {
-    *(
-        "t2",
-        "t2w",
-        "t2star",
-        "pd",
-        "pdw",
-        "flair",
-        "dwi",
-        "dti",
-        "adc",
-        "bold",
-        "epi",
-        "asl",
-        "mra",
-        "tof",
-        "angio",
-    ),
-    *("swi", "pet", "ct", "fmap", "phasediff", "magnitude1", "magnitude2", "sbref"),
-}
-# Words for maps, which are no scans; then those for pictures of the same head, or maps, that are left out
-# where what they were made from is there. Of several pictures the one whose word comes first is taken.
-_PRODUCTS = (
-    "heat lesion pve pveseg mixeltype biasfield warp warpfield warpcoef jac jacobian logjacobian defacemask "
-    "lesionmask firstseg origsegs outskin outskull inskull wmparc ribbon thickness synthseg posterior | "
-    "orig rawavg nu restore biascorr biascorrected corrected bfc n3 n4 n4corrected unifize denoised sanlm "
-    "preproc preprocessed processed norm normalized normalised defaced reorient reoriented orig2std "
-    "fullfov robustfov crop cropped eq tilt resampled conformed 1mm 2mm iso rigid reg registered coreg "
-    "aligned flirt fnirt warped lin nonlin linear nonlinear affine std to mni mni152 template talairach "
-    "synthsr bet brain extracted skullstripped skullstrip stripped noskull deskulled masked hdbet "
-    "synthstrip finalsurfs smooth smoothed fast bias field skull overlay gm wm csf prob tissue "
-    "deformation pvc filled"
-)
-_MAP_WORDS, _PICTURE_WORDS = (words.split() for words in _PRODUCTS.split("|"))
-_MAP_WORDS = _LABEL_WORDS | set(_MAP_WORDS)
-_PICTURE_WORDS = {word: place for place, word in enumerate(_PICTURE_WORDS)}
+"""Words of file names by what they say of an image, in lower case."""
+_WORDS = {kind: {word: place for place, word in enumerate(words.split())} for kind, words in _WORDS.items()}
+_T1, _PICTURE = _WORDS["T1"], _WORDS["picture"]
+_MAP = _WORDS["label"] | _WORDS["map"]
 _MADE_BY_ANTS_OR_FIRST = re.compile(
     r"[-_.]?(?:(?<!T)\d)?((?:BrainExtraction|BrainSegmentation|CorticalThickness|ExtractedBrain|BrainNormalizedTo"
     r"|SubjectTo|TemplateTo)[A-Za-z0-9]*|(?:Inverse)?Warp(?:ed)?|GenericAffine"
@@ -85,7 +57,7 @@ _PREFIX = re.compile(rf"BiasField_|sanlm_|{_SPM}(?:c[1-6]|p\d)?")
 _MAP_PREFIX = re.compile(rf"(?:s\d{{0,2}})?m0?w[cp]\d|{_SPM}(?:(?<=_)|c[1-6]|p\d)(?=sub-)")
 # the folders of one FreeSurfer subject, and of one run of fsl_anat
 _HOME = re.compile(r"(?:^|/)(?P<subject>[^/]*?)(?P<tool>/?\bmri(?:/orig)?|\.anat)$")
-_CONTRAST_WORDS = _T1_WORDS | _LABEL_WORDS | _OTHER_WORDS
+_CONTRAST = _T1 | _WORDS["label"] | _WORDS["other"]
 _SITES = {"guys": "Guys", "hh": "HH", "iop": "IOP"}
 _PATTERNS = (
     # IXI002-Guys-0828-T1: the second number counts scans, it is no session
@@ -116,14 +88,14 @@ def find_images(folder: Path | str) -> pd.DataFrame:
     Parameters
     ----------
     folder : path
-        Anything: a BIDS data set, one folder a subject, a flat folder, folders that are named like images
+        Anything: a BIDS data set, one folder per subject, a flat folder, folders that are named like images
         (Kaggle unpacks `X.nii` to `X.nii/X.nii`). Hidden files are passed over.
 
     Returns
     -------
     DataFrame
-        A row an image, in the order of paths: `image` (absolute path), `stem` (file name without ending),
-        `folders` (names of the folders below `folder`, parted by `/`), `subject_hint`, `session_hint`,
+        One row per image, in the order of paths: `image` (absolute path), `stem` (file name without ending),
+        `folders` (names of the folders below `folder`, with `/` between), `subject_hint`, `session_hint`,
         `run_hint`, `site_hint` (what the name says, or ""), `contrast` ("T1", "other" or "", by name).
         `attrs["left_out"]` holds the others, with their `reason`; `attrs["notes"]` says what was decided.
 
@@ -144,13 +116,13 @@ def find_images(folder: Path | str) -> pd.DataFrame:
     found.loc[own, "reason"] = (
         "it lies in a workspace of this package; set data_dir to that folder itself to take it"
     )
-    found.loc[~own, "reason"] = _outside_of_bids(images[~own])
-    products, notes = _products(images[found["reason"] == ""])
+    found.loc[~own, "reason"] = _check_bids(images[~own])
+    products, notes = _find_products(images[found["reason"] == ""])
     found.update(products)
     dicoms = others[".dcm"] + others[".ima"]
     if dicoms:
         notes.append(f"DICOM files, not read: {dicoms}. Convert them to NIfTI with dcm2niix.")
-    return _parted(found, notes)
+    return _split_off(found, notes)
 
 
 def take_named(images: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
@@ -164,12 +136,12 @@ def take_named(images: pd.DataFrame, names: Iterable[str]) -> pd.DataFrame:
     back = [not known.isdisjoint([*run][until:]) for run, until in zip(runs, left["until"], strict=True)]
     left = left.assign(reason=["" if named else why for named, why in zip(back, left["reason"], strict=True)])
     found = pd.concat([images.assign(reason="", until=0), left])
-    return _parted(found.sort_values("image", kind="stable"), images.attrs["notes"])
+    return _split_off(found.sort_values("image", kind="stable"), images.attrs["notes"])
 
 
 def describe_images(paths: Iterable[Path], folder: Path) -> pd.DataFrame:
     """What the names of images below a folder say, in the columns of `find_images`."""
-    return pd.DataFrame([_described(path, folder) for path in paths], columns=COLUMNS, dtype=str)
+    return pd.DataFrame([_describe(path, folder) for path in paths], columns=COLUMNS, dtype=str)
 
 
 def image_stem(name: str) -> str:
@@ -202,7 +174,7 @@ def clean_text(text: str) -> str:
 
 def is_contrast_word(part: str) -> bool:
     """Whether a part of a name tells what was measured (`T1`, `flair`, `mask`) rather than who."""
-    return part.lower() in _CONTRAST_WORDS
+    return part.lower() in _CONTRAST
 
 
 def _walk(folder: Path) -> tuple[list[Path], Counter[str], list[str]]:
@@ -232,56 +204,42 @@ def _is_second_half(name: str, names: set[str]) -> bool:
     return name.lower().endswith((".img", ".img.gz")) and bool(headers & names)
 
 
-def _described(path: Path, folder: Path) -> tuple[str, ...]:
+def _describe(path: Path, folder: Path) -> tuple[str, ...]:
     stem = clean_text(image_stem(path.name))
     folders = [clean_text(image_stem(part)) for part in path.parent.relative_to(folder).parts]
-    entities = dict(
-        re.findall(r"(?:^|_)(sub|ses|run)-([^_/]+)", "/".join([*folders, stem]).replace("/", "_"))
-    )
-    if "sub" in entities:
-        subject, session, site = entities["sub"], entities.get("ses", ""), ""
-    else:
-        subject, session, site = _known_name([stem, *reversed(folders)])
-        session = session or _session_in([stem, *reversed(folders)])
+    entities = dict(re.findall(r"(?:^|_)(sub|ses|run)-([^_]+)", "_".join([*folders, stem])))
+    subject, session, site = entities.get("sub", ""), entities.get("ses", ""), ""
+    if not subject:
+        nearest_first = [stem, *reversed(folders)]
+        known = _find_first(_PATTERNS, nearest_first)
+        subject, site = known.get("subject", ""), _SITES.get(known.get("site", "").lower(), "")
+        told = _find_first([_SESSION], nearest_first)
+        session = (
+            known.get("session")
+            or told.get("label")
+            or "_".join(filter(None, (told.get("word"), told.get("count"))))
+        )
     run = entities.get("run", "")
-    return str(path), stem, "/".join(folders), subject, session, run, site, contrast_of(parts_of(stem))
+    return str(path), stem, "/".join(folders), subject, session, run, site, read_contrast(parts_of(stem))
 
 
-def _known_name(names: list[str]) -> tuple[str, str, str]:
-    """Subject, session and site where a name follows a data set's own pattern."""
-    for name in names:
-        for pattern in _PATTERNS:
-            if match := pattern.search(name):
-                parts = match.groupdict()
-                return (
-                    match["subject"],
-                    parts.get("session", ""),
-                    _SITES.get(parts.get("site", "").lower(), ""),
-                )
-    return "", "", ""
+def _find_first(patterns: Iterable[re.Pattern], names: list[str]) -> dict[str, str]:
+    """The groups of the first pattern in the first name that has one."""
+    found = (match for name in names for pattern in patterns if (match := pattern.search(name)))
+    return next((match.groupdict() for match in found), {})
 
 
-def _session_in(names: list[str]) -> str:
-    for name in names:
-        if match := _SESSION.search(name):
-            return match["label"] or "_".join(filter(None, (match["word"], match["count"])))
-    return ""
-
-
-def contrast_of(parts: Iterable[str]) -> str:
+def read_contrast(parts: Iterable[str]) -> str:
     """What the parts of a file name say was measured: "T1", "other" or ""."""
     words = {part.lower() for part in parts}
-    if words & _LABEL_WORDS:
-        return "other"
-    if words & _T1_WORDS:
-        return "T1"
-    return "other" if words & _OTHER_WORDS else ""
+    kinds = {"label": "other", "T1": "T1", "other": "other"}
+    return next((told for kind, told in kinds.items() if words & _WORDS[kind].keys()), "")
 
 
 # --- what is no scan ------------------------------------------------------------------------------------
 
 
-def _parted(found: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+def _split_off(found: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     """The images without a reason against them; the others are put into `attrs`."""
     images = found.loc[found["reason"] == "", COLUMNS].reset_index(drop=True)
     left = found[found["reason"] != ""].reset_index(drop=True)
@@ -289,7 +247,7 @@ def _parted(found: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     return images
 
 
-def _outside_of_bids(images: pd.DataFrame) -> pd.Series:
+def _check_bids(images: pd.DataFrame) -> pd.Series:
     """Why an image of a folder with raw BIDS scans is none of them; "" where nothing is against it."""
     stems, folders = images["stem"], images["folders"]
     aside = folders.str.contains(r"(?:^|/)(?:derivatives|sourcedata|code)(?:/|$)")
@@ -299,28 +257,29 @@ def _outside_of_bids(images: pd.DataFrame) -> pd.Series:
     reasons = pd.Series("", index=images.index, dtype=str)
     if not raw.any():
         return reasons
-    has_raw = images["subject_hint"].isin(set(images["subject_hint"][raw])) | (images["subject_hint"] == "")
-    reasons = reasons.mask(
-        derived & has_raw, "it was made from a raw scan of this BIDS data set, which is taken"
-    )
-    reasons = reasons.mask(
-        bids & ~t1, "its name does not end in _T1w, as that of a T1-weighted BIDS scan does"
-    )
-    return reasons.mask(aside, "it lies in derivatives, sourcedata or code of a BIDS data set")
+    has_raw = images["subject_hint"].isin({"", *images["subject_hint"][raw]})
+    against = {
+        "it was made from a raw scan of this BIDS data set, which is taken": derived & has_raw,
+        "its name does not end in _T1w, as that of a T1-weighted BIDS scan does": bids & ~t1,
+        "it lies in derivatives, sourcedata or code of a BIDS data set": aside,
+    }
+    for reason, found in against.items():
+        reasons = reasons.mask(found, reason)
+    return reasons
 
 
-def _products(images: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+def _find_products(images: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     """Why an image is no scan (`reason`, or ""), the part of its name that was read last (`until`); notes."""
     rows = list(images.itertuples())
-    read = [_source_and_products(row.stem, row.folders, row.image) for row in rows]
+    read = [_read_source(row.stem, row.folders, row.image) for row in rows]
     sources = _Sources()
     for row, (source, made, is_map, _) in zip(rows, read, strict=True):
         if not is_map:
             sources.add(row, source, made)
     result, kept = [], []
     for row, (source, made, is_map, until) in zip(rows, read, strict=True):
-        readings = [*([(source, made, until)] if made else []), *_prefixed(row.stem)]
-        found = [(sources.before(row, *reading[:2]), *reading[1:]) for reading in readings]
+        readings = [*([(source, made, until)] if made else []), *_read_prefixed(row.stem)]
+        found = [(sources.find(row, *reading[:2]), *reading[1:]) for reading in readings]
         (_, taken), words, end = min((one for one in found if one[0]), default=((0, ""), made, until))
         reason = f"by its name a product ({' '.join(words)}); {taken} is taken" if taken else ""
         if is_map and not taken:
@@ -350,7 +309,7 @@ class _Sources:
         if not made:
             self.folders[source].add(row.folders)
 
-    def before(self, row: Any, source: tuple[str, ...], made: list[str]) -> tuple[Any, str] | None:
+    def find(self, row: Any, source: tuple[str, ...], made: list[str]) -> tuple[Any, str] | None:
         """The image that this one was made from, or that is rather taken: its rank and file name.
 
         It lies in the same folder, in one above or in one of the same numbered name (`raw/001`, `bet/001`),
@@ -368,12 +327,12 @@ class _Sources:
 
 def _rank(made: list[str]) -> tuple[int, list[int]]:
     """How far an image is from a scan, by the words for what was made."""
-    return len(made), [_PICTURE_WORDS.get(word.lower(), len(_PICTURE_WORDS)) for word in made]
+    return len(made), [_PICTURE.get(word.lower(), len(_PICTURE)) for word in made]
 
 
-def _source_and_products(stem: str, folders: str, image: str) -> tuple[tuple[str, ...], list[str], bool, int]:
+def _read_source(stem: str, folders: str, image: str) -> tuple[tuple[str, ...], list[str], bool, int]:
     """What a name leaves without the words for products; those words; whether they mean a map; their end."""
-    parts, made, is_map, until = _parts_and_products(stem)
+    parts, made, is_map, until = _read_products(stem)
     home = _HOME.search(folders)
     if home and (home["tool"] == ".anat" or image.lower().endswith((".mgz", ".mgh"))):
         if folders.endswith("/orig") and stem.isdigit():
@@ -382,25 +341,25 @@ def _source_and_products(stem: str, folders: str, image: str) -> tuple[tuple[str
         made, is_map = [tool, *([stem] if parts else made)], is_map or bool(parts)
         subject, *longitudinal = home["subject"].split(".long.")  # processed once more, with other sessions
         made += ["longitudinal"] * len(longitudinal)
-        parts, until = _parts_and_products(subject)[0], len(parts_of(stem)) - 1
+        parts, until = _read_products(subject)[0], len(parts_of(stem)) - 1
     return tuple(part.casefold() for part in parts), made, is_map, until
 
 
-def _parts_and_products(stem: str) -> tuple[list[str], list[str], bool, int]:
+def _read_products(stem: str) -> tuple[list[str], list[str], bool, int]:
     if ants := _MADE_BY_ANTS_OR_FIRST.search(stem):
         parts = parts_of(stem[: ants.start()])
-        rest = [part for part in parts if part.lower() not in _T1_WORDS]
+        rest = [part for part in parts if part.lower() not in _T1]
         return rest, [ants[1]], not _ANTS_PICTURE.search(ants[1]), len(parts)
     made = [part.lstrip("_") for part in _DERIVED_OF_BIDS.findall(stem)]
     if not made and re.fullmatch(r"sub-[^_]+(?:_[a-z]+-[^_]+)*_T1w", stem):
         return parts_of(stem)[:-1], [], False, 0  # rec-norm is how the scanner made it
     parts = [part for part in re.split(r"[-_. +]+", _DERIVED_OF_BIDS.sub("", stem)) if part]
     rest, is_map, until = [], False, len(parts) if made else 0
-    names_one = any(not _is_product(part) and part.lower() not in _T1_WORDS for part in parts)
+    names_one = any(not _is_product(part) and part.lower() not in _T1 for part in parts)
     for number, part in enumerate(parts):
         # before the id only small letters count: HEAT_001 is a person of a study
         if _is_product(part) and (rest or not names_one or part.islower()):
-            made, until, is_map = [*made, part], number, part.lower() not in _PICTURE_WORDS
+            made, until, is_map = [*made, part], number, part.lower() not in _PICTURE
         elif (
             made
             and until == number - 1
@@ -408,7 +367,7 @@ def _parts_and_products(stem: str) -> tuple[list[str], list[str], bool, int]:
             and (is_map or made[-1] in _COUNTED)
         ):
             made, until = [*made[:-1], f"{made[-1]}_{part}"], number  # pve_0: the number is the tissue's
-        elif part.lower() not in _T1_WORDS:
+        elif part.lower() not in _T1:
             rest, is_map = [*rest, part], False  # only at the end a word makes the image a map
     if prefix := _MAP_PREFIX.match(stem):
         made, is_map = [prefix[0], *made], True
@@ -416,12 +375,12 @@ def _parts_and_products(stem: str) -> tuple[list[str], list[str], bool, int]:
 
 
 def _is_product(part: str) -> bool:
-    return part.lower() in _PICTURE_WORDS or part.lower().rstrip("0123456789") in _MAP_WORDS
+    return part.lower() in _PICTURE or part.lower().rstrip("0123456789") in _MAP
 
 
-def _prefixed(stem: str) -> Iterator[tuple[tuple[str, ...], list[str], int]]:
+def _read_prefixed(stem: str) -> Iterator[tuple[tuple[str, ...], list[str], int]]:
     """Readings of a name as that of another image with letters before it."""
     for end in range(1, min(len(stem), 15)):
         if _PREFIX.fullmatch(stem[:end]) and stem[end].isalnum():
-            parts, made, _, _ = _parts_and_products(stem[end:])
+            parts, made, _, _ = _read_products(stem[end:])
             yield tuple(part.casefold() for part in parts), [stem[:end], *made], 0

@@ -1,7 +1,4 @@
-"""Which column of a table is the age at the scan, and in which unit; refuses where rules cannot tell.
-
-Reads cells only to see whether columns agree and whether numbers can be years.
-"""
+"""Which column of a table is the age at the scan, and in which unit; refuses where rules cannot tell."""
 
 from __future__ import annotations
 
@@ -18,15 +15,14 @@ from brainage_nb.tables.ages import (
     fold,
     is_missing,
     parse_age,
-    unit_named,
-    unit_stated,
+    read_unit,
     words_of,
 )
 from brainage_nb.tables.columns import (
     AGE_WORDS,
     COLUMN_PARAMETERS,
     AgeColumn,
-    age_columns,
+    find_age_columns,
     find_role,
     plain_name,
     read_age_name,
@@ -56,16 +52,16 @@ def find_age(table: TextTable, subject: str, age_unit: str) -> AgeColumn:
     TableError
         Where there is none, or several that differ.
     """
-    found = [column for column in age_columns(table.cells.columns) if column.name != subject]
+    found = [column for column in find_age_columns(table.cells.columns) if column.name != subject]
     at_scan = [column for column in found if column.kind in ("age", "wave")]
     at_scan = [column for column in at_scan if column.t1w] or at_scan
     plain = [column for column in at_scan if column.kind == "age"]
     waves = [column for column in at_scan if column.kind == "wave"]
     if waves and len(plain) + len(waves) > 1:
-        raise _several(table, found, at_scan)
+        raise _refuse_several(table, found, at_scan)
     if not plain and not waves:
-        raise _none(table, found)
-    chosen = _agreeing(table, plain, age_unit) if len(plain) > 1 else (plain or waves)[0]
+        raise _refuse_none(table, found)
+    chosen = _choose_agreeing(table, plain, age_unit) if len(plain) > 1 else (plain or waves)[0]
     ignored = [column.name for column in found if column is not chosen]
     if plain_name(chosen.name) != "age" or ignored:
         rest = f"; not used: {', '.join(ignored)}" if ignored else ""
@@ -73,7 +69,7 @@ def find_age(table: TextTable, subject: str, age_unit: str) -> AgeColumn:
     return chosen
 
 
-def existing_column(table: TextTable, wanted: str, role: str) -> str:
+def find_named_column(table: TextTable, wanted: str, role: str) -> str:
     """The column that a person named for a role; case and punctuation may differ where that leaves one."""
     if wanted in table.cells:
         return wanted
@@ -86,13 +82,13 @@ def existing_column(table: TextTable, wanted: str, role: str) -> str:
     return alike[0]
 
 
-def named_ages(table: TextTable, wanted: str) -> list[AgeColumn]:
-    """The age columns a person named: one, or one a visit, parted by commas."""
+def read_named_ages(table: TextTable, wanted: str) -> list[AgeColumn]:
+    """The age columns that a person named: one, or one per visit with commas between."""
     single = wanted in table.cells or "," not in wanted
     parts = [wanted] if single else [part.strip() for part in wanted.split(",") if part.strip()]
-    names = [existing_column(table, part, "age") for part in parts]
+    names = [find_named_column(table, part, "age") for part in parts]
     columns = [read_age_name(name) for name in names]
-    if len(columns) == 1 and not age_columns(names):
+    if len(columns) == 1 and not find_age_columns(names):
         columns = [replace(columns[0], wave="")]
     waves = {column.wave for column in columns}
     if len(columns) > 1 and ("" in waves or len(waves) < len(columns)):
@@ -103,8 +99,8 @@ def named_ages(table: TextTable, wanted: str) -> list[AgeColumn]:
     return columns
 
 
-def units_of(table: TextTable, column: AgeColumn, age_unit: str) -> list[str]:
-    """The unit of each row's bare numbers: what a column of units says there, else what `unit_of` finds.
+def find_units(table: TextTable, column: AgeColumn, age_unit: str) -> list[str]:
+    """The unit of each row's bare numbers: what a column of units says there, else what `find_unit` finds.
 
     "" or another word where the row's own unit is not said, or is none.
     """
@@ -112,22 +108,22 @@ def units_of(table: TextTable, column: AgeColumn, age_unit: str) -> list[str]:
     cells = [] if own is None else [cell.strip() for cell in table.cells[own]]
     levels = dict(text.split(": ", 1) for _, text in table.described(own or "") if ": " in text)
     told = ["" if is_missing(cell) else levels.get(cell, cell) for cell in cells]
-    units = [unit_named(text) if text else "" for text in told]
+    units = [read_unit(text, is_unit=True) if text else "" for text in told]
     of_hospital = (
         "age" not in plain_name(own or "") and set(units) <= {"", UNCLEAR} and "m" not in map(fold, told)
     )
     if of_hospital or not any(units):
-        unit = unit_of(table, column, age_unit)
+        unit = find_unit(table, column, age_unit)
         if not unit:
             _check_years(table, column)
         return [unit or "years"] * len(table.cells)
     before = "" if age_unit == "auto" else f", before age_unit = {age_unit}"
     table.note(f"The unit of each age is read from column '{own}'{before}.")
-    other = unit_of(table, column, age_unit) if "" in units else ""
+    other = find_unit(table, column, age_unit) if "" in units else ""
     return [text if unit == UNCLEAR else unit or other for text, unit in zip(told, units, strict=True)]
 
 
-def unit_of(table: TextTable, column: AgeColumn, age_unit: str) -> str:
+def find_unit(table: TextTable, column: AgeColumn, age_unit: str) -> str:
     """Unit of a column's bare numbers: as set, else as its name, sidecar or line of labels says; else "".
 
     Raises
@@ -135,7 +131,7 @@ def unit_of(table: TextTable, column: AgeColumn, age_unit: str) -> str:
     TableError
         Where ages count from conception, or what is said of the unit is not clear or cannot be read.
     """
-    said = _said_of_unit(table, column)
+    said = _find_stated_units(table, column)
     units = set(said.values()) - {""}
     if age_unit != "auto":
         if set(said.values()) - {age_unit, UNCLEAR}:
@@ -147,7 +143,7 @@ def unit_of(table: TextTable, column: AgeColumn, age_unit: str) -> str:
             f"'{column.name}' seems to count from conception, not from birth ({'; '.join(said)})",
             "set age_column to a column with the age since birth, or age_unit if it is one",
         )
-    doubts = [] if units else _doubts(table)
+    doubts = [] if units else _find_doubts(table)
     if doubts or len(units) > 1 or UNCLEAR in units:
         raise table.error(
             f"the unit of '{column.name}' is not clear ({'; '.join([*said, *doubts])})",
@@ -156,27 +152,25 @@ def unit_of(table: TextTable, column: AgeColumn, age_unit: str) -> str:
     return units.pop() if units else ""
 
 
-def _said_of_unit(table: TextTable, column: AgeColumn) -> dict[str, str]:
+def _find_stated_units(table: TextTable, column: AgeColumn) -> dict[str, str]:
     """Every text that speaks of the unit of a column, with the unit; "" where it counts from conception."""
     found = [(column.name, column.unit, False)]
     for key, text in table.described(column.name):
-        field = bool(re.search("unit|einheit|unidad", fold(key))) or (len(text) < 3 and text.isalpha())
+        is_unit = bool(re.search("unit|einheit|unidad", fold(key))) or (len(text) < 3 and text.isalpha())
         if not is_missing(text):
-            found.append(
-                (f"{key}: {text}".lstrip(": "), unit_named(text) if field else unit_stated(text), field)
-            )
-    said, spoken = {}, {}  # what is merely spoken of counts where nothing else is said
-    for text, unit, field in found:
+            found.append((f"{key}: {text}".lstrip(": "), read_unit(text, is_unit=is_unit), is_unit))
+    told, in_passing = {}, {}  # what is said in passing counts where nothing else is said
+    for text, unit, is_unit in found:
         if FROM_CONCEPTION.search(fold(text).replace("_", " ")):
-            said[text] = ""
+            told[text] = ""
         elif unit:
-            (said if field or unit != UNCLEAR else spoken)[text] = unit
-    return said or spoken
+            (told if is_unit or unit != UNCLEAR else in_passing)[text] = unit
+    return told or in_passing
 
 
-def _doubts(table: TextTable) -> list[str]:
+def _find_doubts(table: TextTable) -> list[str]:
     """What may say a unit and is of no column: lines above the header, a sidecar that cannot be read."""
-    lines = [line for line in table.cells.attrs.get("above", []) if unit_stated(line) not in ("", "years")]
+    lines = [line for line in table.cells.attrs.get("above", []) if read_unit(line) not in ("", "years")]
     return [*(f"above the header: {line}" for line in lines), *filter(None, [table.sidecar.get("", "")])]
 
 
@@ -192,7 +186,7 @@ def set_labels_aside(table: TextTable, subject: str, ages: list[str]) -> None:
     ages : list of str
         Columns that speak of age.
     """
-    while len(table.cells) > 1 and (labels := _labels(table.cells, subject, ages)):
+    while len(table.cells) > 1 and (labels := _read_labels(table.cells, subject, ages)):
         row = table.cells.iloc[0]
         number = int(row.name) + 1
         shown = ", ".join(filter(None, row))[:80]
@@ -204,7 +198,7 @@ def set_labels_aside(table: TextTable, subject: str, ages: list[str]) -> None:
         table.cells = table.cells.iloc[1:]
 
 
-def _labels(cells: pd.DataFrame, subject: str, ages: list[str]) -> list[str]:
+def _read_labels(cells: pd.DataFrame, subject: str, ages: list[str]) -> list[str]:
     """What a line of labels says of ages, in words; [""] if it is one by its id alone, [] if it is none."""
     row, others = cells.iloc[0], cells.iloc[1:]
     read = {name: parse_age(row[name]) for name in ages}
@@ -212,7 +206,7 @@ def _labels(cells: pd.DataFrame, subject: str, ages: list[str]) -> list[str]:
     texts = [text for text in texts if re.match(r"\W*[^\W\d_]", text)]
     if not texts or any(age.years for age in read.values()):
         return []
-    told = [text for text in texts if unit_stated(text) or len(text) < 3 or _AGE_IN_WORDS.search(fold(text))]
+    told = [text for text in texts if read_unit(text) or len(text) < 3 or _AGE_IN_WORDS.search(fold(text))]
     if told:
         return told
     with_digits = others[subject].str.contains(r"\d").mean() > 0.5 and not re.search(r"\d", row[subject])
@@ -232,10 +226,10 @@ def _check_years(table: TextTable, column: AgeColumn) -> None:
         )
 
 
-def _agreeing(table: TextTable, columns: list[AgeColumn], age_unit: str) -> AgeColumn:
+def _choose_agreeing(table: TextTable, columns: list[AgeColumn], age_unit: str) -> AgeColumn:
     """Of several columns with the age at the scan, the surest; refuses where they differ by over a year."""
     ranked = sorted(columns, key=lambda column: (not column.at_scan, column.unit not in ("", "years")))
-    units = {c.name: units_of(table, c, age_unit if not c.unit else "auto") for c in ranked}
+    units = {c.name: find_units(table, c, age_unit if not c.unit else "auto") for c in ranked}
     years = pd.DataFrame(
         {
             name: [parse_age(cell, unit).years for cell, unit in zip(table.cells[name], rows, strict=True)]
@@ -244,33 +238,28 @@ def _agreeing(table: TextTable, columns: list[AgeColumn], age_unit: str) -> AgeC
         dtype=float,
     )
     if (years.max(axis=1) - years.min(axis=1)).max() > SAME_AGE_YEARS:
-        raise _several(table, columns, columns)
+        raise _refuse_several(table, columns, columns)
     return ranked[0]
 
 
-def _several(table: TextTable, found: list[AgeColumn], at_scan: list[AgeColumn]) -> TableError:
-    names = [column.name for column in found]
-    waves = [column for column in at_scan if column.kind == "wave"]
+def _refuse_several(table: TextTable, found: list[AgeColumn], at_scan: list[AgeColumn]) -> TableError:
+    names, waves = [column.name for column in found], [column for column in at_scan if column.kind == "wave"]
     remedy = f"set age_column to one of them, such as age_column={at_scan[0].name!r}"
     if len(waves) > 1 and len({column.wave for column in waves}) == len(waves):
         each = ",".join(column.name for column in waves)
-        remedy = f"set age_column={waves[0].name!r} for one visit, or age_column={each!r} for a row a visit"
+        remedy = f"set age_column={waves[0].name!r} for one visit, or age_column={each!r} for a row per visit"
     return table.error(f"there are several age columns ({', '.join(names)})", remedy)
 
 
-def _none(table: TextTable, found: list[AgeColumn]) -> TableError:
-    groups = [column.name for column in found if column.kind == "group"]
-    others = [column.name for column in found if column.kind == "other"]
-    if others:
-        return table.error(
-            f"no column is surely the age at the scan ({', '.join(others)} speak of age)",
-            f"if one is, set age_column={others[0]!r} and, where it is not in years, age_unit",
-        )
-    if groups:
-        return table.error(
-            f"'{groups[0]}' holds age groups, and a group is not an age",
-            "set age_column to a column with ages, or table",
-        )
-    return table.error(
-        "no column of ages was found", "set age_column to its name, or table to a table with ages"
-    )
+def _refuse_none(table: TextTable, found: list[AgeColumn]) -> TableError:
+    names = {kind: [column.name for column in found if column.kind == kind] for kind in ("group", "other")}
+    if others := names["other"]:
+        problem = f"no column is surely the age at the scan ({', '.join(others)} speak of age)"
+        remedy = f"if one is, set age_column={others[0]!r} and, where it is not in years, age_unit"
+    elif names["group"]:
+        problem = f"'{names['group'][0]}' holds age groups, and a group is not an age"
+        remedy = "set age_column to a column with ages, or table"
+    else:
+        problem = "no column of ages was found"
+        remedy = "set age_column to its name, or table to a table with ages"
+    return table.error(problem, remedy)

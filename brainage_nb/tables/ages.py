@@ -24,7 +24,7 @@ def fold(text: str) -> str:
 
 
 def words_of(text: str) -> set[str]:
-    """Words parted by blanks, folded."""
+    """The words of a text, folded."""
     return set(fold(text).split())
 
 
@@ -49,28 +49,29 @@ UNCLEAR = "unclear"
 _CODES = {"a": "years", "d": "days", "w": "weeks"}
 """Letters that are a unit where nothing else stands (UCUM and others); `m` may be months, minutes or men."""
 
-_LONG_WORDS = "|".join(sorted((re.escape(word) for word in UNIT_OF if len(word) > 1), key=len, reverse=True))
-_MENTION = re.compile(rf"(?<![^\W_])(?:{_LONG_WORDS})(?![^\W_])")
 _ONE = words_of("day week month tag woche monat jour dia giorno dag mes mese mon mo")
 """One day in a text is a date, one month a rounding (`on the day of the scan`), unless `in` stands before."""
-_DURATION = re.compile(
-    r"(?:\d[\s-]*|\b(?:one|two|three|four|five|six|ten|twelve|few|several|some|many|over|within|during)\s*)$"
-)
-_IN = re.compile(
-    r"\b(?:in|en|em|i|w|v|в|number of)\s+(?:(?:full|whole|completed?|decimal|exact|rounded|ganzen)\s+)?$"
-)
-_OPENS = re.compile(r"(?:^\W*|[(\[:;,=/]\s*(?:\w+ed\s+)?)$")
-_SINCE = re.compile(r"\s+(?:old|of age|since|seit|depuis|desde|dopo)\b")
-_BEFORE_LAST = re.compile(
-    rf"\b(?:age|scan|mri|imaging|visit|session|test|study|birth|completed|full|whole|calendar|as|{_LONG_WORDS})\W*$"
-)
-"""What comes before a unit at the end of a text (`age at scan months`), unlike `sessions parted by weeks`."""
-_RELATIVE = re.compile(r"\s*(?:after|before|later|apart|prior|ago|from|of follow|nach|vor|apres|avant)\b")
-_AND = re.compile(r"(?:\band|\bund|\bet|\by|\be|[&/+])\s*$")
-_PARTS = re.compile(
-    r"\b(?:half|quarter|tenth|decade|trimest|semest|halb|quartal|hour|minute|second|lunar)\w*"
-)
-_IN_PARTS = re.compile(rf"\b(?:in|en|em)\s+(?:\S+\s+)?(?:{_PARTS.pattern}|bins|groups|bands|categories)\b")
+_LONG_WORDS = "|".join(sorted((re.escape(word) for word in UNIT_OF if len(word) > 1), key=len, reverse=True))
+_MENTION = re.compile(rf"(?<![^\W_])(?:{_LONG_WORDS})(?![^\W_])")
+_PARTS = r"\b(?:half|quarter|tenth|decade|trimest|semest|halb|quartal|hour|minute|second|lunar)\w*"
+_BEFORE = {
+    "duration": r"(?:\d[\s-]*|\b(?:one|two|three|four|five|six|ten|twelve|few|several|some|many|over|within"
+    r"|during)\s*)$",
+    "part": rf"{_PARTS}\W*$",
+    "in": r"\b(?:in|en|em|i|w|v|в|number of)\s+"
+    r"(?:(?:full|whole|completed?|decimal|exact|rounded|ganzen)\s+)?$",
+    "and": r"(?:\band|\bund|\bet|\by|\be|[&/+])\s*$",
+    "opens": r"(?:^\W*|[(\[:;,=/]\s*(?:\w+ed\s+)?)$",
+    "last": rf"\b(?:age|scan|mri|imaging|visit|session|test|study|birth|completed|full|whole|calendar|as"
+    rf"|{_LONG_WORDS})\W*$",
+}
+_AFTER = {
+    "relative": r"\s*(?:after|before|later|apart|prior|ago|from|of follow|nach|vor|apres|avant)\b",
+    "since": r"\s+(?:old|of age|since|seit|depuis|desde|dopo)\b",
+    "end": r"\W*(?:$|[)\].;,])",
+}
+"""What stands beside the word for a unit: `in months` states it, `6 months after` is a duration, …"""
+_IN_PARTS = re.compile(rf"\b(?:in|en|em)\s+(?:\S+\s+)?(?:{_PARTS}|bins|groups|bands|categories)\b")
 
 FROM_CONCEPTION = re.compile(
     r"gesta[tcz]ion|menstrual|conception|amenorrh|schwangersch|\b(pma|lmp|ssw)\b|^ga\b|\bga (in|at|weeks)\b"
@@ -78,73 +79,69 @@ FROM_CONCEPTION = re.compile(
 """Words of a folded text for an age that does not count from birth."""
 
 
-def unit_named(text: str) -> str:
-    """The unit named by a text that holds little else (`Months (rounded)`, `mo.`); UNCLEAR where not one."""
-    text = fold(text)
-    words = set(re.findall(r"[^\W\d_]+", text))
-    units = {UNIT_OF[word] for word in words & UNIT_OF.keys()}
-    if len(words) == 1:
-        units |= {_CODES[word] for word in words & _CODES.keys()}
-    parts = _PARTS.search(text) or re.search(rf"\d[\s/-]*(?:{_LONG_WORDS})|/\s*\d", text)
-    return units.pop() if len(units) == 1 and not parts else UNCLEAR
+def read_unit(text: str, *, is_unit: bool = False) -> str:
+    """The unit that a text states (`age at the scan in months`).
 
-
-def unit_stated(text: str) -> str:
-    """The unit that a text in plain words states (`age at the scan in months`).
+    Parameters
+    ----------
+    text : str
+        Plain words in any of the languages of `UNIT_WORDS`.
+    is_unit : bool
+        The text is the entry of a field for units (`Months (rounded)`, `mo.`).
 
     Returns
     -------
     str
         A unit; "" where the text speaks of none; UNCLEAR where it states several, or speaks of months, weeks
-        or days and does not say that the age is in them.
+        or days and does not say that the age is in them, or is an entry that is no unit.
+
+    Examples
+    --------
+    >>> read_unit("Age in years; scans were 6 months apart")
+    'years'
     """
     text = fold(text)
-    surest, stated, spoken = set(), set(), {UNCLEAR} if _IN_PARTS.search(text) else set()
-    for match in _MENTION.finditer(text):
-        before, after, unit = text[: match.start()], text[match.end() :], UNIT_OF[match[0]]
-        plural = match[0] not in _ONE
-        closes = plural and re.match(r"\W*(?:$|[)\].;,])", after) and _BEFORE_LAST.search(before)
-        if _DURATION.search(before):
-            continue  # `6 months after the injury` is no unit
-        if _RELATIVE.match(after) or _PARTS.search(before[-12:]):
-            spoken.add(UNCLEAR)
-        elif _IN.search(before) or (surest and _AND.search(before)):
-            surest.add(unit)
-        elif _OPENS.search(before) or _SINCE.match(after) or closes:
-            stated.add(unit)
-        elif plural:
-            spoken.add(unit if unit == "years" else UNCLEAR)
-    found = surest or stated or spoken
+    found = _find_units_of_entry(text) if is_unit else _find_units_of_prose(text)
     return (found.pop() if len(found) == 1 else UNCLEAR) if found else ""
+
+
+def _find_units_of_entry(text: str) -> set[str]:
+    words = set(re.findall(r"[^\W\d_]+", text))
+    units = {UNIT_OF[word] for word in words & UNIT_OF.keys()}
+    if len(words) == 1:
+        units |= {_CODES[word] for word in words & _CODES.keys()}
+    has_parts = re.search(rf"{_PARTS}|\d[\s/-]*(?:{_LONG_WORDS})|/\s*\d", text)
+    return {UNCLEAR} if has_parts or not units else units
+
+
+def _find_units_of_prose(text: str) -> set[str]:
+    """The units stated most surely: after `in`, else where they open or close a phrase, else in passing."""
+    surest, stated, passing = set(), set(), {UNCLEAR} if _IN_PARTS.search(text) else set()
+    for match in _MENTION.finditer(text):
+        unit, is_plural = UNIT_OF[match[0]], match[0] not in _ONE
+        before = {kind for kind, rule in _BEFORE.items() if re.search(rule, text[: match.start()])}
+        after = {kind for kind, rule in _AFTER.items() if re.match(rule, text[match.end() :])}
+        if "duration" in before:
+            continue
+        if "relative" in after or "part" in before:
+            passing.add(UNCLEAR)
+        elif "in" in before or (surest and "and" in before):
+            surest.add(unit)
+        elif "opens" in before or "since" in after or (is_plural and "last" in before and "end" in after):
+            stated.add(unit)
+        elif is_plural:
+            passing.add(unit if unit == "years" else UNCLEAR)
+    return surest or stated or passing
 
 
 DICOM_UNITS = {"y": "years", "m": "months", "w": "weeks", "d": "days"}
 """Letters of a DICOM age string (VR `AS`), after three digits: `35M` may be a man of 35 and is not one."""
 
-MISSING = {
-    *(
-        "",
-        "n/a",
-        "na",
-        "n.a",
-        "n.a.",
-        "nan",
-        "nat",
-        "none",
-        "null",
-        "nil",
-        "#n/a",
-        "<na>",
-        "-",
-        "--",
-        ".",
-        "?",
-    ),
-    *("unknown", "unk", "missing", "not available", "not applicable", "not reported", "tbd", "x"),
-}
+_SAYS_NOTHING = "n/a na n.a n.a. nan nat none null nil #n/a <na> - -- . ? unknown unk missing tbd x"
+MISSING = {"", "not available", "not applicable", "not reported", *_SAYS_NOTHING.split()}
 """Cells that say nothing, in lower case."""
 
-MISSING_CODES = {555.0, 777.0, 888.0, 995.0, 996.0, 997.0, 998.0, 999.0, 7777.0, 8888.0, 9998.0, 9999.0}
+MISSING_CODES = {555, 777, 888, 995, 996, 997, 998, 999, 7777, 8888, 9998, 9999}
 """Numbers that stand for 'missing' in many tables."""
 
 _NUMBER = r"\d+(?:[.,]\d*)?|[.,]\d+"
@@ -237,22 +234,21 @@ def parse_age(cell: str, unit: str = "years") -> Age:
         return _in_years(match[1], DICOM_UNITS[match[2]], stated=True)
     if match := _YEARS_MONTHS.fullmatch(text):
         years, months = (int(part) for part in match.groups())
-        return _plausible(years + months / 12, f"{years} years {months} months")
+        shown = f"{years} years {months} months"
+        return _check_plausible(years + months / 12, shown, shown)
     if match := _WITH_UNIT.fullmatch(text):
         return _in_years(match[1], UNIT_OF[match[2]], stated=True)
-    return Age(reason=_why_not_an_age(text, cell.strip()), blank=bool(re.fullmatch(r"-[\d.]+", text)))
+    return Age(reason=f"'{cell.strip()}' {_explain(text)}", blank=bool(re.fullmatch(r"-[\d.]+", text)))
 
 
-def _why_not_an_age(text: str, shown: str) -> str:
-    if re.fullmatch(rf"-(?:{_NUMBER})", text):
-        return f"'{shown}' is negative: a code for missing, not an age"
-    if _BOUND.fullmatch(text):
-        return f"'{shown}' is a bound, not an age"
-    if _DATE.fullmatch(text) and not _RANGE.fullmatch(text):
-        return f"'{shown}' looks like a date, not an age"
-    if _RANGE.fullmatch(text):
-        return f"'{shown}' is a range, not an age"
-    return f"'{shown}' cannot be read as one age"
+def _explain(text: str) -> str:
+    kinds = {
+        "is negative: a code for missing, not an age": rf"-(?:{_NUMBER})",
+        "is a bound, not an age": _BOUND,
+        "is a range, not an age": _RANGE,
+        "looks like a date, not an age": _DATE,
+    }
+    return next((why for why, rule in kinds.items() if re.fullmatch(rule, text)), "cannot be read as one age")
 
 
 def _in_years(number: str, unit: str, *, stated: bool) -> Age:
@@ -260,19 +256,18 @@ def _in_years(number: str, unit: str, *, stated: bool) -> Age:
         told = f"its unit '{unit}' is not one of {', '.join(PER_YEAR)}" if unit else "its unit is not said"
         return Age(reason=f"{number}: {told}")
     if unit == "days" and re.fullmatch(r"\d{1,3},\d{3}", number):
-        return Age(reason=f"'{number}' days: the comma may part thousands or decimals")
+        return Age(reason=f"'{number}' days: the comma may stand between thousands or before decimals")
     value = float(number.replace(",", "."))
     if value in MISSING_CODES and unit in ("years", "months") and not stated:
         return Age(reason=f"'{number}' is a code for missing, not an age", blank=True)
     if value == 0:
         return Age(reason=f"'{number}' stands for missing or for a newborn: not used as an age")
-    if unit == "years":
-        rule = "decimal comma" if "," in number else ""
-        return _plausible(value, f"{number} {unit}", rule)
-    return _plausible(value / PER_YEAR[unit], f"{number} {unit}", f"{number} {unit} / {PER_YEAR[unit]:g}")
+    decimals = "decimal comma" if "," in number else ""
+    rule = decimals if unit == "years" else f"{number} {unit} / {PER_YEAR[unit]:g}"
+    return _check_plausible(value / PER_YEAR[unit], f"{number} {unit}", rule)
 
 
-def _plausible(years: float, shown: str, rule: str | None = None) -> Age:
+def _check_plausible(years: float, shown: str, rule: str) -> Age:
     if not 0 < years <= OLDEST:
         return Age(reason=f"{shown}: impossible, above {OLDEST:g} years")
-    return Age(years=years, rule=shown if rule is None else rule)
+    return Age(years=years, rule=rule)

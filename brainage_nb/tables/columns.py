@@ -123,10 +123,10 @@ def is_header(names: list[str]) -> bool:
     """Whether a row of cells names ids and ages and holds no number, as only headers do."""
     if any(re.fullmatch(r"[\d.,]+", name) for name in names):
         return False
-    return find_role("subject_id", names) is not None and bool(age_columns(names))
+    return find_role("subject_id", names) is not None and bool(find_age_columns(names))
 
 
-def age_columns(names: Iterable[str]) -> list[AgeColumn]:
+def find_age_columns(names: Iterable[str]) -> list[AgeColumn]:
     """Every column whose name speaks of age, with what the name says."""
     units = ROLE_NAMES["age_unit"]
     found = [read_age_name(name) for name in names if plain_name(name) not in units]
@@ -157,10 +157,10 @@ def read_age_name(name: str) -> AgeColumn:
 
 
 def _words(name: str) -> list[str]:
-    """Words of a column name, parted at punctuation and capitals; `ageyears`, `ageatscan` come apart too."""
-    parted = re.sub(r"([a-z])([A-Z])|([A-Z])([A-Z][a-z])", r"\1\3_\2\4", name)
+    """Words of a column name, split at punctuation and capitals; `ageyears`, `ageatscan` come apart too."""
+    split = re.sub(r"([a-z])([A-Z])|([A-Z])([A-Z][a-z])", r"\1\3_\2\4", name)
     words = []
-    for word in plain_name(parted).split("_"):
+    for word in plain_name(split).split("_"):
         match = _GLUED.fullmatch(word) or _TURNED.fullmatch(word)
         words += [part for part in match.groups() if part] if match else [word]
     return words
@@ -186,7 +186,7 @@ def read_sex(cell: str, coding: dict[str, str]) -> str:
     return coding.get(re.sub(r"\.0+$", "", text), "") or _SEX_OF.get(text, "")
 
 
-def sex_coding(texts: Iterable[str]) -> dict[str, str]:
+def read_sex_codes(texts: Iterable[str]) -> dict[str, str]:
     """Codes of a sex column, where its name (`SEX_ID (1=m, 2=f)`) or its sidecar explains them.
 
     Parameters

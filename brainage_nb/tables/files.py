@@ -1,6 +1,6 @@
-"""From a table file of any common kind, and its sidecar, to rows of text. `tables` gives cells their meaning.
+"""From a table file of any common kind, and its sidecar, to rows of text. No cell gets a meaning here.
 
-Column names are looked at only to find the header below lines of another kind.
+Names of columns are looked at only to find the header below lines of another kind.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import date, datetime, time
+from datetime import date, time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from brainage_nb.tables.ages import parse_age
-from brainage_nb.tables.columns import age_columns, is_header, plain_name
+from brainage_nb.tables.columns import find_age_columns, is_header, plain_name
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".xls", ".xlsx", ".xlsm", ".ods")
 _DELIMITERS = ("\t", ";", ",", "|", " ")
@@ -27,7 +28,21 @@ _EXCEL_MAGIC = (b"\xd0\xcf\x11\xe0", b"PK\x03\x04")
 _LINES_ABOVE = 40
 """How many lines above the header are passed over at most."""
 
-_POINTERS = (b"version https://git-lfs", b"/annex/objects/", b"../.git/annex", b".git/annex/objects")
+_NO_TABLE = {
+    # a pointer is one short line; a real table may well mention such words in a cell
+    r"(?s)(?=.{1,999}\Z).*(?:version https://git-lfs|/annex/objects/|\.git/annex)": (
+        "is not the table but a pointer to it (git-annex or git-lfs). Run `datalad get {name}` or `git lfs "
+        "pull` beside it, then read it again."
+    ),
+    r"(?i)\s*<(?:!doctype|html|\?xml)": (
+        "is a web page, not a table. Download it again; the site may ask for a login."
+    ),
+    r"\s*\Z": "is empty. Set `table` to a table with one row per subject.",
+    r"(?s)(?!\xff\xfe|\xfe\xff|PK\x03\x04|\xd0\xcf\x11\xe0).*\x00": (
+        "is binary, not a table. Set `table` to a CSV, TSV, XLS or XLSX file."
+    ),
+}
+"""How content begins that is no table, and what to do."""
 
 
 class TableError(ValueError):
@@ -149,15 +164,15 @@ def read_cells(path: Path | str) -> tuple[dict[str, pd.DataFrame], list[str]]:
         Where the file is absent, a pointer to a file, not a table, or its rows do not fit its header.
     """
     path = Path(path)
-    content = _content(path)
+    content = _read_content(path)
     if content.startswith(_EXCEL_MAGIC):
-        return _workbook(path, content)
-    text, notes = _decoded(content, path)
-    frame, more = _parsed(text, path)
+        return _read_workbook(path, content)
+    text, notes = _decode(content)
+    frame, more = _parse(text, path)
     return {"": frame}, notes + more
 
 
-def _content(path: Path) -> bytes:
+def _read_content(path: Path) -> bytes:
     if path.is_symlink() and not path.exists():
         raise TableError(
             f"{path} is a link whose file was not fetched. Run `datalad get {path.name}` beside it."
@@ -165,26 +180,16 @@ def _content(path: Path) -> bytes:
     if not path.is_file():
         raise TableError(f"There is no table at {path}. Set `table` to a CSV, TSV, XLS or XLSX file.")
     content = path.read_bytes()
-    if not content.strip():
-        raise TableError(f"{path} is empty. Set `table` to a table with a row a subject.")
-    # A pointer is one short line; a real table may well mention such words in a cell.
-    if len(content) < 1000 and any(mark in content for mark in _POINTERS):
-        raise TableError(
-            f"{path} is not the table but a pointer to it (git-annex or git-lfs). "
-            f"Run `datalad get {path.name}` or `git lfs pull` beside it, then read it again."
-        )
-    if content.lstrip()[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise TableError(
-            f"{path} is a web page, not a table. Download it again; the site may ask for a login."
-        )
+    for beginning, what in _NO_TABLE.items():
+        if re.match(beginning.encode("latin-1"), content):
+            raise TableError(f"{path} {what.format(name=path.name)}")
     return content
 
 
-def _decoded(content: bytes, path: Path) -> tuple[str, list[str]]:
+def _decode(content: bytes) -> tuple[str, list[str]]:
+    """The text of a file; charset-normalizer, which guesses by statistics, turns `Köln` into Chinese."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16"), ["Encoding: UTF-16."]
-    if b"\x00" in content:
-        raise TableError(f"{path} is binary, not a table. Set `table` to a CSV, TSV, XLS or XLSX file.")
     try:
         return content.decode("utf-8-sig"), []
     except UnicodeDecodeError:
@@ -192,39 +197,38 @@ def _decoded(content: bytes, path: Path) -> tuple[str, list[str]]:
         return content.decode("cp1252", errors="replace"), ["Encoding: not UTF-8, read as Windows-1252."]
 
 
-def _parsed(text: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
-    text, above = _from_header(text.replace("\r\n", "\n").replace("\r", "\n"))
-    tables = {mark: _rows(text, mark) for mark in _DELIMITERS}
+def _parse(text: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
+    text, above = _cut_above_header(text.replace("\r\n", "\n").replace("\r", "\n"))
+    tables = {mark: _split_rows(text, mark) for mark in _DELIMITERS}
     mark = max(_DELIMITERS, key=lambda mark: _fit(tables[mark], mark))
     _refuse_title(tables, path)
     names = {"\t": "tab", ";": "semicolon", ",": "comma", "|": "bar", " ": "space"}
     expected = {".tsv": "\t", ".csv": ","}.get(path.suffix.lower(), mark)
     wide = len(tables[mark][0]) > 1
-    notes = [f"Columns are parted by a {names[mark]}."] if mark != expected and wide else []
-    frame, more = _framed(tables[mark], path)
+    notes = [f"The delimiter is a {names[mark]}."] if mark != expected and wide else []
+    frame, more = _make_frame(tables[mark], path)
     frame.attrs["above"] = above
     return frame, notes + more
 
 
-def _from_header(text: str) -> tuple[str, list[str]]:
+def _cut_above_header(text: str) -> tuple[str, list[str]]:
     """A text from its header on, where that stands below other lines, and these lines."""
     lines = text.split("\n")
     filled = [number for number, line in enumerate(lines) if line.strip()][:_LINES_ABOVE]
     for mark in _DELIMITERS:
         options = {"delimiter": mark, "skipinitialspace": mark != "\t"}
-        number = _header_at([next(csv.reader([lines[number][:9999]], **options)) for number in filled])
+        number = _find_header([next(csv.reader([lines[number][:9999]], **options)) for number in filled])
         if number is not None:
             above = [lines[line].strip() for line in filled[:number]]
             return "\n".join(lines[filled[number] :]) if number else text, above
-    above = 0  # columns with other names: what is marked as a comment is above them
-    while above + 1 < len(filled) and re.match(r"[#%]|//", lines[filled[above]].lstrip()):
-        above += 1
+    # columns with other names: what is marked as a comment is above them, unless it is the header (`#id,age`)
+    above = next((n for n, line in enumerate(filled[:-1]) if not re.match(r"\s*(?:[#%]|//)", lines[line])), 0)
     if above and any(0 < lines[filled[above - 1]].count(m) == lines[filled[above]].count(m) for m in "\t;,|"):
-        above -= 1  # `#id,age` is the header itself
+        above -= 1
     return "\n".join(lines[filled[above] :]), [lines[line].strip() for line in filled[:above]]
 
 
-def _header_at(rows: list[list[str]]) -> int | None:
+def _find_header(rows: list[list[str]]) -> int | None:
     """Which of the first rows names ids and ages and is as wide as the next one, as only a header is."""
     for number, (row, following) in enumerate(pairwise(rows)):
         if is_header([cell.strip("'\" ") for cell in row]) and abs(len(following) - len(row)) <= 1:
@@ -245,7 +249,7 @@ def _refuse_title(tables: dict[str, list[list[str]]], path: Path) -> None:
             )
 
 
-def _rows(text: str, delimiter: str) -> list[list[str]]:
+def _split_rows(text: str, delimiter: str) -> list[list[str]]:
     options = {"delimiter": delimiter, "skipinitialspace": delimiter != "\t"}
     try:
         rows = list(csv.reader(io.StringIO(text, newline=""), strict=True, **options))
@@ -268,7 +272,7 @@ def _fit(rows: list[list[str]], delimiter: str) -> tuple[float, int, int]:
     return (share / 2 if delimiter == " " else share), width, -_DELIMITERS.index(delimiter)
 
 
-def _framed(rows: list[list[str]], where: Path | str) -> tuple[pd.DataFrame, list[str]]:
+def _make_frame(rows: list[list[str]], where: Path | str) -> tuple[pd.DataFrame, list[str]]:
     """Rows of text, the first being the header, as a frame with distinct column names."""
     header, body = rows[0], rows[1:]
     if all(_is_number(cell) for cell in header if cell):
@@ -281,23 +285,19 @@ def _framed(rows: list[list[str]], where: Path | str) -> tuple[pd.DataFrame, lis
     numbered = [row[0] for row in body] == [str(number) for number in range(1, len(body) + 1)]
     shifted = numbered and not header[-1] and all(row[-1] for row in body)  # as Excel saves what R wrote
     longer = all(len(row) == len(header) + 1 for row in body) and not _ends_blank(header, body)
-    if shifted or longer:
+    wide = next((n for n, row in enumerate(body, start=2) if any(row[len(header) :])), 0)
+    if shifted or longer or wide:
+        first = rows[(wide or 2) - 1]
         raise TableError(
-            f"{where}: every row has one cell more than the header has names: {body[0][:6]}. Where R "
-            "wrote row names, write the table with row.names = FALSE; where rows end in a delimiter, cut it. "
-            "Quote cells that hold the delimiter; with decimal commas, part the columns by ';' or tabs."
+            f"{where}: row {wide or 2} has {len(first)} cells, the header {len(header)}: {first[:6]}. "
+            "Where R wrote row names, write the table with row.names = FALSE; where rows end in a delimiter, "
+            "cut it. Quote cells that hold the delimiter; with decimal commas, write ';' or tabs between "
+            "columns; remove lines above the header."
         )
-    for number, row in enumerate(body, start=2):
-        if any(row[len(header) :]):
-            raise TableError(
-                f"{where}: row {number} has {len(row)} cells, the header {len(header)}: {row[:6]}. Quote "
-                "cells that hold the delimiter; with decimal commas, part the columns by ';' or tabs; remove "
-                "lines above the header."
-            )
     short = sum(len(row) < len(header) for row in body)
     cells = [(row + [""] * len(header))[: len(header)] for row in body]
     notes = [f"Rows shorter than the header: {short}; their missing cells are blank."] if short else []
-    return pd.DataFrame(cells, columns=_distinct(header), dtype=str), notes
+    return pd.DataFrame(cells, columns=_make_distinct(header), dtype=str), notes
 
 
 def _ends_blank(header: list[str], body: list[list[str]]) -> bool:
@@ -305,39 +305,29 @@ def _ends_blank(header: list[str], body: list[list[str]]) -> bool:
 
     Sure where they give no age when read from the second cell on, as if the first were a row name.
     """
-    ages = [number for number, name in enumerate(header) if age_columns([name])]
+    ages = [number for number, name in enumerate(header) if find_age_columns([name])]
     as_rows_of_r = any(parse_age(row[number + 1]).years for number in ages for row in body)
     return bool(ages) and not as_rows_of_r and not any(row[-1] for row in body)
 
 
-def _distinct(header: list[str]) -> list[str]:
-    seen: dict[str, int] = {}
+def _make_distinct(header: list[str]) -> list[str]:
+    seen: Counter[str] = Counter()
     names = []
     for column, cell in enumerate(header, start=1):
         name = " ".join(cell.strip("'\" ").split()) or f"(column {column})"
-        seen[name] = seen.get(name, 0) + 1
+        seen[name] += 1
         names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
     return names
 
 
 def _is_number(cell: str) -> bool:
-    try:
-        float(cell.replace(",", "."))
-    except ValueError:
-        return False
-    return True
+    return bool(re.fullmatch(r"[+-]?(?:\d+[.,]?\d*|[.,]\d+)(?:e[+-]?\d+)?|nan|[+-]?inf", cell.lower()))
 
 
-def _workbook(path: Path, content: bytes) -> tuple[dict[str, pd.DataFrame], list[str]]:
+def _read_workbook(path: Path, content: bytes) -> tuple[dict[str, pd.DataFrame], list[str]]:
     try:
-        raw = pd.read_excel(
-            io.BytesIO(content),
-            sheet_name=None,
-            header=None,
-            dtype=object,
-            engine="calamine",
-            keep_default_na=False,
-        )
+        options = {"sheet_name": None, "header": None, "engine": "calamine", "keep_default_na": False}
+        raw = pd.read_excel(io.BytesIO(content), dtype=object, **options)
     except Exception as error:  # calamine raises its own kinds; a password or a broken zip both end here
         raise TableError(
             f"{path} cannot be opened as a workbook ({error}). Save it as CSV, without a password."
@@ -348,8 +338,8 @@ def _workbook(path: Path, content: bytes) -> tuple[dict[str, pd.DataFrame], list
         rows = [row for row in rows if any(row)]
         try:
             if rows:
-                number = _header_at(rows[:_LINES_ABOVE]) or 0
-                sheets[str(name)] = _framed(rows[number:], f"{path}, sheet {name}")[0]
+                number = _find_header(rows[:_LINES_ABOVE]) or 0
+                sheets[str(name)] = _make_frame(rows[number:], f"{path}, sheet {name}")[0]
                 sheets[str(name)].attrs["above"] = [" ".join(filter(None, row)) for row in rows[:number]]
         except TableError as error:
             problems.append(str(error))
@@ -359,12 +349,8 @@ def _workbook(path: Path, content: bytes) -> tuple[dict[str, pd.DataFrame], list
 
 
 def _cell_text(cell: object) -> str:
-    if isinstance(cell, bool):
-        return str(cell)
-    if isinstance(cell, float):
-        if cell != cell:
-            return ""
-        return str(int(cell)) if cell.is_integer() and abs(cell) < 1e15 else repr(cell)
-    if isinstance(cell, datetime | date | time):
+    if isinstance(cell, float) and cell.is_integer() and abs(cell) < 1e15:
+        return str(int(cell))
+    if isinstance(cell, date | time):  # pandas with dtype=str would write the time of day behind a date
         return cell.isoformat()
-    return "" if cell is None else str(cell).strip()
+    return "" if cell is None or cell != cell else str(cell).strip()

@@ -1,13 +1,6 @@
-"""Several rows of one person and visit become one, by stated rules. Reads no cells and no files.
+"""From any participants table, and BIDS sessions files, to ages in years: one row per subject and session.
 
-From any participants table to ages in years, a row a subject and session. Knows no images.
-
-What can be decided by a rule is decided and noted; what cannot is refused with a word on what to set. Every
-age in the result can be found in the table.
-
-Ages at sessions, which BIDS keeps in `sub-…/sub-…_sessions.tsv`, before those of the table.
-
-Reads tables only.
+What a rule can decide is decided and noted; what none can is refused. Knows no images.
 """
 
 from __future__ import annotations
@@ -23,21 +16,22 @@ import pandas as pd
 
 from brainage_nb.tables.age_column import (
     SAME_AGE_YEARS,
-    existing_column,
     find_age,
-    named_ages,
+    find_named_column,
+    find_units,
+    read_named_ages,
     set_labels_aside,
-    units_of,
 )
 from brainage_nb.tables.ages import PER_YEAR, Age, is_missing, parse_age
 from brainage_nb.tables.columns import (
+    COLUMN_PARAMETERS,
     ROLE_NAMES,
     AgeColumn,
-    age_columns,
+    find_age_columns,
     find_role,
     plain_name,
     read_sex,
-    sex_coding,
+    read_sex_codes,
 )
 from brainage_nb.tables.files import TableError, TextTable, read_cells, read_sidecar
 
@@ -64,30 +58,29 @@ def merge_repeats(rows: pd.DataFrame, table: TextTable) -> pd.DataFrame:
     table.note(f"Ids with several rows: {count} (in {repeated.sum()} rows); each gives one row.")
     rows = rows.drop_duplicates()  # rows that say the same need no rule
     repeated = rows.duplicated(key, keep=False)
-    merged = [_merged(group, key, table) for _, group in rows[repeated].groupby(key, sort=False)]
+    merged = [_merge_rows(group, table) for _, group in rows[repeated].groupby(key, sort=False)]
     if not merged:
         return rows.reset_index(drop=True)
     joined = pd.concat([rows[~repeated], pd.DataFrame(merged).set_index("_order")])
     return joined.sort_index().reset_index(drop=True)
 
 
-def _merged(group: pd.DataFrame, key: list[str], table: TextTable) -> dict[str, Any]:
+def _merge_rows(group: pd.DataFrame, table: TextTable) -> dict[str, Any]:
     name = " ".join(filter(None, group.iloc[0][["subject_id", "session_id"]]))
-    age = _one_age(list(group["age"]))
-    if age.rule:
-        table.note(f"{name}: {age.rule}.")
-    elif age.reason and any(other.years is not None for other in group["age"]):
-        table.note(f"{name}: {age.reason}; refused.")
+    age = _merge_ages(list(group["age"]))
+    if age.rule or (age.reason and any(other.years is not None for other in group["age"])):
+        table.note(f"{name}: {age.rule or f'{age.reason}; refused'}.")
     row: dict[str, Any] = {"_order": group.index[0], "age": age}
     for column in group.columns.drop("age"):
-        values = list(dict.fromkeys(value for value in group[column] if value))
-        if len(values) > 1 and column not in (*key, "table_id"):
+        values = list(dict.fromkeys(value for value in group[column] if value)) or [""]
+        if len(values) > 1 and column != "table_id":
             table.note(f"{name}: its rows disagree on {column} ({', '.join(values)}): left blank.")
-        row[column] = values[0] if len(values) == 1 or (values and column == "table_id") else ""
+            values = [""]
+        row[column] = values[0]
     return row
 
 
-def _one_age(ages: list[Age]) -> Age:
+def _merge_ages(ages: list[Age]) -> Age:
     readable = [age for age in ages if age.years is not None]
     unusable = [age for age in ages if age.years is None and not age.blank]
     if not readable:
@@ -105,39 +98,30 @@ def _one_age(ages: list[Age]) -> Age:
 
 _KNOWN_TEXT = ("site", "diagnosis", "cdr", "image_id")
 _SESSION_IN_ID = re.compile(
-    r"(.+?)[-_](ses-?[a-z0-9]+|MR\d+|MR_d\d+|baseline(?:_\d+)?|retest(?:_\d+)?|visit_?\d+)", re.IGNORECASE
+    r"^(.+?)[-_](ses-?[a-z0-9]+|MR\d+|MR_d\d+|baseline(?:_\d+)?|retest(?:_\d+)?|visit_?\d+)$",
+    re.IGNORECASE,
 )
 
 
-def read_table(
-    path: Path | str,
-    *,
-    subject_id: str | None = None,
-    age: str | None = None,
-    sex: str | None = None,
-    site: str | None = None,
-    session_id: str | None = None,
-    diagnosis: str | None = None,
-    image_id: str | None = None,
-    age_unit: str = "auto",
-) -> pd.DataFrame:
+def read_table(path: Path | str, *, age_unit: str = "auto", **columns: str | None) -> pd.DataFrame:
     """Read a participants table of any common kind.
 
     Parameters
     ----------
     path : path
         CSV, TSV, XLS or XLSX.
-    subject_id, age, sex, site, session_id, diagnosis, image_id : str, optional
-        Names of columns; what is not named is found by its name. `age` may list one column a visit, parted by
-        commas (`"AgeMRI_W1,AgeMRI_W2"`): each gives a row, and the visit becomes the session.
     age_unit : {"auto", "years", "months", "weeks", "days"}
         Unit of bare numbers. "auto": what the column's name, the sidecar (`participants.json`), a line of
         labels below the header or a column `age_unit` says, else years.
+    **columns : str
+        Names of columns by role: `subject_id`, `age`, `sex`, `site`, `session_id`, `diagnosis`, `image_id`;
+        what is not named is found by its name. `age` may list one column per visit, with commas between
+        (`"AgeMRI_W1,AgeMRI_W2"`): each gives a row, and the visit becomes the session.
 
     Returns
     -------
     DataFrame
-        One row a subject and session (and image, where the table lists images) with a usable age:
+        One row per subject and session (and image, where the table lists images) with a usable age:
         `subject_id, session_id, age` [years], `sex` ("F", "M" or ""), `site`; `diagnosis`, `cdr`, `image_id`
         where the table knows them; `table_id` (the id as written) and `age_note` (how an age came from
         several rows, mostly ""). Ids are text as written, without `sub-`. `attrs["notes"]` lists what was
@@ -149,21 +133,16 @@ def read_table(
     TableError
         Where no age can be read safely; the message says what to set.
     """
-    named = {
-        "subject_id": subject_id,
-        "age": age,
-        "sex": sex,
-        "site": site,
-        "session_id": session_id,
-        "diagnosis": diagnosis,
-        "image_id": image_id,
-    }
-    named = {role: name for role, name in named.items() if name}
+    if unknown := columns.keys() - COLUMN_PARAMETERS:
+        raise TypeError(
+            f"read_table knows no {', '.join(unknown)}; roles are {', '.join(COLUMN_PARAMETERS)}."
+        )
+    named = {role: name for role, name in columns.items() if name}
     sheets, notes = read_cells(path)
     table = TextTable(next(iter(sheets.values())), str(path), read_sidecar(path), notes)
     if len(sheets) > 1:
-        table = _sheet_with_ages(sheets, table, named)
-    return interpret_cells(table, named, age_unit)
+        table = _choose_sheet(sheets, table, named)
+    return _collect(*_read_rows(table, named, age_unit), table)
 
 
 def refused_rows(frame: pd.DataFrame) -> pd.DataFrame:
@@ -180,33 +159,20 @@ def bare_session(label: str) -> str:
     return re.sub(r"^ses-?(?=.)", "", re.sub(r"^(\d+)\.0$", r"\1", label.strip()), flags=re.IGNORECASE)
 
 
-def interpret_cells(table: TextTable, named: dict[str, str], age_unit: str = "auto") -> pd.DataFrame:
-    """Find the columns of a table of text cells and read them.
-
-    Parameters
-    ----------
-    table : TextTable
-        The cells as written.
-    named : dict
-        Role (a parameter of `read_table`) -> column.
-    age_unit : str
-        As in `read_table`.
-
-    Returns
-    -------
-    DataFrame
-        As `read_table`.
-    """
+def _read_rows(
+    table: TextTable, named: dict[str, str], age_unit: str = "auto"
+) -> tuple[pd.DataFrame, list[AgeColumn]]:
+    """The rows of a table of text cells, each with its `Age`; and the columns that the ages are from."""
     if age_unit not in ("auto", *PER_YEAR):
         raise TableError(f"age_unit = {age_unit!r}: it is one of auto, {', '.join(PER_YEAR)}.")
-    subject = _column(table, named, "subject_id")
+    subject = _find_column(table, named, "subject_id")
     if subject is None:
         raise table.error("no column of subject ids was found", "set subject_column to its name")
     for line in table.cells.attrs.get("above", []):
         table.note(f"A line above the header is passed over: {line}")
     if problem := table.sidecar.get(""):
         table.note(f"{problem}: nothing that it explains was used.")
-    ages = named_ages(table, named["age"]) if "age" in named else age_columns(table.cells)
+    ages = read_named_ages(table, named["age"]) if "age" in named else find_age_columns(table.cells)
     set_labels_aside(table, subject, [column.name for column in ages])
     ages = ages if "age" in named else [find_age(table, subject, age_unit)]
     if len(table.cells) > 2 and (table.cells[ages[0].name] == table.cells[subject]).all():
@@ -214,21 +180,16 @@ def interpret_cells(table: TextTable, named: dict[str, str], age_unit: str = "au
             f"'{ages[0].name}' is the same as '{subject}' in every row: the columns seem shifted",
             "name each column in the header, or set age_column to another one",
         )
-    people = _people(table, named, subject)
-    visits = [_visit(table, people, column, age_unit, several=len(ages) > 1) for column in ages]
-    rows = pd.concat(visits, ignore_index=True)
-    nameless = rows["subject_id"] == ""
-    if nameless.any():
-        table.note(f"Rows without an id, left out: {nameless.sum()}.")
-    rows = merge_repeats(rows[~nameless].reset_index(drop=True), table)
-    return _result(rows, table, ages)
+    people = _read_people(table, named, subject)
+    visits = [_read_visit(table, people, column, age_unit, several=len(ages) > 1) for column in ages]
+    return pd.concat(visits, ignore_index=True), ages
 
 
-def _sheet_with_ages(sheets: dict[str, pd.DataFrame], first: TextTable, named: dict[str, str]) -> TextTable:
+def _choose_sheet(sheets: dict[str, pd.DataFrame], first: TextTable, named: dict[str, str]) -> TextTable:
     """The first sheet of a workbook that has a column of ids and one of ages."""
     for name, cells in sheets.items():
         has_id = named.get("subject_id") in cells or find_role("subject_id", cells.columns)
-        has_age = named.get("age") in cells or age_columns(cells.columns)
+        has_age = named.get("age") in cells or find_age_columns(cells.columns)
         if has_id and has_age:
             others = ", ".join(sheet for sheet in sheets if sheet != name)
             note = f"Sheet '{name}' was read; other sheets were not: {others}."
@@ -236,63 +197,62 @@ def _sheet_with_ages(sheets: dict[str, pd.DataFrame], first: TextTable, named: d
     return first
 
 
-def _column(table: TextTable, named: dict[str, str], role: str) -> str | None:
+def _find_column(table: TextTable, named: dict[str, str], role: str) -> str | None:
     """The column of a role: the one named, else the one found, else None."""
     if role in named:
-        return existing_column(table, named[role], role)
+        return find_named_column(table, named[role], role)
     name = find_role(role, table.cells.columns)
     if name is not None and plain_name(name) != ROLE_NAMES[role][0]:
         table.note(f"{role} is read from column '{name}'.")
     return name
 
 
-def _people(table: TextTable, named: dict[str, str], subject: str) -> pd.DataFrame:
+def _read_people(table: TextTable, named: dict[str, str], subject: str) -> pd.DataFrame:
     """All but the age of every row: ids, session, sex and what else is known."""
     cells = table.cells
-    written = _filled(cells[subject])
-    ids, in_id = _ids(table, written)
-    session = _column(table, named, "session_id")
-    sessions = _filled(cells[session]).map(bare_session) if session else in_id
+    written = _blank_missing(cells[subject])
+    ids, in_id = _read_ids(table, written)
+    session = _find_column(table, named, "session_id")
+    sessions = _blank_missing(cells[session]).map(bare_session) if session else in_id
     people = {
         "subject_id": ids,
         "session_id": sessions.where(sessions != "", in_id),
-        "sex": _sexes(table, _column(table, named, "sex")),
+        "sex": _read_sexes(table, _find_column(table, named, "sex")),
         "table_id": written,
     }
     for role in _KNOWN_TEXT:
         if named.get(role, find_role(role, cells.columns)) not in (None, subject):
-            people[role] = _filled(cells[_column(table, named, role)])
+            people[role] = _blank_missing(cells[_find_column(table, named, role)])
     return pd.DataFrame(people)
 
 
-def _filled(cells: pd.Series) -> pd.Series:
+def _blank_missing(cells: pd.Series) -> pd.Series:
     return cells.where(~cells.map(is_missing), "").str.strip()
 
 
-def _ids(table: TextTable, written: pd.Series) -> tuple[pd.Series, pd.Series]:
+def _read_ids(table: TextTable, written: pd.Series) -> tuple[pd.Series, pd.Series]:
     """Subject ids without `sub-`, and the sessions that ids carry (`OAS1_0001_MR2`)."""
     ids = written
     if written[written != ""].str.fullmatch(r"\d+\.0").all():
         table.note("Ids such as '12.0' are read as '12'.")
         ids = ids.str.removesuffix(".0")
     ids = ids.str.replace(r"^sub-", "", case=False, regex=True)
-    carried = ids.map(_SESSION_IN_ID.fullmatch)
-    if carried.notna().any():
-        first = carried.dropna().iloc[0]
+    carried = ids.str.extract(_SESSION_IN_ID).fillna("")
+    sessions = carried[1].map(bare_session)
+    if (found := sessions != "").any():
+        first = found.idxmax()
         table.note(
-            f"Ids that carry a session: {carried.notna().sum()}; '{first[0]}' is session "
-            f"'{bare_session(first[2])}' of subject '{first[1]}'."
+            f"Ids that carry a session: {found.sum()}; '{ids[first]}' is session '{sessions[first]}' of "
+            f"subject '{carried[0][first]}'."
         )
-    subjects = [match[1] if match else whole for match, whole in zip(carried, ids, strict=True)]
-    sessions = [bare_session(match[2]) if match else "" for match in carried]
-    return pd.Series(subjects, index=ids.index, dtype=str), pd.Series(sessions, index=ids.index, dtype=str)
+    return carried[0].where(found, ids), sessions
 
 
-def _sexes(table: TextTable, name: str | None) -> pd.Series:
-    """'F', 'M' or '' a row."""
+def _read_sexes(table: TextTable, name: str | None) -> pd.Series:
+    """'F', 'M' or '' for each row."""
     if name is None:
         return pd.Series("", index=table.cells.index, dtype=str)
-    coding = sex_coding([name, *(text for _, text in table.described(name))])
+    coding = read_sex_codes([name, *(text for _, text in table.described(name))])
     sexes = table.cells[name].map(lambda cell: read_sex(cell, coding))
     unread = [cell for cell in table.cells[name][sexes == ""] if not is_missing(cell)]
     if unread:
@@ -304,7 +264,7 @@ def _sexes(table: TextTable, name: str | None) -> pd.Series:
     return sexes
 
 
-def _visit(
+def _read_visit(
     table: TextTable, people: pd.DataFrame, column: AgeColumn, age_unit: str, *, several: bool
 ) -> pd.DataFrame:
     """The rows with the ages of one age column."""
@@ -312,7 +272,7 @@ def _visit(
         raise table.error(
             "rows have sessions, and several age columns were named", "set age_column to one column"
         )
-    units = units_of(table, column, age_unit)
+    units = find_units(table, column, age_unit)
     cells = zip(table.cells[column.name], units, strict=True)
     ages = pd.Series([parse_age(cell, unit) for cell, unit in cells], index=people.index)
     _note_cell_rules(ages, table)
@@ -334,8 +294,12 @@ def _note_cell_rules(ages: pd.Series, table: TextTable) -> None:
         table.note(f"Ages not written as plain years: {len(alike)} ({alike.iloc[0]}).")
 
 
-def _result(rows: pd.DataFrame, table: TextTable, ages: list[AgeColumn]) -> pd.DataFrame:
+def _collect(rows: pd.DataFrame, ages: list[AgeColumn], table: TextTable) -> pd.DataFrame:
     """The table of usable ages, with notes and refused rows in `attrs`."""
+    nameless = rows["subject_id"] == ""
+    if nameless.any():
+        table.note(f"Rows without an id, left out: {nameless.sum()}.")
+    rows = merge_repeats(rows[~nameless].reset_index(drop=True), table)
     usable = rows["age"].map(lambda age: age.years is not None).astype(bool)
     reasons = rows["age"].map(lambda age: age.reason)
     if not usable.any():
@@ -392,25 +356,23 @@ def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) ->
     DataFrame
         As `read_table`.
     """
-    sessions = [] if columns.get("age") else _session_tables(data_dir)
-    if not sessions:
+    parts = [] if columns.get("age") else _read_sessions(data_dir)
+    if not parts:
         return read_table(path, **columns)
-    unit = columns.get("age_unit") or "auto"
-    people = next(iter(read_cells(path)[0].values()))
-    named = {role: name for role, name in columns.items() if name in people}
-    subject = named.pop("subject_id", find_role("subject_id", people.columns))
-    named.pop("session_id", None)
-    joined = _with_people(_as_one(sessions, unit), people, subject, path)
-    at_session = interpret_cells(joined, named, unit)
+    read = [_read_rows(part, {}, columns.get("age_unit") or "auto") for part in parts]
+    people = TextTable(next(iter(read_cells(path)[0].values())), str(path), read_sidecar(path))
+    people.notes = list(dict.fromkeys(note for part in parts for note in part.notes))
+    rows = pd.concat([rows for rows, _ in read], ignore_index=True).fillna("")
+    at_session = _collect(_add_people(rows, people, columns), read[0][1], people)
     try:
         table = read_table(path, **columns)
     except TableError as error:
         at_session.attrs["notes"].append(f"No age is read from the table itself: {error}")
         return at_session
-    return _put_before(at_session, table)
+    return _prefer_sessions(at_session, table)
 
 
-def _session_tables(data_dir: Path) -> list[TextTable]:
+def _read_sessions(data_dir: Path) -> list[TextTable]:
     """The sessions files that hold ages; those with the same columns and sidecars as one table."""
     alike: dict[str, tuple[dict, list[pd.DataFrame]]] = {}
     shared, without = read_sidecar(data_dir / "sessions.tsv"), []
@@ -419,7 +381,7 @@ def _session_tables(data_dir: Path) -> list[TextTable]:
             cells = read_cells(path)[0][""]
         except TableError:
             cells = pd.DataFrame()  # a sessions file without rows is common
-        if not age_columns(cells.columns):
+        if not find_age_columns(cells.columns):
             without.append(path.parent.name)
             continue
         sidecar = shared | read_sidecar(path)
@@ -439,38 +401,20 @@ def _session_tables(data_dir: Path) -> list[TextTable]:
     ]
 
 
-def _as_one(parts: list[TextTable], age_unit: str) -> TextTable:
-    """Tables with other columns or sidecars as one, each age with the unit of its own table."""
-    if len(parts) == 1:
-        return parts[0]
-    cells = []
-    for part in parts:
-        age = find_age(part, "participant_id", age_unit)
-        units = units_of(part, age, age_unit)
-        others = [column.name for column in age_columns(part.cells)]
-        cells.append(part.cells.drop(columns=others).assign(age=part.cells[age.name], age_unit=units))
-    notes = list(dict.fromkeys(note for part in parts for note in part.notes))
-    return TextTable(pd.concat(cells, ignore_index=True).fillna(""), parts[0].where, {}, notes)
+def _add_people(rows: pd.DataFrame, people: TextTable, columns: Mapping[str, str]) -> pd.DataFrame:
+    """Rows of sessions with what the participants table knows of their people."""
+    named = {role: name for role, name in columns.items() if name in people.cells}
+    subject = named.get("subject_id", find_role("subject_id", people.cells.columns))
+    if subject is None:
+        return rows
+    known = _read_people(people, named, subject).drop_duplicates("subject_id").set_index("subject_id")
+    for column in known.columns.intersection(["sex", "site", "diagnosis", "cdr"]):
+        own = rows.get(column, pd.Series("", index=rows.index))
+        rows[column] = own.where(own != "", rows["subject_id"].map(known[column]).fillna(""))
+    return rows
 
 
-def _with_people(sessions: TextTable, people: pd.DataFrame, subject: str | None, path: Path) -> TextTable:
-    """The sessions with what the participants table knows of the people: all but ages and sessions."""
-    if subject not in people:
-        return sessions
-    aside = {column.name for column in age_columns(people.columns)} | set(sessions.cells.columns)
-    aside = (aside | {find_role("session_id", people.columns)}) - {subject}
-    known = people.drop(columns=[name for name in people.columns if name in aside])
-    known = known.assign(_id=_bare(known[subject])).drop(columns=subject).drop_duplicates("_id")
-    cells = sessions.cells.assign(_id=_bare(sessions.cells["participant_id"]))
-    cells = cells.merge(known, on="_id", how="left").drop(columns="_id").fillna("")
-    return TextTable(cells, sessions.where, read_sidecar(path) | sessions.sidecar, sessions.notes)
-
-
-def _bare(ids: pd.Series) -> pd.Series:
-    return ids.str.strip().str.replace(r"^sub-", "", case=False, regex=True)
-
-
-def _put_before(at_session: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
+def _prefer_sessions(at_session: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
     """All rows of subjects with an age at a session, then the table's rows of all others."""
     told = set(at_session["subject_id"])
     others = table[~table["subject_id"].isin(told)]

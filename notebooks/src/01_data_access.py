@@ -19,8 +19,8 @@
 # **In:** a folder of T1-weighted scans and a table of ages, or the name of a public data set, or nothing at all: the
 # default makes a cohort of test heads whose ages and brain ages are known.
 #
-# **Out:** `cohort.csv`, one row a scan: who was scanned, how old they were, where the file lies. Whom the cohort rules
-# left out is in `cohort_dropped.csv`, what found no partner in `cohort_unmatched.csv`.
+# **Out:** `cohort.csv`, one row per scan: who was scanned, how old they were, where the file lies. Those that the cohort
+# rules left out are in `cohort_dropped.csv`, what found no partner in `cohort_unmatched.csv`.
 #
 # Getting the right age to the right scan is where most brain-age projects first go wrong: ids lose their zeros,
 # a person stands in the table twice with two ages, "89+" is read as 89. This notebook resolves each of these by a
@@ -61,7 +61,7 @@ subject_column = ""  # @param {type:"string"}
 age_column = ""  # @param {type:"string"}
 # unit of the ages: auto, years, months, weeks or days
 age_unit = "auto"  # @param ["auto", "years", "months", "weeks", "days"]
-# words for controls in the table that are not known (healthy, HC, CTL, ...), parted by commas; 06 uses them too
+# words for controls in the table that are not known (healthy, HC, CTL, ...), with commas between; 06 uses them too
 control_words = ""  # @param {type:"string"}
 # people in the demo cohort (source "demo")
 n_subjects = 220  # @param {type:"integer"}
@@ -108,7 +108,7 @@ found.cohort.head(8)
 Markdown(found.terms.markdown())
 
 # %% [markdown]
-# ## Whom the cohort rules left out
+# ## Who was left out by the cohort rules
 # A brain-age model learns from healthy people. `more` sets the rules: `max_cdr`, `controls_only`, `retests`.
 
 # %%
@@ -150,10 +150,13 @@ plt.show()
 
 # %% [markdown]
 # ## What is planted in the demo cohort
-# A brain age (age plus a gap of a few years) drives four changes: ventricles widen, sulci open, grey and white matter
-# lose contrast, bright spots beside the ventricles darken. Two references, each the mean over all scans: the oracle
-# knows the brain age and gives it as the age; the attainable regression sees the four changes, from which each person
-# departs a little, so it errs more. 06 shows both again, here and on the test scans. Other sources have nothing here.
+# Each head has a brain age: its age plus a gap of a few years. The brain age drives four changes: ventricles widen,
+# sulci open, grey and white matter lose contrast, bright spots beside the ventricles darken.
+#
+# There are two floors, each the mean over all scans. A perfect reader of the four changes still errs by the
+# **attainable** error, because each person departs a little from the rule. The true brain age itself is off by the
+# **oracle** error, because brain age is not age. Notebook 06 shows both again, here and on the test scans. Other
+# sources have nothing here.
 
 # %%
 if source == "demo":

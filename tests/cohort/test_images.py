@@ -16,6 +16,8 @@ BiasField_001_T1.nii 001_T1_biasfield.nii.gz 001_T1Warped.nii.gz 001_T1_InverseW
 fs/001/mri/orig/001.mgz 001_T1.anat/T1_biascorr.nii.gz 001_T1-L_Hipp_first.nii.gz
 001_T1_Crop_1.nii.gz fs/001.long.base/mri/T1.mgz
 """
+PEOPLE = "HEAT_001_T1 NORM_002 brain03 c1_T1 m001 m002 orig_04 orig_05 r7 wm12"
+FREESURFER = "T1 brain brain.finalsurfs nu orig rawavg wm aseg aparc+aseg orig/001"
 
 
 @pytest.fixture
@@ -110,18 +112,7 @@ def test_a_product_of_a_scan_that_is_there_is_no_further_scan(folder, product):
 
 
 def test_people_whose_ids_begin_or_end_like_products_are_people(folder):
-    names = [
-        "HEAT_001_T1",
-        "NORM_002",
-        "brain03",
-        "c1_T1",
-        "m001",
-        "m002",
-        "orig_04",
-        "orig_05",
-        "r7",
-        "wm12",
-    ]
+    names = PEOPLE.split()
     assert stems(folder(*(f"{name}.nii" for name in names))) == names
     images = folder("001.nii", "2.nii", "c12.nii", "c1001.nii")
     assert set(left(images)) == {"c12.nii", "c1001.nii", "m001.nii"}
@@ -139,18 +130,7 @@ def test_products_whose_scan_is_not_there_are_taken_with_a_note_but_never_maps(f
 
 
 def test_one_volume_of_a_freesurfer_subject_is_taken(folder):
-    volumes = [
-        "T1",
-        "brain",
-        "brain.finalsurfs",
-        "nu",
-        "orig",
-        "rawavg",
-        "wm",
-        "aseg",
-        "aparc+aseg",
-        "orig/001",
-    ]
+    volumes = FREESURFER.split()
     names = [f"fs/{one}/mri/{name}.mgz" for one in ("A", "B") for name in volumes]
     images = folder(*names, "fs/C/mri/orig.mgz", "fs/C/mri/brain.mgz", "D/T1.mgz", "D/brain.mgz", "D/wm.mgz")
     assert list(images["folders"] + "/" + images["stem"]) == [

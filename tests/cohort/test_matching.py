@@ -140,6 +140,13 @@ def test_ids_that_differ_by_padding_only_meet_their_own_image_and_no_other(match
     assert "several subjects of the table (01, 1)" in found["sub-001_T1w.nii"]
 
 
+def test_of_ids_that_are_alike_the_one_written_most_like_the_image_is_meant(match):
+    assert match(["AB_1_T1.nii", "AB-01_T1.nii"], ["AB1", "AB01"]) == {
+        "AB-01_T1.nii": "AB01",
+        "AB_1_T1.nii": "AB1",
+    }
+
+
 def test_a_path_that_fits_two_subjects_is_refused(match):
     found = match(["AB12/AB13_T1.nii"], ["AB12", "AB13"])
     assert "'AB12' (subject AB12) or 'AB13' (subject AB13)" in found["AB12/AB13_T1.nii"]
@@ -232,28 +239,12 @@ def test_of_200_numbered_subjects_none_is_taken_for_another(match, width):
 # --- the cohort decides ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "prefix",
-    [
-        *(
-            "site",
-            "v",
-            "visit",
-            "ses",
-            "run",
-            "scan",
-            "group",
-            "day",
-            "batch",
-            "img",
-            "S",
-            "study",
-            "north",
-            "C0",
-        ),
-        *("1.5T_", "01-15-2019_", "04.05.2019_", "20190504_"),
-    ],
+BEFORE = (
+    "site v visit ses run scan group day batch img S study north C0 1.5T_ 01-15-2019_ 04.05.2019_ 20190504_"
 )
+
+
+@pytest.mark.parametrize("prefix", BEFORE.split())
 @pytest.mark.parametrize("ids", [[f"{i:03d}" for i in range(1, 13)], [str(i) for i in range(1, 13)]])
 def test_what_stands_before_the_ids_is_not_taken_for_them(match, prefix, ids):
     tail = "" if prefix.endswith("_") else "_"
@@ -262,6 +253,16 @@ def test_what_stands_before_the_ids_is_not_taken_for_them(match, prefix, ids):
         for i, one in enumerate(ids, start=1)
     ]
     assert match(names, ids) == dict(zip(names, ids, strict=True))
+
+
+def test_a_table_of_few_of_the_people_gives_them_their_images(match):
+    names = [f"site{i % 3}_{i:03d}.nii" for i in range(1, 13)]
+    found = match(names, ["002", "005", "009"])
+    assert {name: one for name, one in found.items() if len(one) == 3} == {
+        "site2_002.nii": "002",
+        "site2_005.nii": "005",
+        "site0_009.nii": "009",
+    }
 
 
 def test_an_id_in_a_folder_wins_over_that_of_the_centre(match):

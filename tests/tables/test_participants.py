@@ -9,7 +9,10 @@ import pandas as pd
 import pytest
 
 import brainage_nb
+from brainage_nb.cohort.rules import CohortRules
+from brainage_nb.parameters import fields_of
 from brainage_nb.pipeline import Notebook, notebooks_folder
+from brainage_nb.sources.opening import SourceSettings
 from brainage_nb.tables.columns import COLUMN_PARAMETERS
 from brainage_nb.tables.files import TableError, read_cells
 from brainage_nb.tables.participants import read_table, refused_rows
@@ -195,21 +198,10 @@ def test_a_person_without_a_number_for_an_age_is_no_label(table):
 # --- columns --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "age",
-        "Age",
-        "AGE",
-        "AGE_AT_SCAN",
-        "Age (years)",
-        "ageyears",
-        "Age_in_Yrs",
-        "PatientAge",
-        "MRIAge",
-        "âge",
-    ],
-)
+AGES = "age Age AGE AGE_AT_SCAN ageyears Age_in_Yrs PatientAge MRIAge âge"
+
+
+@pytest.mark.parametrize("name", ["Age (years)", *AGES.split()])
 def test_the_age_column_is_found_by_its_name(table, name):
     assert ages(table(f"ID\t{name}\n01\t35\n")) == {"01": 35}
 
@@ -257,6 +249,11 @@ def test_columns_can_be_named_and_a_misspelt_name_lists_what_there_is(table):
     assert frame.loc[0, ["subject_id", "age", "sex"]].to_list() == ["7", 35, "F"]
     with pytest.raises(TableError, match="Columns: code, years, m_or_f"):
         table(text, subject_id="code", age="yers")
+
+
+def test_a_role_that_does_not_exist_is_refused(table):
+    with pytest.raises(TypeError, match="read_table knows no agee; roles are subject_id, age"):
+        table("ID\tage\n1\t30\n", agee="age")
 
 
 def test_socioeconomic_status_is_no_session(table):
@@ -520,33 +517,23 @@ def test_tables_can_be_put_together_although_they_carry_notes(table):
     assert len(first.merge(second, on="age")) == 1
 
 
+PROSE = "and aside by has import in it itself of or states stays with"
+"""Words after `set` in texts that set nothing."""
+
+
 def test_messages_tell_to_set_parameters_of_the_first_notebook():
     """Walks every text of the modules that read tables and find sources."""
-    known = {*Notebook(notebooks_folder() / "01_data_access.ipynb").parameters(), *COLUMN_PARAMETERS.values()}
-    told = []
+    more = {*fields_of(SourceSettings), *fields_of(CohortRules)}
+    known = {*Notebook(notebooks_folder() / "01_data_access.ipynb").parameters(), *more}
+    assert known >= set(COLUMN_PARAMETERS.values())
+    told, to_set = [], re.compile(r"\b[Ss]et `?(\w+)|(?:or|as) (\w+(?=={})|\w+_\w+)")
     package = Path(brainage_nb.__file__).parent
     for path in sorted(path for place in ("tables", "sources") for path in package.glob(f"{place}/*.py")):
         for text in texts_of(ast.parse(path.read_text())):
-            told += [
-                (path.name, *names) for names in re.findall(r"\b[Ss]et `?(\w+)|(?:or|as) (\w+)={}", text)
-            ]
+            told += [(path.name, *names) for names in to_set.findall(text)]
     told = [(name, word) for name, *words in told for word in words if word]
     assert len(told) > 20
-    prose = {
-        "and",
-        "aside",
-        "by",
-        "has",
-        "import",
-        "in",
-        "it",
-        "itself",
-        "of",
-        "or",
-        "states",
-        "stays",
-        "with",
-    }
+    prose = set(PROSE.split())
     assert [(name, word) for name, word in told if word not in known | prose] == []
 
 
