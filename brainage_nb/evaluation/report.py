@@ -254,7 +254,7 @@ def _report_html(evaluation: Evaluation, figures: list[tuple[ReportFigure, str]]
     headline = headline_table(evaluation.results).T.rename_axis(index="test, raw", columns=None)
     versions = pd.DataFrame({"package": PACKAGES, "version": [version_of(name) for name in PACKAGES]})
     return (
-        _templates()
+        load_templates()
         .get_template("report.html.j2")
         .render(
             title=title,
@@ -278,7 +278,7 @@ def model_card(evaluation: Evaluation, run: str = "") -> str:
     run : str
         One run's name; empty for all, under each other.
     """
-    template = _templates().get_template("model_card.md.j2")
+    template = load_templates().get_template("model_card.md.j2")
     cards = [
         template.render(_card_content(evaluation, name)).strip()
         for name in ([run] if run else evaluation.runs)
@@ -323,7 +323,7 @@ SHOWN = (
 
 
 @cache
-def _templates() -> Environment:
+def load_templates() -> Environment:
     """The jinja2 environment of report and card; text is escaped in the page."""
     from jinja2 import Environment, PackageLoader, select_autoescape
 

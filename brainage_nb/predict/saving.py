@@ -19,7 +19,7 @@ from brainage_nb.bundle_format import CARD, MANIFEST, RESNET, VGG, hashed, write
 from brainage_nb.evaluation.correction import ConformalInterval
 from brainage_nb.evaluation.evaluate import calibrate
 from brainage_nb.evaluation.metrics import regression_metrics, with_interval
-from brainage_nb.evaluation.report import templates
+from brainage_nb.evaluation.report import load_templates
 from brainage_nb.evaluation.runs import OUT_OF_FOLD, read_run, reported_level
 from brainage_nb.platforms import version_of
 from brainage_nb.predict.cautions import NOT_A_DEVICE, REFERENCE_FILE, Reference
@@ -284,5 +284,5 @@ def write_card(manifest: Mapping[str, Any]) -> str:
     interval = manifest["interval"] and ConformalInterval.from_dict(manifest["interval"])
     is_test_object = set(manifest["training"].get("source", {})) == {"demo"}
     content = {"interval": interval, "is_test_object": is_test_object, "with_interval": with_interval}
-    card = templates().get_template("bundle_card.md.j2").render(manifest | content, notice=NOT_A_DEVICE)
+    card = load_templates().get_template("bundle_card.md.j2").render(manifest | content, notice=NOT_A_DEVICE)
     return f"{card.strip()}\n"
