@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 30
 LOOPBACK = "127.0.0.1:0"  # Dask serves its state over HTTP even without a dashboard: not to the network
+LOST_SECONDS = 20  # a task is pending so long though no worker has anything to do: it is handed out again
 WAITING_PER_THREAD = 3  # results kept ahead of the one that is asked for
 
 
@@ -113,6 +114,9 @@ def _result(client: Client, function: Callable[..., Any], task: tuple, future: A
 
     for left in range(again, -1, -1):
         try:
+            while not _is_done(client, future):
+                future.cancel()
+                future = client.submit(function, *task, pure=False)
             return future.result()
         except KilledWorker as error:
             if not left:
@@ -123,6 +127,22 @@ def _result(client: Client, function: Callable[..., Any], task: tuple, future: A
             future = client.submit(function, *task, pure=False)
         except Exception as error:
             return error
+
+
+def _is_done(client: Client, future: Any) -> bool:
+    """Wait for a task; False where the scheduler has forgotten it: it is pending while workers stand idle.
+
+    Seen after several workers had died at once.
+    """
+    from distributed import wait
+
+    while True:
+        try:
+            wait(future, timeout=LOST_SECONDS)
+            return True
+        except TimeoutError:
+            if client.nthreads() and not any(client.processing().values()):
+                return future.done()
 
 
 def _local(gpus: int):
