@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import logging
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -31,7 +32,7 @@ from brainage_nb.parameters import (
     split_items,
     split_more,
 )
-from brainage_nb.workspace import MissingInput, Workspace, read_json
+from brainage_nb.workspace import MissingInput, Workspace, read_json, write_text
 
 if TYPE_CHECKING:
     from jupyter_client.manager import KernelManager
@@ -296,7 +297,6 @@ def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
                 parameters=dict(values),
                 kernel_name="python3",
                 km=kernel,
-                coalesce_streams=True,  # of each progress bar its last state
                 progress_bar=sys.stderr.isatty(),
                 request_save_on_cell_execute=True,
             )
@@ -307,6 +307,8 @@ def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
             f"{notebook.name}: the kernel died ({error}), most often for want of memory. "
             f"Run again: finished work is kept. What ran so far: {output}"
         ) from error
+    finally:
+        _keep_last_lines(output)
     result = workspace.result(notebook.name)
     if result is None:
         raise NotebookFailed(
@@ -318,6 +320,32 @@ def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
             f"{notebook.name} stopped before its end with everything saved. Run the same command to go on."
         )
     return result
+
+
+def _keep_last_lines(executed: Path) -> None:
+    """Keep of each progress bar what a terminal would show at the end, not a line for every update.
+
+    nbclient's `coalesce_streams` does it while the notebook runs, and then writes a figure that a later cell
+    updates to a wrong place or none.
+    """
+    import nbformat
+
+    if not executed.is_file():
+        return
+    book = nbformat.read(executed, as_version=4)
+    for cell in book.cells:
+        kept: list[Any] = []
+        for output in cell.get("outputs", []):
+            if kept and output.output_type == "stream" and kept[-1].get("name") == output.name:
+                kept[-1].text += output.text
+            else:
+                kept.append(output)
+        for output in kept:
+            if output.output_type == "stream":
+                output.text = re.sub(r"[^\n]*\r(?=[^\n])", "", output.text)
+        if "outputs" in cell:
+            cell.outputs = kept
+    write_text(nbformat.writes(book), executed)
 
 
 @contextmanager

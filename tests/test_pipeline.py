@@ -250,6 +250,23 @@ def test_the_command_line_stops_at_the_first_failure_and_says_so(tmp_path, monke
     assert "passes over the training set" in capsys.readouterr().out
 
 
+def test_a_figure_that_a_later_cell_updates_is_kept_where_it_was_shown(tmp_path):
+    body = """
+import sys
+from IPython.display import display
+for step in range(3):
+    print(step, file=sys.stderr, flush=True)
+    print(step, flush=True)
+shown = display("first", display_id=True)
+"""
+    notebook = make_notebook(tmp_path, "01_a", body, ending="shown.update('second')\n" + ENDING)
+    run_notebooks([notebook], open_workspace(tmp_path / "ws"), {})
+    book = nbformat.read(tmp_path / "ws" / "executed" / "01_a.ipynb", as_version=4)
+    texts = [output["data"]["text/plain"] for cell in book.cells for output in cell.get("outputs", [])
+             if output.output_type == "display_data"]  # fmt: skip
+    assert "'second'" in texts and "'first'" not in texts
+
+
 def test_an_executed_notebook_keeps_the_last_state_of_a_progress_bar_only(tmp_path):
     body = """
 import sys, time
