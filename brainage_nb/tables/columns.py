@@ -26,9 +26,8 @@ COLUMN_PARAMETERS = {
 _NAMES = {
     "subject_id": """
         participant_id participantid participant subject_id subjectid subject subj_id sub_id subid subj sub
-        patient_id patientid patient ixi_id ptid src_subject_id subjectkey person_id case_id record_id rid id ids
-       
-        mri_id mr_id mrid scan_id image_id image_data_id file_name filename file image""",
+        patient_id patientid patient ixi_id ptid src_subject_id subjectkey person_id case_id record_id rid id
+        ids mri_id mr_id mrid scan_id image_id image_data_id file_name filename file image""",
     "session_id": """
         session_id sessionid session ses_id visit_id visit visit_code viscode visit_number timepoint
         time_point wave session_label visit_label""",
