@@ -27,8 +27,9 @@ _WORDS = {
         magnitude2 sbref""",
     # made from a scan, and no scan
     "map": """
-        heat lesion pve pveseg mixeltype biasfield warp warpfield warpcoef jac jacobian logjacobian defacemask
-        lesionmask firstseg origsegs outskin outskull inskull wmparc ribbon thickness synthseg posterior""",
+        heat heatmap lesion lesions wmh tumor tumour atlas parc labelmap pve pveseg mixeltype biasfield warp
+        warpfield warpcoef jac jacobian logjacobian defacemask lesionmask firstseg origsegs outskin outskull
+        inskull wmparc ribbon thickness synthseg posterior""",
     # made from a scan, left out where that is there; of several the one whose word comes first is taken
     "picture": """
         orig rawavg nu restore biascorr biascorrected corrected bfc n3 n4 n4corrected unifize denoised sanlm
@@ -38,6 +39,10 @@ _WORDS = {
         synthsr bet brain extracted skullstripped skullstrip stripped noskull deskulled masked hdbet
         synthstrip finalsurfs smooth smoothed fast bias field skull overlay gm wm csf prob tissue
         deformation pvc filled""",
+    # of folders: what was made or measured; and what by itself may be a group of people or what came first
+    "folder": """
+        derivatives fmriprep qc gt labelstr labelsts transforms flair t2 t2w dwi dti bold asl swi adc tof""",
+    "people": "lesion lesions tumor tumors tumour tumours norm orig fast field std lin eq map maps to",
 }
 """Words of file names by what they say of an image, in lower case."""
 _WORDS = {kind: {word: place for place, word in enumerate(words.split())} for kind, words in _WORDS.items()}
@@ -304,7 +309,8 @@ class _Sources:
     def add(self, row: Any, source: tuple[str, ...], made: list[str]) -> None:
         """Add an image that may be the source of others."""
         one = (_rank(made), row.image)
-        for key in [(source, row.folders), (source, "last", row.folders.split("/")[-1])]:
+        above, _, last = row.folders.rpartition("/")
+        for key in [(source, row.folders), (source, "last", last), (source, "below", above)]:
             self.best[key] = min(self.best.get(key, one), one)
         if not made:
             self.folders[source].add(row.folders)
@@ -318,6 +324,8 @@ class _Sources:
         names = row.folders.split("/")
         keys = [(source, above) for above in accumulate(names, "{}/{}".format)]
         keys += [(source, "last", name) for name in names if any(map(str.isdigit, name))]
+        if _words_of_folder(row.folders):  # 001/T1/x, 001/FLAIR/x
+            keys += [(source, "below", row.folders.rpartition("/")[0])]
         if source:  # `T1` alone says nothing of whose it is
             keys += [(source, "")]
             keys += [(source, *self.folders[source])] if len(self.folders.get(source, ())) == 1 else []
@@ -342,7 +350,18 @@ def _read_source(stem: str, folders: str, image: str) -> tuple[tuple[str, ...], 
         subject, *longitudinal = home["subject"].split(".long.")  # processed once more, with other sessions
         made += ["longitudinal"] * len(longitudinal)
         parts, until = _read_products(subject)[0], len(parts_of(stem)) - 1
+    elif words := _words_of_folder(
+        folders
+    ):  # a product if a scan of its name lies elsewhere, no map by itself
+        made, until = [*made, *words], len(parts_of(stem))
     return tuple(part.casefold() for part in parts), made, is_map, until
+
+
+def _words_of_folder(folders: str) -> list[str]:
+    """The words of the nearest folder where they all speak of what was made or measured (`brain_masks`)."""
+    words, people = parts_of(folders.split("/")[-1].lower()), _WORDS["people"]
+    made = [word for word in words if word in _WORDS["folder"] or _is_product(word.removesuffix("s"))]
+    return words if set(made) - people.keys() and set(words) <= {*made, *people} else []
 
 
 def _read_products(stem: str) -> tuple[list[str], list[str], bool, int]:

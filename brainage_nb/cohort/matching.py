@@ -249,11 +249,15 @@ class _Path:
         )
         return (*sorted(rest), "", *mine)
 
-    def session(self, own: _Candidate) -> str:
-        """The session that the name states outside of the id."""
-        others = [*self.texts[: own.start], *self.texts[own.end :]]
-        found = (re.fullmatch(r"(?:v|vis|visit|ses|tp)(\d{1,2})", text) for text in others)
-        return self.image.session_hint or next((match[1] for match in found if match), "")
+    def session(self, own: _Candidate, labels: Iterable[str] = ()) -> str:
+        """The session that the name states outside of the id, or the one of `labels` that stands there."""
+        others = [*self.parts[: own.start], *self.parts[own.end :]]
+        found = (re.fullmatch(r"(?:v|vis|visit|ses|tp)(\d{1,2})", part.text) for part in others)
+        if known := self.image.session_hint or next((match[1] for match in found if match), ""):
+            return known
+        texts = [part.text for part in others if part.role != "what"]  # T1 is what was measured
+        told = {label for label in labels if len(label) > 1 and not label.isdecimal() and label in texts}
+        return told.pop() if len(told) == 1 else ""
 
     def is_other_contrast(self, own: _Candidate) -> bool:
         """Whether the name, less the id (`PD_001`), says that this is no T1-weighted scan."""
@@ -633,8 +637,16 @@ class _Cohort:
         if own.strength == _LISTED:  # by file name, which says whose file it is
             label = path.image.subject_hint
         later = self.people.find_later(path, own)
-        visit = [text for m, text in enumerate(path.texts) if m in later or _DATE.fullmatch(text)]
-        return Match(row, reason, own.subjects, label, path.session(own), "_".join(visit))
+        outside = [m for m in range(len(path.parts)) if not own.start <= m < own.end]
+        visit = [
+            path.texts[m]
+            for m in outside
+            if m in later
+            or _DATE.fullmatch(path.texts[m])
+            or re.fullmatch(r"(fu|followup)\d*", path.texts[m])
+        ]
+        labels = [self.people.session_of[one].casefold() for one in self.people.rows_of[own.subjects[0]]]
+        return Match(row, reason, own.subjects, label, path.session(own, labels), "_".join(visit))
 
 
 # --- the row --------------------------------------------------------------------------------------------

@@ -99,6 +99,8 @@ def folder_cohort(
         return _join_sets(sets, images, columns, root, source)
     path = find_table(data_dir, table)
     rows, notes = _all_rows(read_participants(path, data_dir, columns or {}))
+    if not str(table) and path.parent != data_dir:
+        notes = [f"The only table was read: {path.relative_to(data_dir)}.", *notes]
     images = take_named(images, [name for role in _NAMES if role in rows for name in rows[role]])
     matches = _match_own_images(images, rows, path, data_dir)
     if all(match.row is None for match in matches):

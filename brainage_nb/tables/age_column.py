@@ -11,6 +11,7 @@ from brainage_nb.tables.ages import (
     FROM_CONCEPTION,
     OLDEST,
     UNCLEAR,
+    UNIT_OF,
     bare_number,
     fold,
     is_missing,
@@ -30,6 +31,10 @@ from brainage_nb.tables.columns import (
 from brainage_nb.tables.files import TableError, TextTable
 
 _AGE_IN_WORDS = re.compile(rf"\b(?:{'|'.join(AGE_WORDS)}|old)\b")
+_UNIT_KEY = re.compile("unit|einheit|unidad")
+_OF_ALL = re.compile("description|notes?|comments?|remarks?|readme|info", re.IGNORECASE)
+_LONG_UNITS = {word for word in UNIT_OF if len(word) > 1}
+_YEARS = {word for word, unit in UNIT_OF.items() if unit == "years"}
 _TYPES = words_of("int integer float number numeric num real double decimal string text char continuous")
 
 SAME_AGE_YEARS = 1.0
@@ -143,7 +148,7 @@ def find_unit(table: TextTable, column: AgeColumn, age_unit: str) -> str:
             f"'{column.name}' seems to count from conception, not from birth ({'; '.join(said)})",
             "set age_column to a column with the age since birth, or age_unit if it is one",
         )
-    doubts = [] if units else _find_doubts(table)
+    doubts = [] if units else _find_doubts(table, column)
     if doubts or len(units) > 1 or UNCLEAR in units:
         raise table.error(
             f"the unit of '{column.name}' is not clear ({'; '.join([*said, *doubts])})",
@@ -156,7 +161,7 @@ def _find_stated_units(table: TextTable, column: AgeColumn) -> dict[str, str]:
     """Every text that speaks of the unit of a column, with the unit; "" where it counts from conception."""
     found = [(column.name, column.unit, False)]
     for key, text in table.described(column.name):
-        is_unit = bool(re.search("unit|einheit|unidad", fold(key))) or (len(text) < 3 and text.isalpha())
+        is_unit = bool(_UNIT_KEY.search(fold(key))) or (len(text) < 3 and text.isalpha())
         if not is_missing(text):
             found.append((f"{key}: {text}".lstrip(": "), read_unit(text, is_unit=is_unit), is_unit))
     told, in_passing = {}, {}  # what is said in passing counts where nothing else is said
@@ -168,10 +173,34 @@ def _find_stated_units(table: TextTable, column: AgeColumn) -> dict[str, str]:
     return told or in_passing
 
 
-def _find_doubts(table: TextTable) -> list[str]:
-    """What may say a unit and is of no column: lines above the header, a sidecar that cannot be read."""
-    lines = [line for line in table.cells.attrs.get("above", []) if read_unit(line) not in ("", "years")]
-    return [*(f"above the header: {line}" for line in lines), *filter(None, [table.sidecar.get("", "")])]
+def _find_doubts(table: TextTable, column: AgeColumn) -> list[str]:
+    """What may say a unit elsewhere: lines above or below, columns of units, other entries of the sidecar."""
+    cells = table.cells
+    alone = [row for row in cells.to_numpy() if sum(map(bool, row)) == 1 or row[0].startswith(("#", "%"))]
+    lines = [*cells.attrs.get("above", []), *(" ".join(filter(None, row)) for row in alone)]
+    below = {cell for cell in cells[column.name] if fold(cell).strip("([.:])") in _LONG_UNITS - _YEARS}
+    told = {name: set(map(fold, cells[name])) - {""} for name in cells if name != column.name}
+    units = [name for name, words in told.items() if words and words <= _LONG_UNITS and words - _YEARS]
+    doubts = [
+        *(f"a line without an age: {line}" for line in lines if read_unit(line) not in ("", "years")),
+        *(f"'{cell}' among the ages" for cell in sorted(below)),
+        *(f"column '{name}': {cells[name].iloc[0]}" for name in units),
+        table.sidecar.get("", ""),
+    ]
+    own = {
+        text for entry in table.sidecar.values() if isinstance(entry, dict) for _, text in table.texts(entry)
+    }
+    for name, entry in table.sidecar.items():
+        # of an age that is no column, or a word on the whole table; of another column it is that one's
+        named = [one for one in find_age_columns([name]) if one.kind in ("age", "wave")]
+        if plain_name(name) in map(plain_name, cells) or not (named or _OF_ALL.fullmatch(name)):
+            continue
+        for key, text in table.texts(entry):
+            unit = read_unit(text, is_unit=bool(_UNIT_KEY.search(fold(key)))) or read_age_name(name).unit
+            speaks = named or (text not in own and _AGE_IN_WORDS.search(fold(text)))
+            if speaks and unit not in ("", "years"):
+                doubts.append(f"'{name}' in the sidecar: {text}")
+    return list(filter(None, doubts))
 
 
 def set_labels_aside(table: TextTable, subject: str, ages: list[str]) -> None:

@@ -30,14 +30,15 @@ def words_of(text: str) -> set[str]:
 
 UNIT_WORDS = {
     "years": """years year yrs yr y yo y.o jahre jahr jahren ans annees annee anos ano anni anno jaar jaren ar
-        lat lata roku let лет год года годы годах 岁 歳""",
+        lebensjahre lebensjahren lat lata roku let лет год года годы годах 岁 歳""",
     "months": """months month mos mo mths mth mon monate monat monaten mois meses mes mesi mese maanden maand
-        maneder manader manad miesiace miesiecy miesiacach mesice mesicu месяцы месяц месяца месяцев месяцах
+        lebensmonate lebensmonaten maneder manader manad
+        miesiace miesiecy miesiacach mesice mesicu месяцы месяц месяца месяцев месяцах
         月 月龄 个月 か月 ヶ月""",
     "weeks": """weeks week wks wk wochen woche semaines semaine semanas semana settimane settimana weken
-        veckor uger uker tygodnie tygodni недели неделя недель неделях 周""",
+        lebenswochen veckor uger uker tygodnie tygodni недели неделя недель неделях 周""",
     "days": """days day dys tage tag tagen jours jour dias dia giorni giorno dagen dag dagar dage dni
-        дни день дней днях 天""",
+        lebenstage дни день дней днях 天""",
 }
 """Words for each unit as people write them."""
 
@@ -71,7 +72,9 @@ _AFTER = {
     "end": r"\W*(?:$|[)\].;,])",
 }
 """What stands beside the word for a unit: `in months` states it, `6 months after` is a duration, …"""
-_IN_PARTS = re.compile(rf"\b(?:in|en|em)\s+(?:\S+\s+)?(?:{_PARTS}|bins|groups|bands|categories)\b")
+_IN_PARTS = re.compile(
+    rf"\b(?:in|en|em)\s+(?:\S+\s+)?(?:{_PARTS}|bins|groups|bands|categories)\b|[(\[]m\.?[)\]]|\bmonthly age"
+)
 
 FROM_CONCEPTION = re.compile(
     r"gesta[tcz]ion|menstrual|conception|amenorrh|schwangersch|\b(pma|lmp|ssw)\b|^ga\b|\bga (in|at|weeks)\b"

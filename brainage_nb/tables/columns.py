@@ -26,8 +26,8 @@ COLUMN_PARAMETERS = {
 _NAMES = {
     "subject_id": """
         participant_id participantid participant subject_id subjectid subject subj_id sub_id subid subj sub
-        patient_id patientid patient ixi_id ptid src_subject_id subjectkey person_id case_id rid id ids mri_id
-        mr_id mrid scan_id image_id image_data_id file_name filename file image""",
+        patient_id patientid patient ixi_id ptid src_subject_id subjectkey person_id case_id record_id rid id
+        ids mri_id mr_id mrid scan_id image_id image_data_id file_name filename file image""",
     "session_id": """
         session_id sessionid session ses_id visit_id visit visit_code viscode visit_number timepoint
         time_point wave session_label visit_label""",
@@ -44,7 +44,8 @@ _NAMES = {
     "cdr": "cdr",
     "age_unit": """
         age_unit age_units ageunit ageunits unit_of_age units_of_age age_uom unit_age unit units einheit
-        unidad unite""",
+        unidad unite alterseinheit unite_age age_unidad unidad_edad unidad_de_edad unit_age unitage
+        time_unit""",
 }
 ROLE_NAMES = {role: tuple(names.split()) for role, names in _NAMES.items()}
 """Known names of each role, the surest first; compared in lower case, punctuation as `_`.
@@ -167,7 +168,7 @@ def _words(name: str) -> list[str]:
 
 
 _UNITS = "|".join(word for word in UNIT_OF if len(word) > 1)
-_GLUED = re.compile(rf"({'|'.join(AGE_WORDS)})(at|in)?(scan|mri|{_UNITS}|group|range|\d+)")
+_GLUED = re.compile(rf"({'|'.join(AGE_WORDS)})(at|in)?(scan|mri)?({_UNITS}|group|range|\d+)?")
 _TURNED = re.compile(r"(scan|mri|subject|patient|participant)(age)")
 
 

@@ -81,7 +81,12 @@ class TextTable:
         named = [
             entry for name, entry in self.sidecar.items() if name and plain_name(name) == plain_name(column)
         ]
-        return [said for entry in named for said in _texts("", entry)]
+        return [said for entry in named for said in self.texts(entry)]
+
+    @staticmethod
+    def texts(entry: Any) -> list[tuple[str, str]]:
+        """All texts in an entry of the sidecar, as (key, text)."""
+        return list(_texts("", entry))
 
     def error(self, problem: str, remedy: str) -> TableError:
         """A refusal: what is wrong, what to set, and which columns there are."""
@@ -92,7 +97,7 @@ class TextTable:
 
 def _texts(key: str, entry: Any) -> Iterator[tuple[str, str]]:
     """All texts in an entry of a sidecar with the key each stands under; `Levels` as `0: Men`."""
-    if isinstance(entry, str) and not entry.startswith("http"):
+    if isinstance(entry, str) and ("unit" in key.lower() or not entry.startswith("http")):
         yield key, entry
     elif isinstance(entry, list):
         for item in entry:
@@ -131,11 +136,14 @@ def read_sidecar(path: Path | str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     while level:
         for item in [item for item in level if isinstance(item, dict)]:
-            named = item.get("name", item.get("column"))
+            lower = {key.lower(): value for key, value in item.items()}
+            named = next(
+                (lower[key] for key in ("name", "column", "field", "variable") if key in lower), None
+            )
             found = {str(named): item} | found if isinstance(named, str) else found
             found = item | found
         level = [inner for item in level for inner in _members(item)]
-    return found
+    return {name: entry for name, entry in found.items() if name}
 
 
 def _members(item: Any) -> list[Any]:
@@ -283,7 +291,8 @@ def _make_frame(rows: list[list[str]], where: Path | str) -> tuple[pd.DataFrame,
     if not body:
         raise TableError(f"{where} holds a header ({', '.join(header[:8])}) but no rows.")
     numbered = [row[0] for row in body] == [str(number) for number in range(1, len(body) + 1)]
-    shifted = numbered and not header[-1] and all(row[-1] for row in body)  # as Excel saves what R wrote
+    # as Excel saves what R wrote: row names stand under the first name
+    shifted = not header[-1] and all(row[-1] for row in body) and (numbered or _is_shifted(header, body))
     longer = all(len(row) == len(header) + 1 for row in body) and not _ends_blank(header, body)
     wide = next((n for n, row in enumerate(body, start=2) if any(row[len(header) :])), 0)
     if shifted or longer or wide:
@@ -305,9 +314,14 @@ def _ends_blank(header: list[str], body: list[list[str]]) -> bool:
 
     Sure where they give no age when read from the second cell on, as if the first were a row name.
     """
+    ages = bool(find_age_columns(header))
+    return ages and not _is_shifted(header, body) and not any(row[-1] for row in body)
+
+
+def _is_shifted(header: list[str], body: list[list[str]]) -> bool:
+    """Whether ages stand one cell to the right of their name, as below R's row names."""
     ages = [number for number, name in enumerate(header) if find_age_columns([name])]
-    as_rows_of_r = any(parse_age(row[number + 1]).years for number in ages for row in body)
-    return bool(ages) and not as_rows_of_r and not any(row[-1] for row in body)
+    return any(parse_age(cell).years for n in ages for row in body for cell in row[n + 1 : n + 2])
 
 
 def _make_distinct(header: list[str]) -> list[str]:

@@ -331,7 +331,7 @@ def _repair_quaternion(header: Any, path: Path, has_sform: bool) -> dict[str, st
     if 1 < length <= 1 + ROUNDING:
         for name, part in quaternion.items():
             header[name] = part / length
-    if not length > 1 + ROUNDING:
+    if length <= 1 + ROUNDING:
         return {}
     wrong = f"the qform is no rotation (its quaternion has length {length:.3g})"
     if not has_sform:

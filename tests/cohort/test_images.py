@@ -188,3 +188,37 @@ def test_dicom_files_are_noted_and_a_missing_folder_is_refused(folder, tmp_path)
     assert "dcm2niix" in folder("x/1.dcm", "a.nii").attrs["notes"][0]
     with pytest.raises(FileNotFoundError, match="Set data_dir"):
         find_images(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("folder", ["FLAIR", "T2", "masks", "brain_masks", "bet", "labelsTr", "lesion_masks"])
+def test_a_folder_named_after_what_was_made_or_measured_holds_no_second_scans(tmp_path, folder):
+    for name in (f"{one}/{n:03d}.nii.gz" for one in ("T1", folder) for n in range(3)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = find_images(tmp_path)
+    assert list(found["folders"]) == ["T1"] * 3
+    assert list(take_named(found, ["000", "001", "002"])["folders"]) == ["T1"] * 3
+    assert found.attrs["left_out"]["reason"].str.contains("is taken").all()
+
+
+@pytest.mark.parametrize("folder", ["FLAIR", "masks", "bet"])
+def test_nor_does_such_a_folder_of_each_subject(tmp_path, folder):
+    for name in (f"{n:03d}/{one}/x.nii.gz" for one in ("T1", folder) for n in range(3)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert list(find_images(tmp_path)["folders"]) == ["000/T1", "001/T1", "002/T1"]
+
+
+@pytest.mark.parametrize("folder", ["bet", "lesion"])
+def test_scans_that_lie_in_such_a_folder_only_are_taken(tmp_path, folder):
+    for name in (f"{folder}/1.nii.gz", "control/2.nii.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert len(find_images(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("word", ["lesions", "WMH", "tumor", "heatmap", "atlas", "labelmap"])
+def test_maps_beside_a_scan_are_no_scans(tmp_path, word):
+    for name in ("p01.nii.gz", f"p01_{word}.nii.gz"):
+        (tmp_path / name).touch()
+    assert list(find_images(tmp_path)["stem"]) == ["p01"]

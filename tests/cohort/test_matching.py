@@ -429,3 +429,17 @@ def test_thousands_of_images_are_matched_in_seconds():
     found = match_images(images, pd.DataFrame({"subject_id": ids, "session_id": "", "table_id": ids}))
     assert [match.row for match in found] == list(range(4000))
     assert process_time() - start < 6
+
+
+@pytest.mark.parametrize(
+    "labels", [("m12", "m24"), ("fu1", "fu2"), ("MR1", "MR2"), ("y1", "y2"), ("pre", "post")]
+)
+def test_a_session_of_the_table_that_stands_in_the_name_is_that_session(match, labels):
+    pairs = [(f"{n:03d}", label) for n in range(4) for label in labels]
+    found = match([f"{one}_{label}.nii.gz" for one, label in pairs], pairs)
+    assert found == {f"{one}_{label}.nii.gz": (one, label) for one, label in pairs}
+
+
+def test_the_contrast_is_no_session(match):
+    found = match(["001_T1.nii.gz"], [("001", "T1"), ("001", "T2")])
+    assert "states no session" in found["001_T1.nii.gz"]

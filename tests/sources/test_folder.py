@@ -315,3 +315,15 @@ def test_kaggle_folders_named_like_images_match_too(shared_data, tmp_path):
         shutil.copyfile(path, inner)
     found = folder_cohort(tmp_path, shared_data / "ixi_hh" / "IXI.xls")
     assert list(found.cohort["scan_id"]) == ["IXI013", "IXI014", "IXI015", "IXI033", "IXI048"]
+
+
+def test_visits_that_a_name_calls_follow_ups_are_noted_as_several_sessions(data):
+    table = "id,age\n" + "".join(f"{n:03d},{20 + n}\n" for n in range(4))
+    folder = data({"ages.csv": table} | {f"{n:03d}_fu{1 + n % 2}.nii.gz": None for n in range(4)})
+    data({f"{n:03d}_fu3.nii.gz": None for n in range(4)})
+    assert any("one age in the table: 4" in note for note in folder_cohort(folder).notes)
+
+
+def test_a_table_that_lies_deeper_is_named(data):
+    folder = data({"other/participants.tsv": "id\tage\n01\t30\n", "set/sub-01_T1w.nii.gz": None})
+    assert "The only table was read: other/participants.tsv." in folder_cohort(folder).notes

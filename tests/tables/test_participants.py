@@ -616,3 +616,74 @@ def test_each_age_of_a_real_table_is_that_of_its_own_row(shared_data):
         )
         own = set(zip(cells[subject], pd.to_numeric(cells[name], errors="coerce"), strict=True))
         assert set(zip(frame["table_id"], frame["age"], strict=True)) <= own, path.name
+
+
+CHILDREN = [52, 61, 70, 88]
+
+
+def write_children(header="id,age,sex", end="", more=("F",) * 4):
+    rows = [f"p{n},{age},{cell}\n" for n, (age, cell) in enumerate(zip(CHILDREN, more, strict=True))]
+    return f"{header}\n{''.join(rows)}{end}"
+
+
+@pytest.mark.parametrize(
+    "sidecar",
+    [
+        {"Description": "All ages are in months"},
+        {"age_at_scan": {"Units": "months"}},
+        {"Alter": {"Units": "Monate"}},
+        {"age (months)": {"Description": "of the child"}},
+        {"age": {"Units": "http://purl.obolibrary.org/obo/UO_0000035"}},
+        {"age": {"Description": "Age (m)"}},
+        {"age": {"Description": "monthly age"}},
+    ],
+)
+def test_a_unit_said_elsewhere_in_the_sidecar_is_asked_for(table, sidecar):
+    with pytest.raises(TableError, match="set age_unit"):
+        table(write_children(), "p.csv", sidecar=sidecar)
+    assert table(write_children(), "p.csv", sidecar=sidecar, age_unit="months")["age"][0] == 52 / 12
+
+
+@pytest.mark.parametrize("name", ["field", "Name", "variable"])
+def test_a_list_of_columns_may_name_them_in_other_words(table, name):
+    found = table(write_children(), "p.csv", sidecar=[{name: "age", "Unit": "months"}])
+    assert list(found["age"]) == [age / 12 for age in CHILDREN]
+
+
+def test_a_sidecar_with_a_nameless_entry_is_read(table):
+    found = table(write_children(), "p.csv", sidecar={"": {"x": "y"}, "age": {"Units": "months"}})
+    assert found["age"][0] == 52 / 12
+
+
+@pytest.mark.parametrize("end", ["# ages in months,,\n", "# age in months\n", "unit,months,\n"])
+def test_a_unit_below_the_last_row_is_asked_for(table, end):
+    with pytest.raises(TableError, match="set age_unit"):
+        table(write_children(end=end), "p.csv")
+
+
+@pytest.mark.parametrize("name", ["UnitAge", "Alterseinheit", "age_unidad", "time_unit"])
+def test_a_column_of_units_may_have_other_names(table, name):
+    found = table(write_children(f"id,age,{name}", more=["months"] * 4), "p.csv")
+    assert list(found["age"]) == [age / 12 for age in CHILDREN]
+
+
+def test_a_column_of_units_whose_name_does_not_say_of_what_asks(table):
+    with pytest.raises(TableError, match="column 'age_in': months"):
+        table(write_children("id,age,age_in", more=["months"] * 4), "p.csv")
+    assert table(write_children("id,age,age_in", more=["years"] * 4), "p.csv")["age"][0] == 52
+
+
+@pytest.mark.parametrize("name", ["Lebensmonate", "Alter in Lebensmonaten"])
+def test_months_of_life_are_months(table, name):
+    assert table(write_children(), "p.csv", sidecar={"age": {"Description": name}})["age"][0] == 52 / 12
+
+
+def test_row_names_of_a_part_of_a_table_do_not_shift_the_columns(table):
+    rows = "".join(f"{3 * n}\t{20 + n}\t{age}\t5{n}\n" for n, age in enumerate(CHILDREN, 1))
+    with pytest.raises(TableError, match="row names"):
+        table(f"id\tage\tscore\t\n{rows}")
+
+
+def test_record_ids_of_redcap_are_ids_and_joined_names_of_ages_are_ages(table):
+    found = table(write_children("record_id,ageatscanmonths,sex"), "p.csv")
+    assert list(found["age"]) == [age / 12 for age in CHILDREN]

@@ -241,6 +241,7 @@ LARGER, MIRRORED = np.diag([2.2, 3.3, 4.4, 1.0]), np.diag([-2.0, 3.0, 4.0, 1.0])
         ({"sform": np.diag([-2.0, -3.0, 4.0, 1.0])}, ["in axes (up to 180 degrees apart):", "LPS", "RAS"]),
         ({"sform": turned(10) @ AFFINE}, ["in axes (up to 10 degrees apart):"]),
         ({"sform": turned(180) @ LARGER}, ["in size and axes"]),
+        ({"quatern_b": np.nan}, ["no rotation", "length nan", "the sform was used"]),
         ({"quatern_b": 1.4}, ["no rotation", "length 1.4", "the sform was used"]),
     ],
 )
