@@ -33,7 +33,7 @@ from accuracy_models import (
 )
 
 from brainage_nb.evaluation.metrics import age_bins, mean_with_interval, with_interval
-from brainage_nb.sources.folder import folder_cohort
+from brainage_nb.sources.folder import match_scans
 
 MEAN, REGIONS = "mean predictor", "SVR on DLMUSE volumes"
 RIDGE, LINEAR = "ridge on registered voxels", "ridge on grey matter"
@@ -120,7 +120,7 @@ def main() -> None:
     if not (options.data / "IXI.xls").is_file():
         print(json.dumps({"name": "accuracy", "skipped": f"no scans under {options.data}"}))
         return
-    cohort = folder_cohort(options.data / "images", options.data / "IXI.xls").cohort.reset_index(drop=True)
+    cohort = match_scans(options.data / "images", options.data / "IXI.xls").cohort.reset_index(drop=True)
     networks = Networks(
         cohort, options.cache, options.epochs, options.start, options.spacing_mm, options.size
     )

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from brainage_nb.demo.cohort import TRUTH, attainable_ages, image_path, make_cohort
+from brainage_nb.demo.cohort import TRUTH, attainable_ages, image_path, make_demo_cohort
 from brainage_nb.evaluation.metrics import mean_with_interval, ratio_with_interval, with_interval
 from brainage_nb.pipeline import find_notebooks, run_notebooks
 from brainage_nb.predict.bundle import load_bundle
@@ -59,7 +59,7 @@ def main() -> None:
     }
     run_notebooks(find_notebooks("01", "04"), ws, overrides)
     fresh = QUICK_FRESH if options.quick else FRESH
-    heads = make_cohort(options.workspace / f"fresh-{fresh}", fresh, SEED, voxel_mm=2)
+    heads = make_demo_cohort(options.workspace / f"fresh-{fresh}", fresh, SEED, voxel_mm=2)
     verdict = judged(read(ws.run(options.run), heads), read_csv(ws.path("demo", TRUTH)))
     print(json.dumps(verdict | {"trained_on_subjects": subjects, "quick": options.quick}))
 

@@ -19,7 +19,7 @@ from brainage_nb.demo.cohort import (
     attainable_mae,
     draw_truth,
     image_path,
-    make_cohort,
+    make_demo_cohort,
     mean_predictor_mae,
     oracle_mae,
 )
@@ -39,7 +39,7 @@ def baseline_mae(folder: Path | str, *, folds: int = 5, n_jobs: int = 0, seed: i
     Parameters
     ----------
     folder : path
-        A cohort that `make_cohort` wrote.
+        A cohort that `make_demo_cohort` wrote.
     folds, seed : int
         The cross-validation; alpha is chosen inside each fold.
     n_jobs : int
@@ -99,7 +99,7 @@ def main() -> None:
     options = parser.parse_args()
     n_subjects = 150 if options.quick else 200
     with tempfile.TemporaryDirectory() as temporary:
-        folder = make_cohort(options.folder or temporary, n_subjects, options.seed, voxel_mm=2)
+        folder = make_demo_cohort(options.folder or temporary, n_subjects, options.seed, voxel_mm=2)
         truth, ridge = read_csv(folder / TRUTH), baseline_mae(folder)
     many = draw_truth(MANY, options.seed, voxel_mm=2)
     rows = [

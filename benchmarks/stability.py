@@ -28,7 +28,7 @@ from brainage_nb.models.fit import Trainer, predict_ages
 from brainage_nb.models.resume import StopRequests
 from brainage_nb.models.run import Job
 from brainage_nb.models.settings import TrainingSettings
-from brainage_nb.sources.folder import folder_cohort
+from brainage_nb.sources.folder import match_scans
 from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.volumes.store import VolumeStore, build_store
 
@@ -77,7 +77,7 @@ def validation_mae(fit: Trainer, network) -> float:
 
 def real_store(data: Path, work: Path) -> tuple[VolumeStore, pd.DataFrame]:
     """The scans of a folder at 4 mm, and their splits."""
-    found = folder_cohort(data / "images", data / "IXI.xls")
+    found = match_scans(data / "images", data / "IXI.xls")
     splits = deal_splits(found.cohort)
     settings = PreprocessingSettings(spacing_mm=4.0, size=48)
     return build_store(splits, work / "volumes", settings, resolve=Path).store, splits

@@ -36,7 +36,7 @@ from brainage_nb.models.train import train
 from brainage_nb.predict.bundle import Bundle, kept_scans, load_bundle
 from brainage_nb.predict.cautions import Failure, Prediction
 from brainage_nb.predict.saving import current_bundle
-from brainage_nb.sources.folder import folder_cohort
+from brainage_nb.sources.folder import match_scans
 from brainage_nb.volumes.scans import load_scan
 from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.volumes.store import build_store
@@ -52,7 +52,7 @@ UNCHANGED, AGAIN = "unchanged", "unchanged, again"
 def prepared(data: Path, cache: Path) -> Workspace:
     """A workspace as notebooks 01 and 02 leave it, with `SCANS` subjects of all ages as its test split."""
     ws = open_workspace(cache / "workspace")
-    cohort = folder_cohort(data / "images", data / "IXI.xls").cohort
+    cohort = match_scans(data / "images", data / "IXI.xls").cohort
     write_csv(cohort, ws.path("cohort.csv"))
     known = set(ws.read("cleaning.csv")["scan_id"]) if ws.path("cleaning.csv").exists() else set()
     if known != set(cohort["scan_id"]):

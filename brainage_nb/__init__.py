@@ -20,7 +20,7 @@ _PUBLIC = {
     "make_demo_cohort": "demo.cohort",
     "match_scans": "sources.folder",
     "preprocess": "volumes.preprocessing",
-    "preprocessing_chain": "volumes.preprocessing",
+    "preprocessing_chain": "volumes.transforms",
     "read_table": "tables.participants",
     "train": "models.train",
 }

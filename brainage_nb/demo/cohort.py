@@ -65,7 +65,7 @@ derivatives/ageing_map.nii.gz
 """
 
 
-def make_cohort(
+def make_demo_cohort(
     folder: Path | str,
     n_subjects: int = 200,
     seed: int = 1,
@@ -101,7 +101,7 @@ def make_cohort(
 
     Examples
     --------
-    >>> make_cohort("demo", n_subjects=220, voxel_mm=2)  # doctest: +SKIP
+    >>> make_demo_cohort("demo", n_subjects=220, voxel_mm=2)  # doctest: +SKIP
     PosixPath('demo')
     """
     folder = Path(folder)
@@ -285,7 +285,7 @@ def draw_heads(folder: Path | str, truth: pd.DataFrame, figure: Figure, n: int =
     Parameters
     ----------
     folder : path
-        Where `make_cohort` wrote.
+        Where `make_demo_cohort` wrote.
     truth : DataFrame
         Its `truth.csv`.
     figure : Figure or SubFigure

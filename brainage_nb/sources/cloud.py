@@ -296,7 +296,7 @@ def fetch_openneuro(
     base : str
         Address of the bucket.
     columns : mapping
-        As `folder_cohort` takes them: without ages in the table no scan is downloaded.
+        As `match_scans` takes them: without ages in the table no scan is downloaded.
 
     Raises
     ------

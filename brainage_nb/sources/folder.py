@@ -55,7 +55,7 @@ class FolderCohort:
     notes: list[str] = field(default_factory=list)
 
 
-def folder_cohort(
+def match_scans(
     data_dir: Path | str,
     table: Path | str = "",
     *,
@@ -180,7 +180,7 @@ def _join_sets(sets: list[Path], images: pd.DataFrame, columns: Any, root: Any, 
     for folder in sets:
         how = {"columns": columns, "root": root, "source": source}
         try:
-            found[clean_text(folder.name)] = folder_cohort(folder, folder / "participants.tsv", **how)
+            found[clean_text(folder.name)] = match_scans(folder, folder / "participants.tsv", **how)
         except (TableError, SourceError) as error:
             refused[folder] = str(error)
     if not found:

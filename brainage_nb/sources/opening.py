@@ -22,8 +22,8 @@ from brainage_nb.sources.folder import (
     SourceError,
     Terms,
     find_table,
-    folder_cohort,
     list_tables,
+    match_scans,
 )
 from brainage_nb.tables.columns import COLUMN_PARAMETERS, plain_name
 from brainage_nb.tables.files import TABLE_SUFFIXES, TableError, read_cells
@@ -206,18 +206,18 @@ def open_source(source: str, parameters: Mapping[str, Any], root: Path | str) ->
     return OpenedSource(**kept, dropped=ruled.dropped, rules=ruled.summary, terms=terms)
 
 
-# --- one opener per source: settings, folder of downloads, keywords of `folder_cohort` ----------------------
+# --- one opener per source: settings, folder of downloads, keywords of `match_scans` ----------------------
 
 _Opened = tuple[FolderCohort, Terms]
 _Keywords = dict[str, Any]
 
 
 def _open_demo(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
-    from brainage_nb.demo.cohort import make_cohort  # a second that no other source needs
+    from brainage_nb.demo.cohort import make_demo_cohort  # a second that no other source needs
 
     folder, people = Path(how["root"]) / "demo", settings.n_subjects
-    made = make_cohort(folder, n_subjects=people, seed=settings.seed, voxel_mm=settings.demo_voxel_mm)
-    return folder_cohort(made, Path(made) / "participants.tsv", **how, source="demo"), TERMS["demo"]
+    made = make_demo_cohort(folder, n_subjects=people, seed=settings.seed, voxel_mm=settings.demo_voxel_mm)
+    return match_scans(made, Path(made) / "participants.tsv", **how, source="demo"), TERMS["demo"]
 
 
 def _open_folder(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
@@ -230,14 +230,14 @@ def _open_folder(settings: SourceSettings, downloads: Path, how: _Keywords) -> _
         left_out = unpack(place, folder)
         table = str(place.parent / table) if table and (place.parent / table).is_file() else table
         place = folder
-    found = folder_cohort(place, table, **how)
+    found = match_scans(place, table, **how)
     return replace(found, notes=[*left_out, *found.notes]), TERMS["folder"]
 
 
 def _open_drive(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
     folder = downloads / "drive"
     left_out = fetch_drive(folder, settings.drive_links, keep_archives=settings.keep_archives)
-    found = folder_cohort(folder, settings.table, **how, source="gdown")
+    found = match_scans(folder, settings.table, **how, source="gdown")
     return replace(found, notes=[*found.notes, *left_out]), TERMS["gdown"]
 
 
@@ -245,7 +245,7 @@ def _open_kaggle(settings: SourceSettings, downloads: Path, how: _Keywords) -> _
     handle = settings.kaggle_dataset
     folder = fetch_kaggle(handle, downloads / "kaggle")
     terms = TERMS["kaggle_dataset"].with_facts(url=f"https://www.kaggle.com/datasets/{handle}")
-    return folder_cohort(folder, settings.table, **how, source=f"kaggle {handle}"), terms
+    return match_scans(folder, settings.table, **how, source=f"kaggle {handle}"), terms
 
 
 def _open_ixi(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
@@ -260,7 +260,7 @@ def _open_ixi(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Ope
         checksum = f"md5:{md5}" if md5 not in ("", "none") else ""
         fetch(split_addresses(settings.ixi_images_url) or IXI_IMAGES, archive, checksum=checksum)
     left_out = unpack(archive, images, delete=not settings.keep_archives)
-    found = folder_cohort(images, table, **how, source="ixi")
+    found = match_scans(images, table, **how, source="ixi")
     return replace(found, notes=[*found.notes, *left_out]), TERMS["ixi"]
 
 
@@ -272,7 +272,7 @@ def _open_openneuro(settings: SourceSettings, downloads: Path, how: _Keywords) -
         base=settings.openneuro_url or BUCKET,
         columns=how["columns"],
     )
-    found = folder_cohort(folder, folder / "participants.tsv", **how, source=f"openneuro {folder.name}")
+    found = match_scans(folder, folder / "participants.tsv", **how, source=f"openneuro {folder.name}")
     return found, read_openneuro_terms(folder)
 
 
@@ -341,7 +341,7 @@ def _open_local_set(settings: SourceSettings, downloads: Path, how: _Keywords) -
             f"{data_dir} holds OpenBHB's preprocessed arrays (.npy), which have no orientation. Download the "
             "folders rawdata (original T1-weighted scans, .nii.gz) as well."
         )
-    found = folder_cohort(data_dir, table, **how, source=source)
+    found = match_scans(data_dir, table, **how, source=source)
     return _take_one_per_session(found, known), TERMS[source]
 
 

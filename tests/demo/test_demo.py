@@ -15,7 +15,7 @@ from brainage_nb.demo.cohort import (
     draw_planted,
     draw_truth,
     image_path,
-    make_cohort,
+    make_demo_cohort,
     mean_predictor_mae,
     oracle_mae,
 )
@@ -28,7 +28,7 @@ N_SUBJECTS, SEED = 4, 6  # with this seed one of the four has two sessions
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_cohort(tmp_path_factory.mktemp("cohort"), N_SUBJECTS, SEED, voxel_mm=2, n_jobs=1)
+    return make_demo_cohort(tmp_path_factory.mktemp("cohort"), N_SUBJECTS, SEED, voxel_mm=2, n_jobs=1)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_the_tables_read_as_any_participants_table_does(folder, truth):
 
 
 def test_two_jobs_write_the_same_bytes_as_one(folder, truth, tmp_path):
-    again = make_cohort(tmp_path, N_SUBJECTS, SEED, voxel_mm=2, n_jobs=2)
+    again = make_demo_cohort(tmp_path, N_SUBJECTS, SEED, voxel_mm=2, n_jobs=2)
     for path in [AGEING_MAP, *(image_path(row) for row in truth.to_dict("records"))]:
         assert sha256_of(again / path) == sha256_of(folder / path), path
 
@@ -173,7 +173,7 @@ def test_a_second_call_writes_only_what_is_missing(folder, truth):
     paths = [folder / image_path(row) for row in truth.to_dict("records")]
     before = {path: (sha256_of(path), path.stat().st_mtime_ns) for path in paths}
     paths[1].unlink()
-    make_cohort(folder, N_SUBJECTS, SEED, voxel_mm=2, n_jobs=1)
+    make_demo_cohort(folder, N_SUBJECTS, SEED, voxel_mm=2, n_jobs=1)
     assert sha256_of(paths[1]) == before[paths[1]][0]
     assert all(path.stat().st_mtime_ns == before[path][1] for path in paths if path != paths[1])
 
@@ -189,18 +189,18 @@ def test_a_second_call_writes_only_what_is_missing(folder, truth):
 def test_a_folder_with_another_cohort_is_refused(folder, changed, said):
     settings = {"n_subjects": N_SUBJECTS, "seed": SEED, "voxel_mm": 2} | changed
     with pytest.raises(ValueError, match=said):
-        make_cohort(folder, **settings)
+        make_demo_cohort(folder, **settings)
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "holiday.txt").write_text("x")
     with pytest.raises(ValueError, match="not empty"):
-        make_cohort(tmp_path, 2, 1, voxel_mm=2)
+        make_demo_cohort(tmp_path, 2, 1, voxel_mm=2)
 
 
 def test_a_voxel_size_it_cannot_make_is_refused(tmp_path):
     with pytest.raises(ValueError, match="1 or 2 mm"):
-        make_cohort(tmp_path / "new", 2, 1, voxel_mm=1.5)
+        make_demo_cohort(tmp_path / "new", 2, 1, voxel_mm=1.5)
     assert not (tmp_path / "new").exists()
 
 

@@ -6,7 +6,7 @@ import unicodedata
 import pandas as pd
 import pytest
 
-from brainage_nb.sources.folder import SourceError, ages_of_scans, find_table, folder_cohort
+from brainage_nb.sources.folder import SourceError, ages_of_scans, find_table, match_scans
 from brainage_nb.tables.files import TableError, read_cells
 
 
@@ -38,7 +38,7 @@ def test_a_bids_folder_becomes_a_cohort(data):
             "sub-02/anat/sub-02_run-2_T1w.nii.gz": None,
         }
     )
-    cohort = folder_cohort(folder).cohort
+    cohort = match_scans(folder).cohort
     assert list(cohort.columns) == [
         *(
             "scan_id",
@@ -65,7 +65,7 @@ def test_every_image_and_every_row_is_matched_or_listed_with_a_reason(data):
             **dict.fromkeys(["AB1.nii", "AB3.nii", "AB4.nii", "AB9.nii", "AB1_T2.nii", "mAB1.nii"]),
         }
     )
-    found = folder_cohort(folder, folder / "t.csv")
+    found = match_scans(folder, folder / "t.csv")
     assert list(found.cohort["scan_id"]) == ["AB1", "AB3", "AB4"]
     assert found.cohort["age"].isna().tolist() == [False, True, True]
     assert "bound" in found.cohort["age_note"][1]
@@ -79,10 +79,10 @@ def test_every_image_and_every_row_is_matched_or_listed_with_a_reason(data):
 
 def test_a_person_named_like_a_product_is_matched_and_a_folder_of_maps_is_refused(data):
     folder = data({"t.csv": "ID,age\n001,30\nm001,40\n", "001.nii": None, "m001.nii": None})
-    assert list(folder_cohort(folder, "t.csv").cohort["age"]) == [30, 40]
+    assert list(match_scans(folder, "t.csv").cohort["age"]) == [30, 40]
     folder = data({"maps/t.csv": "ID,age\n001,30\n", "maps/mwp1001.nii": None}) / "maps"
     with pytest.raises(SourceError, match=r"mwp1001\.nii: by its name a map .* Set data_dir"):
-        folder_cohort(folder, "t.csv")
+        match_scans(folder, "t.csv")
 
 
 def test_ages_at_sessions_go_before_those_of_participants(data):
@@ -96,7 +96,7 @@ def test_ages_at_sessions_go_before_those_of_participants(data):
             "sub-03/ses-1/anat/sub-03_ses-1_T1w.nii.gz": None,
         }
     )
-    found = folder_cohort(folder)
+    found = match_scans(folder)
     assert ages(found) == pytest.approx(
         {"01_1": 30.2, "01_2": 33.4, "01_3": float("nan"), "02_1": 40, "03_1": 50}, nan_ok=True
     )
@@ -113,7 +113,7 @@ def test_a_first_subject_without_an_age_column_does_not_hide_the_ages_of_the_oth
             **{f"sub-02/ses-{i}/anat/sub-02_ses-{i}_T1w.nii.gz": None for i in (1, 2)},
         }
     )
-    found = folder_cohort(folder)
+    found = match_scans(folder)
     assert ages(found) == {"01_1": 23, "02_1": 31, "02_2": 41}
     assert any("Sessions files without an age: 1 (sub-01)" in note for note in found.notes)
 
@@ -129,7 +129,7 @@ def test_each_sessions_file_has_the_unit_that_it_or_its_sidecar_says(data):
             **{f"sub-0{i}/ses-1/anat/sub-0{i}_ses-1_T1w.nii.gz": None for i in (1, 2, 3)},
         }
     )
-    found = folder_cohort(folder, "people.tsv", columns={"subject_id": "code", "sex": "sexe"})
+    found = match_scans(folder, "people.tsv", columns={"subject_id": "code", "sex": "sexe"})
     assert ages(found) == {"01_1": 7, "02_1": 8, "03_1": 9}
     assert list(found.cohort["sex"]) == ["F", "M", "M"]
 
@@ -142,7 +142,7 @@ def test_a_sessions_file_serves_where_participants_have_no_age(data):
             "sub-01/ses-1/anat/sub-01_ses-1_T1w.nii.gz": None,
         }
     )
-    assert ages(folder_cohort(folder)) == {"01_1": 30.2}
+    assert ages(match_scans(folder)) == {"01_1": 30.2}
 
 
 def test_one_age_for_several_sessions_is_noted(data):
@@ -152,7 +152,7 @@ def test_one_age_for_several_sessions_is_noted(data):
             **{f"sub-01/ses-{i}/anat/sub-01_ses-{i}_T1w.nii.gz": None for i in (1, 2)},
         }
     )
-    found = folder_cohort(folder)
+    found = match_scans(folder)
     assert ages(found) == {"01_1": 30, "01_2": 30}
     assert any("probably that at the first" in note for note in found.notes)
 
@@ -165,17 +165,17 @@ def test_waves_of_a_table_meet_sessions_on_disk(data):
         }
     )
     with pytest.raises(TableError, match="AgeMRI_W1,AgeMRI_W2"):
-        folder_cohort(folder)
-    found = folder_cohort(folder, columns={"age": "AgeMRI_W1,AgeMRI_W2"})
+        match_scans(folder)
+    found = match_scans(folder, columns={"age": "AgeMRI_W1,AgeMRI_W2"})
     assert ages(found) == {"01_wave1": 54, "01_wave2": 58}
-    first_only = folder_cohort(folder, columns={"age": "AgeMRI_W1"})
+    first_only = match_scans(folder, columns={"age": "AgeMRI_W1"})
     assert ages(first_only) == {"01_wave1": 54}
 
 
 def test_a_table_of_file_names_keeps_the_scans_of_a_subject_together(data):
     names = ["sub-01_ses-1_T1w.nii.gz", "sub-01_ses-2_T1w.nii.gz"]
     folder = data({"t.csv": f"filename,age\n{names[0]},30\n{names[1]},32\n", **dict.fromkeys(names)})
-    cohort = folder_cohort(folder).cohort
+    cohort = match_scans(folder).cohort
     assert list(cohort["subject_id"]) == ["01", "01"]
     assert list(cohort["age"]) == [30, 32]
 
@@ -184,7 +184,7 @@ def test_a_mask_is_not_taken_for_the_scan_whose_id_it_carries(data):
     folder = data(
         {"t.csv": "ID,Age\nOAS1_0001_MR1,74\n", "OAS1_0001_MR1_mpr.hdr": None, "OAS1_0001_MR1_fseg.hdr": None}
     )
-    found = folder_cohort(folder)
+    found = match_scans(folder)
     assert [path.rsplit("_", 1)[1] for path in found.cohort["image"]] == ["mpr.hdr"]
     assert list(found.cohort["scan_id"]) == ["OAS1_0001_MR1"]
 
@@ -192,7 +192,7 @@ def test_a_mask_is_not_taken_for_the_scan_whose_id_it_carries(data):
 def test_scan_ids_are_unique_even_where_names_repeat(data):
     names = ["anat/AB1.nii", "raw/AB1.nii", "AB1_1.nii", "AB1_2.nii", "ab1 T1.nii", "ab1_T1.nii"]
     folder = data({"t.csv": "ID,age\nAB1,30\n", **dict.fromkeys(names)})
-    cohort = folder_cohort(folder).cohort
+    cohort = match_scans(folder).cohort
     assert cohort["scan_id"].is_unique and len(cohort) == 6
     assert set(cohort["subject_id"]) == {"AB1"}
 
@@ -202,7 +202,7 @@ def test_ids_of_any_script_reach_the_cohort_apart(data):
     written = [unicodedata.normalize("NFD", one) for one in ids]
     table = "".join(f"{one}\u200b,{30 + i}\n" for i, one in enumerate(ids)).replace("Jörg", "\u00a0Jörg")
     folder = data({"t.csv": f"id,age\n{table}", **{f"{one}_T1.nii": None for one in written}})
-    cohort = folder_cohort(folder).cohort
+    cohort = match_scans(folder).cohort
     assert dict(zip(cohort["scan_id"], cohort["age"], strict=True)) == {
         one: 30 + i for i, one in enumerate(ids)
     }
@@ -214,16 +214,16 @@ def test_data_sets_side_by_side_are_two_sets_of_people(data):
     for s in (1, 2):
         files[f"site{s}/participants.tsv"] = f"participant_id\tage\nsub-01\t{s}1\nsub-02\t{s}2\n"
     folder = data(files)
-    both = folder_cohort(folder)
+    both = match_scans(folder)
     assert ages(both) == {"site1_01": 11, "site1_02": 12, "site2_01": 21, "site2_02": 22}
     assert list(both.cohort["subject_id"]) == list(both.cohort["scan_id"])
     assert list(both.cohort["site"]) == ["site1", "site1", "site2", "site2"]
-    one = folder_cohort(folder, "site1/participants.tsv")
+    one = match_scans(folder, "site1/participants.tsv")
     assert ages(one) == {"01": 11, "02": 12}
     assert one.unmatched_images["reason"].str.contains("data set of .*site2/participants.tsv").all()
     (folder / "site2" / "participants.tsv").unlink()
     with pytest.raises(SourceError, match="differ in more than session, run and contrast"):
-        folder_cohort(folder, "site1/participants.tsv")
+        match_scans(folder, "site1/participants.tsv")
 
 
 def test_named_scans_get_an_age_or_a_reason(data):
@@ -242,8 +242,8 @@ def test_named_scans_get_an_age_or_a_reason(data):
 
 def test_images_inside_the_workspace_are_written_relative_to_it(data, tmp_path):
     folder = data({"t.csv": "ID,age\nAB1,30\n", "AB1.nii": None})
-    assert folder_cohort(folder, root=tmp_path).cohort["image"][0] == "data/AB1.nii"
-    assert folder_cohort(folder, root=tmp_path / "else").cohort["image"][0] == str(folder / "AB1.nii")
+    assert match_scans(folder, root=tmp_path).cohort["image"][0] == "data/AB1.nii"
+    assert match_scans(folder, root=tmp_path / "else").cohort["image"][0] == str(folder / "AB1.nii")
 
 
 def test_the_table_is_found_or_the_candidates_are_listed(data):
@@ -260,12 +260,12 @@ def test_the_table_is_found_or_the_candidates_are_listed(data):
 def test_what_makes_no_cohort_says_what_to_set(data):
     folder = data({"t.csv": "ID,age\nAB1,30\n"})
     with pytest.raises(SourceError, match="No NIfTI"):
-        folder_cohort(folder)
+        match_scans(folder)
     data({"CD7.nii": None})
     with pytest.raises(SourceError, match="Images are named like CD7; ids look like AB1"):
-        folder_cohort(folder)
+        match_scans(folder)
     with pytest.raises(TableError, match="ages"):
-        folder_cohort(folder, columns={"ages": "age"})
+        match_scans(folder, columns={"ages": "age"})
 
 
 # --- real scans -----------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def test_what_makes_no_cohort_says_what_to_set(data):
 
 def test_all_121_scans_of_ixi_get_the_age_of_their_row(shared_data):
     folder = shared_data / "ixi_hh"
-    found = folder_cohort(folder / "images", folder / "IXI.xls")
+    found = match_scans(folder / "images", folder / "IXI.xls")
     assert len(found.cohort) == 121 and found.cohort["age"].notna().all()
     assert found.unmatched_images.empty
     assert set(found.cohort["site"]) == {"HH"}
@@ -301,7 +301,7 @@ def test_odd_files_with_a_row_each_reach_cleaning_beside_the_121(shared_data, tm
     rows = pd.DataFrame({"IXI_ID": names, "AGE": [str(30 + i) for i in range(len(names))]})
     table = pd.concat([table, rows], ignore_index=True).fillna("")
     table.to_csv(tmp_path / "IXI.csv", index=False)
-    found = folder_cohort(folder, tmp_path / "IXI.csv")
+    found = match_scans(folder, tmp_path / "IXI.csv")
     assert len(found.cohort) == 121 + 13
     assert found.unmatched_images.empty
     taken = found.cohort.set_index("subject_id")["age"]
@@ -313,7 +313,7 @@ def test_kaggle_folders_named_like_images_match_too(shared_data, tmp_path):
         inner = tmp_path / path.name.removesuffix(".gz") / path.name.removesuffix(".gz")
         inner.parent.mkdir()
         shutil.copyfile(path, inner)
-    found = folder_cohort(tmp_path, shared_data / "ixi_hh" / "IXI.xls")
+    found = match_scans(tmp_path, shared_data / "ixi_hh" / "IXI.xls")
     assert list(found.cohort["scan_id"]) == ["IXI013", "IXI014", "IXI015", "IXI033", "IXI048"]
 
 
@@ -321,9 +321,9 @@ def test_visits_that_a_name_calls_follow_ups_are_noted_as_several_sessions(data)
     table = "id,age\n" + "".join(f"{n:03d},{20 + n}\n" for n in range(4))
     folder = data({"ages.csv": table} | {f"{n:03d}_fu{1 + n % 2}.nii.gz": None for n in range(4)})
     data({f"{n:03d}_fu3.nii.gz": None for n in range(4)})
-    assert any("one age in the table: 4" in note for note in folder_cohort(folder).notes)
+    assert any("one age in the table: 4" in note for note in match_scans(folder).notes)
 
 
 def test_a_table_that_lies_deeper_is_named(data):
     folder = data({"other/participants.tsv": "id\tage\n01\t30\n", "set/sub-01_T1w.nii.gz": None})
-    assert "The only table was read: other/participants.tsv." in folder_cohort(folder).notes
+    assert "The only table was read: other/participants.tsv." in match_scans(folder).notes

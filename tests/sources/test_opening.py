@@ -643,7 +643,7 @@ def test_another_table_is_refused_by_name(tmp_path, source):
 
 
 def test_the_demo_is_read_like_anyone_s_data(tmp_path, monkeypatch):
-    def make_cohort(folder, n_subjects, seed, voxel_mm):
+    def make_demo_cohort(folder, n_subjects, seed, voxel_mm):
         for session in ("01", "02"):
             scan = folder / "sub-0001" / "anat" / f"sub-0001_ses-{session}_T1w.nii.gz"
             scan.parent.mkdir(parents=True, exist_ok=True)
@@ -653,7 +653,7 @@ def test_the_demo_is_read_like_anyone_s_data(tmp_path, monkeypatch):
         (folder / "truth.csv").write_text("scan_id,age\nx,1\n")
         return folder
 
-    monkeypatch.setattr("brainage_nb.demo.cohort.make_cohort", make_cohort)
+    monkeypatch.setattr("brainage_nb.demo.cohort.make_demo_cohort", make_demo_cohort)
     opened = open_source("demo", {"n_subjects": 1}, tmp_path)
     assert ages(opened) == {"0001_01": 30, "0001_02": 32}
     assert set(opened.cohort["source"]) == {"demo"}
