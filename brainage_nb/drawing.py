@@ -27,6 +27,9 @@ def new_figure(
     return figure, figure.subplots(rows, columns)
 
 
+BELOW_LABEL_INCHES = 0.42  # from an Axes to under its ticks and label
+
+
 def label_axes(ax: Axes, title: str, xlabel: str, ylabel: str) -> Axes:
     """Title and axis labels in one size, without the upper and right frame; returns the Axes."""
     ax.set_title(title, fontsize=TEXT)
@@ -38,7 +41,10 @@ def label_axes(ax: Axes, title: str, xlabel: str, ylabel: str) -> Axes:
 
 
 def legend_under(ax: Axes, handles: Sequence[Any] | None = None, ncols: int = 3) -> None:
-    """Put the legend of an Axes under it, where it covers no point."""
+    """Put the legend of an Axes under its label, where it covers no point, however high the Axes is."""
+    from matplotlib.transforms import ScaledTranslation
+
     handles = handles or ax.get_legend_handles_labels()[0]
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.17)}
+    below = ax.transAxes + ScaledTranslation(0, -BELOW_LABEL_INCHES, ax.figure.dpi_scale_trans)
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "bbox_transform": below}
     ax.legend(handles=handles, fontsize=SMALL, frameon=False, ncols=ncols, **place)

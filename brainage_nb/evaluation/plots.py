@@ -50,7 +50,7 @@ class ReportFigure:
         """Write it as PNG into a folder; returns the file."""
         path = folder / f"{self.name}.png"
         with writing(path) as temporary:
-            self.figure.savefig(temporary, format="png", dpi=200)
+            self.figure.savefig(temporary, format="png", dpi=200, bbox_inches="tight")
         return path
 
 
