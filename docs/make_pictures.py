@@ -1,4 +1,4 @@
-"""Make the README's pictures from a finished demo workspace: python docs/make_pictures.py workspace/demo
+"""Make the pictures of README and docs from a finished demo workspace: python docs/make_pictures.py workspace/demo
 
 Every picture is of invented heads, drawn by the code that draws the notebooks' figures.
 """
@@ -30,8 +30,8 @@ def main(workspace: str) -> None:
     first = ws.resolve(ws.read("splits.csv")["image"].iloc[0])
     steps = run_steps(preprocessing_chain(PreprocessingSettings.of_recipe("best")), first)
     steps_figure(steps).savefig(TARGET / "steps.png", dpi=60)
-    for name in ("predicted_vs_true_resnet18", "gap_vs_age_resnet18"):
-        shutil.copy(ws.path("evaluation", "figures", f"{name}.png"), TARGET / f"{name}.png")
+    name = "predicted_vs_true_resnet18.png"
+    shutil.copy(ws.path("evaluation", "figures", name), TARGET / name)
 
 
 if __name__ == "__main__":
