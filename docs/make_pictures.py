@@ -1,4 +1,4 @@
-"""Make the pictures of README and docs from a finished demo workspace: python docs/make_pictures.py workspace/demo
+"""Make the pictures of README and docs from a finished demo: python docs/make_pictures.py workspace/demo
 
 Every picture is of invented heads, drawn by the code that draws the notebooks' figures.
 """
