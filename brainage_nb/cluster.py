@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -132,17 +133,22 @@ def _result(client: Client, function: Callable[..., Any], task: tuple, future: A
 def _is_done(client: Client, future: Any) -> bool:
     """Wait for a task; False where the scheduler has forgotten it: it is pending while workers stand idle.
 
-    Seen after several workers had died at once.
+    Seen after several workers had died at once. `ClusterError` where no worker has been there for minutes.
     """
     from distributed import wait
 
+    seen = time.monotonic()
     while True:
         try:
             wait(future, timeout=LOST_SECONDS)
             return True
         except TimeoutError:
-            if client.nthreads() and not any(client.processing().values()):
-                return future.done()
+            if client.nthreads():
+                seen = time.monotonic()
+                if not any(client.processing().values()):
+                    return future.done()
+            elif time.monotonic() - seen > 10 * CONNECT_SECONDS:
+                raise ClusterError("all workers are gone, and none has come back. Start workers.") from None
 
 
 def _local(gpus: int):

