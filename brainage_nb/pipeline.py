@@ -32,7 +32,7 @@ from brainage_nb.parameters import (
     split_items,
     split_more,
 )
-from brainage_nb.workspace import MissingInput, Workspace, read_json, write_text
+from brainage_nb.workspace import MissingInput, Workspace, read_json, write_json
 
 if TYPE_CHECKING:
     from jupyter_client.manager import KernelManager
@@ -328,24 +328,24 @@ def _keep_last_lines(executed: Path) -> None:
     nbclient's `coalesce_streams` does it while the notebook runs, and then writes a figure that a later cell
     updates to a wrong place or none.
     """
-    import nbformat
-
     if not executed.is_file():
         return
-    book = nbformat.read(executed, as_version=4)
-    for cell in book.cells:
+    book = read_json(executed)
+    for cell in book["cells"]:
         kept: list[Any] = []
         for output in cell.get("outputs", []):
-            if kept and output.output_type == "stream" and kept[-1].get("name") == output.name:
-                kept[-1].text += output.text
+            if output["output_type"] == "stream":
+                output["text"] = "".join(output["text"])
+            if kept and output["output_type"] == "stream" and kept[-1].get("name") == output["name"]:
+                kept[-1]["text"] += output["text"]
             else:
                 kept.append(output)
         for output in kept:
-            if output.output_type == "stream":
-                output.text = re.sub(r"[^\n]*\r(?=[^\n])", "", output.text)
+            if output["output_type"] == "stream":
+                output["text"] = re.sub(r"[^\n]*\r(?=[^\n])", "", output["text"])
         if "outputs" in cell:
-            cell.outputs = kept
-    write_text(nbformat.writes(book), executed)
+            cell["outputs"] = kept
+    write_json(book, executed)
 
 
 @contextmanager

@@ -125,7 +125,7 @@ def test_a_displaced_run_is_interrupted(tmp_path):
     run = start_run(tmp_path)
     assert run.stdout.readline() == "uses it\n"
     leave_record(tmp_path, token="other")
-    assert "INTERRUPTED: The workspace" in run.communicate(timeout=20)[1]
+    assert "INTERRUPTED: The workspace" in run.communicate(timeout=120)[1]
 
 
 def test_a_notebook_by_hand_uses_the_workspace_while_its_cells_run_until_it_ends(tmp_path, shell, quick):
