@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from brainage_nb.predict.bundle import Bundle
     from brainage_nb.predict.cautions import Failure, Prediction
 
-IMAGE_ENDINGS = (".nii", ".nii.gz", ".mgh", ".mgz", ".hdr")
-
 
 def add_parsers(commands: argparse._SubParsersAction) -> None:
     """Add `predict` and `app` to the command line's subcommands."""
@@ -99,11 +97,6 @@ def scan_files(given: Sequence[str]) -> list[Path]:
             raise FileNotFoundError(f"No NIfTI or MGH image of a scan lies in {item}.")
         scans += map(Path, images["image"])
     return scans
-
-
-def is_image(name: str) -> bool:
-    """Whether a file name ends like a scan's."""
-    return name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")
 
 
 def ages_of(scans: Sequence[Path], table: str) -> list[float | None]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
-from brainage_nb.apps.predict_cli import is_image
+from brainage_nb.cohort.images import is_image
 from brainage_nb.predict.cautions import Failure, Prediction
 
 if TYPE_CHECKING:

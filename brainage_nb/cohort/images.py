@@ -149,6 +149,11 @@ def describe_images(paths: Iterable[Path], folder: Path) -> pd.DataFrame:
     return pd.DataFrame([_describe(path, folder) for path in paths], columns=COLUMNS, dtype=str)
 
 
+def is_image(name: str) -> bool:
+    """Whether a file name ends like a scan's."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
 def image_stem(name: str) -> str:
     """A file name without its image ending."""
     for suffix in IMAGE_SUFFIXES:
@@ -196,7 +201,7 @@ def _walk(folder: Path) -> tuple[list[Path], Counter[str], list[str]]:
         workspaces += [root] if MARKER in files and Path(root) != folder else []
         names = {name for name in files if not name.startswith(".")}
         for name in sorted(names):
-            if not name.lower().endswith(IMAGE_SUFFIXES):
+            if not is_image(name):
                 others[Path(name).suffix.lower()] += 1
             elif not _is_second_half(name, names):
                 found.append(Path(root, name))
