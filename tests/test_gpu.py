@@ -48,10 +48,11 @@ def test_every_precision_learns_on_the_gpu_and_is_recorded(tiny, settings, tmp_p
 
 def test_gpu_and_cpu_learn_the_same(tiny, settings, tmp_path):  # noqa: F811
     store, splits = tiny
-    settings = replace(settings, precision="fp32", augmentation=None)
+    settings = replace(settings, precision="fp32", augmentation=None, epochs=1, learning_rate=3e-4)
     gpu = train(store, splits, tmp_path / "gpu", settings)
     cpu = train(store, splits, tmp_path / "cpu", replace(settings, device="cpu"))
-    assert ages_of(gpu).to_numpy() == pytest.approx(ages_of(cpu).to_numpy(), abs=1.0)
+    assert gpu.history["train_loss"].item() == pytest.approx(cpu.history["train_loss"].item(), rel=1e-3)
+    assert ages_of(gpu).to_numpy() == pytest.approx(ages_of(cpu).to_numpy(), abs=0.2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -64,6 +65,7 @@ def test_a_run_stopped_on_the_gpu_ends_like_one_that_was_not(
 ):
     store, splits = tiny
     settings = replace(settings, precision=precision, checkpoint_minutes=0.0)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     whole = train(store, splits, tmp_path / "whole", settings)
     steps = iter(range(1000))
     with monkeypatch.context() as patch:  # stop after the seventh step
@@ -76,9 +78,7 @@ def test_a_run_stopped_on_the_gpu_ends_like_one_that_was_not(
         patch.setattr(resume.StopRequests, "_stop", stop, raising=False)
         assert not train(store, splits, tmp_path / "cut", settings).complete
     again = train(store, splits, tmp_path / "cut", settings)
-    difference = (ages_of(again) - ages_of(whole)).abs().max()
-    print(f"\n{precision}: resumed on the GPU, largest difference {difference:.2e} years")
-    assert again.complete and difference < (0.05 if precision == "fp32" else 1.0)
+    assert again.complete and ages_of(again).tolist() == ages_of(whole).tolist()
 
 
 def test_streamed_volumes_train_like_resident_ones(tiny, settings, tmp_path):  # noqa: F811
@@ -91,13 +91,11 @@ def test_streamed_volumes_train_like_resident_ones(tiny, settings, tmp_path):  #
 
 
 def test_a_batch_beyond_the_memory_is_computed_in_pieces(tmp_path, settings):
-    store, splits = make_tiny_cohort(tmp_path / "volumes", n=60, size=32)
-    wide = replace(settings, batch_size=40, epochs=1, widths=(32, 32, 32, 32), resident_share=0.0)
+    store, splits = make_tiny_cohort(tmp_path / "volumes", n=60, size=48)
+    wide = replace(settings, batch_size=40, epochs=1, widths=(64, 64, 64, 64), resident_share=0.0)
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(
-        (torch.cuda.memory_reserved() + torch.cuda.memory_allocated() + 9e7) / total
-    )
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 4e8) / total)
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

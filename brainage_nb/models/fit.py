@@ -364,10 +364,13 @@ class Trainer:
             streams = [(self.member.seed, self.epoch, int(row)) for row in rows]
             volumes = augment(volumes, self.settings.augmentation, self.volumes.spacing_mm, streams)
         self.sums[:2] += self._add_gradients(volumes, self.age[torch.as_tensor(rows)], batch_total)
-        self.sums[2] += self.accelerator.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
+        if self.accelerator.scaler is not None:  # fp16 skips a step whose gradient overflows
+            norm = norm.nan_to_num(nan=0.0, posinf=0.0)
+        self.sums[2] += norm
         self.optimiser.step()
         self.optimiser.zero_grad()
-        if not self.optimiser.step_was_skipped:  # as fp16 skips a step whose gradient overflows
+        if not self.optimiser.step_was_skipped:
             self.schedule.step()
         self.average.update_parameters(self.network)
         self.step, self.position = self.step + 1, self.position + 1
