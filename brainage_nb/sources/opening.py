@@ -346,7 +346,7 @@ def _open_local_set(settings: SourceSettings, downloads: Path, how: _Keywords) -
 
 
 def _refuse_other_table(source: str, known: LocalSet, path: Path) -> None:
-    names = {plain_name(name) for cells in read_cells(path)[0].values() for name in cells}
+    names = {plain_name(name) for cells in read_cells(path).values() for name in cells}
     missing = [name for name in known.columns if not names & set(name.split("|"))]
     if missing:
         told = ", ".join(missing).replace("|", " or ")

@@ -138,10 +138,7 @@ def read_table(path: Path | str, *, age_unit: str = "auto", **columns: str | Non
             f"read_table knows no {', '.join(unknown)}; roles are {', '.join(COLUMN_PARAMETERS)}."
         )
     named = {role: name for role, name in columns.items() if name}
-    sheets, notes = read_cells(path)
-    table = TextTable(next(iter(sheets.values())), str(path), read_sidecar(path), notes)
-    if len(sheets) > 1:
-        table = _choose_sheet(sheets, table, named)
+    table = _open_table(path, named)
     return _collect(*_read_rows(table, named, age_unit), table)
 
 
@@ -185,16 +182,22 @@ def _read_rows(
     return pd.concat(visits, ignore_index=True), ages
 
 
-def _choose_sheet(sheets: dict[str, pd.DataFrame], first: TextTable, named: dict[str, str]) -> TextTable:
-    """The first sheet of a workbook that has a column of ids and one of ages."""
-    for name, cells in sheets.items():
-        has_id = named.get("subject_id") in cells or find_role("subject_id", cells.columns)
-        has_age = named.get("age") in cells or find_age_columns(cells.columns)
-        if has_id and has_age:
-            others = ", ".join(sheet for sheet in sheets if sheet != name)
-            note = f"Sheet '{name}' was read; other sheets were not: {others}."
-            return TextTable(cells, f"{first.where}, sheet '{name}'", first.sidecar, [*first.notes, note])
-    return first
+def _open_table(path: Path | str, named: Mapping[str, str]) -> TextTable:
+    """A table, of a workbook the first sheet that has a column of ids and one of ages."""
+    sheets = read_cells(path)
+    serving = [
+        name
+        for name, cells in sheets.items()
+        if named.get("subject_id") in cells or find_role("subject_id", cells)
+        if named.get("age") in cells or find_age_columns(cells)
+    ]
+    name = [*serving, *sheets][0]
+    table = TextTable(sheets[name], str(path), read_sidecar(path), sheets[name].attrs["notes"])
+    if len(sheets) > 1:
+        table.where = f"{path}, sheet '{name}'"
+        others = ", ".join(sheet for sheet in sheets if sheet != name)
+        table.note(f"Sheet '{name}' was read; other sheets were not: {others}.")
+    return table
 
 
 def _find_column(table: TextTable, named: dict[str, str], role: str) -> str | None:
@@ -273,8 +276,7 @@ def _read_visit(
             "rows have sessions, and several age columns were named", "set age_column to one column"
         )
     units = find_units(table, column, age_unit)
-    cells = zip(table.cells[column.name], units, strict=True)
-    ages = pd.Series([parse_age(cell, unit) for cell, unit in cells], index=people.index)
+    ages = pd.Series(map(parse_age, table.cells[column.name], units), index=people.index)
     _note_cell_rules(ages, table)
     # what holds for a column is noted once; a row keeps only rules of its own
     ages = ages.map(lambda age: replace(age, rule=""))
@@ -360,7 +362,7 @@ def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) ->
     if not parts:
         return read_table(path, **columns)
     read = [_read_rows(part, {}, columns.get("age_unit") or "auto") for part in parts]
-    people = TextTable(next(iter(read_cells(path)[0].values())), str(path), read_sidecar(path))
+    people = _open_table(path, columns)
     people.notes = list(dict.fromkeys(note for part in parts for note in part.notes))
     rows = pd.concat([rows for rows, _ in read], ignore_index=True).fillna("")
     at_session = _collect(_add_people(rows, people, columns), read[0][1], people)
@@ -378,7 +380,7 @@ def _read_sessions(data_dir: Path) -> list[TextTable]:
     shared, without = read_sidecar(data_dir / "sessions.tsv"), []
     for path in sorted(data_dir.glob("sub-*/sub-*_sessions.tsv")):
         try:
-            cells = read_cells(path)[0][""]
+            cells = read_cells(path)[""]
         except TableError:
             cells = pd.DataFrame()  # a sessions file without rows is common
         if not find_age_columns(cells.columns):
