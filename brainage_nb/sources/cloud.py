@@ -14,6 +14,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -329,12 +330,13 @@ def read_openneuro_terms(folder: Path) -> Terms:
         str(stated.get(key, "")).strip(" .") for key in ("Name", "License", "DatasetDOI", "HowToAcknowledge")
     )
     own = TERMS["openneuro"].cite.removeprefix("the data set by its DOI, and ")
-    return TERMS["openneuro"].with_facts(
-        name=f"OpenNeuro {folder.name}: {name}" if name else "",
-        licence=f"{licence} (dataset_description.json)" if licence else "",
-        cite=". ".join(filter(None, (doi, how, own))) if doi or how else "",
-        url=f"https://openneuro.org/datasets/{folder.name}",
-    )
+    facts = {
+        "name": f"OpenNeuro {folder.name}: {name}" if name else "",
+        "licence": f"{licence} (dataset_description.json)" if licence else "",
+        "cite": ". ".join(filter(None, (doi, how, own))) if doi or how else "",
+        "url": f"https://openneuro.org/datasets/{folder.name}",
+    }
+    return replace(TERMS["openneuro"], **{fact: text for fact, text in facts.items() if text})
 
 
 def _list_once(folder: Path, base: str, accession: str) -> list[dict[str, Any]]:

@@ -142,7 +142,10 @@ def fetch(
     PosixPath('downloads/IXI.xls')
     """
     path = Path(path)
-    if path.is_file() and path.stat().st_size:
+    if path.is_file() and (have := path.stat().st_size):  # one without content counts as not there
+        if size not in (None, have):
+            told = f"{path} has {have} bytes, the server's {size}: edited or torn"
+            print(f"{told}. It is used as it is; delete it, and the next run downloads it again.")
         return path
     mirrors = [urls] if isinstance(urls, str) else list(urls)
     if any(re.match(r"\w+://[^/]*@", url) for url in mirrors):
@@ -160,7 +163,7 @@ def fetch(
         except DownloadError as error:
             failures.append(f"{path.name} from {hide_secrets(url)}: {error}")
         finally:
-            if not part.received:
+            if part.part.exists() and not part.received:
                 part.discard()
     if part.received:
         failures.append(f"{part.received / 2**20:.1f} MiB are kept and it goes on from there.")

@@ -8,7 +8,7 @@ import tomllib
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import chain, count
 from pathlib import Path
@@ -405,14 +405,6 @@ class Terms:
     cite: str
     url: str = ""
     caution: str = ""
-
-    def with_facts(self, **facts: str) -> Terms:
-        """The same terms with what the data set itself says, where it says something."""
-        return replace(self, **{name: text for name, text in facts.items() if text})
-
-    def line(self) -> str:
-        """The terms as one line, for a log."""
-        return f"{self.name}. Terms of use: {self.licence}. Cite: {self.cite}."
 
     def markdown(self) -> str:
         """The terms as a short list, for a notebook or a terminal."""

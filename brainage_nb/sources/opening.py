@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,6 +36,13 @@ _IXI_HOST = "biomedic.doc.ic.ac.uk/brain-development/downloads/IXI"
 IXI_IMAGES = tuple(f"{scheme}://{_IXI_HOST}/IXI-T1.tar" for scheme in ("https", "http"))
 IXI_TABLE = tuple(f"{scheme}://{_IXI_HOST}/IXI.xls" for scheme in ("https", "http"))
 IXI_MD5 = "34901a0593b41dd19c1a1f746eac2d58"
+
+SETS = tomllib.loads((files(__package__) / "sets.toml").read_text(encoding="utf-8"))
+READS = {
+    source: {*known["reads"], *(() if source == "demo" else COLUMN_PARAMETERS.values())}
+    for source, known in SETS.items()
+}
+"""Source -> the fields of `SourceSettings` that it reads; others are refused beside it."""
 
 
 @dataclass(frozen=True)
@@ -126,13 +135,13 @@ class SourceSettings:
             raise SourceError(f"source = {self.source!r}: it is one of {', '.join(SOURCES)}.")
         check_fields(self)
         for item in fields(self):
-            readers = [source for source, (_, names) in SOURCES.items() if item.name in names]
+            readers = [source for source, names in READS.items() if item.name in names]
             if readers and self.source not in readers and getattr(self, item.name) != item.default:
                 raise SourceError(
                     f"{item.name} = {getattr(self, item.name)!r} is not read with source = {self.source!r}. "
                     f"Set source to {' or '.join(readers)}, or leave {item.name} out."
                 )
-        if "data_dir" in SOURCES[self.source][1]:
+        if "data_dir" in READS[self.source]:
             self._check_places()
 
     def _check_places(self) -> None:
@@ -190,11 +199,17 @@ def open_source(source: str, parameters: Mapping[str, Any], root: Path | str) ->
     >>> found.cohort[["scan_id", "age"]]  # doctest: +SKIP
     """
     settings = SourceSettings(**pick_fields(parameters, SourceSettings) | {"source": source})
-    print(TERMS[source].line())  # before anything is fetched
+    terms = TERMS[source]
+    print(f"{terms.name}. Terms of use: {terms.licence}. Cite: {terms.cite}.")  # before anything is fetched
     rules, root = CohortRules(**pick_fields(parameters, CohortRules)), Path(root)
     downloads = Path(settings.download_dir or root / "downloads").expanduser().absolute()
     columns = {role: getattr(settings, name) for role, name in COLUMN_PARAMETERS.items()}
-    found, terms = SOURCES[source][0](settings, downloads, {"columns": columns, "root": root})
+    try:
+        found, terms = SOURCES[source](settings, downloads, {"columns": columns, "root": root})
+    except TableError as error:
+        if str(downloads) not in str(error):
+            raise
+        raise TableError(f"{error} If it came torn, delete it: the next run downloads it again.") from None
     ruled = apply_rules(found.cohort, rules)
     if ruled.cohort.empty:
         shown = ruled.summary[["rule", "scans left out", "remark"]].to_string(index=False)
@@ -242,9 +257,9 @@ def _open_drive(settings: SourceSettings, downloads: Path, how: _Keywords) -> _O
 
 
 def _open_kaggle(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
-    handle = settings.kaggle_dataset
+    handle = settings.kaggle_dataset.removeprefix("https://www.kaggle.com/datasets/")
     folder = fetch_kaggle(handle, downloads / "kaggle")
-    terms = TERMS["kaggle_dataset"].with_facts(url=f"https://www.kaggle.com/datasets/{handle}")
+    terms = replace(TERMS["kaggle_dataset"], url=f"https://www.kaggle.com/datasets/{handle}")
     return match_scans(folder, settings.table, **how, source=f"kaggle {handle}"), terms
 
 
@@ -279,98 +294,45 @@ def _open_openneuro(settings: SourceSettings, downloads: Path, how: _Keywords) -
 # --- data sets that a person downloads after agreeing to terms ----------------------------------------------
 
 
-@dataclass(frozen=True)
-class LocalSet:
-    """How to know a set's table, and which picture of a session to take.
-
-    Attributes
-    ----------
-    columns : tuple of str
-        Columns that its table has, in plain form, `|` between alternatives; where one is missing it is
-        another table.
-    table_name : str
-        Pattern of the table's file name, to find it among several.
-    preferred : tuple of str
-        Patterns of image paths, the best first; of one session only the best is taken.
-    refused, refusal : str
-        Pattern of image paths that are never taken, and why not.
-    """
-
-    columns: tuple[str, ...]
-    table_name: str
-    preferred: tuple[str, ...] = ()
-    refused: str = ""
-    refusal: str = ""
-
-
-LOCAL_SETS = {
-    "oasis1": LocalSet(
-        ("id", "age", "cdr"),
-        r"oasis.*cross",
-        # averaged, in Talairach space, with the skull; then what was converted to NIfTI; then without skull
-        (r"_t88_gfc\.(hdr|img)$", r"\.nii(\.gz)?$", r"_t88_masked_gfc\.(hdr|img)$"),
-        r"(?:_sbj_111|_mpr-\d+_anon)\.(?:hdr|img)$",
-        "stored in sagittal slices under a header that does not say so: take the T88_111 image, or convert "
-        "to NIfTI with the right affine (Clinica's oasis-to-bids)",
-    ),
-    "oasis2": LocalSet(
-        ("subject_id", "mri_id", "age", "cdr"),
-        r"oasis.*long",
-        tuple(rf"mpr-{number}[._]" for number in range(1, 8)),
-    ),
-    "openbhb": LocalSet(
-        ("participant_id", "age", "site"),
-        r"^participants\.tsv$",
-        (r"rawdata/.*_T1w\.nii(\.gz)?$", r"_T1w\.nii"),
-    ),
-    "adni": LocalSet(("subject|ptid", "age"), r"adni|idasearch|\d+_\d+_\d{4}"),
-}
-
-
 def _open_local_set(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
     source, data_dir = settings.source, Path(settings.data_dir).expanduser().absolute()
-    known = LOCAL_SETS[source]
-    by_name = [one for one in list_tables(data_dir) if re.search(known.table_name, one.name, re.IGNORECASE)]
+    known = SETS[source]
+    by_name = [
+        one for one in list_tables(data_dir) if re.search(known["table_name"], one.name, re.IGNORECASE)
+    ]
     named = by_name[0] if len(by_name) == 1 and not settings.table else settings.table
     table = find_table(data_dir, named)
     # whoever names columns knows the table
     if not any(name for role, name in how["columns"].items() if role != "age_unit"):
-        _refuse_other_table(source, known, table)
+        _refuse_other_table(source, known["columns"], table)
     if source == "openbhb" and not any(data_dir.rglob("*_T1w.nii*")) and any(data_dir.rglob("*_T1w.npy")):
         raise SourceError(
             f"{data_dir} holds OpenBHB's preprocessed arrays (.npy), which have no orientation. Download the "
             "folders rawdata (original T1-weighted scans, .nii.gz) as well."
         )
-    found = match_scans(data_dir, table, **how, source=source)
-    return _take_one_per_session(found, known), TERMS[source]
+    return _take_one_per_session(match_scans(data_dir, table, **how, source=source), known), TERMS[source]
 
 
-def _refuse_other_table(source: str, known: LocalSet, path: Path) -> None:
+def _refuse_other_table(source: str, columns: list[str], path: Path) -> None:
     names = {plain_name(name) for cells in read_cells(path).values() for name in cells}
-    missing = [name for name in known.columns if not names & set(name.split("|"))]
-    if missing:
-        told = ", ".join(missing).replace("|", " or ")
+    if missing := [name.replace("|", " or ") for name in columns if not names & set(name.split("|"))]:
         raise TableError(
-            f"{path} is not the table of {source}: it has no column {told}. Set table to the publisher's, or "
-            "use source = folder for a table of your own."
+            f"{path} is not the table of {source}: it has no column {', '.join(missing)}. Set table to the "
+            "publisher's, or use source = folder for a table of your own."
         )
 
 
-def _take_one_per_session(found: FolderCohort, known: LocalSet) -> FolderCohort:
+def _take_one_per_session(found: FolderCohort, known: dict[str, Any]) -> FolderCohort:
     """Take the preferred picture of each session; list the others."""
-
-    def rank(image: str) -> int:
-        fits = (re.search(pattern, image, re.IGNORECASE) for pattern in known.preferred)
-        return next((number for number, match in enumerate(fits) if match), len(known.preferred))
-
-    cohort, reasons = found.cohort, pd.Series("", index=found.cohort.index, dtype=str)
+    cohort, preferred = found.cohort, known.get("preferred", [])
     images = cohort["image"].str.replace("\\", "/")
-    if known.refused:
-        reasons = reasons.mask(images.str.contains(known.refused, flags=re.IGNORECASE), known.refusal)
-    if known.preferred:
-        left = (
-            cohort[reasons == ""].assign(rank=images.map(rank)).sort_values(["rank", "image"], kind="stable")
-        )
+    reasons = pd.Series("", index=cohort.index, dtype=str)
+    if "refused" in known:
+        reasons = reasons.mask(images.str.contains(known["refused"], case=False), known["refusal"])
+    if preferred:
+        fits = {n: images.str.contains(pattern, case=False) for n, pattern in enumerate(preferred)}
+        rank = pd.DataFrame(fits | {len(fits): True}).idxmax(axis=1)
+        left = cohort.assign(rank=rank)[reasons == ""].sort_values(["rank", "image"], kind="stable")
         best = left.groupby(["subject_id", "session_id"])["image"].transform("first")
         for index in left.index[left["image"] != best]:
             reasons[index] = f"another picture of this session: {Path(best[index]).name} is taken"
@@ -390,24 +352,16 @@ def _take_one_per_session(found: FolderCohort, known: LocalSet) -> FolderCohort:
     )
 
 
-_COLUMNS = tuple(COLUMN_PARAMETERS.values())
-_OWN_DATA = ("data_dir", "table", *_COLUMNS)
-SOURCES: dict[str, tuple[Callable[[SourceSettings, Path, _Keywords], _Opened], tuple[str, ...]]] = {
-    "demo": (_open_demo, ("n_subjects", "demo_voxel_mm")),
-    "folder": (_open_folder, _OWN_DATA),
-    "gdown": (_open_drive, ("drive_links", "keep_archives", "download_dir", "table", *_COLUMNS)),
-    "kaggle_dataset": (_open_kaggle, ("kaggle_dataset", "download_dir", "table", *_COLUMNS)),
-    "ixi": (
-        _open_ixi,
-        ("ixi_images_url", "ixi_table_url", "ixi_md5", "keep_archives", "download_dir", *_COLUMNS),
-    ),
-    "oasis1": (_open_local_set, _OWN_DATA),
-    "oasis2": (_open_local_set, _OWN_DATA),
-    "openneuro": (
-        _open_openneuro,
-        ("openneuro_id", "max_subjects", "openneuro_url", "download_dir", *_COLUMNS),
-    ),
-    "openbhb": (_open_local_set, _OWN_DATA),
-    "adni": (_open_local_set, _OWN_DATA),
+SOURCES: dict[str, Callable[[SourceSettings, Path, _Keywords], _Opened]] = {
+    "demo": _open_demo,
+    "folder": _open_folder,
+    "gdown": _open_drive,
+    "kaggle_dataset": _open_kaggle,
+    "ixi": _open_ixi,
+    "oasis1": _open_local_set,
+    "oasis2": _open_local_set,
+    "openneuro": _open_openneuro,
+    "openbhb": _open_local_set,
+    "adni": _open_local_set,
 }
-"""Source -> its opener, and the fields of `SourceSettings` that it reads; others are refused beside it."""
+"""Source -> its opener."""

@@ -59,25 +59,22 @@ def merge_repeats(rows: pd.DataFrame, table: TextTable) -> pd.DataFrame:
     rows = rows.drop_duplicates()  # rows that say the same need no rule
     repeated = rows.duplicated(key, keep=False)
     merged = [_merge_rows(group, table) for _, group in rows[repeated].groupby(key, sort=False)]
-    if not merged:
-        return rows.reset_index(drop=True)
-    joined = pd.concat([rows[~repeated], pd.DataFrame(merged).set_index("_order")])
-    return joined.sort_index().reset_index(drop=True)
+    return pd.concat([rows[~repeated], pd.DataFrame(merged)]).sort_index().reset_index(drop=True)
 
 
-def _merge_rows(group: pd.DataFrame, table: TextTable) -> dict[str, Any]:
+def _merge_rows(group: pd.DataFrame, table: TextTable) -> pd.Series:
     name = " ".join(filter(None, group.iloc[0][["subject_id", "session_id"]]))
     age = _merge_ages(list(group["age"]))
     if age.rule or (age.reason and any(other.years is not None for other in group["age"])):
         table.note(f"{name}: {age.rule or f'{age.reason}; refused'}.")
-    row: dict[str, Any] = {"_order": group.index[0], "age": age}
+    row: dict[str, Any] = {"age": age}
     for column in group.columns.drop("age"):
-        values = list(dict.fromkeys(value for value in group[column] if value)) or [""]
+        values = [value for value in group[column].unique() if value]
         if len(values) > 1 and column != "table_id":
             table.note(f"{name}: its rows disagree on {column} ({', '.join(values)}): left blank.")
-            values = [""]
-        row[column] = values[0]
-    return row
+            values = []
+        row[column] = values[0] if values else ""
+    return pd.Series(row, name=group.index[0])
 
 
 def _merge_ages(ages: list[Age]) -> Age:
@@ -158,8 +155,8 @@ def bare_session(label: str) -> str:
 
 def _read_rows(
     table: TextTable, named: dict[str, str], age_unit: str = "auto"
-) -> tuple[pd.DataFrame, list[AgeColumn]]:
-    """The rows of a table of text cells, each with its `Age`; and the columns that the ages are from."""
+) -> tuple[pd.DataFrame, list[str]]:
+    """The rows of a table of text cells, each with its `Age`; and the names of the columns of ages."""
     if age_unit not in ("auto", *PER_YEAR):
         raise TableError(f"age_unit = {age_unit!r}: it is one of auto, {', '.join(PER_YEAR)}.")
     subject = _find_column(table, named, "subject_id")
@@ -179,7 +176,7 @@ def _read_rows(
         )
     people = _read_people(table, named, subject)
     visits = [_read_visit(table, people, column, age_unit, several=len(ages) > 1) for column in ages]
-    return pd.concat(visits, ignore_index=True), ages
+    return pd.concat(visits, ignore_index=True), [column.name for column in ages]
 
 
 def _open_table(path: Path | str, named: Mapping[str, str]) -> TextTable:
@@ -272,71 +269,55 @@ def _read_visit(
 ) -> pd.DataFrame:
     """The rows with the ages of one age column."""
     if several and (people["session_id"] != "").any():
-        raise table.error(
-            "rows have sessions, and several age columns were named", "set age_column to one column"
-        )
+        problem = "rows have sessions, and several age columns were named"
+        raise table.error(problem, "set age_column to one column")
     units = find_units(table, column, age_unit)
     ages = pd.Series(map(parse_age, table.cells[column.name], units), index=people.index)
-    _note_cell_rules(ages, table)
-    # what holds for a column is noted once; a row keeps only rules of its own
+    # what holds for a column is noted once, with its first cell; a row keeps only rules of its own
+    rules = pd.Series([age.rule for age in ages if age.rule], dtype=str)
+    for _, alike in rules.groupby(rules.str.replace(r"[\d.,]+", "", regex=True)):
+        table.note(f"Ages not written as plain years: {len(alike)} ({alike.iloc[0]}).")
     ages = ages.map(lambda age: replace(age, rule=""))
     sessions = people["session_id"].where(people["session_id"] != "", column.wave)
     if {"ptid", "viscode"} <= set(map(plain_name, table.cells)) and plain_name(column.name) == "age":
         late = ~sessions.str.lower().isin(["bl", "sc", "scmri"])
-        reason = "the AGE of ADNIMERGE is that at baseline, not at this visit"
-        ages = ages.where(~late, Age(reason=reason))
+        ages = ages.mask(late, Age(reason="the AGE of ADNIMERGE is that at baseline, not at this visit"))
     return people.assign(session_id=sessions, age=ages)
 
 
-def _note_cell_rules(ages: pd.Series, table: TextTable) -> None:
-    """Note how many cells were not plain years, one note a kind, with its first cell as the example."""
-    rules = ages.map(lambda age: age.rule)
-    rules = rules[rules != ""]
-    for _, alike in rules.groupby(rules.str.replace(r"[\d.,]+", "", regex=True)):
-        table.note(f"Ages not written as plain years: {len(alike)} ({alike.iloc[0]}).")
-
-
-def _collect(rows: pd.DataFrame, ages: list[AgeColumn], table: TextTable) -> pd.DataFrame:
-    """The table of usable ages, with notes and refused rows in `attrs`."""
+def _collect(rows: pd.DataFrame, names: list[str], table: TextTable) -> pd.DataFrame:
+    """The table of usable ages, with notes and refused rows in `attrs`; `names` are those of age columns."""
     nameless = rows["subject_id"] == ""
     if nameless.any():
         table.note(f"Rows without an id, left out: {nameless.sum()}.")
     rows = merge_repeats(rows[~nameless].reset_index(drop=True), table)
-    usable = rows["age"].map(lambda age: age.years is not None).astype(bool)
-    reasons = rows["age"].map(lambda age: age.reason)
+    ages = pd.DataFrame(rows["age"].tolist(), columns=["years", "reason", "rule", "blank"])
+    usable = ages["years"].notna()
+    reasons = ages["reason"][~usable]
     if not usable.any():
         shown = "; ".join(reasons.unique()[:3]) or "no rows with an id"
-        names = ", ".join(column.name for column in ages)
-        raise table.error(
-            f"none of the {len(rows)} rows gives an age ('{names}': {shown})",
-            "set age_column to another column, or table",
-        )
-    kinds = reasons[~usable].str.replace(r"'[^']*'", "…", regex=True).str.replace(r"[\d.]+", "…", regex=True)
+        problem = f"none of the {len(rows)} rows gives an age ('{', '.join(names)}': {shown})"
+        raise table.error(problem, "set age_column to another column, or table")
+    kinds = reasons.str.replace(r"'[^']*'", "…", regex=True).str.replace(r"[\d.]+", "…", regex=True)
     for kind, count in kinds.value_counts().items():
-        table.note(f"Rows without a usable age: {count} ({reasons[kinds.index[kinds == kind][0]]}).")
-    rules = rows["age"].map(lambda age: age.rule)
+        table.note(f"Rows without a usable age: {count} ({reasons[kinds == kind].iloc[0]}).")
+    rows = rows.assign(age=ages["years"].astype(float), age_note=ages["rule"], site=rows.get("site", ""))
     _note_unchanged_ages(rows[usable], table)
     order = ["subject_id", "session_id", "age", "sex", "site", "diagnosis", "cdr", "image_id", "table_id"]
-    frame = rows.assign(
-        age=[age.years for age in rows["age"]], age_note=rules, site=rows.get("site", ""), reason=reasons
-    )
-    order = [column for column in order if column in frame]
-    result = frame.loc[usable, [*order, "age_note"]].astype({"age": float}).reset_index(drop=True)
-    refused = frame.loc[~usable, [column for column in order if column != "age"] + ["reason"]]
+    rows = rows[[column for column in [*order, "age_note"] if column in rows]]
+    result = rows[usable].reset_index(drop=True)
+    refused = rows[~usable].drop(columns=["age", "age_note"]).assign(reason=reasons)
     result.attrs = {"notes": table.notes, "refused": refused.to_dict("records")}
     return result
 
 
 def _note_unchanged_ages(rows: pd.DataFrame, table: TextTable) -> None:
     """Note tables that repeat the age of the first visit in later ones."""
-    years = pd.to_numeric(rows["age"].map(lambda age: age.years))
-    people = years.groupby(rows["subject_id"])
+    people = rows.groupby("subject_id")["age"]
     several = people.size() > 1
     if several.sum() > 1 and (people.nunique()[several] == 1).all():
-        table.note(
-            f"All {several.sum()} subjects with several rows have one age in all of them: it may be the age "
-            "at their first visit."
-        )
+        told = "subjects with several rows have one age in all of them: it may be that at their first visit"
+        table.note(f"All {several.sum()} {told}.")
 
 
 def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) -> pd.DataFrame:

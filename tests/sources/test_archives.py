@@ -1,7 +1,9 @@
 """Archives: what is unpacked is whole and inside the folder; a killed run goes on; traps are refused."""
 
+import errno
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -138,6 +140,21 @@ def test_what_does_not_fit_the_disk_is_not_begun(tmp_path):
     with pytest.raises(DownloadError, match=r"more than scans can|GiB left"):
         unpack(tmp_path / "a.tgz", tmp_path / "out", progress=False)
     assert tree(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize(("code", "said"), [(errno.ENOSPC, "is full"), (errno.EROFS, "cannot be written")])
+def test_a_disk_that_takes_no_more_is_named_and_the_next_run_goes_on(tmp_path, monkeypatch, code, said):
+    def refuse(source, sink, length):
+        raise OSError(code, os.strerror(code))
+
+    archive = make(tmp_path / "a.tar", BODIES)
+    with monkeypatch.context() as broken:
+        broken.setattr(fetch.shutil, "copyfileobj", refuse)
+        with pytest.raises(DownloadError, match=rf"{re.escape(str(tmp_path / 'out'))} {said}.*workspace"):
+            unpack(archive, tmp_path / "out", progress=False)
+    assert find_unpacked(tmp_path / "out", archive.name) is None and tree(tmp_path / "out") == {}
+    unpack(archive, tmp_path / "out", progress=False)
+    assert tree(tmp_path / "out") == BODIES
 
 
 def test_a_finished_archive_is_not_opened_again_but_a_missing_file_is_restored(tmp_path):
