@@ -157,13 +157,9 @@ def parse_drive_link(text: str) -> tuple[str, str]:
 
 def _list_drive_folder(identity: str, folder: Path) -> list[tuple[str, str]]:
     """Id and path of each file in a shared folder."""
-    how = {"output": str(folder), "skip_download": True, "quiet": True, "use_cookies": False}
-    listed = _call_client(
-        "gdown",
-        lambda gdown: gdown.download_folder(id=identity, **how),
-        folder,
-        partial(_explain_drive, identity),
-    )
+    how = {"id": identity, "output": str(folder), "skip_download": True, "quiet": True, "use_cookies": False}
+    explain = partial(_explain_drive, identity)
+    listed = _call_client("gdown", lambda gdown: gdown.download_folder(**how), folder, explain)
     if not listed:
         raise DownloadError(f"The Drive folder {identity} is empty or not shared. {_SHARE}.")
     return [(item.id, item.path) for item in listed]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pandas as pd
@@ -130,6 +130,11 @@ class SourceSettings:
     demo_voxel_mm: float = 2.0
     seed: int = 1
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """Names of columns by role, and `age_unit`, as `match_scans` takes them."""
+        return {role: getattr(self, name) for role, name in COLUMN_PARAMETERS.items()}
+
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise SourceError(f"source = {self.source!r}: it is one of {', '.join(SOURCES)}.")
@@ -203,13 +208,15 @@ def open_source(source: str, parameters: Mapping[str, Any], root: Path | str) ->
     print(f"{terms.name}. Terms of use: {terms.licence}. Cite: {terms.cite}.")  # before anything is fetched
     rules, root = CohortRules(**pick_fields(parameters, CohortRules)), Path(root)
     downloads = Path(settings.download_dir or root / "downloads").expanduser().absolute()
-    columns = {role: getattr(settings, name) for role, name in COLUMN_PARAMETERS.items()}
     try:
-        found, terms = SOURCES[source](settings, downloads, {"columns": columns, "root": root})
+        place, columns = SOURCES[source](settings, downloads, root), settings.columns
+        found = match_scans(place.data_dir, place.table, columns=columns, root=root, source=place.label)
     except TableError as error:
         if str(downloads) not in str(error):
             raise
         raise TableError(f"{error} If it came torn, delete it: the next run downloads it again.") from None
+    if "columns" in SETS[source]:
+        found = _take_one_per_session(found, SETS[source])
     ruled = apply_rules(found.cohort, rules)
     if ruled.cohort.empty:
         shown = ruled.summary[["rule", "scans left out", "remark"]].to_string(index=False)
@@ -217,53 +224,58 @@ def open_source(source: str, parameters: Mapping[str, Any], root: Path | str) ->
             f"The cohort rules left out all {len(found.cohort)} scans:\n{shown}\nSet max_cdr = -1, "
             "controls_only = False or control_words, if these people are wanted."
         )
-    kept = vars(replace(found, cohort=ruled.cohort))
-    return OpenedSource(**kept, dropped=ruled.dropped, rules=ruled.summary, terms=terms)
+    kept = vars(replace(found, cohort=ruled.cohort, notes=[*found.notes, *place.notes]))
+    return OpenedSource(**kept, dropped=ruled.dropped, rules=ruled.summary, terms=place.terms or terms)
 
 
-# --- one opener per source: settings, folder of downloads, keywords of `match_scans` ----------------------
-
-_Opened = tuple[FolderCohort, Terms]
-_Keywords = dict[str, Any]
+# --- one function per source brings scans and table here: settings, folder of downloads, workspace --------
 
 
-def _open_demo(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+class Place(NamedTuple):
+    """Where scans and table lie, what the cohort's column `source` says, and what else is to be told."""
+
+    data_dir: Path
+    table: Path | str
+    label: str
+    notes: Sequence[str] = ()
+    terms: Terms | None = None
+
+
+def _bring_demo(settings: SourceSettings, downloads: Path, root: Path) -> Place:
     from brainage_nb.demo.cohort import make_demo_cohort  # a second that no other source needs
 
-    folder, people = Path(how["root"]) / "demo", settings.n_subjects
-    made = make_demo_cohort(folder, n_subjects=people, seed=settings.seed, voxel_mm=settings.demo_voxel_mm)
-    return match_scans(made, Path(made) / "participants.tsv", **how, source="demo"), TERMS["demo"]
+    people, size = settings.n_subjects, settings.demo_voxel_mm
+    made = Path(make_demo_cohort(root / "demo", n_subjects=people, seed=settings.seed, voxel_mm=size))
+    return Place(made, made / "participants.tsv", "demo")
 
 
-def _open_folder(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
-    place, table, left_out = Path(settings.data_dir).expanduser(), settings.table, []
-    if place.is_file() and is_archive(place.name):
-        # One large file is read from Drive at full speed, a thousand small ones are not.
-        found = place.stat()  # another archive of the same name is another folder
-        name = f"{place.name}-{found.st_size}-{found.st_mtime_ns}"
-        folder = (local_disk_for(how["root"]) or how["root"]) / "unpacked" / name
-        left_out = unpack(place, folder)
-        table = str(place.parent / table) if table and (place.parent / table).is_file() else table
-        place = folder
-    found = match_scans(place, table, **how)
-    return replace(found, notes=[*left_out, *found.notes]), TERMS["folder"]
+def _bring_folder(settings: SourceSettings, downloads: Path, root: Path) -> Place:
+    place, table = Path(settings.data_dir).expanduser(), settings.table
+    if not (place.is_file() and is_archive(place.name)):
+        return Place(place, table, "folder")
+    # One large file is read from Drive at full speed, a thousand small ones are not.
+    found = place.stat()  # another archive of the same name is another folder
+    name = f"{place.name}-{found.st_size}-{found.st_mtime_ns}"
+    folder = (local_disk_for(root) or root) / "unpacked" / name
+    left_out = unpack(place, folder)
+    table = str(place.parent / table) if table and (place.parent / table).is_file() else table
+    return Place(folder, table, "folder", left_out)
 
 
-def _open_drive(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+def _bring_drive(settings: SourceSettings, downloads: Path, root: Path) -> Place:
     folder = downloads / "drive"
     left_out = fetch_drive(folder, settings.drive_links, keep_archives=settings.keep_archives)
-    found = match_scans(folder, settings.table, **how, source="gdown")
-    return replace(found, notes=[*found.notes, *left_out]), TERMS["gdown"]
+    return Place(folder, settings.table, "gdown", left_out)
 
 
-def _open_kaggle(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+def _bring_kaggle(settings: SourceSettings, downloads: Path, root: Path) -> Place:
     handle = settings.kaggle_dataset.removeprefix("https://www.kaggle.com/datasets/")
     folder = fetch_kaggle(handle, downloads / "kaggle")
     terms = replace(TERMS["kaggle_dataset"], url=f"https://www.kaggle.com/datasets/{handle}")
-    return match_scans(folder, settings.table, **how, source=f"kaggle {handle}"), terms
+    return Place(folder, settings.table, f"kaggle {handle}", terms=terms)
 
 
-def _open_ixi(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+def _bring_ixi(settings: SourceSettings, downloads: Path, root: Path) -> Place:
     folder = downloads / "ixi"
     # the table first: it is small, and without it the scans are of no use
     tables = split_addresses(settings.ixi_table_url) or IXI_TABLE
@@ -274,43 +286,34 @@ def _open_ixi(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Ope
     if not find_unpacked(images, archive.name):
         checksum = f"md5:{md5}" if md5 not in ("", "none") else ""
         fetch(split_addresses(settings.ixi_images_url) or IXI_IMAGES, archive, checksum=checksum)
-    left_out = unpack(archive, images, delete=not settings.keep_archives)
-    found = match_scans(images, table, **how, source="ixi")
-    return replace(found, notes=[*found.notes, *left_out]), TERMS["ixi"]
+    return Place(images, table, "ixi", unpack(archive, images, delete=not settings.keep_archives))
 
 
-def _open_openneuro(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
-    folder = fetch_openneuro(
-        downloads / "openneuro",
-        settings.openneuro_id,
-        max_subjects=settings.max_subjects,
-        base=settings.openneuro_url or BUCKET,
-        columns=how["columns"],
-    )
-    found = match_scans(folder, folder / "participants.tsv", **how, source=f"openneuro {folder.name}")
-    return found, read_openneuro_terms(folder)
+def _bring_openneuro(settings: SourceSettings, downloads: Path, root: Path) -> Place:
+    how = {"max_subjects": settings.max_subjects, "columns": settings.columns}
+    base = settings.openneuro_url or BUCKET
+    folder = fetch_openneuro(downloads / "openneuro", settings.openneuro_id, base=base, **how)
+    table, label = folder / "participants.tsv", f"openneuro {folder.name}"
+    return Place(folder, table, label, terms=read_openneuro_terms(folder))
 
 
 # --- data sets that a person downloads after agreeing to terms ----------------------------------------------
 
 
-def _open_local_set(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+def _find_local_set(settings: SourceSettings, downloads: Path, root: Path) -> Place:
     source, data_dir = settings.source, Path(settings.data_dir).expanduser().absolute()
-    known = SETS[source]
-    by_name = [
-        one for one in list_tables(data_dir) if re.search(known["table_name"], one.name, re.IGNORECASE)
-    ]
-    named = by_name[0] if len(by_name) == 1 and not settings.table else settings.table
-    table = find_table(data_dir, named)
+    name = re.compile(SETS[source]["table_name"], re.IGNORECASE)
+    by_name = [table for table in list_tables(data_dir) if name.search(table.name)]
+    table = find_table(data_dir, settings.table or (by_name[0] if len(by_name) == 1 else ""))
     # whoever names columns knows the table
-    if not any(name for role, name in how["columns"].items() if role != "age_unit"):
-        _refuse_other_table(source, known["columns"], table)
+    if not any(name for role, name in settings.columns.items() if role != "age_unit"):
+        _refuse_other_table(source, SETS[source]["columns"], table)
     if source == "openbhb" and not any(data_dir.rglob("*_T1w.nii*")) and any(data_dir.rglob("*_T1w.npy")):
         raise SourceError(
             f"{data_dir} holds OpenBHB's preprocessed arrays (.npy), which have no orientation. Download the "
             "folders rawdata (original T1-weighted scans, .nii.gz) as well."
         )
-    return _take_one_per_session(match_scans(data_dir, table, **how, source=source), known), TERMS[source]
+    return Place(data_dir, table, source)
 
 
 def _refuse_other_table(source: str, columns: list[str], path: Path) -> None:
@@ -352,16 +355,16 @@ def _take_one_per_session(found: FolderCohort, known: dict[str, Any]) -> FolderC
     )
 
 
-SOURCES: dict[str, Callable[[SourceSettings, Path, _Keywords], _Opened]] = {
-    "demo": _open_demo,
-    "folder": _open_folder,
-    "gdown": _open_drive,
-    "kaggle_dataset": _open_kaggle,
-    "ixi": _open_ixi,
-    "oasis1": _open_local_set,
-    "oasis2": _open_local_set,
-    "openneuro": _open_openneuro,
-    "openbhb": _open_local_set,
-    "adni": _open_local_set,
+SOURCES: dict[str, Callable[[SourceSettings, Path, Path], Place]] = {
+    "demo": _bring_demo,
+    "folder": _bring_folder,
+    "gdown": _bring_drive,
+    "kaggle_dataset": _bring_kaggle,
+    "ixi": _bring_ixi,
+    "oasis1": _find_local_set,
+    "oasis2": _find_local_set,
+    "openneuro": _bring_openneuro,
+    "openbhb": _find_local_set,
+    "adni": _find_local_set,
 }
-"""Source -> its opener."""
+"""Source -> what brings its scans and table here."""
