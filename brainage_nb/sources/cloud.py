@@ -303,10 +303,7 @@ def fetch_openneuro(
     tables = [file for file in files if not file["subject"]]
     scans = [file for file in files if file["subject"]]
     if not scans or not any(table["path"] == "participants.tsv" for table in tables):
-        raise SourceError(
-            f"{accession} lacks T1-weighted scans or participants.tsv in the bucket: both are needed. Choose "
-            "another data set."
-        )
+        raise SourceError(f"{accession} lacks T1-weighted scans or participants.tsv: choose another one.")
     _fetch_keys(tables, folder, base)
     read_participants(folder / "participants.tsv", folder, columns or {})  # no ages, no download of scans
     taken = sorted({scan["subject"] for scan in scans})[: max_subjects if max_subjects > 0 else None]
@@ -322,9 +319,8 @@ def read_openneuro_terms(folder: Path) -> Terms:
         stated = json.loads((folder / "dataset_description.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         stated = {}
-    name, licence, doi, how = (
-        str(stated.get(key, "")).strip(" .") for key in ("Name", "License", "DatasetDOI", "HowToAcknowledge")
-    )
+    keys = ("Name", "License", "DatasetDOI", "HowToAcknowledge")
+    name, licence, doi, how = (str(stated.get(key, "")).strip(" .") for key in keys)
     own = TERMS["openneuro"].cite.removeprefix("the data set by its DOI, and ")
     facts = {
         "name": f"OpenNeuro {folder.name}: {name}" if name else "",
@@ -360,9 +356,7 @@ def _list_bucket(base: str, accession: str, folder: Path) -> Iterator[dict[str, 
         try:
             root = ET.fromstring(page.read_bytes())
         except ET.ParseError as error:
-            raise DownloadError(
-                f"The bucket {base} does not answer with a listing ({error}): check it, or try later."
-            ) from None
+            raise DownloadError(f"{base} answers no listing ({error}): check it, or try later.") from None
         finally:
             page.unlink()
         for entry in root.findall("{*}Contents"):
@@ -382,6 +376,5 @@ def _fetch_keys(files: Any, folder: Path, base: str) -> None:
         try:
             fetch(url, target, session=session, progress=False, **how)
         except DownloadError as error:
-            raise DownloadError(
-                f"{error} If {folder.name} was revised meanwhile, delete {folder / '.listing.json'} first."
-            ) from None
+            told = f"If it was revised meanwhile, delete {folder / '.listing.json'} first."
+            raise DownloadError(f"{error} {told}") from None

@@ -54,10 +54,7 @@ _PAGE = (
 )
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-_ELSEWHERE = (
-    "set download_dir (with source = folder: workspace) to another disk, then run the cell again: what came "
-    "is kept."
-)
+_ELSEWHERE = "set download_dir (source = folder: workspace) to another disk and run again: what came is kept."
 
 
 class DownloadError(RuntimeError):
@@ -149,10 +146,8 @@ def fetch(
         return path
     mirrors = [urls] if isinstance(urls, str) else list(urls)
     if any(re.match(r"\w+://[^/]*@", url) for url in mirrors):
-        raise DownloadError(
-            f"The address of {path.name} holds a user or password, which would be kept in the executed "
-            "notebook and in logs. Download the file by hand and use source = folder."
-        )
+        problem = f"The address of {path.name} holds a user or password, which notebook and logs would keep"
+        raise DownloadError(f"{problem}. Download the file by hand and use source = folder.")
     part, failures = PartialDownload(path, size, checksum, progress), []
     for url in mirrors:
         try:
@@ -392,10 +387,8 @@ def find_target(folder: Path, name: str) -> Path:
     except (tarfile.FilterError, ValueError):
         inside = ".."
     if ".." in Path(inside).parts or not Path(inside).parts:
-        raise DownloadError(
-            f"'{name}' was not taken: it leads outside the folder {root}. Such an archive is broken or "
-            "hostile: get it from its publisher."
-        )
+        problem = f"'{name}' was not taken: it leads outside the folder {root}"
+        raise DownloadError(f"{problem}. It is broken or hostile: get it from its publisher.")
     return root / inside
 
 
@@ -421,10 +414,8 @@ def _unpack(archive: Path, folder: Path, identity: str, progress: bool) -> dict[
     except (*_DAMAGED, OSError) as error:
         if getattr(error, "errno", None) is not None:
             raise  # the disk, not the content
-        raise DownloadError(
-            f"{archive.name} is damaged ({type(error).__name__}: {error}). Delete it and run the cell again; "
-            "files already unpacked are kept."
-        ) from None
+        problem = f"{archive} is damaged ({type(error).__name__}: {error})"
+        raise DownloadError(f"{problem}. Delete it and run the cell again; what is unpacked stays.") from None
     done = {"identity": identity, "files": names, "left_out": left_out}
     write_json(done, mark)
     return done

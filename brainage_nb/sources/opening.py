@@ -141,27 +141,24 @@ class SourceSettings:
         check_fields(self)
         for item in fields(self):
             readers = [source for source, names in READS.items() if item.name in names]
-            if readers and self.source not in readers and getattr(self, item.name) != item.default:
-                raise SourceError(
-                    f"{item.name} = {getattr(self, item.name)!r} is not read with source = {self.source!r}. "
-                    f"Set source to {' or '.join(readers)}, or leave {item.name} out."
-                )
+            value = getattr(self, item.name)
+            if readers and self.source not in readers and value != item.default:
+                problem = f"{item.name} = {value!r} is not read with source = {self.source!r}"
+                remedy = f"Set source to {' or '.join(readers)}, or leave {item.name} out."
+                raise SourceError(f"{problem}. {remedy}")
         if "data_dir" in READS[self.source]:
             self._check_places()
 
     def _check_places(self) -> None:
         if not self.data_dir.strip():
-            raise SourceError(
-                f"data_dir is empty: set it to the folder or archive of the scans (source {self.source})."
-            )
+            raise SourceError(f"data_dir is empty: set it to the folder or archive of scans ({self.source}).")
         folder = Path(self.data_dir).expanduser().absolute()
         if not folder.exists():
             raise FileNotFoundError(f"There is no folder {folder}. Set data_dir to the one with the scans.")
         table = find_table(folder, self.table) if self.table and folder.is_dir() else None
         if table and not (table.exists() or table.is_symlink()):  # a link may be an annex's, not fetched
-            raise FileNotFoundError(
-                f"There is no table {self.table}, neither here nor in {folder}. Set table to the ages."
-            )
+            problem = f"There is no table {self.table}, neither here nor in {folder}"
+            raise FileNotFoundError(f"{problem}. Set table to the ages.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,20 +306,16 @@ def _find_local_set(settings: SourceSettings, downloads: Path, root: Path) -> Pl
     if not any(name for role, name in settings.columns.items() if role != "age_unit"):
         _refuse_other_table(source, SETS[source]["columns"], table)
     if source == "openbhb" and not any(data_dir.rglob("*_T1w.nii*")) and any(data_dir.rglob("*_T1w.npy")):
-        raise SourceError(
-            f"{data_dir} holds OpenBHB's preprocessed arrays (.npy), which have no orientation. Download the "
-            "folders rawdata (original T1-weighted scans, .nii.gz) as well."
-        )
+        problem = f"{data_dir} holds OpenBHB's preprocessed arrays (.npy), which have no orientation"
+        raise SourceError(f"{problem}. Download the original scans too (folders rawdata, .nii.gz).")
     return Place(data_dir, table, source)
 
 
 def _refuse_other_table(source: str, columns: list[str], path: Path) -> None:
     names = {plain_name(name) for cells in read_cells(path).values() for name in cells}
     if missing := [name.replace("|", " or ") for name in columns if not names & set(name.split("|"))]:
-        raise TableError(
-            f"{path} is not the table of {source}: it has no column {', '.join(missing)}. Set table to the "
-            "publisher's, or use source = folder for a table of your own."
-        )
+        problem = f"{path} is not the table of {source}: it has no column {', '.join(missing)}"
+        raise TableError(f"{problem}. Set table to the publisher's, or use source = folder with your own.")
 
 
 def _take_one_per_session(found: FolderCohort, known: dict[str, Any]) -> FolderCohort:

@@ -225,10 +225,8 @@ def _refuse_title(tables: dict[str, list[list[str]]], path: Path) -> None:
     for mark, rows in tables.items():
         wide = [len(row) for row in rows[1:] if len(row) > 1]
         if mark != " " and wide and len(set(wide)) == 1 and len(wide) > len(rows) / 3:
-            raise TableError(
-                f"{path}: the first row, {rows[0][0]!r}, is not a header of the {wide[0]} columns below it. "
-                "Remove the lines above the header."
-            )
+            problem = f"the first row, {rows[0][0]!r}, is not a header of the {wide[0]} columns below it"
+            raise TableError(f"{path}: {problem}. Remove the lines above the header.")
 
 
 def _split(text: str, delimiter: str, **how: Any) -> Iterator[list[str]]:
@@ -262,10 +260,8 @@ def _make_frame(
     """Rows of text, the first being the header, as a frame with distinct column names."""
     header, body = rows[0], rows[1:]
     if all(_is_number(cell) for cell in header if cell):
-        raise TableError(
-            f"{where} has no header: its first row is {header[:4]}. Add a first row that names the columns, "
-            "at least an id and an age."
-        )
+        problem = f"{where} has no header: its first row is {header[:4]}"
+        raise TableError(f"{problem}. Add a first row that names the columns, at least an id and an age.")
     if not body:
         raise TableError(f"{where} holds a header ({', '.join(header[:8])}) but no rows.")
     numbered = [row[0] for row in body] == [str(number) for number in range(1, len(body) + 1)]
@@ -319,9 +315,8 @@ def _read_workbook(path: Path, content: bytes) -> dict[str, pd.DataFrame]:
         options = {"sheet_name": None, "header": None, "engine": "calamine", "keep_default_na": False}
         raw = pd.read_excel(io.BytesIO(content), dtype=object, **options)
     except Exception as error:  # calamine raises its own kinds; a password or a broken zip both end here
-        raise TableError(
-            f"{path} cannot be opened as a workbook ({error}). Save it as CSV, without a password."
-        ) from error
+        problem = f"{path} cannot be opened as a workbook ({error})"
+        raise TableError(f"{problem}. Save it as CSV, without a password.") from error
     sheets, problems = {}, []
     for name, cells in raw.items():
         rows = [[_cell_text(cell) for cell in row] for row in cells.itertuples(index=False)]

@@ -95,8 +95,7 @@ def _merge_ages(ages: list[Age]) -> Age:
 
 _KNOWN_TEXT = ("site", "diagnosis", "cdr", "image_id")
 _SESSION_IN_ID = re.compile(
-    r"^(.+?)[-_](ses-?[a-z0-9]+|MR\d+|MR_d\d+|baseline(?:_\d+)?|retest(?:_\d+)?|visit_?\d+)$",
-    re.IGNORECASE,
+    r"(?i)^(.+?)[-_](ses-?[a-z0-9]+|MR\d+|MR_d\d+|baseline(?:_\d+)?|retest(?:_\d+)?|visit_?\d+)$"
 )
 
 
@@ -131,9 +130,8 @@ def read_table(path: Path | str, *, age_unit: str = "auto", **columns: str | Non
         Where no age can be read safely; the message says what to set.
     """
     if unknown := columns.keys() - COLUMN_PARAMETERS:
-        raise TypeError(
-            f"read_table knows no {', '.join(unknown)}; roles are {', '.join(COLUMN_PARAMETERS)}."
-        )
+        roles = ", ".join(COLUMN_PARAMETERS)
+        raise TypeError(f"read_table knows no {', '.join(unknown)}; roles are {roles}.")
     named = {role: name for role, name in columns.items() if name}
     table = _open_table(path, named)
     return _collect(*_read_rows(table, named, age_unit), table)
@@ -241,10 +239,8 @@ def _read_ids(table: TextTable, written: pd.Series) -> tuple[pd.Series, pd.Serie
     sessions = carried[1].map(bare_session)
     if (found := sessions != "").any():
         first = found.idxmax()
-        table.note(
-            f"Ids that carry a session: {found.sum()}; '{ids[first]}' is session '{sessions[first]}' of "
-            f"subject '{carried[0][first]}'."
-        )
+        example = f"'{ids[first]}' is session '{sessions[first]}' of subject '{carried[0][first]}'"
+        table.note(f"Ids that carry a session: {found.sum()}; {example}.")
     return carried[0].where(found, ids), sessions
 
 
@@ -257,10 +253,8 @@ def _read_sexes(table: TextTable, name: str | None) -> pd.Series:
     unread = [cell for cell in table.cells[name][sexes == ""] if not is_missing(cell)]
     if unread:
         shown = ", ".join(repr(cell) for cell in sorted(set(unread))[:5])
-        table.note(
-            f"Rows whose sex is neither in words nor a code that the column's name or sidecar explains: "
-            f"{len(unread)} ({shown}); left blank."
-        )
+        told = "Rows whose sex is neither in words nor a code that the column's name or sidecar explains"
+        table.note(f"{told}: {len(unread)} ({shown}); left blank.")
     return sexes
 
 
@@ -374,9 +368,8 @@ def _read_sessions(data_dir: Path) -> list[TextTable]:
     notes = [f"Ages at sessions are read from {count} files sub-*_sessions.tsv."]
     if without:
         names = ", ".join(without[:5]) + (", …" if len(without) > 5 else "")
-        notes.append(
-            f"Sessions files without an age: {len(without)} ({names}); the table's age counts there."
-        )
+        told = f"Sessions files without an age: {len(without)} ({names})"
+        notes.append(f"{told}; the table's age counts there.")
     where = f"{data_dir}/sub-*/sub-*_sessions.tsv"
     return [
         TextTable(pd.concat(tables, ignore_index=True), where, sidecar, list(notes))
