@@ -54,7 +54,7 @@ _DRIVE_ADVICE = {
     "copy in your own Drive",
     "byte range": "the file has changed: delete the folder .{identity} in the downloads, run the cell again",
 }
-_KAGGLE_REMEDIES = {
+_REMEDIES = {
     401: "Kaggle does not know you: make a token on kaggle.com (Settings > API) and put it into the "
     "platform's store, or into the file it is offered as",
     403: "you have no permission: open its page while logged in, accept its terms, or ask its owner",
@@ -241,7 +241,7 @@ def _explain_kaggle(handle: str, error: Exception) -> tuple[str, bool]:
     kind, status = type(error).__name__, getattr(getattr(error, "response", None), "status_code", None)
     if "Unauthenticated" in kind or "Credential" in kind:
         status = 401
-    remedy = _KAGGLE_REMEDIES.get(status, "run the cell again later: what was received is kept")
+    remedy = _REMEDIES.get(status, "run the cell again later: what was received is kept")
     # connections and damaged archives (which kagglehub has deleted by now) may go better next time
     passing = status in PASSING or "Corruption" in kind or (status is None and isinstance(error, OSError))
     return (

@@ -317,7 +317,7 @@ def explain_disk(folder: Path | str) -> Iterator[None]:
             raise DownloadError(f"The disk of {folder} is full. Free some space or {_ELSEWHERE}") from None
         if error.errno in _FORBIDDEN:
             place = f"{error.filename or folder} cannot be written ({error.strerror})"
-            raise DownloadError(f"{place}. Make it so, or {_ELSEWHERE}") from None
+            raise DownloadError(f"{place}. Make it writable or {_ELSEWHERE}") from None
         raise
 
 
@@ -329,9 +329,7 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
-def unpack(
-    archive: Path | str, folder: Path | str, *, delete: bool = False, progress: bool = True
-) -> list[str]:
+def unpack(archive: Path | str, folder: Path | str, *, delete: bool = False) -> list[str]:
     """Unpack all regular files of a tar or zip, each whole or not at all; a killed run is continued.
 
     Parameters
@@ -342,8 +340,6 @@ def unpack(
         Where its files go; made where it is missing. `.NAME.unpacked.json` in it says what is done.
     delete : bool
         Delete the archive in the end.
-    progress : bool
-        Show a bar.
 
     Returns
     -------
@@ -363,7 +359,7 @@ def unpack(
         identity = f"{found.st_size}-{found.st_mtime_ns}"
         if done is None or done["identity"] != identity:
             with explain_disk(folder):
-                done = _unpack(archive, folder, identity, progress)
+                done = _unpack(archive, folder, identity)
         if delete:
             archive.unlink()
     return done["left_out"]
@@ -392,13 +388,12 @@ def find_target(folder: Path, name: str) -> Path:
     return root / inside
 
 
-def _unpack(archive: Path, folder: Path, identity: str, progress: bool) -> dict[str, Any]:
+def _unpack(archive: Path, folder: Path, identity: str) -> dict[str, Any]:
     mark, names, left_out, total = _mark(folder, archive.name), [], [], 0
     begun = read_notes(mark).get("identity") == identity
     write_json({"identity": identity}, mark)
-    members = tqdm(_read_members(archive), f"unpack {archive.name}", unit="file", disable=not progress)
     try:
-        for name, size, reason, open_member in members:
+        for name, size, reason, open_member in tqdm(_read_members(archive), archive.name, unit="file"):
             if reason:
                 left_out.append(f"{name}: {reason}, not unpacked")
                 continue

@@ -96,15 +96,13 @@ def read_named_ages(table: TextTable, wanted: str) -> list[AgeColumn]:
         columns = [replace(columns[0], wave="")]
     waves = {column.wave for column in columns}
     if len(columns) > 1 and ("" in waves or len(waves) < len(columns)):
-        raise table.error(
-            f"the columns {', '.join(names)} do not each name another visit",
-            "set age_column to one column, or to one column a visit",
-        )
+        problem = f"the columns {', '.join(names)} do not each name another visit"
+        raise table.error(problem, "set age_column to one column, or to one column per visit")
     return columns
 
 
 def find_units(table: TextTable, column: AgeColumn, age_unit: str) -> list[str]:
-    """The unit of each row's bare numbers: what a column of units says there, else what `find_unit` finds.
+    """The unit of each row's bare numbers: what a column of units says there, else what `_find_unit` finds.
 
     "" or another word where the row's own unit is not said, or is none.
     """
@@ -117,17 +115,17 @@ def find_units(table: TextTable, column: AgeColumn, age_unit: str) -> list[str]:
         "age" not in plain_name(own or "") and set(units) <= {"", UNCLEAR} and "m" not in map(fold, told)
     )
     if of_hospital or not any(units):
-        unit = find_unit(table, column, age_unit)
+        unit = _find_unit(table, column, age_unit)
         if not unit:
             _check_years(table, column)
         return [unit or "years"] * len(table.cells)
     before = "" if age_unit == "auto" else f", before age_unit = {age_unit}"
     table.note(f"The unit of each age is read from column '{own}'{before}.")
-    other = find_unit(table, column, age_unit) if "" in units else ""
+    other = _find_unit(table, column, age_unit) if "" in units else ""
     return [text if unit == UNCLEAR else unit or other for text, unit in zip(told, units, strict=True)]
 
 
-def find_unit(table: TextTable, column: AgeColumn, age_unit: str) -> str:
+def _find_unit(table: TextTable, column: AgeColumn, age_unit: str) -> str:
     """Unit of a column's bare numbers: as set, else as its name, sidecar or line of labels says; else "".
 
     Raises
@@ -143,16 +141,12 @@ def find_unit(table: TextTable, column: AgeColumn, age_unit: str) -> str:
             table.note(f"age_unit = {age_unit} goes before what is said of '{column.name}' ({told}).")
         return age_unit
     if "" in said.values():
-        raise table.error(
-            f"'{column.name}' seems to count from conception, not from birth ({'; '.join(said)})",
-            "set age_column to a column with the age since birth, or age_unit if it is one",
-        )
+        problem = f"'{column.name}' seems to count from conception, not from birth ({'; '.join(said)})"
+        raise table.error(problem, "set age_column to the age since birth; if this is it, set age_unit")
     doubts = [] if units else _find_doubts(table, column)
     if doubts or len(units) > 1 or UNCLEAR in units:
-        raise table.error(
-            f"the unit of '{column.name}' is not clear ({'; '.join([*said, *doubts])})",
-            "set age_unit to years, months, weeks or days",
-        )
+        problem = f"the unit of '{column.name}' is not clear ({'; '.join([*said, *doubts])})"
+        raise table.error(problem, "set age_unit to years, months, weeks or days")
     return units.pop() if units else ""
 
 

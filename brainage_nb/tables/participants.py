@@ -168,10 +168,8 @@ def _read_rows(
     set_labels_aside(table, subject, [column.name for column in ages])
     ages = ages if "age" in named else [find_age(table, subject, age_unit)]
     if len(table.cells) > 2 and (table.cells[ages[0].name] == table.cells[subject]).all():
-        raise table.error(
-            f"'{ages[0].name}' is the same as '{subject}' in every row: the columns seem shifted",
-            "name each column in the header, or set age_column to another one",
-        )
+        problem = f"'{ages[0].name}' is the same as '{subject}' in every row: the columns seem shifted"
+        raise table.error(problem, "name each column in the header, or set age_column to another one")
     people = _read_people(table, named, subject)
     visits = [_read_visit(table, people, column, age_unit, several=len(ages) > 1) for column in ages]
     return pd.concat(visits, ignore_index=True), [column.name for column in ages]
