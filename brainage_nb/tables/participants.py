@@ -331,20 +331,28 @@ def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) ->
     DataFrame
         As `read_table`.
     """
-    parts = [] if columns.get("age") else _read_sessions(data_dir)
-    if not parts:
+    sessions = [] if columns.get("age") else _read_sessions(data_dir)
+    if not sessions:
         return read_table(path, **columns)
-    read = [_read_rows(part, {}, columns.get("age_unit") or "auto") for part in parts]
-    people = _open_table(path, columns)
-    people.notes = list(dict.fromkeys(note for part in parts for note in part.notes))
-    rows = pd.concat([rows for rows, _ in read], ignore_index=True).fillna("")
-    at_session = _collect(_add_people(rows, people, columns), read[0][1], people)
+    named = {role: name for role, name in columns.items() if name}
+    age_unit = named.pop("age_unit", "auto")
+    read = [_read_rows(part, {}, age_unit) for part in sessions]
+    table, names = _open_table(path, named), read[0][1]
+    rows = _add_people(pd.concat([rows for rows, _ in read], ignore_index=True).fillna(""), table, named)
+    table.notes = list(dict.fromkeys(note for one in [*sessions, table] for note in one.notes))
     try:
-        table = read_table(path, **columns)
+        others, more = _read_rows(table, named, age_unit)
     except TableError as error:
-        at_session.attrs["notes"].append(f"No age is read from the table itself: {error}")
-        return at_session
-    return _prefer_sessions(at_session, table)
+        table.note(f"No age is read from the table itself: {error}")
+        return _collect(rows, names, table)
+    instead = _subjects_with_age(others) - _subjects_with_age(rows)
+    own = set(rows["subject_id"]) - instead
+    parts = [rows[rows["subject_id"].isin(own)], others[~others["subject_id"].isin(own)]]
+    return _collect(pd.concat(parts, ignore_index=True).fillna(""), [*names, *more], table)
+
+
+def _subjects_with_age(rows: pd.DataFrame) -> set[str]:
+    return set(rows["subject_id"][rows["age"].map(lambda age: age.years is not None)])
 
 
 def _read_sessions(data_dir: Path) -> list[TextTable]:
@@ -386,16 +394,3 @@ def _add_people(rows: pd.DataFrame, people: TextTable, columns: Mapping[str, str
         own = rows.get(column, pd.Series("", index=rows.index))
         rows[column] = own.where(own != "", rows["subject_id"].map(known[column]).fillna(""))
     return rows
-
-
-def _prefer_sessions(at_session: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """All rows of subjects with an age at a session, then the table's rows of all others."""
-    told = set(at_session["subject_id"])
-    others = table[~table["subject_id"].isin(told)]
-    rows = pd.concat([at_session, others], ignore_index=True)
-    refused = refused_rows(at_session).to_dict("records")
-    refused = [row for row in refused if row["subject_id"] not in set(others["subject_id"])]
-    known = told | {row["subject_id"] for row in refused}
-    refused += [row for row in refused_rows(table).to_dict("records") if row["subject_id"] not in known]
-    rows.attrs = {"notes": [*at_session.attrs["notes"], *table.attrs["notes"]], "refused": refused}
-    return rows.fillna(dict.fromkeys(rows.columns.drop("age"), ""))

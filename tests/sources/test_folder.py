@@ -145,6 +145,17 @@ def test_a_sessions_file_serves_where_participants_have_no_age(data):
     assert ages(match_scans(folder)) == {"01_1": 30.2}
 
 
+def test_sessions_without_any_usable_age_leave_the_ages_of_the_table(data):
+    folder = data(
+        {
+            "participants.tsv": "participant_id\tage\nsub-01\t30\nsub-02\t40\n",
+            "sub-01/sub-01_sessions.tsv": "session_id\tage\nses-1\tn/a\n",
+            **{f"sub-0{i}/ses-1/anat/sub-0{i}_ses-1_T1w.nii.gz": None for i in (1, 2)},
+        }
+    )
+    assert ages(match_scans(folder)) == {"01_1": 30, "02_1": 40}
+
+
 def test_one_age_for_several_sessions_is_noted(data):
     folder = data(
         {
