@@ -13,40 +13,14 @@ from typing import Any
 
 import pandas as pd
 
+from brainage_nb.cohort.names import WORDS, parts_of, read_contrast
 from brainage_nb.workspace import MARKER
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr.gz", ".hdr", ".img.gz", ".img")
 COLUMNS = ["image", "stem", "folders", "subject_hint", "session_hint", "run_hint", "site_hint", "contrast"]
 
-_WORDS = {
-    "T1": "t1 t1w t1weighted mprage mpr mp2rage spgr fspgr bravo tfe unit1",
-    "label": """
-        mask brainmask seg dseg probseg fseg segmentation label labels aseg aparc parcellation dlmuse roi""",
-    "other": """
-        t2 t2w t2star pd pdw flair dwi dti adc bold epi asl mra tof angio swi pet ct fmap phasediff magnitude1
-        magnitude2 sbref""",
-    # made from a scan, and no scan
-    "map": """
-        heat heatmap lesion lesions wmh tumor tumour atlas parc labelmap pve pveseg mixeltype biasfield warp
-        warpfield warpcoef jac jacobian logjacobian defacemask lesionmask firstseg origsegs outskin outskull
-        inskull wmparc ribbon thickness synthseg posterior""",
-    # made from a scan, left out where that is there; of several the one whose word comes first is taken
-    "picture": """
-        orig rawavg nu restore biascorr biascorrected corrected bfc n3 n4 n4corrected unifize denoised sanlm
-        preproc preprocessed processed norm normalized normalised defaced reorient reoriented orig2std
-        fullfov robustfov crop cropped eq tilt resampled conformed 1mm 2mm iso rigid reg registered coreg
-        aligned flirt fnirt warped lin nonlin linear nonlinear affine std to mni mni152 template talairach
-        synthsr bet brain extracted skullstripped skullstrip stripped noskull deskulled masked hdbet
-        synthstrip finalsurfs smooth smoothed fast bias field skull overlay gm wm csf prob tissue
-        deformation pvc filled""",
-    # of folders: what was made or measured; and what by itself may be a group of people or what came first
-    "folder": """
-        derivatives fmriprep qc gt labelstr labelsts transforms flair t2 t2w dwi dti bold asl swi adc tof""",
-    "people": "lesion lesions tumor tumors tumour tumours norm orig fast field std lin eq map maps to",
-}
-"""Words of file names by what they say of an image, in lower case."""
-_WORDS = {kind: {word: place for place, word in enumerate(words.split())} for kind, words in _WORDS.items()}
-_T1, _PICTURE = _WORDS["T1"], _WORDS["picture"]
+_WORDS = {kind: set(words) for kind, words in WORDS["images"].items()}
+_PICTURE = {word: place for place, word in enumerate(WORDS["images"]["picture"])}
 _MAP = _WORDS["label"] | _WORDS["map"]
 _MADE_BY_ANTS_OR_FIRST = re.compile(
     r"[-_.]?(?:(?<!T)\d)?((?:BrainExtraction|BrainSegmentation|CorticalThickness|ExtractedBrain|BrainNormalizedTo"
@@ -62,7 +36,6 @@ _PREFIX = re.compile(rf"BiasField_|sanlm_|{_SPM}(?:c[1-6]|p\d)?")
 _MAP_PREFIX = re.compile(rf"(?:s\d{{0,2}})?m0?w[cp]\d|{_SPM}(?:(?<=_)|c[1-6]|p\d)(?=sub-)")
 # the folders of one FreeSurfer subject, and of one run of fsl_anat
 _HOME = re.compile(r"(?:^|/)(?P<subject>[^/]*?)(?P<tool>/?\bmri(?:/orig)?|\.anat)$")
-_CONTRAST = _T1 | _WORDS["label"] | _WORDS["other"]
 _SITES = {"guys": "Guys", "hh": "HH", "iop": "IOP"}
 _PATTERNS = (
     # IXI002-Guys-0828-T1: the second number counts scans, it is no session
@@ -75,10 +48,6 @@ _SESSION = re.compile(
     r"(?:^|[-_. ])(?:(?:ses|session|visit|timepoint|tp|wave)[-_ ]?(?P<label>\d+)"
     r"|(?P<word>baseline|followup|retest)(?:[-_]?(?P<count>\d+))?)(?=$|[-_. ])",
     re.IGNORECASE,
-)
-
-_PART = re.compile(
-    r"[^\s!-/:-@\[-`{-~\u00a0-\u00a9\u00ab-\u00b1\u00b4\u00b6-\u00b8\u00bb\u00bf\u2000-\u206f\u3000-\u303f]+"
 )
 
 
@@ -162,16 +131,6 @@ def image_stem(name: str) -> str:
     return name
 
 
-def parts_of(name: str) -> list[str]:
-    """The parts of a name between blanks and punctuation of any script."""
-    return [name[start:end] for start, end in spans_of_parts(name)]
-
-
-def spans_of_parts(name: str) -> list[tuple[int, int]]:
-    """Where each part of a name begins and ends."""
-    return [match.span() for match in _PART.finditer(name)]
-
-
 def clean_text(text: str) -> str:
     """Text in the composed form of Unicode, without characters that nobody sees; odd blanks are blanks."""
     kept = "".join(
@@ -180,11 +139,6 @@ def clean_text(text: str) -> str:
         if unicodedata.category(character) != "Cf"
     )
     return " ".join(kept.split())
-
-
-def is_contrast_word(part: str) -> bool:
-    """Whether a part of a name tells what was measured (`T1`, `flair`, `mask`) rather than who."""
-    return part.lower() in _CONTRAST
 
 
 def _walk(folder: Path) -> tuple[list[Path], Counter[str], list[str]]:
@@ -237,13 +191,6 @@ def _find_first(patterns: Iterable[re.Pattern], names: list[str]) -> dict[str, s
     """The groups of the first pattern in the first name that has one."""
     found = (match for name in names for pattern in patterns if (match := pattern.search(name)))
     return next((match.groupdict() for match in found), {})
-
-
-def read_contrast(parts: Iterable[str]) -> str:
-    """What the parts of a file name say was measured: "T1", "other" or ""."""
-    words = {part.lower() for part in parts}
-    kinds = {"label": "other", "T1": "T1", "other": "other"}
-    return next((told for kind, told in kinds.items() if words & _WORDS[kind].keys()), "")
 
 
 # --- what is no scan ------------------------------------------------------------------------------------
@@ -366,20 +313,20 @@ def _words_of_folder(folders: str) -> list[str]:
     """The words of the nearest folder where they all speak of what was made or measured (`brain_masks`)."""
     words, people = parts_of(folders.split("/")[-1].lower()), _WORDS["people"]
     made = [word for word in words if word in _WORDS["folder"] or _is_product(word.removesuffix("s"))]
-    return words if set(made) - people.keys() and set(words) <= {*made, *people} else []
+    return words if set(made) - people and set(words) <= {*made, *people} else []
 
 
 def _read_products(stem: str) -> tuple[list[str], list[str], bool, int]:
     if ants := _MADE_BY_ANTS_OR_FIRST.search(stem):
         parts = parts_of(stem[: ants.start()])
-        rest = [part for part in parts if part.lower() not in _T1]
+        rest = [part for part in parts if part.lower() not in _WORDS["T1"]]
         return rest, [ants[1]], not _ANTS_PICTURE.search(ants[1]), len(parts)
     made = [part.lstrip("_") for part in _DERIVED_OF_BIDS.findall(stem)]
     if not made and re.fullmatch(r"sub-[^_]+(?:_[a-z]+-[^_]+)*_T1w", stem):
         return parts_of(stem)[:-1], [], False, 0  # rec-norm is how the scanner made it
     parts = [part for part in re.split(r"[-_. +]+", _DERIVED_OF_BIDS.sub("", stem)) if part]
     rest, is_map, until = [], False, len(parts) if made else 0
-    names_one = any(not _is_product(part) and part.lower() not in _T1 for part in parts)
+    names_one = any(not _is_product(part) and part.lower() not in _WORDS["T1"] for part in parts)
     for number, part in enumerate(parts):
         # before the id only small letters count: HEAT_001 is a person of a study
         if _is_product(part) and (rest or not names_one or part.islower()):
@@ -391,7 +338,7 @@ def _read_products(stem: str) -> tuple[list[str], list[str], bool, int]:
             and (is_map or made[-1] in _COUNTED)
         ):
             made, until = [*made[:-1], f"{made[-1]}_{part}"], number  # pve_0: the number is the tissue's
-        elif part.lower() not in _T1:
+        elif part.lower() not in _WORDS["T1"]:
             rest, is_map = [*rest, part], False  # only at the end a word makes the image a map
     if prefix := _MAP_PREFIX.match(stem):
         made, is_map = [prefix[0], *made], True

@@ -7,62 +7,31 @@ paths the subject stands: where the values are ids, different ones in different 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from brainage_nb.cohort.images import image_stem, is_contrast_word, parts_of, read_contrast, spans_of_parts
+from brainage_nb.cohort.images import image_stem
+from brainage_nb.cohort.names import (
+    DATE,
+    find_forms,
+    is_telling,
+    join_parts,
+    read_contrast,
+    read_id,
+    read_parts,
+    unpadded,
+)
 
-_WORDS = {
-    role: set(words.split())
-    for role, words in {
-        "who": "sub subj subject participant",
-        "when": """
-            ses sess session visit vis tp timepoint time wave baseline bl fu followup retest pre post
-            screening run rec acq echo mr rep repeat task""",
-        "maybe when": "v t scan img image im series ser day file vol",
-        "where": "site center centre scanner",
-        "maybe where": "study project proj cohort group grp batch arm lab block",
-        "what": """
-            anat mri nii nifti raw rawdata quasiraw preproc orig original struct structural anatomical
-            brain head defaced deface anon reface bet stripped n4 crop cropped norm gd 3d iso sag sagittal
-            ax axial cor coronal scan scans image images data file""",
-    }.items()
-}
-"""Words of names by what they tell; those with `maybe` do so where another number may be the subject."""
-_LABELS = ("when", "maybe when", "where")
-"""Roles of words that a number may follow: `visit 2`, `site_1`."""
 _PASSING = {"who", "what", "when", "maybe when"}
 """Roles of parts in which images of one person may differ; where they were made is none of them."""
-_DATE = re.compile(
-    r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{0,9}"
-    r"|(?:[0-2]\d|3[01])(?:[0-2]\d|3[01])(?:19|20)\d\d|(?:19|20)\d\d"
-    r"|\d{1,2}(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)(?:\d\d)?\d\d"
-)
-_SPANS_OF_WHEN = (
-    re.compile(r"(?:^|_)((?:ses|run|task|acq|rec|dir|desc|space|res|ce|echo)-[^_]+)", re.IGNORECASE),
-    re.compile(
-        r"(?<!\d)(?=((?:19|20)\d\d([^\d])(?:\d|[012]\d|3[01])\2(?:\d|[012]\d|3[01])(?!\d)"
-        r"|(?:\d|[012]\d|3[01])([^\d])(?:\d|[012]\d|3[01])\3(?:19|20)\d\d(?!\d)))"
-    ),
-)
-"""BIDS entities, and dates of three numbers in any order that people write."""
 _LATER = re.compile(r"[dmwyre]\d{1,3}|\d{1,3}(?:m|mo|months?|y|yrs?|w|wk|d|days?)")
-_GLUED = re.compile(
-    rf"((?:{'|'.join(_WORDS['who'])})(?=\d))?(.*?)((?<=\d)(?:ses|v|visit|run|tp|t1|t1w|mprage)\d*)?",
-    re.IGNORECASE,
-)
-
 _LISTED, _STATED, _TELLING, _WHOLE_NUMBER, _NUMBER, _LOOSE_NUMBER = 16.0, 8.0, 4.0, 1.9, 1.0, 0.9
 """What a candidate is worth; a slot is preferred to another that is worth less than half as much."""
-_ENOUGH_DIGITS = 5
-"""A number this long may name a subject by itself; a shorter one needs the cohort."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +100,6 @@ def match_images(images: pd.DataFrame, rows: pd.DataFrame) -> list[Match]:
 # --- paths ----------------------------------------------------------------------------------------------
 
 
-class _Part(NamedTuple):
-    """A part of a name: as compared, as written, what it tells, its letters before a digit, its shape."""
-
-    text: str
-    written: str
-    role: str
-    letters: str
-    shape: str
-
-
 class _Candidate(NamedTuple):
     """Parts of a path that equal an id. `prefix` is what only one of the two begins with, or None."""
 
@@ -152,53 +111,15 @@ class _Candidate(NamedTuple):
     is_as_written: bool = True
 
 
-@lru_cache(maxsize=100_000)
-def _read_parts(name: str) -> tuple[_Part, ...]:
-    """The parts of a folder's or a file's name, with what their words say they are."""
-    name = re.sub(r"(?<!\d)(\d)\.(\d)(?=T)", r"\1\2", name, flags=re.IGNORECASE)  # 1.5T
-    whens = [match.span(1) for pattern in _SPANS_OF_WHEN for match in pattern.finditer(name)]
-    spans = []
-    for start, end in spans_of_parts(name):
-        glued = _GLUED.fullmatch(name, start, end)
-        spans += [glued.span(group) for group in (1, 2, 3) if glued[group]]
-    texts = [unicodedata.normalize("NFKC", name[start:end]).casefold() for start, end in spans]
-    parts = []
-    for (start, end), before, text, after in zip(spans, ["", *texts], texts, [*texts[1:], ""], strict=False):
-        is_when = any(first <= start < last for first, last in whens)
-        role = "when" if is_when else _find_role(text, before, after)
-        shape = re.sub(r"\d+", "n", re.sub(r"\D+", "a", text))
-        parts.append(_Part(text, name[start:end], role, re.match(r"\D*", text)[0], shape))
-    return tuple(parts)
-
-
-def _find_role(text: str, before: str, after: str) -> str:
-    """What a part tells: `who` announces a subject; "" is open."""
-    word = re.fullmatch(r"(\D*)(\d{0,4})", text)
-    letters, digits = word.groups() if word else (text, "")
-    if text in _WORDS["who"] and after and (text == "sub" or re.search(r"\d", after)):
-        known = re.match(r"\D*", after)[0]
-        return "" if known in _WORDS["when"] | _WORDS["where"] else "who"
-    if _DATE.fullmatch(text):
-        return "maybe when" if len(text) < 5 else "when"
-    if not letters and (role := next((role for role in _LABELS if before in _WORDS[role]), "")):
-        return role
-    if is_contrast_word(text) or text in _WORDS["what"]:
-        return "what"
-    if re.fullmatch(r"\d{1,2}(t|tesla)", text):
-        return "where"
-    known = next((role for role in (*_LABELS, "maybe where") if letters in _WORDS[role]), "")
-    return known if digits or known == "when" else ""
-
-
 class _Path:
     """The path of an image, taken apart."""
 
     def __init__(self, image: Any) -> None:
-        components = [*map(_read_parts, filter(None, image.folders.split("/"))), _read_parts(image.stem)]
+        components = [*map(read_parts, filter(None, image.folders.split("/"))), read_parts(image.stem)]
         self.image = image
         self.parts = [part for parts in components for part in parts]
         self.texts = [part.text for part in self.parts]
-        self.joined = [_join(parts) for parts in components]
+        self.joined = [join_parts(parts) for parts in components]
         self.stem_start = len(self.parts) - len(components[-1])
         self.places = [
             (depth, depth - len(components), index, index - len(parts))
@@ -209,7 +130,7 @@ class _Path:
         # a data set's own pattern (IXI, OASIS, ADNI): its ids are the same people wherever they stand
         self.is_known = bool(image.subject_hint) and "sub" not in self.texts
         if self.is_known:
-            hint = [part.text for part in _read_parts(image.subject_hint)]
+            hint = [part.text for part in read_parts(image.subject_hint)]
             starts = (n for n in range(len(self.texts)) if self.texts[n : n + len(hint)] == hint)
             self.stated = set([*starts][:1])
 
@@ -275,7 +196,7 @@ class _People:
 
     def __init__(self, rows: pd.DataFrame) -> None:
         subjects = list(dict.fromkeys(rows["subject_id"]))
-        self.forms = {one: _find_forms(_read_id(one)) for one in subjects}
+        self.forms = {one: find_forms(read_id(one)) for one in subjects}
         self.written = {forms[1] for forms in self.forms.values()}
         self.plain = _index((forms[-1], one) for one, forms in self.forms.items())
         prefixes = {match[1] for key in self.plain if (match := re.fullmatch(r"(\D*)\d+", key))}
@@ -297,7 +218,7 @@ class _People:
         ]
         # a bare number is ADNI's image id, before which file names write an I
         names = [(row, f"i{name}" if name.isdigit() else name) for row, name in names]
-        self.images = _index((_join(_read_parts(name)), row) for row, name in names if is_telling(name))
+        self.images = _index((join_parts(read_parts(name)), row) for row, name in names if is_telling(name))
 
     def find_rows(self, path: _Path) -> set[int]:
         """Rows whose image id is the end of the path, or a run of parts in the file name."""
@@ -314,7 +235,7 @@ class _People:
         found = [one for start in range(len(path.parts)) if (one := self._find_longest(path, start))]
         if subjects := _look_up(self.files, path):
             stem = _Candidate(path.stem_start, len(path.parts))
-            subjects, _ = self._nearest(subjects, _find_forms(path.parts[path.stem_start :]))
+            subjects, _ = self._nearest(subjects, find_forms(path.parts[path.stem_start :]))
             inside = (one for one in found if one.start >= path.stem_start and {*one.subjects} >= {*subjects})
             return [next(inside, stem)._replace(subjects=subjects, strength=_LISTED)]
         found = _outermost(found)
@@ -344,7 +265,7 @@ class _People:
             part = path.parts[end - 1]
             if part.role == "who" and end > start + 1:
                 continue
-            plain = _unpadded(part.text)
+            plain = unpadded(part.text)
             key += "_" * (key[-1:].isdecimal() and plain[:1].isdecimal()) + plain
             if key in self.plain:
                 best = self._weigh(path, start, end, key, None) or best
@@ -357,7 +278,7 @@ class _People:
     def _weigh(self, path: _Path, start: int, end: int, key: str, prefix: str | None) -> _Candidate | None:
         """A run that is an id in some form, with how much it says, or None where it cannot be a subject."""
         run = [part for n, part in enumerate(path.parts[start:end]) if n == 0 or part.role != "who"]
-        forms = [form.removeprefix(prefix or "") for form in _find_forms(run)]
+        forms = [form.removeprefix(prefix or "") for form in find_forms(run)]
         subjects, level = self._nearest(self.plain[key], forms, self.prefix if prefix == "" else "")
         text, is_same = forms[1], level < 2
         telling = is_telling(text if prefix is None else re.sub(r"\D", " ", text))
@@ -385,42 +306,11 @@ class _People:
         return tuple(sorted(subjects)), len(self.forms)
 
 
-def _read_id(name: str) -> list[_Part]:
-    """The parts of a table's id, without the words that announce it."""
-    parts = _read_parts(name)
-    return [part for part in parts if part.text not in _WORDS["who"]] or list(parts)
-
-
-def _find_forms(parts: Iterable[_Part]) -> tuple[str, ...]:
-    """A run of parts as written, in lower case, without punctuation (but `1_23` is not `12_3`), unpadded."""
-    written, text = "_".join(part.written for part in parts), _join(parts)
-    together = re.sub(r"(?<!\d)_|_(?!\d)", "", text)
-    return written, text, together, _unpadded(together)
-
-
-def _join(parts: Iterable[_Part]) -> str:
-    return "_".join(part.text for part in parts)
-
-
-def _unpadded(text: str) -> str:
-    return re.sub(r"(?<!\d)0+(?=\d)", "", text) if "0" in text else text
-
-
-@lru_cache(maxsize=100_000)
-def is_telling(name: str) -> bool:
-    """Whether a name may identify someone by itself, wherever in a path it stands."""
-    parts = parts_of(name)
-    if all(is_contrast_word(part) or part.casefold() in _WORDS["who"] for part in parts):
-        return False
-    longest = max(map(len, re.findall(r"\d+", name)), default=0)
-    return longest >= _ENOUGH_DIGITS or (len(name) > 1 and bool(re.search(r"[^\W\d_]", name)))
-
-
 def _tails(cell: str) -> list[str]:
     """The ends of a cell that is a file name or path, as they are compared with the ends of images' paths."""
     path = PurePosixPath(cell.replace("\\", "/"))
     names = [*(part for part in path.parent.parts if part not in ("/", ".", "..")), image_stem(path.name)]
-    joined = [_join(_read_parts(name)) for name in names]
+    joined = [join_parts(read_parts(name)) for name in names]
     tails = ["/".join(joined[start:]) for start in range(len(joined))]
     return tails if is_telling(names[-1]) else tails[:-1]
 
@@ -641,9 +531,7 @@ class _Cohort:
         visit = [
             path.texts[m]
             for m in outside
-            if m in later
-            or _DATE.fullmatch(path.texts[m])
-            or re.fullmatch(r"(fu|followup)\d*", path.texts[m])
+            if m in later or DATE.fullmatch(path.texts[m]) or re.fullmatch(r"(fu|followup)\d*", path.texts[m])
         ]
         labels = [self.people.session_of[one].casefold() for one in self.people.rows_of[own.subjects[0]]]
         return Match(row, reason, own.subjects, label, path.session(own, labels), "_".join(visit))

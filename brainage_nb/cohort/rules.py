@@ -12,25 +12,14 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from brainage_nb.cohort.names import WORDS
 from brainage_nb.parameters import check_fields
 
 DROPPED_COLUMNS = ["scan_id", "subject_id", "session_id", "rule", "detail"]
-# What tables call people without a diagnosis, whole words or joined, with or without the words for people.
-# Bare numbers are not among them: 1 is a patient in one table and a control in the next.
-_CONTROL = """
-    controls? controle?s? controll[oi] kontrol(le?|la|len|lgruppen?) comparisonsubjects? healthy normals?
-    unaffected unimpaired neurotypical typicallydeveloping typicaldevelopment (non|not|un)demented
-    nonpatients? noknowndisorder no(mental|psychiatric|neurological)?(disorder|disease) healthyvolunteers?
-    gesunde?[rns]? temoins? sain(e?s?) san[oais]s? saludables? saudave(l|is) gezonde? friska? zdrow[aey]
-    zdrav[aey] контрол[а-я]* здоров[а-я]* 健康 健常 正常 対照 对照 對照 대조(군)? 정상(군)?"""
-_PEOPLE = """
-    subjects? volunteers? participants? individuals? people persons? groups? gr(o?u)pp?[eo] sujetos? sujets?
-    soggett[oi] proband(en)? adults? old(er)? elder(ly|s)? seniors? young(er)? middle aged? ag(e?)ing age
-    sex gender matched and child(ren)? adolescents? teen(ager)?s? youth infants? females? males? wom[ae]n
-    m[ae]n boys? girls? cogniti(on|ve|vely) clinically mentally medically neurologically psychiatrically
-    physically community study d[ei]l? группа 者 組 组 人 群 被験者 志愿者"""
-_ABBREVIATED = "ctls? ctrls? cntr?ls? ctr con n?hcs? ncs? cn cu nl tdc? n?hvs?"
-_FIRST_VISITS = {"bl", "sc", "baseline", "screening", "m00", "init"}
+_CONTROL, _PEOPLE, _ABBREVIATED = (
+    "|".join(unicodedata.normalize("NFKD", term) for term in terms) for terms in WORDS["diagnoses"].values()
+)
+_FIRST_VISITS = set(WORDS["visits"]["first"])
 
 
 @dataclass(frozen=True)
@@ -231,11 +220,8 @@ def _is_control_word(diagnosis: str) -> bool:
     """Whether every word of it is a word for controls or for people, and at least one for controls."""
     if "+" in diagnosis:  # `CU+` is another diagnosis than `CU`
         return False
-    control, people, short = (
-        "|".join(unicodedata.normalize("NFKD", terms).split()) for terms in (_CONTROL, _PEOPLE, _ABBREVIATED)
-    )
     words = [_plain(word) for word in re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", diagnosis))]
-    long = re.sub(r"\d", "", "".join(word for word in words if not re.fullmatch(short, word)))
-    if not re.fullmatch(f"(?:{control}|{people})*", long):
+    long = re.sub(r"\d", "", "".join(word for word in words if not re.fullmatch(_ABBREVIATED, word)))
+    if not re.fullmatch(f"(?:{_CONTROL}|{_PEOPLE})*", long):
         return False
-    return bool(re.search(control, long)) or any(re.fullmatch(short, word) for word in words)
+    return bool(re.search(_CONTROL, long)) or any(re.fullmatch(_ABBREVIATED, word) for word in words)
