@@ -149,9 +149,9 @@ def _sentence(note: Any) -> str:
     return f"{note[0].upper()}{note[1:].rstrip('.')}." if isinstance(note, str) and note else ""
 
 
-Test = Callable[[Any, CleaningRules], Any]
+Findings = tuple[tuple[str, Callable[[Any, CleaningRules], Any], str], ...]
 # fmt: off
-IMPOSSIBLE: tuple[tuple[str, Test, str], ...] = (
+IMPOSSIBLE: Findings = (
     ("too_small", lambda scan, rules: min(scan.shape) < rules.min_voxels_per_axis,
      "{scan.shape} voxels; at least {rules.min_voxels_per_axis} are needed along each axis."),
     ("voxel_size",
@@ -175,13 +175,11 @@ IMPOSSIBLE: tuple[tuple[str, Test, str], ...] = (
      "{scan.head_ml:.0f} ml stand out from the background; a human brain or head has {rules.min_head_ml:g} "
      "to {rules.max_head_ml:g} ml. An animal, or a wrong voxel size?"),
 )
-NO_AGE: tuple[tuple[str, Test, str], ...] = (
+ODD: Findings = (
     ("no_age", lambda scan, rules: not np.isfinite(scan.age),
      "The table gives this scan no age that can be used."),
     ("impossible_age", lambda scan, rules: not rules.min_age <= scan.age <= rules.max_age,
      "Age {scan.age:g} years; possible is {rules.min_age:g} to {rules.max_age:g}."),
-)
-ODD: tuple[tuple[str, Test, str], ...] = (
     ("skull_stripped", lambda scan, rules: scan.skull_stripped,
      "The skull seems to be removed already ({scan.head_ml:.0f} ml, no dark bone under the surface)."),
     ("head_cut_off", _cut_edges, "The edge of the image cuts the head: {found}."),
@@ -301,13 +299,11 @@ def _judge_alone(scans: pd.DataFrame, rules: CleaningRules) -> Found:
         header = scan.file_flags
         for code, found in _hold_against(IMPOSSIBLE, scan, rules):
             yield scan.scan_id, code, " ".join([found, *header.values()])  # the header may say why
-        for code, found in (*_hold_against(NO_AGE, scan, rules), *header.items()):
-            yield scan.scan_id, code, found
-        for code, found in _hold_against(ODD, scan, rules):
+        for code, found in (*header.items(), *_hold_against(ODD, scan, rules)):
             yield scan.scan_id, code, found
 
 
-def _hold_against(findings: tuple, scan: Any, rules: CleaningRules) -> Iterator[tuple[str, str]]:
+def _hold_against(findings: Findings, scan: Any, rules: CleaningRules) -> Iterator[tuple[str, str]]:
     for code, test, sentence in findings:
         if found := test(scan, rules):
             yield code, sentence.format(scan=scan, rules=rules, found=found)
@@ -359,12 +355,13 @@ def _find_outliers(scans: pd.DataFrame, rules: CleaningRules) -> Found:
 def _to_table(
     scans: pd.DataFrame, reasons: dict[str, tuple[str, str]], flags: dict[str, list[tuple[str, str]]]
 ) -> pd.DataFrame:
-    table = scans[[name for name in ID_COLUMNS if name in scans]].copy()
-    ids = table["scan_id"]
-    found = [[reasons[scan]] if scan in reasons else flags[scan] for scan in ids]
-    table["kept"] = ~ids.isin(reasons)
-    table["reason"] = [reasons[scan][0] if scan in reasons else "" for scan in ids]
-    table["flags"] = ["" if scan in reasons else ";".join(code for code, _ in flags[scan]) for scan in ids]
-    table["detail"] = [" ".join(sentence for _, sentence in each) for each in found]
+    rows = []
+    for scan in scans["scan_id"]:
+        reason = reasons[scan][0] if scan in reasons else ""
+        said = [reasons[scan]] if reason else flags[scan]
+        codes = "" if reason else ";".join(code for code, _ in said)
+        rows.append((not reason, reason, codes, " ".join(sentence for _, sentence in said)))
+    verdicts = pd.DataFrame(rows, scans.index, ["kept", "reason", "flags", "detail"]).astype({"kept": bool})
     measured = scans[[*FACTS]].drop(columns=["scan_id", "error", "error_detail", "file_flags"])
-    return table.join(measured.map(lambda cell: f"{cell}" if isinstance(cell, _Sizes) else cell))
+    measured = measured.map(lambda cell: f"{cell}" if isinstance(cell, _Sizes) else cell)
+    return pd.concat([scans.filter(ID_COLUMNS), verdicts, measured], axis="columns")

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from brainage_nb.drawing import GREY, PALETTE, label_axes, legend_under
 from brainage_nb.volumes.scans import ScanError, load_scan, voxel_sizes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe & Ito (2008): told apart by people with any common form of colour blindness.
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-UNKNOWN = "#999999"
 WORDS = {"F": "women", "M": "men", "": "not known"}
 
 
@@ -51,15 +49,12 @@ def age_histogram(ax: Axes, cohort: pd.DataFrame, by: str = "sex", *, bin_years:
             [*parts.values()],
             bins=bin_years * np.arange(*edges),
             stacked=True,
-            color=[PALETTE[n] if name else UNKNOWN for n, name in enumerate(parts)],
+            color=[PALETTE[n] if name else GREY for n, name in enumerate(parts)],
             label=[f"{WORDS.get(name, name)} (n = {len(ages)})" for name, ages in parts.items()],
             edgecolor="white",
         )
-        # below, where it covers no bar
-        ax.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
-    ax.set(xlabel="age [years]", ylabel="subjects", title=f"Ages by {by} (n = {len(people)} subjects)")
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+        legend_under(ax)
+    return label_axes(ax, f"Ages by {by} (n = {len(people)} subjects)", "age [years]", "subjects")
 
 
 def flagged_montage(

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from brainage_nb.drawing import PALETTE, label_axes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("scan_id", "subject_id", "session_id", "image", "age", "sex", "site", "split", "fold")
-COLOURS = {"train": "#0072B2", "val": "#E69F00", "test": "#009E73"}  # Okabe-Ito
-MARKERS = {"train": "o", "val": "s", "test": "^"}
 
 
 def deal_splits(
@@ -206,16 +206,14 @@ def plot_splits(ax: Axes, splits: pd.DataFrame) -> Axes:
     """Draw every subject's age (years) as a point in the row of its split; returns `ax`."""
     subjects = splits.groupby("subject_id").agg(age=("age", "mean"), split=("split", "first"))
     rng = np.random.default_rng(0)
-    for row, split in enumerate(SPLITS):
+    for row, (split, colour, marker) in enumerate(zip(SPLITS, PALETTE, "os^", strict=False)):
         ages = subjects.loc[subjects["split"] == split, "age"]
         height = row + rng.uniform(-0.28, 0.28, len(ages))
-        ax.scatter(ages, height, s=14, alpha=0.75, color=COLOURS[split], marker=MARKERS[split], linewidths=0)
+        ax.scatter(ages, height, s=14, alpha=0.75, color=colour, marker=marker, linewidths=0)
     counts = subjects["split"].value_counts().reindex(SPLITS, fill_value=0)
     ax.set_yticks(range(len(SPLITS)), [f"{split} (n = {counts[split]})" for split in SPLITS])
     ax.invert_yaxis()
-    ax.set_xlabel("age [years]")
-    ax.set_title(f"Ages in each split (n = {len(subjects)} subjects)")
-    return ax
+    return label_axes(ax, f"Ages in each split (n = {len(subjects)} subjects)", "age [years]", "")
 
 
 def _age_of_subjects(scans: pd.DataFrame) -> pd.Series:
