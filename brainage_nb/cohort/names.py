@@ -13,9 +13,15 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import NamedTuple
 
+
+def read_toml(name: str) -> dict:
+    """A table of texts that lies beside this module."""
+    return tomllib.loads((files(__package__) / name).read_text(encoding="utf-8"))
+
+
 WORDS: dict[str, dict[str, list[str]]] = {
     topic: {kind: words.split() for kind, words in kinds.items()}
-    for topic, kinds in tomllib.loads((files(__package__) / "words.toml").read_text(encoding="utf-8")).items()
+    for topic, kinds in read_toml("words.toml").items()
 }
 """The words of `words.toml`, by topic and by what they tell."""
 ROLES = {role: set(words) for role, words in WORDS["parts"].items()}
