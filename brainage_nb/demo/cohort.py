@@ -47,12 +47,7 @@ SHOWN_MM = (4.0, -14.0, 14.0)  # MNI152 point whose three slices are shown: they
 
 
 def make_demo_cohort(
-    folder: Path | str,
-    n_subjects: int = 200,
-    seed: int = 1,
-    *,
-    voxel_mm: float = 1.0,
-    n_jobs: int = 0,
+    folder: Path | str, n_subjects: int = 200, seed: int = 1, *, voxel_mm: float = 1.0, n_jobs: int = 0
 ) -> Path:
     """Write the known-answer cohort, or finish one that was begun with the same settings.
 
