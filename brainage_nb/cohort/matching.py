@@ -10,25 +10,18 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import pandas as pd
 
+from brainage_nb.cohort import names
 from brainage_nb.cohort.images import image_stem
-from brainage_nb.cohort.names import (
-    DATE,
-    find_forms,
-    is_telling,
-    join_parts,
-    read_contrast,
-    read_id,
-    read_parts,
-    unpadded,
-)
 
 _PASSING = {"who", "what", "when", "maybe when"}
 """Roles of parts in which images of one person may differ; where they were made is none of them."""
+_VISIT = re.compile(rf"{names.DATE.pattern}|(?:fu|followup)\d*")
 _LATER = re.compile(r"[dmwyre]\d{1,3}|\d{1,3}(?:m|mo|months?|y|yrs?|w|wk|d|days?)")
 _LISTED, _STATED, _TELLING, _WHOLE_NUMBER, _NUMBER, _LOOSE_NUMBER = 16.0, 8.0, 4.0, 1.9, 1.0, 0.9
 """What a candidate is worth; a slot is preferred to another that is worth less than half as much."""
@@ -110,16 +103,22 @@ class _Candidate(NamedTuple):
     prefix: str | None = None
     is_as_written: bool = True
 
+    def covers(self, number: int) -> bool:
+        """Whether a part of the path is one of these."""
+        return self.start <= number < self.end
+
 
 class _Path:
     """The path of an image, taken apart."""
 
     def __init__(self, image: Any) -> None:
-        components = [*map(read_parts, filter(None, image.folders.split("/"))), read_parts(image.stem)]
+        components = [*map(names.read_parts, filter(None, image.folders.split("/")))]
+        components += [names.read_parts(image.stem)]
         self.image = image
+        self.name = "/".join(filter(None, [image.folders, image.stem]))
         self.parts = [part for parts in components for part in parts]
         self.texts = [part.text for part in self.parts]
-        self.joined = [join_parts(parts) for parts in components]
+        self.tails = _ends([names.join_parts(parts) for parts in components])
         self.stem_start = len(self.parts) - len(components[-1])
         self.places = [
             (depth, depth - len(components), index, index - len(parts))
@@ -130,7 +129,7 @@ class _Path:
         # a data set's own pattern (IXI, OASIS, ADNI): its ids are the same people wherever they stand
         self.is_known = bool(image.subject_hint) and "sub" not in self.texts
         if self.is_known:
-            hint = [part.text for part in read_parts(image.subject_hint)]
+            hint = [part.text for part in names.read_parts(image.subject_hint)]
             starts = (n for n in range(len(self.texts)) if self.texts[n : n + len(hint)] == hint)
             self.stated = set([*starts][:1])
 
@@ -142,13 +141,13 @@ class _Path:
         if label := self.parts[number - 1].text if number in self.stated and number else part.letters:
             yield "label", label, part.shape
 
-    def tails(self) -> list[str]:
-        """The ends of the path, the longest first."""
-        return ["/".join(self.joined[start:]) for start in range(len(self.joined))]
-
     def write(self, own: _Candidate) -> str:
         """The parts of a candidate as the path writes them."""
         return "_".join(part.written for part in self.parts[own.start : own.end])
+
+    def outside(self, own: _Candidate) -> list[int]:
+        """Parts that are none of a candidate's."""
+        return [n for n in range(len(self.parts)) if not own.covers(n)]
 
     def others(self, own: _Candidate, roles: Iterable[str] = ("",)) -> list[int]:
         """Parts outside of a candidate with a number that might be the subject as well."""
@@ -163,16 +162,14 @@ class _Path:
         """What must be the same in all images of a person, and the id as this one writes it."""
         mine = self.texts[own.start : own.end]
         end = len(self.parts) if self.is_known and mine else own.end  # the rest tells of the picture
-        rest = (
-            part.text
-            for n, part in enumerate(self.parts)
-            if not (own.start <= n < end or n in later or part.role in _PASSING or part.text in mine)
-        )
+        free = {*later, *range(own.start, end)}
+        parts = [part for n, part in enumerate(self.parts) if n not in free and part.text not in mine]
+        rest = (part.text for part in parts if part.role not in _PASSING)
         return (*sorted(rest), "", *mine)
 
     def session(self, own: _Candidate, labels: Iterable[str] = ()) -> str:
         """The session that the name states outside of the id, or the one of `labels` that stands there."""
-        others = [*self.parts[: own.start], *self.parts[own.end :]]
+        others = [self.parts[n] for n in self.outside(own)]
         found = (re.fullmatch(r"(?:v|vis|visit|ses|tp)(\d{1,2})", part.text) for part in others)
         if known := self.image.session_hint or next((match[1] for match in found if match), ""):
             return known
@@ -182,10 +179,8 @@ class _Path:
 
     def is_other_contrast(self, own: _Candidate) -> bool:
         """Whether the name, less the id (`PD_001`), says that this is no T1-weighted scan."""
-        words = (
-            self.texts[n] for n in range(self.stem_start, len(self.texts)) if not own.start <= n < own.end
-        )
-        return self.image.contrast == "other" and read_contrast(words) == "other"
+        words = [self.texts[n] for n in self.outside(own) if n >= self.stem_start]
+        return self.image.contrast == "other" and names.read_contrast(words) == "other"
 
 
 # --- people ---------------------------------------------------------------------------------------------
@@ -196,7 +191,7 @@ class _People:
 
     def __init__(self, rows: pd.DataFrame) -> None:
         subjects = list(dict.fromkeys(rows["subject_id"]))
-        self.forms = {one: find_forms(read_id(one)) for one in subjects}
+        self.forms = {one: names.find_forms(names.read_id(one)) for one in subjects}
         self.written = {forms[1] for forms in self.forms.values()}
         self.plain = _index((forms[-1], one) for one, forms in self.forms.items())
         prefixes = {match[1] for key in self.plain if (match := re.fullmatch(r"(\D*)\d+", key))}
@@ -212,13 +207,10 @@ class _People:
         self.listed = _index((tail, row) for row, cell in listed.items() for tail in _tails(cell))
         ids = rows["table_id"].str.replace(r"^sub-", "", case=False, regex=True)
         ids = ids[ids.str.len() > rows["subject_id"].str.len()]  # they carry a session
-        names = [
-            *((row, image_stem(re.split(r"[/\\]", cell)[-1])) for row, cell in listed.items()),
-            *ids.items(),
-        ]
+        stems = ((row, image_stem(re.split(r"[/\\]", cell)[-1])) for row, cell in listed.items())
         # a bare number is ADNI's image id, before which file names write an I
-        names = [(row, f"i{name}" if name.isdigit() else name) for row, name in names]
-        self.images = _index((join_parts(read_parts(name)), row) for row, name in names if is_telling(name))
+        named = [(row, f"i{name}" if name.isdigit() else name) for row, name in [*stems, *ids.items()]]
+        self.images = _index((_compared(name), row) for row, name in named if names.is_telling(name))
 
     def find_rows(self, path: _Path) -> set[int]:
         """Rows whose image id is the end of the path, or a run of parts in the file name."""
@@ -235,13 +227,13 @@ class _People:
         found = [one for start in range(len(path.parts)) if (one := self._find_longest(path, start))]
         if subjects := _look_up(self.files, path):
             stem = _Candidate(path.stem_start, len(path.parts))
-            subjects, _ = self._nearest(subjects, find_forms(path.parts[path.stem_start :]))
+            subjects, _ = self._nearest(subjects, names.find_forms(path.parts[path.stem_start :]))
             inside = (one for one in found if one.start >= path.stem_start and {*one.subjects} >= {*subjects})
             return [next(inside, stem)._replace(subjects=subjects, strength=_LISTED)]
         found = _outermost(found)
         if not path.stated:
             return found
-        stated = [one for one in found if any(one.start <= number < one.end for number in path.stated)]
+        stated = [one for one in found if any(map(one.covers, path.stated))]
         if stated or path.is_known:
             return [one._replace(strength=_STATED) for one in stated]
         return [one for one in found if one.strength >= _TELLING]
@@ -265,7 +257,7 @@ class _People:
             part = path.parts[end - 1]
             if part.role == "who" and end > start + 1:
                 continue
-            plain = unpadded(part.text)
+            plain = names.unpadded(part.text)
             key += "_" * (key[-1:].isdecimal() and plain[:1].isdecimal()) + plain
             if key in self.plain:
                 best = self._weigh(path, start, end, key, None) or best
@@ -278,10 +270,10 @@ class _People:
     def _weigh(self, path: _Path, start: int, end: int, key: str, prefix: str | None) -> _Candidate | None:
         """A run that is an id in some form, with how much it says, or None where it cannot be a subject."""
         run = [part for n, part in enumerate(path.parts[start:end]) if n == 0 or part.role != "who"]
-        forms = [form.removeprefix(prefix or "") for form in find_forms(run)]
+        forms = [form.removeprefix(prefix or "") for form in names.find_forms(run)]
         subjects, level = self._nearest(self.plain[key], forms, self.prefix if prefix == "" else "")
         text, is_same = forms[1], level < 2
-        telling = is_telling(text if prefix is None else re.sub(r"\D", " ", text))
+        telling = names.is_telling(text if prefix is None else re.sub(r"\D", " ", text))
         roles = {part.role for part in run} - {"", "who"}
         is_year = text.isdecimal() and len(text) == 4
         found = _Candidate(start, end, subjects, _NUMBER, prefix, prefix is None and level < 3)
@@ -309,15 +301,24 @@ class _People:
 def _tails(cell: str) -> list[str]:
     """The ends of a cell that is a file name or path, as they are compared with the ends of images' paths."""
     path = PurePosixPath(cell.replace("\\", "/"))
-    names = [*(part for part in path.parent.parts if part not in ("/", ".", "..")), image_stem(path.name)]
-    joined = [join_parts(read_parts(name)) for name in names]
-    tails = ["/".join(joined[start:]) for start in range(len(joined))]
-    return tails if is_telling(names[-1]) else tails[:-1]
+    folders = [part for part in path.parent.parts if part not in ("/", ".", "..")]
+    tails = _ends([_compared(name) for name in (*folders, image_stem(path.name))])
+    return tails if names.is_telling(image_stem(path.name)) else tails[:-1]
+
+
+def _compared(name: str) -> str:
+    """A name in the form in which it is compared."""
+    return names.join_parts(names.read_parts(name))
+
+
+def _ends(components: list[str]) -> list[str]:
+    """The ends of a path, the longest first."""
+    return ["/".join(components[start:]) for start in range(len(components))]
 
 
 def _look_up(index: dict[str, set], path: _Path) -> set:
     """What a table of files says of an image: the entry that agrees with most of its path."""
-    return next((index[tail] for tail in path.tails() if tail in index), set()) if index else set()
+    return next((index[tail] for tail in path.tails if tail in index), set()) if index else set()
 
 
 def _outermost(runs: list[tuple]) -> list[tuple]:
@@ -503,15 +504,12 @@ class _Cohort:
                 nobody = _Candidate(len(self.paths[n].parts), len(self.paths[n].parts))
                 groups[f"row {row + 1}"][self._rest(n, nobody)].append(n)
         for what, alike in groups.items():
-            first, second = [*alike.values(), [None]][:2]
-            for n in (n for own in alike.values() for n in own if len(alike) > 1):
-                one, other = (
-                    "/".join(filter(None, [self.paths[m].image.folders, self.paths[m].image.stem]))
-                    for m in (n, second[0] if n in first else first[0])
-                )
+            first, second = [*alike.values(), []][:2]
+            for n in chain(*alike.values()) if second else ():
+                other = self.paths[(second if n in first else first)[0]]
                 self.reasons[n] = (
-                    f"{one} and {other} differ in more than session, run and contrast, and both would be "
-                    f"{what}: none taken"
+                    f"{self.paths[n].name} and {other.name} differ in more than session, run and contrast, and "
+                    f"both would be {what}: none taken"
                 )
 
     def match(self, n: int) -> Match:
@@ -527,12 +525,7 @@ class _Cohort:
         if own.strength == _LISTED:  # by file name, which says whose file it is
             label = path.image.subject_hint
         later = self.people.find_later(path, own)
-        outside = [m for m in range(len(path.parts)) if not own.start <= m < own.end]
-        visit = [
-            path.texts[m]
-            for m in outside
-            if m in later or DATE.fullmatch(path.texts[m]) or re.fullmatch(r"(fu|followup)\d*", path.texts[m])
-        ]
+        visit = [path.texts[m] for m in path.outside(own) if m in later or _VISIT.fullmatch(path.texts[m])]
         labels = [self.people.session_of[one].casefold() for one in self.people.rows_of[own.subjects[0]]]
         return Match(row, reason, own.subjects, label, path.session(own, labels), "_".join(visit))
 
