@@ -140,10 +140,11 @@ def check_splits(
     --------
     >>> splits = check_splits(ws.read("splits.csv"), [*store.scan_ids, *without_volume["scan_id"]])
     """
-    is_dealt = PurePath(source).name == "splits.csv"
-    again = f"Put it right, or delete it and run from 02_data_cleaning: {source} is made there."
-    if not is_dealt:
-        again = f"Run the training notebook (04 or 05) again: {source} is made there."
+    again = f"Run the training notebook (04 or 05) again: {source} is made there."
+    rerun = again
+    if PurePath(source).name == "splits.csv":
+        again = f"Put it right, or delete it and run from 02_data_cleaning: {source} is made there."
+        rerun = "Run from 03_preprocessing_preview."
     missing = [name for name in ("scan_id", "subject_id", "split", "fold") if name not in splits]
     if missing:
         raise ValueError(f"{source} lacks the columns {missing}; it has {list(splits)}. {again}")
@@ -155,7 +156,6 @@ def check_splits(
         return splits
     strangers = splits.loc[~splits["scan_id"].astype(str).isin({str(scan) for scan in scans}), "scan_id"]
     if len(strangers):
-        rerun = "Run from 03_preprocessing_preview." if is_dealt else again
         raise ValueError(
             f"{source} does not fit the scans at hand: it names {len(strangers)} of {len(splits)} that are "
             f"not among them: {_some(strangers)}. {rerun}"
