@@ -508,8 +508,8 @@ class _Cohort:
             for n in chain(*alike.values()) if second else ():
                 other = self.paths[(second if n in first else first)[0]]
                 self.reasons[n] = (
-                    f"{self.paths[n].name} and {other.name} differ in more than session, run and contrast, and "
-                    f"both would be {what}: none taken"
+                    f"{self.paths[n].name} and {other.name} differ in more than session, run and contrast, "
+                    f"and both would be {what}: none taken"
                 )
 
     def match(self, n: int) -> Match:
