@@ -1,7 +1,15 @@
 """Which row of the table an image belongs to, or a refusal where that is not sure; opens no file.
 
-Each run of a path's parts that equals an id is a candidate; all images together decide in which slot of the
-paths the subject stands: where the values are ids, different ones in different images.
+1. `_Path` takes the path of an image apart; `names` says of each part whether it tells who, when, where or
+   what.
+2. `_People` finds the candidates: runs of parts that equal an id of the table, as written or but for padding,
+   punctuation and a prefix.
+3. `_Cohort` compares all images. A slot is a way to say where in a path a part stands: after `sub-`, or the
+   second part of the file name. Where a slot holds ids, different ones in different images, there the subject
+   stands: in `site1_003`, `site1_004` and `site2_005` it is the last part that gives three people. The slot
+   that explains most is read first; an image that another slot explains as well, with another subject, is
+   refused.
+4. `_with_row` takes the row of the session that the name states.
 """
 
 from __future__ import annotations
@@ -360,28 +368,29 @@ class _Cohort:
         self.taken: dict[int, _Candidate] = {}
         self.reasons: dict[int, str] = {}
         self.rests: dict[tuple, tuple[str, ...]] = {}
-        self.open: set[int] = set()
         for n, path in enumerate(paths):
             best = max(self.found[n], key=lambda one: one.strength, default=_Candidate(0, 0))
             if best.strength == _LISTED:
                 self.taken[n] = best
             elif not _look_up(people.listed, path) and path.is_other_contrast(best):
                 self.reasons[n] = "its name says that it is no T1-weighted scan"
-            else:
-                self.open.add(n)
+        self.open = set(range(len(paths))) - self.taken.keys() - self.reasons.keys()
         self.slots: dict[Hashable, dict[int, _Candidate]] = defaultdict(dict)
+        self.at: dict[Hashable, dict[int, int]] = defaultdict(dict)
+        self._find_slots()
+
+    def _find_slots(self) -> None:
+        """Fill `slots` (slot and prefix -> image -> candidate) and `at` (slot -> image -> its part there)."""
         for n in self.open:
             for one in self.found[n]:
-                for slot in paths[n].slots(one.start):
+                for slot in self.paths[n].slots(one.start):
                     if not (one.prefix and slot[0] == "label"):  # those letters must be of nearly all images
                         self.slots[(*slot, one.prefix)].setdefault(n, one)
         wanted = {slot[:-1] for slot in self.slots}
-        self.at: dict[Hashable, dict[int, int]] = defaultdict(dict)
         for n in self.open:
-            for number, part in enumerate(paths[n].parts):
-                if part.role != "who":
-                    for slot in wanted.intersection(paths[n].slots(number)):
-                        self.at[slot].setdefault(n, number)
+            for number, part in enumerate(self.paths[n].parts):
+                for slot in wanted.intersection(self.paths[n].slots(number)) if part.role != "who" else ():
+                    self.at[slot].setdefault(n, number)
 
     def settle_slots(self) -> None:
         """Read all images by the slots that explain them, the best first; then what only one part can be."""
