@@ -53,6 +53,7 @@ SLACK_BYTES = 2**24  # what may follow the voxels: a FreeSurfer footer, padding
 MAX_OFFSET = 2**26  # bytes before the voxels: a header and its extensions
 UNITS = {1: ("metre", 1000.0), 2: ("millimetre", 1.0), 3: ("micron", 0.001)}  # codes of NIfTI, in mm
 EXTENT_MM = (1.0, 5000.0)  # an image's longest edge; any other is a wrong unit
+LEAST_EDGE_MM = 0.001  # of a voxel; smoothing to a model's grid would go over millions of them
 ROUNDING = 0.01  # a quaternion longer than 1 by no more is a rotation, rounded
 SAME_SIZE, SAME_DEGREES = 0.005, 2.0  # up to here sizes (relative) and axes of two affines agree
 MANY = 0.5  # share of NaN or infinite voxels from which what is left must have the size of a brain
@@ -102,7 +103,7 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
     Raises
     ------
     ScanError
-        With a code of `SCAN_ERRORS`, whatever goes wrong.
+        With a code of `SCAN_ERRORS`, whatever goes wrong (but MemoryError stays what it is).
 
     Examples
     --------
@@ -113,7 +114,7 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
     import nibabel as nib
 
     path = Path(path)
-    with errors_as_reason(path):
+    with _any_error_as_reason(path):
         header, flags = read_header(path)
         _check_header(header, path, max_voxels)
         affine = placement(header, path, flags)
@@ -126,6 +127,23 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
             raise ScanError("blank", f"{path.name}: every voxel is {array.flat[0]:g}; expected a head.")
     extra = {"flags": flags, "nonfinite_fraction": bad, "path": path}
     return nib.Nifti1Image(array, affine, extra=extra)
+
+
+@contextmanager
+def errors_as_reason(path: Path, done: str) -> Iterator[None]:
+    """Whatever is raised while a scan is read, measured or preprocessed becomes its `ScanError`, so that one
+    scan never ends a cohort; `done` is what cannot be done to it."""
+    try:
+        yield
+    except ScanError:
+        raise
+    except FileNotFoundError as error:
+        raise ScanError("missing", f"{path} does not exist or is not a file.") from error
+    except MemoryError as error:
+        raise ScanError("too_large", f"{path.name} does not fit into memory.") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise ScanError("unreadable", f"{path.name} cannot be {done} ({reason}).") from error
 
 
 def voxel_sizes(affine: np.ndarray) -> np.ndarray:
@@ -151,7 +169,7 @@ def read_header(path: str | Path) -> tuple[Any, dict[str, str]]:
         As `load_scan`.
     """
     path = Path(path)
-    with errors_as_reason(path):
+    with _any_error_as_reason(path):
         if not path.is_file():
             raise ScanError("missing", f"{path} does not exist or is not a file.")
         first, second = _halves(path)
@@ -195,27 +213,25 @@ def placement(header: Any, path: Path, flags: dict[str, str]) -> np.ndarray:
     axes = affine[:3, :3] / sizes
     if np.abs(axes.T @ axes - np.eye(3)).max() > 0.01:  # about half a degree
         flags["sheared"] = _meaning("sheared")
+    if (least := voxel_sizes(scale @ affine).min()) < LEAST_EDGE_MM:
+        raise ScanError(
+            "bad_affine", f"voxels have an edge of {least:.2g} mm, as no scan has; repair the header."
+        )
     return scale @ affine
 
 
 @contextmanager
-def errors_as_reason(path: Path, done: str = "read as an image") -> Iterator[None]:
-    """Whatever is raised while a scan is read, measured or preprocessed becomes its `ScanError`, so that one
-    scan never ends a cohort; `done` is what cannot be done to it."""
+def _any_error_as_reason(path: Path) -> Iterator[None]:
+    """Whatever is raised while a file is read becomes its ScanError."""
     try:
         yield
-    except ScanError:
+    except (ScanError, MemoryError):
         raise
-    except FileNotFoundError as error:
-        raise ScanError("missing", f"{path} does not exist or is not a file.") from error
-    except MemoryError as error:
-        raise ScanError("too_large", f"{path.name} does not fit into memory.") from error
     except (EOFError, zlib.error) as error:
         sentence = f"{path.name}: the compressed data end early or are damaged; copy the file again."
         raise ScanError("truncated", sentence) from error
     except Exception as error:  # nibabel raises many kinds on broken files
-        kind = type(error).__name__
-        sentence = f"{path.name} cannot be {done} ({kind}: {_first_line(error)})."
+        sentence = f"{path.name} cannot be read as an image ({_first_line(error)})."
         raise ScanError("unreadable", sentence) from error
 
 
