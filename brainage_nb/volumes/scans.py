@@ -53,6 +53,7 @@ SLACK_BYTES = 2**24  # what may follow the voxels: a FreeSurfer footer, padding
 MAX_OFFSET = 2**26  # bytes before the voxels: a header and its extensions
 UNITS = {1: ("metre", 1000.0), 2: ("millimetre", 1.0), 3: ("micron", 0.001)}  # codes of NIfTI, in mm
 EXTENT_MM = (1.0, 5000.0)  # an image's longest edge; any other is a wrong unit
+LEAST_EDGE_MM = 0.001  # of a voxel; smoothing to a model's grid would go over millions of them
 ROUNDING = 0.01  # a quaternion longer than 1 by no more is a rotation, rounded
 SAME_SIZE, SAME_DEGREES = 0.005, 2.0  # up to here sizes (relative) and axes of two affines agree
 MANY = 0.5  # share of NaN or infinite voxels from which what is left must have the size of a brain
@@ -128,6 +129,23 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
     return nib.Nifti1Image(array, affine, extra=extra)
 
 
+@contextmanager
+def errors_as_reason(path: Path, done: str) -> Iterator[None]:
+    """Whatever is raised while a scan is read, measured or preprocessed becomes its `ScanError`, so that one
+    scan never ends a cohort; `done` is what cannot be done to it."""
+    try:
+        yield
+    except ScanError:
+        raise
+    except FileNotFoundError as error:
+        raise ScanError("missing", f"{path} does not exist or is not a file.") from error
+    except MemoryError as error:
+        raise ScanError("too_large", f"{path.name} does not fit into memory.") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise ScanError("unreadable", f"{path.name} cannot be {done} ({reason}).") from error
+
+
 def voxel_sizes(affine: np.ndarray) -> np.ndarray:
     """Edge lengths of a voxel in mm, shape (3,), of a 4x4 voxel-to-world affine."""
     return np.sqrt((np.asarray(affine)[:3, :3] ** 2).sum(axis=0))
@@ -137,7 +155,7 @@ def voxel_file(path: str | Path) -> Path:
     """The file whose content tells one scan from another: of a pair the `.img`, as many headers are alike."""
     try:
         voxels = _halves(Path(path))[1]
-    except (ScanError, OSError, EOFError, zlib.error):  # load_scan says what is wrong
+    except Exception:  # load_scan says what is wrong
         return Path(path)
     return voxels if voxels.is_file() else Path(path)
 
@@ -195,6 +213,10 @@ def placement(header: Any, path: Path, flags: dict[str, str]) -> np.ndarray:
     axes = affine[:3, :3] / sizes
     if np.abs(axes.T @ axes - np.eye(3)).max() > 0.01:  # about half a degree
         flags["sheared"] = _meaning("sheared")
+    if (least := voxel_sizes(scale @ affine).min()) < LEAST_EDGE_MM:
+        raise ScanError(
+            "bad_affine", f"voxels have an edge of {least:.2g} mm, as no scan has; repair the header."
+        )
     return scale @ affine
 
 
