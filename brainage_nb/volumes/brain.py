@@ -23,8 +23,8 @@ from brainage_nb.volumes.registration import (
     signed_distance,
     template,
 )
-from brainage_nb.volumes.resampling import one_thread, resample, smoothing_sd
-from brainage_nb.volumes.scans import ScanError, load_scan, voxel_sizes
+from brainage_nb.volumes.resampling import one_thread, resample_to
+from brainage_nb.volumes.scans import ScanError, load_scan
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -165,8 +165,7 @@ def _find(image: nib.spatialimages.SpatialImage, found_masks: bool) -> Brain:
 def _lay_on_template(
     array: np.ndarray, affine: np.ndarray, alignment: Alignment, onto: Template
 ) -> np.ndarray:
-    grid = alignment.to_scan @ onto.affine
-    return resample(array, affine, grid, len(onto.brain), smoothing_sd(voxel_sizes(affine), FINE_MM))
+    return resample_to(FINE_MM, array, affine, alignment.to_scan @ onto.affine, len(onto.brain))
 
 
 def _find_problems(
