@@ -171,23 +171,20 @@ def _lay_on_template(
 def _find_problems(
     alignment: Alignment, correlation: float, agreement: float, volume: float
 ) -> tuple[str, ...]:
-    """Sentences on what is not as in a brain found rightly; each with value and bound."""
-    low, high = alignment.scales[-1], alignment.scales[0]
-    checks = {
-        f"it looks unlike a brain (correlation {correlation:.2f}, at least {LOWEST_CORRELATION})": (
-            correlation >= LOWEST_CORRELATION
-        ),
-        f"its size is {low:.2f} to {high:.2f} of the template's ({SCALES[0]} to {SCALES[1]})": (
-            SCALES[0] <= low <= high <= SCALES[1]
-        ),
-        f"it holds {volume:.2f} litres ({VOLUME_L[0]} to {VOLUME_L[1]})": (
-            VOLUME_L[0] <= volume <= VOLUME_L[1]
-        ),
-        f"it and the template's affine mask overlap by {agreement:.2f} only (at least {LOWEST_AGREEMENT})": (
-            agreement >= LOWEST_AGREEMENT
-        ),
-    }
-    return tuple(sentence for sentence, holds in checks.items() if not holds)
+    """Sentences on what is not as in a brain found rightly; each with value and bounds."""
+    largest, *_, smallest = alignment.scales
+    checks = (
+        ("it looks unlike a brain: its correlation with the template", correlation, LOWEST_CORRELATION, 1),
+        ("its size, as a share of the template's along the shortest axis,", smallest, *SCALES),
+        ("its size, as a share of the template's along the longest axis,", largest, *SCALES),
+        ("what it holds, in litres,", volume, *VOLUME_L),
+        ("its overlap with the template's affine mask", agreement, LOWEST_AGREEMENT, 1),
+    )
+    return tuple(
+        f"{what} is {value:.2f} (expected {low} to {high})"
+        for what, value, low, high in checks
+        if not low <= value <= high
+    )
 
 
 def _read_mask_of(

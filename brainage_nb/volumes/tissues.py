@@ -133,15 +133,13 @@ def _probabilities(
 
 
 def _problems(contrast: float, grey: float, white: float) -> tuple[str, ...]:
-    share = grey / (grey + white)
-    checks = {
-        f"grey and white matter are hardly told apart (contrast {contrast:.2f}, at least {LOWEST_CONTRAST}): "
-        "is it T1-weighted?": contrast >= LOWEST_CONTRAST,
-        f"{share:.0%} of its tissue is grey matter ({SHARES[0]:.0%} to {SHARES[1]:.0%})": (
-            SHARES[0] <= share <= SHARES[1]
-        ),
-    }
-    return tuple(sentence for sentence, holds in checks.items() if not holds)
+    share, found = grey / (grey + white), []
+    if not contrast >= LOWEST_CONTRAST:
+        hardly = f"hardly told apart (contrast {contrast:.2f}, at least {LOWEST_CONTRAST})"
+        found.append(f"grey and white matter are {hardly}: is it T1-weighted?")
+    if not SHARES[0] <= share <= SHARES[1]:
+        found.append(f"{share:.0%} of its tissue is grey matter ({SHARES[0]:.0%} to {SHARES[1]:.0%})")
+    return tuple(found)
 
 
 @lru_cache(maxsize=1)
