@@ -16,7 +16,6 @@ import numpy as np
 from brainage_nb.volumes.heads import find_head
 from brainage_nb.volumes.registration import (
     Alignment,
-    Template,
     align,
     bend,
     even_brightness,
@@ -143,15 +142,16 @@ def _find(image: nib.spatialimages.SpatialImage, found_masks: bool) -> Brain:
     array = np.asanyarray(image.dataobj, dtype=np.float32)
     onto = template(FINE_MM)
     alignment = align(array, image.affine, np.array(find_head(image).centre_mm))
-    scan = _lay_on_template(array, image.affine, alignment, onto) / alignment.level
+    grid = alignment.to_scan @ onto.affine
+    scan = resample_to(FINE_MM, array, image.affine, grid, len(onto.brain)) / alignment.level
     depth, correlation = bend(even_brightness(scan, onto), onto)
     depth -= MARGIN_MM
     agreement, source = _dice(depth < 0, onto.depth_mm < MARGIN_MM), "template"
-    voxel_l = abs(np.linalg.det(alignment.to_scan @ onto.affine)) / 1e6
+    voxel_l = abs(np.linalg.det(grid)) / 1e6
     scan_file = image.extra.get("path") if found_masks else None
     if mask := scan_file and (mask_beside(scan_file) or _find_beside(scan_file, ("mask",))):
         try:
-            depth, agreement = _read_mask_of(mask, alignment, onto, depth, voxel_l)
+            depth, agreement = _read_mask_of(mask, grid, depth, voxel_l)
             source = str(mask)
         except ScanError as error:
             image.extra["flags"]["mask_not_taken"] = (
@@ -160,12 +160,6 @@ def _find(image: nib.spatialimages.SpatialImage, found_masks: bool) -> Brain:
     volume = float((depth < 0).sum() * voxel_l)
     problems = _find_problems(alignment, correlation, agreement, volume)
     return Brain(depth, alignment, correlation, agreement, volume, source, problems)
-
-
-def _lay_on_template(
-    array: np.ndarray, affine: np.ndarray, alignment: Alignment, onto: Template
-) -> np.ndarray:
-    return resample_to(FINE_MM, array, affine, alignment.to_scan @ onto.affine, len(onto.brain))
 
 
 def _find_problems(
@@ -187,9 +181,7 @@ def _find_problems(
     )
 
 
-def _read_mask_of(
-    mask: Path, alignment: Alignment, onto: Template, own: np.ndarray, voxel_l: float
-) -> tuple[np.ndarray, float]:
+def _read_mask_of(mask: Path, grid: np.ndarray, own: np.ndarray, voxel_l: float) -> tuple[np.ndarray, float]:
     """Signed distance of a mask file and its Dice with the brain found here (its signed distance is `own`).
 
     Raises
@@ -200,7 +192,7 @@ def _read_mask_of(
     """
     if not re.search(rf"({'|'.join(MASK_NAMES)})\.", mask.name):
         raise ScanError("mask_not_taken", "its name does not say that it is one (as …_brain_mask would).")
-    depth = _read_depth(mask, alignment, onto)
+    depth = _read_depth(mask, grid, len(own))
     overlap, volume = _dice(depth < 0, own < 0), float((depth < 0).sum() * voxel_l)
     if overlap < LOWEST_AGREEMENT or not VOLUME_L[0] <= volume <= VOLUME_L[1]:
         low, high = VOLUME_L
@@ -212,14 +204,14 @@ def _read_mask_of(
     return depth, overlap
 
 
-def _read_depth(mask: Path, alignment: Alignment, onto: Template) -> np.ndarray:
-    """Signed distance of a mask file (above 0 is brain) on the template's grid."""
+def _read_depth(mask: Path, grid: np.ndarray, size: int) -> np.ndarray:
+    """Signed distance of a mask file (above 0 is brain) on the template's grid, laid onto the scan."""
     from scipy.ndimage import binary_closing
 
     image = load_scan(mask)
     brain = binary_closing(np.pad(np.asanyarray(image.dataobj) > 0, 3), iterations=2)[3:-3, 3:-3, 3:-3]
-    inside = _lay_on_template(brain.astype(np.float32), image.affine, alignment, onto) > 0.5
-    return signed_distance(inside, onto.spacing_mm)
+    inside = resample_to(FINE_MM, brain.astype(np.float32), image.affine, grid, size) > 0.5
+    return signed_distance(inside, FINE_MM)
 
 
 def _find_beside(scan: Path, parts: tuple[str, ...]) -> Path | None:

@@ -154,8 +154,9 @@ def current_store(volumes_folder: str | Path, scratch: Path | None = None) -> Vo
     With `scratch`, a copy of it on that fast local disk.
     """
     store = VolumeStore(_current_folder(Path(volumes_folder)))
-    if store.fingerprint != store.folder.name:
-        raise StoreError(_say_renamed(store.folder, store.settings))
+    check_name(store.folder, store.settings)
+    if not len(store):
+        raise StoreError(f"{store.folder} holds no volume: index.csv is missing or empty. {REMEDY}")
     return (store if scratch is None else VolumeStore(StoreMirror(store.folder, scratch).fetch())).verify()
 
 
@@ -276,15 +277,14 @@ def _name_some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _say_scans(scans: list[str], what: str) -> list[str]:
-    return [f"{len(scans)} {what} ({_name_some(scans)})."] if scans else []
-
-
-def _say_renamed(folder: Path, settings: PreprocessingSettings) -> str:
-    return (
-        f"{folder} holds volumes of {settings.fingerprint}, so it was renamed or copied. Give it that name, "
-        "or delete it, and run notebook 03 again."
-    )
+def check_name(folder: Path, settings: PreprocessingSettings) -> None:
+    """StoreError where a folder's name is not the fingerprint of the settings that lie in it."""
+    if settings.fingerprint != folder.name:
+        path = folder / "preprocessing.json"
+        raise StoreError(
+            f"{path} is of {settings.fingerprint}, which is not its folder's name. If the folder was "
+            "renamed, give it that name; if this file was copied here, delete it. Then run notebook 03 again."
+        )
 
 
 class StoreWriter:
@@ -300,6 +300,8 @@ class StoreWriter:
         Scans whose rows were dropped.
     lost : str
         What was wrong with the index, empty where nothing was.
+    mended : list of str
+        Shards that could not be opened; whole rows in them are kept.
     """
 
     def __init__(self, folder: Path, size: int, mirror: StoreMirror | None = None) -> None:
@@ -316,18 +318,20 @@ class StoreWriter:
         self.next = int((index["shard"] * self.capacity + index["row"] + 1).max()) if len(index) else 0
         if self.lost or self.damaged:
             self._write_index()
-        self._mend_headers(index)
+        self.mended = self._mend_shards(index)
+        if mirror is not None and (self.mended or self.damaged):
+            mirror.whole.clear()  # what lasts may have the same damage: send every shard again
 
-    def _mend_headers(self, index: pd.DataFrame) -> None:
-        mended = False
+    def _mend_shards(self, index: pd.DataFrame) -> list[str]:
+        """Let shards whose header is damaged, or that were cut short, end after their last whole row."""
+        mended = []
         for shard, rows in (index.groupby("shard")["row"].max() + 1).items():
             try:
                 open_shard(self.folder, shard, rows, self.size)
             except StoreError:
                 _seal(shard_path(self.folder, shard), rows, self.size)
-                mended = True
-        if self.mirror is not None and (mended or self.damaged):
-            self.mirror.whole.clear()  # what lasts may have the same damage: send every shard again
+                mended.append(shard_path(self.folder, shard).name)
+        return mended
 
     def has(self, scan_id: str, path: Path) -> bool:
         """Whether the scan is stored and its file is what it was."""
@@ -557,28 +561,28 @@ def build_store(
 
 def _claim(home: Path, settings: PreprocessingSettings) -> str:
     """Write `preprocessing.json` where it is missing or damaged; a sentence where it was damaged."""
-    note = ""
-    try:
-        found = read_settings(home)
-    except FileNotFoundError:
-        found = None
-    except StoreError:
-        found, note = None, "preprocessing.json was damaged and is written again."
-    if found is None:
-        write_json(settings.to_json(), home / "preprocessing.json")
-    elif found.fingerprint != home.name:
-        raise StoreError(_say_renamed(home, found))
+    path, note = home / "preprocessing.json", ""
+    if path.is_file():
+        try:
+            found = read_settings(home)
+        except StoreError:
+            note = "preprocessing.json was damaged and is written again."
+        else:
+            check_name(home, found)
+            return ""
+    write_json(settings.to_json(), path)
     return note
 
 
 def _say_repairs(writer: StoreWriter, todo: list[str]) -> list[str]:
-    """Sentences on the volumes that are made again, and why."""
-    changed = [scan for scan in todo if scan in writer.entries]
-    return [
-        f"index.csv was damaged: {writer.lost}; what it lacks is made again." if writer.lost else "",
-        *_say_scans(writer.damaged, "volumes were damaged and are made again"),
-        *_say_scans(changed, "scans have another file than their volume was made from; it is made again"),
-    ]
+    """Sentences on the volumes that were there and are made again."""
+    sentences = {
+        "index.csv was damaged": [writer.lost] if writer.lost else [],
+        "Mended": writer.mended,
+        "Damaged, hence preprocessed anew": writer.damaged,
+        "File replaced, hence preprocessed anew": [scan for scan in todo if scan in writer.entries],
+    }
+    return [f"{what}: {_name_some(which)}." for what, which in sentences.items() if which]
 
 
 def _fill(
