@@ -39,9 +39,13 @@ SHARD_BYTES = 256 * 2**20
 COMMIT_SECONDS = 1.0  # work lost at most when a build is killed
 SEND_SECONDS = 60.0  # work lost at most when a session on Colab ends
 ROW = ["scan_id", "shard", "row", "sha256"]
-# What a cell of each column of the index looks like.
-INTEGERS = dict.fromkeys(("shard", "row", "source_bytes", "source_mtime_ns"), r"-?[0-8]?\d{1,18}")
-HASHES = {"sha256": r"[0-9a-f]{64}", "source_sha256": r"([0-9a-f]{64})?"}
+# What cells of the index look like, and those that are numbers.
+CELLS = {"shard": r"\d{1,9}", "row": r"\d{1,9}", "source_bytes": r"\d{1,15}"} | {
+    "source_mtime_ns": r"-?[0-8]?\d{1,18}",
+    "sha256": r"[0-9a-f]{64}",
+    "source_sha256": r"([0-9a-f]{64})?",
+}
+INTEGERS = ("shard", "row", "source_bytes", "source_mtime_ns")
 INDEX_COLUMNS = [*ROW, "source_bytes", "source_mtime_ns", "source_sha256"]
 FAILED_COLUMNS = ["scan_id", "image", "code", "reason"]
 REMEDY = "Run notebook 03 again: it keeps what is whole and makes the rest again from the scans."
@@ -210,7 +214,7 @@ def salvage_index(folder: Path) -> tuple[pd.DataFrame, str]:
         table = pd.DataFrame()
     table = table.reindex(columns=INDEX_COLUMNS)
     whole = ~table["scan_id"].duplicated(keep=False)
-    for column, cell in (INTEGERS | HASHES).items():
+    for column, cell in CELLS.items():
         whole &= table[column].astype(str).str.fullmatch(cell)
     table = table[whole].astype(dict.fromkeys(INTEGERS, "int64")).reset_index(drop=True)
     if path.is_file() and lines[:1] != [",".join(INDEX_COLUMNS)]:
@@ -239,12 +243,12 @@ def open_shard(folder: Path, shard: int, rows: int, size: int) -> np.ndarray:
 
 def find_damaged(folder: Path, index: pd.DataFrame, size: int) -> list[str]:
     """Scans whose row is missing or has not the bytes that were written, whatever a shard's header says."""
-    damaged, row_bytes = [], 2 * size**3
+    damaged, first, row_bytes = [], len(_header(0, size)), 2 * size**3
     for shard, entries in index.sort_values(["shard", "row"]).groupby("shard"):
         path = shard_path(folder, shard)
         with open(path, "rb") if path.is_file() else io.BytesIO() as stream:
             for entry in entries.itertuples():
-                stream.seek(len(_header(0, size)) + entry.row * row_bytes)
+                stream.seek(first + entry.row * row_bytes)
                 if hashlib.sha256(stream.read(row_bytes)).hexdigest() != entry.sha256:
                     damaged.append(entry.scan_id)
     return damaged
@@ -426,7 +430,7 @@ class StoreMirror:
             for shard in self.whole:
                 if self.whole[shard] >= 0:
                     shutil.copyfile(shard_path(self.home, shard), shard_path(self.local, shard))
-            write_csv(index, self.local / "index.csv")
+            shutil.copyfile(self.home / "index.csv", self.local / "index.csv")
         return self.local
 
     def send(self, after: float = 0.0) -> None:

@@ -118,6 +118,19 @@ def test_a_copy_that_rots_is_mended_and_so_is_a_header_on_the_drive(drive, tmp_p
         assert (store.read(["s0", "s2"]) == np.stack([volume(0), volume(2)])).all()
 
 
+def test_a_torn_index_on_the_drive_is_said_and_mended(drive, tmp_path):
+    index = (drive / "index.csv").read_bytes()
+    (drive / "index.csv").write_bytes(index[:-20])
+    with pytest.raises(StoreError, match=r"index\.csv is damaged: 1 of its 3 rows are torn"):
+        current_store(drive.parent, tmp_path / "local")
+    mirror = StoreMirror(drive, tmp_path / "local")
+    writer = StoreWriter(mirror.fetch(), 16, mirror)
+    assert writer.lost.startswith("1 of its 3 rows are torn")
+    writer.add("s2", volume(2), SOURCE)
+    writer.close()
+    assert current_store(drive.parent).scan_ids == ["s0", "s1", "s2"]
+
+
 def test_a_cut_while_sending_leaves_a_store_that_is_whole(drive, tmp_path, monkeypatch):
     mirror = StoreMirror(drive, tmp_path / "local")
     mirror.fetch()

@@ -204,6 +204,12 @@ FAULTS = {  # file, what becomes of it (None: it is gone), what is said of it, s
     "{} as index": ("index.csv", BRACES, r"index\.csv is damaged: its first line", "0123456"),
     "[] as index": ("index.csv", BRACKETS, r"index\.csv is damaged: its first line", "0123456"),
     "flipped bytes in the index": ("index.csv", flip(400), r"index\.csv is damaged: 1 of its 7 rows", None),
+    "a row that cannot be": (
+        "index.csv",
+        lambda content: content.replace(b"\n002,0,2,", b"\n002,0,-2,"),
+        r"1 of its 7 rows are torn",
+        "2",
+    ),
     "a scan twice": ("index.csv", other_scan_in_the_first_row, r"2 of its 7 rows .* name a scan twice", "03"),
     "half the settings": ("preprocessing.json", HALF, r"preprocessing\.json is damaged", ""),
     "no settings": ("preprocessing.json", EMPTY, r"preprocessing\.json is damaged", ""),
