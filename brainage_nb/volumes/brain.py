@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -217,13 +218,9 @@ def _read_depth(mask: Path, grid: np.ndarray, size: int) -> np.ndarray:
 def _find_beside(scan: Path, parts: tuple[str, ...]) -> Path | None:
     """The first of `NAME_<part>.nii.gz` or `.nii` that lies beside a scan; NAME with or without `_T1w`."""
     stem = _stem(scan)
-    names = (
-        f"{name}_{part}{ending}"
-        for part in parts
-        for name in (stem, stem.removesuffix("_T1w"))
-        for ending in (".nii.gz", ".nii")
-    )
-    return next((scan.with_name(name) for name in names if scan.with_name(name).is_file()), None)
+    every = product(parts, (stem, stem.removesuffix("_T1w")), (".nii.gz", ".nii"))
+    files = (scan.with_name(f"{name}_{part}{ending}") for part, name, ending in every)
+    return next(filter(Path.is_file, files), None)
 
 
 def _find_in_derivatives(scan: Path) -> Path | None:

@@ -234,7 +234,7 @@ def _halves(path: Path) -> tuple[Path, Path]:
     other = "img" if is_header else "hdr"
     names = [f"{part}{packed}" for part in (other, other.upper()) for packed in ("", ".gz", ".GZ")]
     places = [path.with_name(f"{path.name[: ending.start()]}.{name}") for name in names]
-    partner = next((place for place in places if place.is_file()), places[0])
+    partner = next(filter(Path.is_file, places), places[0])
     if is_header:
         return path, partner
     if not partner.is_file():

@@ -453,10 +453,8 @@ class StoreMirror:
             if self.whole.get(shard) != size:  # rows are only ever added
                 copy_verified(shard_path(self.local, shard), shard_path(self.home, shard))
                 self.whole[shard] = size
-        for name in ("preprocessing.json", "index.csv"):
-            source, target = self.local / name, self.home / name
-            if source.is_file() and not (target.is_file() and sha256_of(target) == sha256_of(source)):
-                copy_verified(source, target)
+        if (self.local / "index.csv").is_file():
+            copy_verified(self.local / "index.csv", self.home / "index.csv")
         self._sent = time.monotonic()
 
 
