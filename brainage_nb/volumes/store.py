@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ from brainage_nb.volumes.preprocessing import as_stored, build_transforms, prepr
 from brainage_nb.volumes.scans import ScanError, load_scan, voxel_file
 from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.workspace import (
+    NOTEBOOK_OF,
     copy_verified,
     n_workers,
     read_json,
@@ -155,13 +156,22 @@ class VolumeStore:
 def current_store(volumes_folder: str | Path, scratch: Path | None = None) -> VolumeStore:
     """Open the store that `volumes/current` names, every volume checked (`VolumeStore.verify`).
 
-    With `scratch`, a copy of it on that fast local disk.
+    With `scratch`, a copy of it on that fast local disk. Where the store is missing or damaged, notebook 03
+    no longer counts as done in that workspace: the same `brainage-nb run` mends it first.
     """
-    store = VolumeStore(_current_folder(Path(volumes_folder)))
-    check_name(store.folder, store.settings)
-    if not len(store):
-        raise StoreError(f"{store.folder} holds no volume: index.csv is missing or empty. {REMEDY}")
-    return (store if scratch is None else VolumeStore(StoreMirror(store.folder, scratch).fetch())).verify()
+    try:
+        store = VolumeStore(_current_folder(Path(volumes_folder)))
+        check_name(store.folder, store.settings)
+        if not len(store):
+            raise StoreError(f"{store.folder} holds no volume: index.csv is missing or empty. {REMEDY}")
+        return (
+            store if scratch is None else VolumeStore(StoreMirror(store.folder, scratch).fetch())
+        ).verify()
+    except (StoreError, FileNotFoundError):
+        result = Path(volumes_folder).parent / "results" / f"{NOTEBOOK_OF['volumes/current']}.json"
+        with suppress(OSError):
+            result.unlink()
+        raise
 
 
 # --- on disk ----------------------------------------------------------------------------------------------

@@ -270,6 +270,20 @@ def test_a_damaged_volume_whose_scan_is_gone_is_left_out_with_the_reason(scans, 
     assert current_store(tmp_path / "volumes").scan_ids == scans["scan_id"].tolist()[1:]
 
 
+def test_a_damaged_store_makes_its_notebook_count_as_not_done(scans, tmp_path):
+    store = build_store(scans, tmp_path / "volumes", SMALL, n_jobs=1).store
+    results = tmp_path / "results"
+    results.mkdir()
+    for name in ("02_data_cleaning", "03_preprocessing_preview"):
+        (results / f"{name}.json").write_text("{}")
+    current_store(tmp_path / "volumes")
+    assert len(list(results.iterdir())) == 2
+    (store.folder / "shard-0000.npy").unlink()
+    with pytest.raises(StoreError):
+        current_store(tmp_path / "volumes")
+    assert [path.stem for path in results.iterdir()] == ["02_data_cleaning"]
+
+
 def test_a_store_under_another_name_is_refused(scans, tmp_path):
     other = PreprocessingSettings(spacing_mm=8, size=16)
     build_store(scans.head(1), tmp_path, SMALL, n_jobs=1).store.folder.rename(tmp_path / other.fingerprint)
