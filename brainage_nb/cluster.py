@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,16 +44,24 @@ def process_pool(n_jobs: int, **how: Any) -> Parallel:
     """
     from joblib import Parallel
 
-    return Parallel(n_jobs, backend="loky", initializer=_end_with, initargs=(os.getpid(),), **how)
+    return Parallel(n_jobs, backend="loky", initializer=end_with, initargs=(os.getpid(),), **how)
 
 
-def _end_with(parent: int) -> None:
-    """End this worker soon after its parent has ended."""
+def end_with(process: int) -> None:
+    """End this process by SIGTERM soon after another has ended, however that ended.
+
+    Parameters
+    ----------
+    process : int
+        The other's process id.
+    """
+    import psutil
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
+        with suppress(psutil.NoSuchProcess):
+            while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -8,7 +8,6 @@ does what the uninterrupted run would have done, bit for bit on a CPU.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import time
@@ -27,13 +26,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from brainage_nb.models.compute import full_float32
-from brainage_nb.models.network import (
-    MOST_SCANS,
-    AgeOutput,
-    build_network,
-    fit_linear,
-    load_pretrained,
-)
+from brainage_nb.models.network import MOST_SCANS, AgeOutput, build_network, fit_linear, load_pretrained
 from brainage_nb.models.resume import Checkpoints, StopRequests, halve_weights, write_weights
 from brainage_nb.models.settings import (
     Member,
@@ -111,8 +104,8 @@ class DeviceVolumes(VolumeDataset):
         self.where = "resident" if 2 * math.prod(shape) <= share * free_memory(device) else "streamed"
         if self.where == "resident":
             self._held = torch.empty(shape, dtype=torch.float16, device=device)
-            for row in range(len(self)):
-                self._held[row] = self.read([row])[0]
+            for row, held in enumerate(self._held):
+                held.copy_(self.read([row])[0])
 
     def batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Tensor]:
         """Float32 batches (n, 1, size, size, size), one for each array of n positions."""
@@ -120,18 +113,13 @@ class DeviceVolumes(VolumeDataset):
             for rows in wanted:
                 yield self._held[torch.as_tensor(rows, device=self.device)].float()
             return
-        pin = self.device.type == "cuda"
         with ThreadPoolExecutor(1, thread_name_prefix="volumes") as reader:
             waiting: deque = deque()
-            for rows in wanted:
-                waiting.append(reader.submit(self.read, rows, pin=pin))
-                if len(waiting) > AHEAD:
-                    yield self._send(waiting.popleft())
-            while waiting:
-                yield self._send(waiting.popleft())
-
-    def _send(self, pending) -> Tensor:
-        return pending.result().to(self.device, non_blocking=True).float()
+            for rows in (*wanted, *[None] * AHEAD):  # at the end what was read ahead is left
+                if rows is not None:
+                    waiting.append(reader.submit(self.read, rows, pin=self.device.type == "cuda"))
+                if len(waiting) > AHEAD or (rows is None and waiting):
+                    yield waiting.popleft().result().to(self.device, non_blocking=True).float()
 
 
 def free_memory(device: torch.device) -> int:
@@ -274,9 +262,7 @@ class Trainer:
         self.best: dict[str, Any] = {"val_mae": float("inf"), "epoch": -1, "weights": {}}
         self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         self._build(network)
-        run, scratch = folder.parent.parent.name, settings.scratch
-        own = Path(scratch) / run / folder.name if scratch else folder
-        self.checkpoints = Checkpoints(own, mirror=folder if scratch else None)
+        self.checkpoints = Checkpoints(folder)
         self._saved = time.monotonic()
 
     def _build(self, network) -> None:
@@ -291,8 +277,6 @@ class Trainer:
         self.average = AveragedModel(model, multi_avg_fn=decay).eval().requires_grad_(False)
         self.piece = 0  # volumes computed at once; 0 for the whole batch
         if self.accelerator.num_processes > 1:
-            share = -(-settings.batch_size // self.accelerator.num_processes)
-            self.piece = find_piece(model, self.volumes.size, share, self.accelerator)
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         optimiser = make_optimiser(model, settings)
         self.schedule = make_schedule(optimiser, settings, self.steps_per_epoch)
@@ -309,7 +293,6 @@ class Trainer:
         while self.epoch < self.settings.epochs:
             if not self.train_epoch(stop, on_step):
                 self.save()
-                self.checkpoints.wait()
                 self.accelerator.wait_for_everyone()
                 return False
             self._end_epoch()
@@ -508,7 +491,7 @@ class Trainer:
             flip = self.settings.flip_averaging
             predicted = self._predict(self.member.predicted, contextlib.nullcontext, flip_averaging=flip)
         if self.accelerator.is_main_process:
-            write_weights(weights, self.folder / "weights.safetensors")
+            write_weights(weights, self.folder / "weights.safetensors", self.identity)
             write_csv(pd.DataFrame(self.history, columns=HISTORY), self.folder / "history.csv")
             rows = tabulate_predictions(self.scans, self.member, predicted)
             write_csv(rows, self.folder / "predictions.csv")
@@ -564,31 +547,3 @@ class Trainer:
 
 def _load(model: nn.Module, weights: dict[str, Tensor]) -> None:
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-
-
-def find_piece(model: nn.Module, size: int, share: int, accelerator) -> int:
-    """How many volumes of edge `size` every process can compute at once, at most `share`; 0 means all.
-
-    Several processes must know before they start: one that runs out of memory in a step leaves the others
-    waiting.
-    """
-    from accelerate.utils import gather_object
-
-    trial, piece = copy.deepcopy(model), share
-    while piece > 1 and not _fits(trial, size, piece, accelerator):
-        piece = (piece + 1) // 2
-    piece = min(gather_object([piece]))
-    return 0 if piece == share else piece
-
-
-def _fits(model: nn.Module, size: int, piece: int, accelerator) -> bool:
-    try:
-        with accelerator.autocast():
-            ages = model(torch.zeros(piece, 1, size, size, size, device=accelerator.device))
-        ages.sum().backward()
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return False
-    finally:
-        model.zero_grad()
-    return True

@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 
 from brainage_nb.evaluation.runs import read_run
 from brainage_nb.models import compute as preflight
-from brainage_nb.models import fit
 from brainage_nb.models.fit import DeviceVolumes, Trainer, VolumeDataset, huber_loss
 from brainage_nb.models.network import OwnNetwork
 from brainage_nb.models.resume import StopRequests
@@ -218,19 +217,6 @@ def test_max_minutes_ends_cleanly(tiny, tiny_settings, tmp_path):
     assert train(store, splits, tmp_path / "run", replace(tiny_settings, max_minutes=60)).complete
 
 
-def test_a_scratch_folder_keeps_the_run_folder_supplied(tiny, tiny_settings, tmp_path, monkeypatch):
-    store, splits = tiny
-    whole = train(store, splits, tmp_path / "whole", tiny_settings)
-    settings = replace(tiny_settings, scratch=str(tmp_path / "fast"))
-    monkeypatch.setattr("brainage_nb.models.train.StopRequests", StopAfter)
-    StopAfter.steps_left = 6
-    train(store, splits, tmp_path / "drive", settings)
-    assert list((tmp_path / "drive").rglob("step-*.pt"))
-    StopAfter.steps_left = 10**9
-    other_machine = replace(settings, scratch=str(tmp_path / "another machine"))
-    same(whole, train(store, splits, tmp_path / "drive", other_machine))
-
-
 def test_resident_and_streamed_volumes_give_the_same_run(tiny, tiny_settings, tmp_path):
     store, splits = tiny
     resident = train(store, splits, tmp_path / "resident", tiny_settings)
@@ -279,15 +265,6 @@ def test_one_volume_that_does_not_fit_is_an_error_with_advice(tiny, tiny_setting
         pytest.raises(torch.OutOfMemoryError, match="spacing_mm"),
     ):
         train(*tiny, tmp_path / "run", tiny_settings)
-
-
-def test_several_processes_agree_beforehand_on_a_piece_that_fits(monkeypatch):
-    from accelerate import Accelerator
-
-    monkeypatch.setattr(fit, "_fits", lambda model, size, piece, accelerator: piece <= 3)
-    accelerator = Accelerator(cpu=True)
-    assert fit.find_piece(torch.nn.Linear(1, 1), 8, 16, accelerator) == 2
-    assert fit.find_piece(torch.nn.Linear(1, 1), 8, 3, accelerator) == 0
 
 
 def test_folds_hold_out_every_subject_once_and_leave_the_test_split_alone(tiny, tiny_settings, tmp_path):
@@ -349,7 +326,7 @@ def test_scans_without_volume_are_left_out_and_said(tiny, tiny_settings, tmp_pat
 def test_a_required_gpu_that_is_missing_raises_with_the_reason(tiny_settings, monkeypatch):
     monkeypatch.setattr(preflight, "why_no_gpu", lambda: "PyTorch sees no GPU")
     with pytest.raises(TrainingRefused, match=r"PyTorch sees no GPU.*GPU runtime"):
-        preflight.choose_device(TrainingSettings(require_gpu=True))
+        preflight.choose_device(TrainingSettings(device="cuda"))
     with pytest.warns(UserWarning, match="TRAINING ON THE CPU"):
         assert preflight.choose_device(TrainingSettings()).type == "cpu"
 
