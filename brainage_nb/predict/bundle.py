@@ -17,7 +17,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from brainage_nb.bundle_format import MAX_BYTES, RESNET, VGG, BundleError, all_seen, among, open_bundle
+from brainage_nb.bundle_format import (
+    MANIFEST,
+    MAX_BYTES,
+    RESNET,
+    VGG,
+    BundleError,
+    all_seen,
+    among,
+    open_bundle,
+)
 from brainage_nb.cohort.rules import judge_controls
 from brainage_nb.evaluation.correction import AgeBiasCorrector, ConformalInterval
 from brainage_nb.evaluation.external import ExternalEvaluation, evaluate_external, refuse_trained_on
@@ -43,6 +52,7 @@ from brainage_nb.workspace import Workspace, n_workers, open_workspace, sha256_o
 if TYPE_CHECKING:
     from brainage_nb.volumes.settings import PreprocessingSettings
 
+ABSURD_AGE = 1000  # years, of which no network that learned from people is capable
 MAX_VOXELS = 2 * 10**8  # a 0.5 mm head has 1.3 * 10**8
 TITLES = {RESNET: "3D ResNet-18", VGG: "VGG16 features + SVR"}
 ABOUT = ("scan_id", "subject_id", "session_id", "age", "sex", "site", "diagnosis", "control")
@@ -183,9 +193,12 @@ class Bundle:
     def _predict_prepared(self, scan: Path, given: ModelInput, age: float | None) -> Prediction:
         members = self.model.predict(given.volume)
         predicted = float(members.mean())
-        if not np.isfinite(predicted):
-            raise ScanError(
-                "no_prediction", f"{scan.name}: the model finds no brain it could read in this scan."
+        if np.isnan(predicted) and self.model.kind == VGG:
+            raise ScanError("no_prediction", f"{scan.name}: the model finds no brain to read in this scan.")
+        if not abs(predicted) < ABSURD_AGE:
+            raise BundleError(
+                f"{self.title}: this bundle is damaged: it gives {predicted:.3g} years for {scan.name}. Copy "
+                "or save it again."
             )
         interval, correction = self.interval, self.correction
         low, high = interval.predict(predicted) if interval else (-np.inf, np.inf)
@@ -252,7 +265,7 @@ def load_bundle(source: Path | str | IO[bytes], device: str = "cpu", *, max_byte
         settings = PreprocessingSettings.from_json(manifest["preprocessing"])
         return Bundle(
             manifest=manifest,
-            model=build_model(files, place),
+            model=build_model(files, settings, place),
             settings=settings,
             correction=AgeBiasCorrector.from_dict(correction) if correction else None,
             interval=ConformalInterval.from_dict(interval) if interval else None,
@@ -263,10 +276,10 @@ def load_bundle(source: Path | str | IO[bytes], device: str = "cpu", *, max_byte
     except BundleError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:300]
         raise BundleError(
-            f"{files.name}: what bundle.json says does not fit its files or this version ({reason[:300]}). "
-            "Save the bundle again, or copy it again."
+            f"{files.name}: this bundle is damaged, or of another version: what {MANIFEST} says does not fit "
+            f"its files ({reason}). Save the bundle again, or copy it again."
         ) from error
 
 

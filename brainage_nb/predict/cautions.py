@@ -210,13 +210,13 @@ class Distance:
         if "precision" not in named:
             whiten = named["axes"] @ named["whiten"] / named["scale"][:, None]
             named["precision"] = whiten @ whiten.T / whiten.shape[1]
+        shapes = [named[name].shape for name in ("mean", "precision", "limit")]
+        if shapes != [(N_STATISTICS,), (N_STATISTICS, N_STATISTICS), ()]:
+            raise ValueError(f"distances from training have shapes {shapes}")
         self = cls(named["mean"], named["precision"], float(named["limit"]))
-        if (self.mean.shape, self.precision.shape) != ((N_STATISTICS,), (N_STATISTICS,) * 2):
-            raise ValueError(f"distances from training have shapes {self.mean.shape}, {self.precision.shape}")
-        finite = (
-            np.isfinite(self.mean).all() and np.isfinite(self.precision).all() and 0 < self.limit < np.inf
-        )
-        if not finite or np.linalg.eigvalsh(self.precision)[0] < -1e-6 * np.abs(self.precision).max():
+        finite = all(np.isfinite(value).all() for value in vars(self).values())
+        least = -1e-6 * np.abs(self.precision).max()
+        if not finite or self.limit <= 0 or np.linalg.eigvalsh(self.precision)[0] < least:
             raise ValueError("distances from training are not finite or not positive")
         return self
 
@@ -298,8 +298,8 @@ class Reference:
     def from_parts(cls, content: Mapping[str, Any], arrays: Mapping[str, np.ndarray], size: int) -> Reference:
         """From `to_dict` and `arrays`; `size` is the side of the volumes to be compared, voxels."""
         mean, side = arrays["mean"].astype(np.float32), size // _block(size)
-        if mean.shape != (side, side, side) or not np.isfinite(mean).all():
-            raise ValueError(f"the reference volume has shape {mean.shape}, expected {(side,) * 3}, finite")
+        if arrays["mean"].dtype.kind != "f" or mean.shape != (side, side, side):
+            raise ValueError(f"the reference volume has shape {mean.shape}, expected {(side,) * 3}")
         image = {name.partition(".")[2]: arrays[name] for name in arrays if name.startswith("image.")}
         distance = Distance.from_arrays(image) if image else None
         return cls(mean, tuple(content["likeness"]), content["n_volumes"], distance)
