@@ -276,6 +276,16 @@ def test_the_card_says_what_one_test_scan_leaves_undefined(saved):
     assert "| test | 1 | 3.00 | not defined | 3.00 |" in write_card(manifest)
 
 
+def test_nothing_that_a_maker_wrote_is_markup_in_the_card():
+    figures = manifest()["figures"]["test"]
+    licence = "*free*\n# big [here](javascript:x) <script>x</script> `y` under_score _z_"
+    card = write_card(manifest(licence=licence, figures={"a|b": figures}))
+    assert (
+        r"\*free\* \# big [here]\(javascript:x) &lt;script&gt;" in card and r"'y' under_score \_z\_." in card
+    )
+    assert r"| a\|b | 50 | 5.00 [4.00, 6.00] |" in card
+
+
 def test_a_run_that_is_not_finished_has_no_bundle(trained, tmp_path):
     ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
     shutil.rmtree(ws.path("runs", "resnet18", "checkpoints"))
