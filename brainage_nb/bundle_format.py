@@ -10,10 +10,10 @@ import json
 import os
 import re
 import shutil
-import stat
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +30,7 @@ CODE = (".pkl", ".pickle", ".pt", ".pth", ".joblib", ".ckpt")
 MAX_BYTES = 4 * 2**30  # opened; 30 members of half precision are 2 GB
 MAX_MANIFEST_BYTES = 8 * 2**20
 MAX_FILES = 64
+EXPECTED = "Expected a bundle: a folder or .zip written by save_bundle."
 SYSTEM_FILES = ("__MACOSX", ".DS_Store", "desktop.ini")  # what file managers add; never opened
 
 
@@ -134,33 +135,14 @@ def _list_agreements(manifest: Mapping[str, Any]) -> dict[str, bool]:
     members = [member["file"] for member in manifest["members"]]
     listed = sorted(file for file in manifest["files"] if file.startswith("member-"))
     edges, counts = training["age_edges"], training["age_counts"]
+    lengths = {len(position[name]) for name in ("part", "age", "predicted_age")}
     return {
         "members: two are one file": len(set(members)) == len(members),
         f"members: they are not the listed files {listed}": sorted(members) == listed,
         "training: the youngest age is above the oldest": training["age_low"] <= training["age_high"],
         "training: age_counts do not fit age_edges": len(edges) == len(counts) + 1,
-        "position: its lists are of different lengths": len(position["part"])
-        == len(position["age"])
-        == len(position["predicted_age"]),
+        "position: its lists are of different lengths": len(lengths) == 1,
     }
-
-
-def _make_validator(schema: Mapping[str, Any]) -> Any:
-    """jsonschema's, with two words for long lists, which its own `items` takes seconds for."""
-    from jsonschema import Draft202012Validator, ValidationError
-    from jsonschema.validators import extend
-
-    def check_numbers(_: Any, limits: list[float], values: Any, __: Any) -> Iterator[ValidationError]:
-        low, high = limits
-        if not all(type(value) in (int, float) and low <= value <= high for value in values):
-            yield ValidationError(f"expected numbers from {low} to {high} only")
-
-    def check_texts(_: Any, pattern: str, values: Any, __: Any) -> Iterator[ValidationError]:
-        if not all(isinstance(value, str) and re.fullmatch(pattern, value) for value in values):
-            yield ValidationError(f"expected texts of the form {pattern} only")
-
-    words = {"numbersWithin": check_numbers, "textsLike": check_texts}
-    return extend(Draft202012Validator, words)(schema)
 
 
 # --- reading --------------------------------------------------------------------------------------------
@@ -182,8 +164,10 @@ def open_bundle(source: Path | str | IO[bytes], *, max_bytes: int = MAX_BYTES) -
         Pickles, files that do not belong, links, paths that lead out, zip bombs; a manifest that is missing,
         too large, not JSON, of a newer format, or that says what no bundle says.
     """
-    is_folder = isinstance(source, str | Path) and Path(source).is_dir()
-    name, sizes, read = _list_folder(Path(source)) if is_folder else _list_zip(source)
+    place = Path(source) if isinstance(source, str | Path) else None
+    if place and not place.exists():
+        raise BundleError(f"No bundle at {source}. {EXPECTED}{_did_you_mean(place)}")
+    name, sizes, read = _list_folder(place) if place and place.is_dir() else _list_zip(source)
     _check_names(name, sizes)
     if sum(sizes.values()) > max_bytes:
         opened, most = sum(sizes.values()) / 2**20, max_bytes / 2**20
@@ -215,7 +199,9 @@ def _list_folder(folder: Path) -> tuple[str, dict[str, int], Callable[[str], byt
 
 def _list_zip(source: Path | str | IO[bytes]) -> tuple[str, dict[str, int], Callable[[str], bytes]]:
     name = Path(str(source if isinstance(source, str | Path) else getattr(source, "name", "the upload"))).name
-    _refuse_what_is_no_zip(source, name)
+    if (kind := _name_kind(source)) != "zip":
+        meant = _did_you_mean(Path(source)) if isinstance(source, str | Path) else ""
+        raise BundleError(f"{name} {kind}. {EXPECTED}{meant}")
     try:
         archive = zipfile.ZipFile(source)
     except Exception as error:
@@ -226,53 +212,35 @@ def _list_zip(source: Path | str | IO[bytes]) -> tuple[str, dict[str, int], Call
         if not {Path(entry.filename).name, entry.filename.partition("/")[0]} & set(SYSTEM_FILES)
     ]
     root = _common_folder([entry.filename for entry in entries])
-    entries = [entry for entry in entries if entry.filename != root]
-    found = {entry.filename.removeprefix(root): entry for entry in entries}
+    found = {entry.filename.removeprefix(root): entry for entry in entries if entry.filename != root}
+    sizes = {file: entry.file_size for file, entry in found.items()}
     opened, size = sum(entry.file_size for entry in entries), archive.fp.seek(0, os.SEEK_END)
-    usual = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+    unusual = {entry.compress_type for entry in entries} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+    twice = len({entry.filename for entry in entries}) < len(entries)
+    grows = f"would grow from {size:,} to {opened:,} bytes when opened (a zip bomb); weights hardly compress"
     for wrong, what in (
-        (len(found) < len(entries), "holds two files of one name; it was not made by this package"),
-        (
-            any(stat.S_ISLNK(entry.external_attr >> 16) for entry in entries),
-            "holds a link; a bundle holds plain files",
-        ),
-        (
-            {entry.compress_type for entry in entries} - usual,
-            "is compressed in an unusual way; zip it with 'deflate' or not at all",
-        ),
-        (
-            opened > 2 * size + MAX_MANIFEST_BYTES,
-            f"would grow from {size:,} to {opened:,} bytes when opened (a zip bomb); model weights hardly "
-            "compress",
-        ),
+        (twice, "holds two files of one name; it was not made by this package"),
+        (unusual, "is compressed in an unusual way; zip it with 'deflate' or not at all"),
+        (opened > 2 * size + MAX_MANIFEST_BYTES, grows),
     ):
         if wrong:
             raise BundleError(f"{name} {what}.")
-    sizes = {file: entry.file_size for file, entry in found.items()}
     # The size is given, since zipfile would unpack more than declared before it notices.
     return name, sizes, lambda file: archive.open(found[file]).read(sizes[file] + 1)
 
 
-def _refuse_what_is_no_zip(source: Path | str | IO[bytes], name: str) -> None:
-    expected, meant = "Expected a bundle: a folder or .zip written by save_bundle.", ""
-    if isinstance(source, str | Path):
-        meant = _did_you_mean(Path(source))
-        if not Path(source).is_file():
-            raise BundleError(f"No bundle at {source}. {expected}{meant}")
-        with open(source, "rb") as stream:
-            start = stream.read(4)
-    else:
-        source.seek(0)
-        start = source.read(4)
-        source.seek(0)
-    if start == b"PK\x03\x04":
-        return
-    kind = "is empty" if not start else "is not a zip file"
-    if start[:2] == b"\x1f\x8b":
-        kind = "is a gzip file"
-    elif re.match(rb"\x80[\x01-\x05]", start):
-        kind = "is a Python pickle, which can run any code when it is opened, so it is not"
-    raise BundleError(f"{name} {kind}. {expected}{meant}")
+def _name_kind(source: Path | str | IO[bytes]) -> str:
+    """`zip`, or what a file is instead."""
+    with open(source, "rb") if isinstance(source, str | Path) else nullcontext(source) as stream:
+        stream.seek(0)
+        start = stream.read(4)
+    kinds = {
+        rb"PK\x03\x04": "zip",
+        rb"$": "is empty",
+        rb"\x1f\x8b": "is a gzip file",
+        rb"\x80[\x01-\x05]": "is a Python pickle, which can run any code when it is opened, so it is not",
+    }
+    return next((kind for form, kind in kinds.items() if re.match(form, start)), "is not a zip file")
 
 
 def _did_you_mean(place: Path) -> str:

@@ -256,6 +256,16 @@ def test_the_bundle_takes_the_interval_of_the_report_and_keeps_it_when_saved_aga
     assert again.interval.to_dict() == calibration.interval.to_dict()
 
 
+@pytest.mark.parametrize("torn", ["", "[]"])
+def test_a_torn_bundle_of_a_run_is_none_and_is_saved_again(torn, trained, saved, tmp_path):
+    ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
+    run = ws.run("resnet18")
+    (run / "bundle" / "bundle.json").write_text(torn)
+    calibration = evaluate_runs(ws, "resnet18", n_bootstrap=20).runs["resnet18"].calibration
+    assert "no bundle of this training yet" in update_bundle(run, calibration)
+    assert load_bundle(current_bundle(run)).manifest["training"]["n_subjects"] == 15
+
+
 def test_the_card_states_figures_licence_and_use(saved):
     card = (saved / "README.md").read_text()
     for said in (
