@@ -157,7 +157,7 @@ def _collect_networks(
         raise FileNotFoundError(
             f"{folder} has no finished model (checkpoints/*/weights.safetensors). Train it to the end first."
         )
-    trained = [load_file(path) for path in places]
+    trained = [_keep_spreads_above_0(load_file(path)) for path in places]
     architecture = {name: training[name] for name in ("widths", "blocks", "shortcut")} | {
         "outputs": len(trained[0]["fc.bias"]),
         "linear_edge": len(trained[0].get("linear.weight", ())),
@@ -176,6 +176,12 @@ def _collect_networks(
     networks = [load_network(architecture, weights) for weights in rounded]
     ensemble = NetworkEnsemble(networks, flip_averaging=entries["flip_averaging"])
     return ensemble, entries, dict(zip(files, rounded, strict=True))
+
+
+def _keep_spreads_above_0(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A channel that never fires has a spread of 0, which a bundle may not; the least number moves no age."""
+    least = np.finfo(np.float32).tiny
+    return {n: np.maximum(a, least) if n.endswith("running_var") else a for n, a in weights.items()}
 
 
 def _collect_svr(

@@ -256,6 +256,15 @@ def test_the_bundle_takes_the_interval_of_the_report_and_keeps_it_when_saved_aga
     assert again.interval.to_dict() == calibration.interval.to_dict()
 
 
+def test_a_channel_that_never_fires_does_not_keep_a_model_from_its_bundle(trained, tmp_path):
+    ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
+    file = next(ws.run("resnet18").glob("checkpoints/*/weights.safetensors"))
+    weights = load_file(file)
+    weights["layer4.0.bn2.running_var"][0] = 0
+    save_file(weights, file)
+    load_bundle(save_bundle(ws.run("resnet18")))
+
+
 @pytest.mark.parametrize("torn", ["", "[]"])
 def test_a_torn_bundle_of_a_run_is_none_and_is_saved_again(torn, trained, saved, tmp_path):
     ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
