@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from brainage_nb.platforms import version_of
-from brainage_nb.workspace import n_workers
+from brainage_nb.platforms import n_workers, version_of
 
 if TYPE_CHECKING:
     from distributed import Client

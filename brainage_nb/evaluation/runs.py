@@ -3,6 +3,7 @@ truth that was planted in a known-answer cohort. Stops where files contradict ea
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from brainage_nb.evaluation.metrics import (
     mean_with_interval,
     regression_metrics,
 )
-from brainage_nb.workspace import Workspace, open_workspace, read_csv, read_json
+from brainage_nb.workspace import MissingInput, Workspace, open_workspace, read_csv, read_json
 
 OUT_OF_FOLD = "out_of_fold"
 RECOVERED_KINDS = {
@@ -148,7 +149,7 @@ def read_run(workspace: Workspace | Path | str, name: str) -> Run:
     run = Run(
         name=name,
         settings=settings,
-        history=pd.read_csv(history) if history.exists() and history.stat().st_size > 1 else pd.DataFrame(),
+        history=read_csv(history) if history.exists() else pd.DataFrame(),
         predictions=headline_rows(members, settings.get("variant", "")).merge(
             about.drop_duplicates("scan_id"), on="scan_id", how="left", validate="many_to_one"
         ),
@@ -165,8 +166,9 @@ def list_runs(workspace: Workspace) -> list[str]:
 
 def reported_level(workspace: Workspace) -> float:
     """The level of the prediction interval in the workspace's report; `LEVEL` before there is one."""
-    results = workspace.path("evaluation", "results.json")
-    return read_json(results)["_parameters"]["level"] if results.exists() else LEVEL
+    with suppress(MissingInput, KeyError, TypeError):
+        return float(read_json(workspace.path("evaluation", "results.json"))["_parameters"]["level"])
+    return LEVEL
 
 
 def headline_rows(members: pd.DataFrame, variant: str) -> pd.DataFrame:

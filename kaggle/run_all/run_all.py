@@ -52,7 +52,8 @@ last = ""  # @param {type:"string"}
 
 # %%
 from brainage_nb.pipeline import NotebookPaused, find_notebooks, parse_overrides, run_notebooks
-from brainage_nb.workspace import open_workspace, session_summary
+from brainage_nb.platforms import session_summary
+from brainage_nb.workspace import open_workspace
 
 ws = open_workspace(workspace)
 print(session_summary(ws.root))

@@ -82,8 +82,9 @@ from brainage_nb.demo.cohort import (
     oracle_mae,
 )
 from brainage_nb.parameters import read_parameters
+from brainage_nb.platforms import session_summary
 from brainage_nb.sources.opening import SourceSettings, open_source
-from brainage_nb.workspace import open_workspace, read_csv, session_summary, write_csv
+from brainage_nb.workspace import open_workspace, read_csv, write_csv
 
 parameters = read_parameters(globals(), SourceSettings, CohortRules)
 ws = open_workspace(workspace).begin("01_data_access")

@@ -63,7 +63,8 @@ from brainage_nb.cohort.cleaning_plots import age_histogram, flagged_montage
 from brainage_nb.cohort.inspection import inspect_scans
 from brainage_nb.cohort.splits import deal_splits, plot_splits, split_table
 from brainage_nb.parameters import pick_fields, read_parameters
-from brainage_nb.workspace import open_workspace, session_summary, write_csv
+from brainage_nb.platforms import session_summary
+from brainage_nb.workspace import open_workspace, write_csv
 
 parameters = read_parameters(globals(), CleaningRules)
 ws = open_workspace(workspace).begin("02_data_cleaning")

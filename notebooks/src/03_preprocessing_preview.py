@@ -68,12 +68,13 @@ more = ""  # @param {type:"string"}
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.parameters import pick_fields, read_parameters
+from brainage_nb.platforms import session_summary
 from brainage_nb.volumes.pictures import brain_preview, montage, steps_figure
 from brainage_nb.volumes.scans import ScanError
 from brainage_nb.volumes.settings import PreprocessingSettings, list_changes
 from brainage_nb.volumes.store import build_store
 from brainage_nb.volumes.transforms import describe_transform, preprocessing_chain, run_steps
-from brainage_nb.workspace import open_workspace, session_summary, write_csv
+from brainage_nb.workspace import open_workspace, write_csv
 
 set_matplotlib_formats("png")  # figures appear in their cells
 parameters = read_parameters(globals(), PreprocessingSettings)

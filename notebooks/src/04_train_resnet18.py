@@ -79,12 +79,13 @@ from brainage_nb.models.network import build_network, describe_network
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.train import forecast, train
 from brainage_nb.parameters import pick_fields, read_parameters
+from brainage_nb.platforms import session_summary
 from brainage_nb.predict.saving import current_bundle
 from brainage_nb.volumes.augment import augment, augmentation_examples
 from brainage_nb.volumes.pictures import montage
 from brainage_nb.volumes.settings import AugmentationSettings, list_changes
 from brainage_nb.volumes.store import current_store
-from brainage_nb.workspace import open_workspace, session_summary
+from brainage_nb.workspace import open_workspace
 
 set_matplotlib_formats("png")  # figures appear in their cells
 parameters = read_parameters(globals(), TrainingSettings, AugmentationSettings)

@@ -79,9 +79,10 @@ from brainage_nb.models.vgg16 import (
     vgg16_features,
 )
 from brainage_nb.parameters import read_parameters
+from brainage_nb.platforms import session_summary
 from brainage_nb.predict.saving import current_bundle
 from brainage_nb.volumes.store import current_store
-from brainage_nb.workspace import open_workspace, session_summary
+from brainage_nb.workspace import open_workspace
 
 parameters = read_parameters(globals())
 ws = open_workspace(workspace).begin("05_train_vgg16_svr")

@@ -70,10 +70,11 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 from brainage_nb.apps.widget import PredictionWidget, result_figure, workspace_scans
 from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.parameters import read_parameters
+from brainage_nb.platforms import session_summary
 from brainage_nb.predict.bundle import load_bundle
 from brainage_nb.predict.explain import explain
 from brainage_nb.predict.saving import current_bundle
-from brainage_nb.workspace import open_workspace, session_summary, write_json
+from brainage_nb.workspace import open_workspace, write_json
 
 set_matplotlib_formats("png")  # figures appear in their cells
 parameters = read_parameters(globals())
