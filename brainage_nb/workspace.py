@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -64,6 +65,9 @@ UNWRITABLE = {
     errno.EEXIST: "a file lies where a folder is needed",
     errno.ENOTDIR: "a file lies where a folder is needed",
 }
+
+
+FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.]*$)")  # a sign before anything but a plain number
 
 
 class MissingInput(FileNotFoundError):
@@ -137,6 +141,11 @@ def write_csv(frame: pd.DataFrame, path: Path | str) -> Path:
     with writing(path) as temporary:
         frame.to_csv(temporary, index=False, lineterminator="\n")
     return Path(path)
+
+
+def guard_formula(value: Any) -> Any:
+    """Text that a spreadsheet would run as a formula (a file may be named `=1+1.nii`), quoted."""
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
 
 
 def write_json(content: Any, path: Path | str) -> Path:
@@ -386,12 +395,17 @@ class Workspace:
         return self.results().get(notebook)
 
 
+def locate_workspace(root: str | Path = "") -> Path:
+    """The folder that `open_workspace` opens."""
+    return (Path(root).expanduser() if str(root) else default_root()).absolute()
+
+
 def open_workspace(root: str | Path = "") -> Workspace:
     """Open the workspace at `root` (empty: the default place); make it where it is missing.
 
     A new one on Kaggle starts from the workspace that an attached notebook left as its output, if any.
     """
-    folder = (Path(root).expanduser() if str(root) else default_root()).absolute()
+    folder = locate_workspace(root)
     require_drive(folder)
     with explain_write_errors(folder / MARKER):
         folder.mkdir(parents=True, exist_ok=True)

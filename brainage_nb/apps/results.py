@@ -22,6 +22,7 @@ from brainage_nb import __version__
 from brainage_nb.cohort.images import image_stem
 from brainage_nb.predict.cautions import COLUMNS, NOT_A_DEVICE, Failure, Prediction
 from brainage_nb.predict.explain import age_among_held_out, explain, strongest
+from brainage_nb.workspace import guard_formula
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -195,8 +196,8 @@ def result_json(results: Sequence[Prediction | Failure], bundle: Bundle) -> str:
 
 def result_csv(results: Sequence[Prediction | Failure]) -> str:
     """All results as CSV text, columns as of the command line."""
-    rows = [{name: _no_formula(value) for name, value in result.to_dict().items()} for result in results]
-    return pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(index=False, lineterminator="\n")
+    frame = pd.DataFrame([result.to_dict() for result in results], columns=list(COLUMNS))
+    return frame.map(guard_formula).to_csv(index=False, lineterminator="\n")
 
 
 def result_page(prediction: Prediction, bundle: Bundle, pictures: Mapping[str, Figure]) -> str:
@@ -251,8 +252,3 @@ def _with_members(result: Prediction | Failure) -> dict[str, Any]:
         row["warnings"] = [caution._asdict() for caution in result.warnings]
         del row["explanation"]
     return row
-
-
-def _no_formula(value: Any) -> Any:
-    """Text that a spreadsheet would run as a formula (a file may be named `=1+1.nii`) is quoted."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t") else value

@@ -15,10 +15,9 @@ from typing import Any
 
 import streamlit as st
 
-from brainage_nb.apps.predict_cli import bundles_in_reach
 from brainage_nb.apps.results import as_text, keep_results, one_at_a_time, show_results
 from brainage_nb.apps.uploads import SCAN_TYPES, predict_upload, shown_name, stored, together
-from brainage_nb.bundle_format import BundleError
+from brainage_nb.bundle_format import BundleError, find_bundles
 from brainage_nb.predict.bundle import Bundle, load_bundle
 from brainage_nb.predict.cautions import NOT_A_DEVICE, OLDEST
 from brainage_nb.workspace import read_csv
@@ -52,7 +51,10 @@ def _offered() -> list[Path]:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--bundle", default="")
     given = parser.parse_known_args(sys.argv[1:])[0].bundle
-    return ([Path(given)] if given else []) + bundles_in_reach()
+    found, damaged = find_bundles()
+    for sentence in damaged:
+        st.warning(sentence)
+    return ([Path(given)] if given else []) + found
 
 
 @st.cache_resource(max_entries=2, show_spinner=False)
