@@ -14,23 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from brainage_nb import __version__
+from brainage_nb import __version__, pipeline
 from brainage_nb.parameters import ParameterError, format_value
-from brainage_nb.pipeline import (
-    NotebookFailed,
-    NotebookPaused,
-    find_notebooks,
-    parse_overrides,
-    plan_run,
-    run_notebooks,
-)
-from brainage_nb.workspace import (
-    Workspace,
-    guard_formula,
-    locate_workspace,
-    open_workspace,
-    write_csv,
-)
+from brainage_nb.pipeline import NotebookFailed, NotebookPaused
+from brainage_nb.workspace import Workspace, guard_formula, locate_workspace, open_workspace, write_csv
 
 if TYPE_CHECKING:
     from brainage_nb.predict.bundle import Bundle
@@ -127,14 +114,15 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def run_command(options: argparse.Namespace) -> int:
     """Run the notebooks; with `--dry-run` only say which would run, and with what."""
-    notebooks = find_notebooks(options.first, options.last)
-    overrides = parse_overrides(options.parameters, notebooks)
+    notebooks = pipeline.find_notebooks(options.first, options.last)
+    overrides = pipeline.parse_overrides(options.parameters, notebooks)
     named = overrides.pop("workspace", "")
     if named and options.workspace not in ("", named):
         raise ParameterError(f"--workspace {options.workspace} and -p workspace={named}: give one of them.")
     root = options.workspace or named
     if options.dry_run:
-        plan = plan_run(notebooks, Workspace(locate_workspace(root)), overrides, again=options.again)
+        there = Workspace(locate_workspace(root))
+        plan = pipeline.plan_run(notebooks, there, overrides, again=options.again)
         for notebook, values, done in plan:
             lines = "".join(f"\n      {name} = {value!r}" for name, value in values.items())
             print(f"{notebook.name}: {'done before, nothing to do' if done else f'would run with{lines}'}")
@@ -144,7 +132,7 @@ def run_command(options: argparse.Namespace) -> int:
             # A batch system or a closing terminal ends, as Ctrl-C does, the kernel and its workers too.
             signal.signal(number, signal.default_int_handler)
     workspace = open_workspace(root)
-    run_notebooks(notebooks, workspace, overrides, again=options.again)
+    pipeline.run_notebooks(notebooks, workspace, overrides, again=options.again)
     report = workspace.path("evaluation", "report.html")
     if report.exists():
         print(f"Report: {report}")
@@ -153,7 +141,7 @@ def run_command(options: argparse.Namespace) -> int:
 
 def list_command(options: argparse.Namespace) -> int:
     """Print each notebook with its parameters: name, default, meaning, choices."""
-    for notebook in find_notebooks(options.notebook, options.notebook):
+    for notebook in pipeline.find_notebooks(options.notebook, options.notebook):
         print(notebook.name)
         cell = notebook.cell_parameters()
         for name, item in notebook.parameters().items():

@@ -74,7 +74,7 @@ class Notebook:
 
     def cells(self) -> list[dict[str, Any]]:
         """Its cells, source as one text."""
-        cells = read_json(self.path)["cells"]
+        cells = read_json(self.path, "cells")["cells"]
         return [cell | {"source": "".join(cell["source"])} for cell in cells]
 
     def cell_parameters(self) -> dict[str, Parameter]:
@@ -86,18 +86,12 @@ class Notebook:
 
     def settings_classes(self) -> list[type]:
         """The settings classes that the notebook gives to `read_parameters`: `more` sets their fields."""
-        for cell in self.cells():
-            if cell["cell_type"] == "code" and "read_parameters(" in cell["source"]:
-                nodes = list(ast.walk(ast.parse(cell["source"])))
-                homes = {
-                    alias.name: node.module
-                    for node in nodes
-                    if isinstance(node, ast.ImportFrom)
-                    for alias in node.names
-                }
-                (call,) = (node for node in nodes if ast.unparse(node).startswith("read_parameters("))
-                return [getattr(import_module(homes[item.id]), item.id) for item in call.args[1:]]
-        return []
+        source = next((cell["source"] for cell in self.cells() if "= read_parameters(" in cell["source"]), "")
+        nodes = list(ast.walk(ast.parse(source)))
+        imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        homes = {alias.name: node.module for node in imports for alias in node.names}
+        calls = [node for node in nodes if ast.unparse(node).startswith("read_parameters(")]
+        return [getattr(import_module(homes[item.id]), item.id) for call in calls for item in call.args[1:]]
 
     def parameters(self) -> dict[str, Parameter]:
         """Everything that can be set: the parameters cell, then the fields behind `more`."""

@@ -20,15 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from brainage_nb import platforms
 from brainage_nb.in_use import RECORDS, check_use, end_use, use_in_notebook
-from brainage_nb.platforms import (
-    attached_inputs,
-    default_root,
-    local_disk_for,
-    platform,
-    require_drive,
-    version_of,
-)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,17 +49,10 @@ NEEDED = {
 """Columns without which a table is none; it has rows as well."""
 RESULT = {"status": str, "finished": str, "duration_s": (int, float), "parameters": dict, "written": list}
 UNWRITABLE = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "your quota of this disk is used up",
-    errno.EFBIG: "the disk takes no file of this size",
-    errno.EROFS: "this place is read-only",
-    errno.EACCES: "you may not write there",
-    errno.EPERM: "you may not write there",
-    errno.EEXIST: "a file lies where a folder is needed",
-    errno.ENOTDIR: "a file lies where a folder is needed",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "the disk is full"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "this place is read-only"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "a file lies where a folder is needed"),
 }
-
-
 FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.]*$)")  # a sign before anything but a plain number
 
 
@@ -281,7 +267,7 @@ class Workspace:
     @property
     def scratch(self) -> Path | None:
         """A fast local folder for heavy work where the workspace is on Drive, else None."""
-        return local_disk_for(self.root)
+        return platforms.local_disk_for(self.root)
 
     def path(self, *parts: str) -> Path:
         """A path inside the workspace; nothing is made."""
@@ -364,14 +350,15 @@ class Workspace:
         import pandas as pd
 
         check_use(self.root)
+        versions = {name: platforms.version_of(name) for name in ("brainage-nb", "torch", "monai", "numpy")}
         files = [_described(Path(path), self.root) for path in written]
         result = {
             "notebook": notebook,
             "status": status,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "duration_s": round(time.time() - self.opened, 1),
-            "platform": platform(),
-            "versions": {name: version_of(name) for name in ("brainage-nb", "torch", "monai", "numpy")},
+            "platform": platforms.platform(),
+            "versions": versions,
             "parameters": dict(parameters),
             "written": files,
             "figures": dict(figures or {}),
@@ -397,7 +384,7 @@ class Workspace:
 
 def locate_workspace(root: str | Path = "") -> Path:
     """The folder that `open_workspace` opens."""
-    return (Path(root).expanduser() if str(root) else default_root()).absolute()
+    return (Path(root).expanduser() if str(root) else platforms.default_root()).absolute()
 
 
 def open_workspace(root: str | Path = "") -> Workspace:
@@ -406,7 +393,7 @@ def open_workspace(root: str | Path = "") -> Workspace:
     A new one on Kaggle starts from the workspace that an attached notebook left as its output, if any.
     """
     folder = locate_workspace(root)
-    require_drive(folder)
+    platforms.require_drive(folder)
     with explain_write_errors(folder / MARKER):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MARKER).exists():
@@ -419,7 +406,7 @@ def _take_over(folder: Path) -> None:
     """Copy the newest attached workspace, whose place is read-only, into a new one."""
     finished = {
         place: max((result["finished"] for result in Workspace(place).results().values()), default="")
-        for place in attached_inputs(MARKER)
+        for place in platforms.attached_inputs(MARKER)
     }
     if not finished:
         return

@@ -96,7 +96,7 @@ def test_a_damaged_result_is_none(tmp_path, content):
     [
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (OSError(errno.EROFS, "Read-only file system"), "this place is read-only"),
-        (PermissionError(errno.EACCES, "Permission denied"), "you may not write there"),
+        (PermissionError(errno.EACCES, "Permission denied"), "this place is read-only"),
         (RuntimeError("PytorchStreamWriter failed writing file"), "the disk is full"),
     ],
 )
