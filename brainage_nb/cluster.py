@@ -94,15 +94,11 @@ def in_order(
         on where they stopped.
     """
     waiting: deque = deque()
-
-    def hand_out(task: tuple) -> None:
-        waiting.append((task, client.submit(function, *task, pure=False)))
-
     try:
         for task in tasks:
             while len(waiting) >= WAITING_PER_THREAD * max(1, sum(client.nthreads().values())):
                 yield _result(client, function, *waiting.popleft(), again)
-            hand_out(task)
+            waiting.append((task, client.submit(function, *task, pure=False)))
         while waiting:
             yield _result(client, function, *waiting.popleft(), again)
     finally:

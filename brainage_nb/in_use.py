@@ -8,7 +8,6 @@ is gone is followed by the next number, which only one process can create.
 from __future__ import annotations
 
 import atexit
-import getpass
 import json
 import os
 import platform
@@ -22,6 +21,8 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from brainage_nb.platforms import find_shell
 
@@ -62,7 +63,7 @@ class Use:
         self.record = {
             "token": uuid.uuid4().hex,
             "who": who,
-            "user": _name_user(),
+            "user": psutil.Process().username(),
             "host": platform.node(),
             "machine": _identify_machine(),
             "pid": os.getpid(),
@@ -250,8 +251,6 @@ def _is_renewed(path: Path, seen: dict[str, Any], seconds: float) -> bool:
 
 def _lives(seen: dict[str, Any]) -> bool:
     """Whether a process of this machine still runs; its number may have gone to a later one."""
-    import psutil
-
     try:
         process = psutil.Process(seen["pid"])
         return process.status() != psutil.STATUS_ZOMBIE and process.create_time() < seen["time"] + 2
@@ -281,10 +280,3 @@ def _identify_machine() -> str:
         facts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         facts.append(os.readlink("/proc/self/ns/pid"))
     return " ".join(facts)
-
-
-def _name_user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):
-        return "?"

@@ -195,7 +195,7 @@ def _name_damage(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise MissingInput(f"{path} is not there.{maker and f' Run notebook {maker} first.'}") from error
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, RecursionError, IsADirectoryError, NotADirectoryError) as error:
         why = getattr(error, "strerror", None) or str(error).strip().rstrip(".")
         anew = f" Delete it, or put back a whole copy, and run notebook {maker}: it makes this file."
         raise DamagedInput(f"{path} is damaged: {why}.{maker and anew}") from error
