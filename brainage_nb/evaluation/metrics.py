@@ -20,7 +20,16 @@ METRICS = {
     "gap_age_r": "gap-age r",
     "mean_gap": "mean gap [years]",
 }
-TITLES = METRICS | {"n": "scans", "n_subjects": "subjects"}  # of the columns of a table for people
+TITLES = METRICS | {  # of the columns of tables for people
+    "n": "scans",
+    "n_subjects": "subjects",
+    "n_controls": "controls",
+    "coverage": "inside [%]",
+    "mean_width": "width [years]",
+    "difference": "gap difference [years]",
+    "adjusted": "adjusted difference [years]",
+    "adjusted_for": "adjusted for",
+}
 
 Metrics = dict[str, Any]  # n, n_subjects: int; each name of METRICS: {"value", "low", "high"}
 
@@ -225,21 +234,21 @@ def with_interval(figure: Mapping[str, Any], digits: int = 2, key: str = "value"
     return f"{value:.{digits}f}{ends}"
 
 
-def text_table(rows: Iterable[Mapping[str, Any]], columns: Iterable[str], digits: int = 2) -> pd.DataFrame:
+def text_table(rows: Iterable[Mapping[str, Any]], names: Iterable[str], digits: int = 2) -> pd.DataFrame:
     """Rows of `flat` figures as a table for people: what has an interval as `with_interval`, the rest as is.
 
     Parameters
     ----------
     rows : iterable of mappings
-    columns : names in the rows
-        Shown under their titles in `TITLES`, else as they are.
+    names : keys of the rows
+        Columns, under their titles in `TITLES` where they have one.
     """
 
     def cell(row: Mapping[str, Any], name: str) -> Any:
         has_interval = name == "value" or f"{name}_low" in row
         return with_interval(row, digits, name) if has_interval else row[name]
 
-    return pd.DataFrame([{TITLES.get(name, name): cell(row, name) for name in columns} for row in rows])
+    return pd.DataFrame([{TITLES.get(name, name): cell(row, name) for name in names} for row in rows])
 
 
 def _resampled_sums(

@@ -4,6 +4,7 @@ truth that was planted in a known-answer cohort. Stops where files contradict ea
 from __future__ import annotations
 
 import hashlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from brainage_nb.cohort.rules import count_diagnoses, judge_controls
 from brainage_nb.cohort.splits import check_splits
 from brainage_nb.demo.cohort import FEWEST_ATTAINABLE, attainable_ages
 from brainage_nb.evaluation import metrics
-from brainage_nb.evaluation.correction import LEVEL, Calibration, CorrectionRefused, EvaluationError
+from brainage_nb.evaluation.correction import (
+    LEVEL,
+    AgeBiasCorrector,
+    Calibration,
+    ConformalInterval,
+    CorrectionRefused,
+    EvaluationError,
+)
 from brainage_nb.workspace import Workspace, open_workspace, read_csv, read_json, sha256_of
 
 KEYS = ["scan_id", "subject_id", "session_id", "split"]
@@ -55,6 +63,11 @@ class Run:
     def folds(self) -> bool:
         """Whether train and validation rows are out-of-fold predictions."""
         return metrics.has_folds(self.predictions)
+
+    @property
+    def calibrated_on(self) -> str:
+        """Which scans may calibrate, in words."""
+        return "out-of-fold" if self.folds else "validation"
 
     @property
     def reference_age(self) -> float:
@@ -289,6 +302,29 @@ def pick_controls(rows: pd.DataFrame) -> pd.DataFrame:
             "and run from there again (controls_only = False keeps the patients in the cohort)."
         )
     return rows[control == "yes"]
+
+
+def calibrate(run: Run, level: float = LEVEL) -> Calibration:
+    """Fit the bias correction on a run's calibration controls and the interval on all its calibration scans.
+
+    Calibration scans are validation, or out-of-fold where folds were run. Test scans take no part. The one
+    place where both are fitted, for the report and the bundle alike.
+    """
+    corrector, interval, reason = None, None, ""
+    everybody = run.calibration_rows(controls_only=False)
+    try:
+        rows = run.calibration_rows()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what few subjects support is kept in the fitted corrector
+            corrector = AgeBiasCorrector().fit(
+                *(rows[name] for name in ("predicted_age", "age", "split")), subject_id=rows["subject_id"]
+            )
+    except CorrectionRefused as refused:
+        reason = str(refused)
+    if len(everybody):
+        interval = ConformalInterval(level, run.calibrated_on)
+        interval.fit(*(everybody[name] for name in ("predicted_age", "age", "split")))
+    return Calibration(corrector, reason, interval)
 
 
 # --- known answers: only meaningful where the truth was planted; nothing here is accuracy on people ------
