@@ -32,7 +32,14 @@ from brainage_nb.parameters import (
     split_items,
     split_more,
 )
-from brainage_nb.workspace import MissingInput, Workspace, read_json, write_json
+from brainage_nb.workspace import (
+    MissingInput,
+    Workspace,
+    describe_stale,
+    find_stale,
+    read_json,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from jupyter_client.manager import KernelManager
@@ -231,6 +238,8 @@ def _run_in_order(
     say: Callable[[str], Any],
     use: Use,
 ) -> list[dict[str, Any]]:
+    if changed := describe_stale(find_stale(workspace)):
+        say(changed)
     for notebook in notebooks:  # all of them before the first starts
         values = notebook.fill_cell(overrides) | {"workspace": str(workspace.root)}
         if again or not _finished(notebook, workspace, values):
@@ -256,12 +265,15 @@ def _headline(result: Mapping[str, Any]) -> str:
 
 
 def _finished(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The notebook's result if it ended well with these parameters and no earlier notebook ended after it."""
+    """The notebook's result if it ended well with these parameters, no earlier notebook ended after it, and
+    what they read is as it was."""
     result = workspace.result(notebook.name)
     wanted = {name: item.default for name, item in notebook.cell_parameters().items()} | dict(values)
     if result is None or result["status"] != "complete":
         return None
     if {name: result["parameters"].get(name) for name in wanted} != wanted:
+        return None
+    if find_stale(workspace, notebook.name):
         return None
     if notebook.name.startswith("01") and _unpacked_scans_are_gone(workspace):
         return None

@@ -210,6 +210,8 @@ class Workspace:
         """
         use_in_notebook(self.root, notebook)
         self.opened = time.time()
+        if changed := describe_stale(find_stale(self, notebook)):
+            print(changed)
         self.path("results", f"{notebook}.json").unlink(missing_ok=True)
         return self
 
@@ -220,6 +222,7 @@ class Workspace:
         written: Iterable[Path] = (),
         figures: Mapping[str, Any] | None = None,
         status: str = "complete",
+        read: Iterable[Path | str] | Mapping[Path | str, str] = (),
     ) -> pd.DataFrame:
         """Write `results/<notebook>.json`, the only sign that a notebook ended well.
 
@@ -235,6 +238,9 @@ class Workspace:
             Headline figures; a key names metric, split and unit.
         status : {"complete", "stopped"}
             "stopped" where all is saved and the notebook, run again, goes on.
+        read : paths, or mapping from path to SHA-256
+            Tables of the workspace, scans and other files whose content the result stands for (see
+            `find_stale`).
 
         Returns
         -------
@@ -254,6 +260,7 @@ class Workspace:
             "versions": {name: version_of(name) for name in ("brainage-nb", "torch", "monai", "numpy")},
             "parameters": dict(parameters),
             "written": files,
+            "read": _describe_inputs(self.root, read),
             "figures": dict(figures or {}),
         }
         write_json(result, self.path("results", f"{notebook}.json"))
@@ -264,6 +271,51 @@ class Workspace:
         """What a notebook left behind, or None where it did not finish."""
         path = self.path("results", f"{notebook}.json")
         return read_json(path) if path.exists() else None
+
+
+def find_stale(workspace: Workspace, up_to: str = "") -> dict[str, list[str]]:
+    """The notebooks that read files which have changed since: name -> those files, in the notebooks' order.
+
+    A file of another time but the same content has not changed; one that is gone is for others to say.
+    `up_to` names the last notebook that is looked at.
+    """
+    found = {}
+    for path in sorted(workspace.path("results").glob("*.json")):
+        read = (workspace.result(path.stem) or {}).get("read", ())
+        changed = [entry["path"] for entry in read if _has_changed(workspace.root / entry["path"], entry)]
+        if changed and (not up_to or path.stem <= up_to):
+            found[path.stem] = changed
+    return found
+
+
+def describe_stale(changed: Mapping[str, list[str]]) -> str:
+    """What has changed and which notebook to run from, in a sentence; empty where nothing has."""
+    sentences = [
+        f"{name} read {', '.join(files[:3])}{f' and {len(files) - 3} more' * (len(files) > 3)}"
+        for name, files in changed.items()
+    ]
+    first = next(iter(changed), "")
+    return f"Changed since: {'; '.join(sentences)}. Run from {first} on." if changed else ""
+
+
+def _describe_inputs(root: Path, read: Iterable[Path | str] | Mapping[Path | str, str]) -> list[dict]:
+    hashes, entries = read if isinstance(read, Mapping) else {}, []
+    for name in read:
+        path = root / name
+        if path.is_file():
+            shown = str(path.relative_to(root)) if path.is_relative_to(root) else str(path.absolute())
+            entries.append({"path": shown, "sha256": hashes.get(name) or sha256_of(path), **_stamp(path)})
+    return entries
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    return {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+
+
+def _has_changed(path: Path, entry: Mapping[str, Any]) -> bool:
+    if not path.is_file() or _stamp(path).items() <= entry.items():
+        return False
+    return path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]
 
 
 def open_workspace(root: str | Path = "") -> Workspace:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,8 +159,8 @@ def read_run(workspace: Workspace | Path | str, name: str) -> Run:
             "training notebook (04 or 05) again, with the same parameters; it writes the table anew."
         )
     rows = check_splits(headline_rows(members, settings.get("variant", ""), source), source=source)
+    _compare(rows, read_splits(ws), source)
     cohort = ws.read("cohort.csv")
-    _compare(rows, check_splits(ws.read("splits.csv")), cohort, source)
     cohort["control"] = judge_controls(cohort)
     about = cohort.filter(["scan_id", "sex", "site", "diagnosis", "source", "control"])
     if "diagnosis" in about:
@@ -247,37 +248,65 @@ def _check_members(members: pd.DataFrame, source: str) -> None:
         _refuse(members["scan_id"], wrong, f"{source}: {{}} {what}{{}}. {again}")
 
 
-def _compare(rows: pd.DataFrame, splits: pd.DataFrame, cohort: pd.DataFrame, source: str) -> None:
-    """Stop where the predictions are not of the scans, splits and ages of the workspace's tables."""
-    scans = rows["scan_id"]
+def read_splits(workspace: Workspace, with_volume: Sequence[str] | None = None) -> pd.DataFrame:
+    """`splits.csv`, once it fits the cohort and, where given, the volumes.
+
+    Parameters
+    ----------
+    workspace : Workspace
+    with_volume : sequence of str, optional
+        `scan_id` of every volume (`VolumeStore.scan_ids`). Then each scan must have one, or stand among those
+        that gave none in notebook 03.
+
+    Raises
+    ------
+    ValueError
+        A subject is in two splits, a scan in two rows, a split or fold is none, or scans and ages are not
+        those of the cohort or of the volumes; the message says which, and what to run from.
+
+    Examples
+    --------
+    >>> splits = read_splits(ws, store.scan_ids)
+    """
+    failed, known = workspace.path("scans_without_volume.csv"), None
+    if with_volume is not None:
+        known = [*with_volume, *(read_csv(failed)["scan_id"] if failed.exists() else ())]
+    splits, cohort = check_splits(workspace.read("splits.csv"), known), workspace.read("cohort.csv")
     twice = cohort["scan_id"].duplicated()
     _refuse(cohort["scan_id"], twice, "cohort.csv: {} scans stand twice{}. Run from 01_data_access.")
-    dealt, known = (table.set_index("scan_id").reindex(scans) for table in (splits, cohort))
-    moved, aged = (
-        ~np.isclose(
-            pd.to_numeric(table["age"], errors="coerce"), rows["age"].astype(float), rtol=0, atol=0.01
-        )
-        for table in (dealt, known)
+    _refuse(
+        splits["scan_id"],
+        _differs(splits, cohort),
+        "{} scans of splits.csv are not in cohort.csv, or have another age there{}. One of the two changed "
+        "after 02_data_cleaning. Put it right and run from 02_data_cleaning.",
     )
+    return splits
+
+
+def _differs(rows: pd.DataFrame, others: pd.DataFrame) -> np.ndarray:
+    """Whether each scan is absent from another table, or has another age there."""
+    age = pd.to_numeric(others.set_index("scan_id")["age"], errors="coerce").reindex(rows["scan_id"])
+    return ~np.isclose(age, rows["age"].astype(float), rtol=0, atol=0.01)
+
+
+def _compare(rows: pd.DataFrame, splits: pd.DataFrame, source: str) -> None:
+    """Stop where the predictions are not of the scans, splits, folds and ages of `splits.csv`."""
+    scans, dealt = rows["scan_id"], splits.set_index("scan_id").reindex(rows["scan_id"])
     same_folds = set(dealt["fold"]) == set(rows["fold"])  # else training dealt its own
-    other_fold = same_folds & (dealt["fold"].to_numpy() != rows["fold"])
-    for wrong, what in (
-        (
-            ~scans.isin(splits["scan_id"]),
-            "are not in splits.csv{}. They were dropped after training; train again on the cleaned scans.",
-        ),
-        (
-            moved | other_fold | (dealt["split"].to_numpy() != rows["split"]),
-            "differ from splits.csv in split, fold or age{}. One of the two changed after training; train "
-            "again (04 or 05), or restore the splits the run was trained with.",
-        ),
-        (
-            aged,
-            "are not in cohort.csv, or with another age{}. It changed after 02_data_cleaning read it; run "
-            "from there, and train again.",
-        ),
-    ):
-        _refuse(scans, wrong, f"{source}: {{}} predicted scans {what}")
+    moved = (dealt["split"].to_numpy() != rows["split"]) | _differs(rows, splits)
+    moved |= same_folds & (dealt["fold"].to_numpy() != rows["fold"])
+    _refuse(
+        scans,
+        ~scans.isin(splits["scan_id"]),
+        f"{source}: {{}} predicted scans are not in splits.csv{{}}. They were dropped after training; train "
+        "again on the cleaned scans.",
+    )
+    _refuse(
+        scans,
+        moved,
+        f"{source}: {{}} predicted scans differ from splits.csv in split, fold or age{{}}. One of the two "
+        "changed after training; train again (04 or 05), or restore the splits the run was trained with.",
+    )
 
 
 def _refuse(scans: pd.Series, wrong: pd.Series | np.ndarray, sentence: str) -> None:
