@@ -34,7 +34,9 @@ from brainage_nb.parameters import (
 )
 from brainage_nb.workspace import (
     Workspace,
+    describe_stale,
     explain_write_errors,
+    find_stale,
     read_csv,
     read_json,
     write_json,
@@ -236,6 +238,8 @@ def run_notebooks(
         use = Use(workspace.root, "brainage-nb run", say)
     results = []
     with use:
+        if changed := describe_stale(find_stale(workspace)):
+            say(changed)
         plan = plan_run(notebooks, workspace, overrides, again=again)
         for place, (notebook, values, done) in enumerate(plan, start=1):
             head = f"[{place}/{len(notebooks)}] {notebook.name}"
@@ -253,8 +257,8 @@ def run_notebooks(
 def _find_result(
     notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """The notebook's result if it ended well with these parameters, its tables are whole and no earlier
-    notebook ended after it.
+    """The notebook's result if it ended well with these parameters, its tables are whole, what it read is as
+    it was, and no earlier notebook ended after it.
     """
     results = workspace.results()
     result = results.get(notebook.name)
@@ -264,7 +268,7 @@ def _find_result(
         return None
     if {name: result["parameters"].get(name) for name in wanted} != wanted:
         return None
-    if max(earlier, default="") > result["finished"]:
+    if max(earlier, default="") > result["finished"] or find_stale(workspace, notebook.name):
         return None
     try:
         for file in result["written"]:
@@ -272,7 +276,7 @@ def _find_result(
         if notebook.name.startswith("01") and workspace.scratch is not None:
             for image in workspace.read("cohort.csv")["image"]:
                 workspace.resolve(image)  # the session whose disk held it may be over
-    except (FileNotFoundError, TypeError, KeyError):
+    except FileNotFoundError:
         return None
     return result
 

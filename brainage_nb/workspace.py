@@ -45,9 +45,23 @@ NEEDED = {
     "cohort.csv": ("scan_id", "subject_id", "age"),
     "splits.csv": ("scan_id", "subject_id", "age", "split"),
     "predictions.csv": ("scan_id", "split", "age", "predicted_age"),
+    "truth.csv": ("scan_id", "subject_id"),
 }
 """Columns without which a table is none; it has rows as well."""
-RESULT = {"status": str, "finished": str, "duration_s": (int, float), "parameters": dict, "written": list}
+TEXT = {"type": "string"}
+FILES = {"type": "array", "items": {"type": "object", "required": ["path"], "properties": {"path": TEXT}}}
+RESULT = {
+    "required": ["status", "finished", "duration_s", "parameters", "written"],
+    "properties": {
+        "status": TEXT,
+        "finished": TEXT,
+        "duration_s": {"type": "number"},
+        "parameters": {"type": "object"},
+        "written": FILES,
+        "read": FILES,
+    },
+}
+"""What is a notebook's result, as a JSON schema."""
 UNWRITABLE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "the disk is full"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "this place is read-only"),
@@ -316,6 +330,8 @@ class Workspace:
         with explain_write_errors(self.path(MARKER)):
             use_in_notebook(self.root, notebook)
         self.opened = time.time()
+        if changed := describe_stale(find_stale(self, notebook)):
+            print(changed)
         self.path("results", f"{notebook}.json").unlink(missing_ok=True)
         return self
 
@@ -326,6 +342,7 @@ class Workspace:
         written: Iterable[Path] = (),
         figures: Mapping[str, Any] | None = None,
         status: str = "complete",
+        read: Iterable[Path | str] | Mapping[Path | str, str] = (),
     ) -> pd.DataFrame:
         """Write `results/<notebook>.json`, the only sign that a notebook ended well.
 
@@ -341,6 +358,9 @@ class Workspace:
             Headline figures; a key names metric, split and unit.
         status : {"complete", "stopped"}
             "stopped" where all is saved and the notebook, run again, goes on.
+        read : paths, or mapping from path to SHA-256
+            Tables of the workspace, scans and other files whose content the result stands for (see
+            `find_stale`).
 
         Returns
         -------
@@ -361,6 +381,7 @@ class Workspace:
             "versions": versions,
             "parameters": dict(parameters),
             "written": files,
+            "read": _describe_inputs(self.root, read),
             "figures": dict(figures or {}),
         }
         write_json(result, self.path("results", f"{notebook}.json"))
@@ -369,13 +390,14 @@ class Workspace:
 
     def results(self) -> dict[str, dict[str, Any]]:
         """What each notebook that finished left behind, by its name; a torn file counts as none."""
+        from jsonschema import Draft202012Validator
+
         found = {}
         for path in sorted(self.path("results").glob("*.json")):
             with suppress(MissingInput):
-                content = read_json(path)
-                if all(isinstance(content.get(key), kind) for key, kind in RESULT.items()):
-                    found[path.stem] = content
-        return found
+                found[path.stem] = read_json(path)
+        valid = Draft202012Validator(RESULT).is_valid
+        return {name: content for name, content in found.items() if valid(content)}
 
     def result(self, notebook: str) -> dict[str, Any] | None:
         """What a notebook left behind, or None where it did not finish."""
@@ -385,6 +407,51 @@ class Workspace:
 def locate_workspace(root: str | Path = "") -> Path:
     """The folder that `open_workspace` opens."""
     return (Path(root).expanduser() if str(root) else platforms.default_root()).absolute()
+
+
+def find_stale(workspace: Workspace, up_to: str = "") -> dict[str, list[str]]:
+    """The notebooks that read files which have changed since: name -> those files, in the notebooks' order.
+
+    A file of another time but the same content has not changed; one that is gone is for others to say.
+    `up_to` names the last notebook that is looked at.
+    """
+    found = {}
+    for name, result in workspace.results().items():
+        read = result.get("read", []) if name <= (up_to or name) else []
+        changed = [entry["path"] for entry in read if _has_changed(workspace.path(entry["path"]), entry)]
+        if changed:
+            found[name] = changed
+    return found
+
+
+def describe_stale(changed: Mapping[str, list[str]]) -> str:
+    """What has changed and which notebook to run from, in a sentence; empty where nothing has."""
+    sentences = [
+        f"{name} read {', '.join(files[:3])}{f' and {len(files) - 3} more' * (len(files) > 3)}"
+        for name, files in changed.items()
+    ]
+    first = next(iter(changed), "")
+    return f"Changed since: {'; '.join(sentences)}. Run from {first} on." if changed else ""
+
+
+def _describe_inputs(root: Path, read: Iterable[Path | str] | Mapping[Path | str, str]) -> list[dict]:
+    hashes, entries = read if isinstance(read, Mapping) else {}, []
+    for name in read:
+        path = root / name
+        if path.is_file():
+            shown = str(path.relative_to(root)) if path.is_relative_to(root) else str(path.absolute())
+            entries.append({"path": shown, "sha256": hashes.get(name) or sha256_of(path), **_stamp(path)})
+    return entries
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    return {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
+
+
+def _has_changed(path: Path, entry: Mapping[str, Any]) -> bool:
+    if not path.is_file() or _stamp(path).items() <= entry.items():
+        return False
+    return path.stat().st_size != entry.get("bytes") or sha256_of(path) != entry.get("sha256")
 
 
 def open_workspace(root: str | Path = "") -> Workspace:

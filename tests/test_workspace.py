@@ -82,7 +82,10 @@ def test_json_that_is_torn_empty_or_of_another_kind_is_named(tmp_path, content):
         read_json(write_text(content, path), "identity")
 
 
-@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"status": 1}'])
+WRONG = '{"status": "complete", "finished": "", "duration_s": 1, "parameters": {}, "written": [],"read":[1]}'
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"status": 1}', WRONG, WRONG.replace("[]", "7")])
 def test_a_damaged_result_is_none(tmp_path, content):
     ws = open_workspace(tmp_path)
     ws.finish("01_data_access", {})

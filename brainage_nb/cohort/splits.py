@@ -5,6 +5,8 @@ Works on subjects, never on scans, so that two scans of one person cannot sit in
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -114,30 +116,74 @@ def deal_folds(
     return fold
 
 
-def check_splits(splits: pd.DataFrame) -> pd.DataFrame:
-    """Return the table unchanged, or raise `ValueError` where it would leak; for tables read from a file.
+def check_splits(
+    splits: pd.DataFrame, scans: Iterable[str] | None = None, source: str = "splits.csv"
+) -> pd.DataFrame:
+    """Return the table unchanged, or raise where it would leak, contradicts itself or fits other scans.
 
-    Every row needs a split out of train, val and test and a unique `scan_id`; a subject, and an image file,
-    is in one split and one fold only.
+    Parameters
+    ----------
+    splits : DataFrame
+        One row per scan: `scan_id, subject_id, split, fold`; `image` and `age` are checked where they are.
+    scans : iterable of str, optional
+        Every `scan_id` that may be named: with a volume, or with a known reason for having none. Then no row
+        may be of another scan, and somebody has to train and, without folds, to validate.
+    source : str
+        The file that the table comes from, as the message names it: `splits.csv`, `runs/x/predictions.csv`.
+
+    Raises
+    ------
+    ValueError
+        Names the file, how many ids and the first of them, and the notebook to run from.
+
+    Examples
+    --------
+    >>> splits = check_splits(ws.read("splits.csv"), [*store.scan_ids, *without_volume["scan_id"]])
     """
-    missing = [name for name in ("scan_id", "subject_id", "image", "split", "fold") if name not in splits]
+    is_dealt = PurePath(source).name == "splits.csv"
+    again = f"Put it right, or delete it and run from 02_data_cleaning: {source} is made there."
+    if not is_dealt:
+        again = f"Run the training notebook (04 or 05) again: {source} is made there."
+    missing = [name for name in ("scan_id", "subject_id", "split", "fold") if name not in splits]
     if missing:
-        raise ValueError(f"The split table lacks the columns {missing}; it needs {', '.join(COLUMNS)}.")
-    unknown = sorted(set(splits["split"].astype(str)) - set(SPLITS))
-    if unknown:
-        raise ValueError(f"The column split holds {unknown}; expected only {', '.join(SPLITS)}.")
-    doubled = splits.loc[splits["scan_id"].duplicated(), "scan_id"]
-    if len(doubled):
-        raise ValueError(f"{len(doubled)} scan_id stand twice in the split table: {_some(doubled)}.")
-    for key, what in (("subject_id", "subjects"), ("image", "image files")):
-        for column, place in (("split", "splits"), ("fold", "folds")):
-            parts = splits.groupby(key)[column].nunique()
-            if (parts > 1).any():
-                raise ValueError(
-                    f"{(parts > 1).sum()} {what} are in two {place}: {_some(parts.index[parts > 1])}. "
-                    f"All scans of a subject belong together; give them one {column}."
-                )
+        raise ValueError(f"{source} lacks the columns {missing}; it has {list(splits)}. {again}")
+    for wrong, key, what in _find_contradictions(splits):
+        if wrong.any():
+            ids = splits.loc[wrong, key].unique()
+            raise ValueError(f"{source}: {len(ids)} {what}: {_some(ids)}. {again}")
+    if scans is None:
+        return splits
+    strangers = splits.loc[~splits["scan_id"].astype(str).isin({str(scan) for scan in scans}), "scan_id"]
+    if len(strangers):
+        rerun = "Run from 03_preprocessing_preview." if is_dealt else again
+        raise ValueError(
+            f"{source} does not fit the scans at hand: it names {len(strangers)} of {len(splits)} that are "
+            f"not among them: {_some(strangers)}. {rerun}"
+        )
+    needed = ("train",) if (splits["fold"].astype(int) >= 0).any() else ("train", "val")
+    if empty := [name for name in needed if not (splits["split"] == name).any()]:
+        raise ValueError(f"{source} has no scan in {' and '.join(empty)}: a model needs both. {again}")
     return splits
+
+
+def _find_contradictions(splits: pd.DataFrame) -> Iterator[tuple[pd.Series, str, str]]:
+    """Rows that are wrong, the column that names them, and what is wrong with them."""
+    words = sorted(set(splits["split"].astype(str)) - set(SPLITS))
+    yield ~splits["split"].isin(SPLITS), "scan_id", f"scans have a split other than {SPLITS}, such as {words}"
+    yield splits["scan_id"].duplicated(), "scan_id", "scans stand twice"
+    for key, what in (("subject_id", "subjects"), ("image", "image files")):
+        for column in ("split", "fold") if key in splits else ():
+            parts = splits.groupby(key)[column].transform("nunique")
+            together = f"are in two {column}s, and all scans of a subject belong together"
+            yield parts > 1, key, f"{what} {together}"
+    fold, is_test = pd.to_numeric(splits["fold"], errors="coerce"), splits["split"] == "test"
+    yield ~(fold >= -1) | (fold % 1 != 0), "scan_id", "scans have a fold that is no whole number from -1"
+    yield is_test & (fold >= 0), "scan_id", "scans are in test and in a fold, where test scans have -1"
+    half = (fold < 0) & (fold >= 0).any() & ~is_test
+    yield half, "scan_id", "scans of train and val have no fold, and others have one"
+    if "age" in splits:
+        age = pd.to_numeric(splits["age"], errors="coerce")
+        yield ~np.isfinite(age), "scan_id", "scans have no age"
 
 
 def split_table(splits: pd.DataFrame) -> pd.DataFrame:
@@ -252,6 +298,6 @@ def _fold_of_subjects(age: pd.Series, known: pd.Series, folds: int, rng: np.rand
     return pd.concat([kept, new]).astype(int)
 
 
-def _some(ids: pd.Series | pd.Index, most: int = 5) -> str:
+def _some(ids: Sequence, most: int = 5) -> str:
     shown = ", ".join(str(item) for item in list(ids)[:most])
     return shown + (f" and {len(ids) - most} more" if len(ids) > most else "")

@@ -21,7 +21,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
+from brainage_nb.cohort.splits import check_splits
 from brainage_nb.evaluation.metrics import mean_training_age, regression_metrics
+from brainage_nb.evaluation.runs import digest_predictions, is_as_written
 from brainage_nb.models.vgg16 import (
     IMAGENET,
     SLICES,
@@ -594,9 +596,9 @@ def train_vgg_svr(
     >>> run = train_vgg_svr(features, splits, ws.run("vgg16_svr"), network)
     >>> run.accuracy("test")["late"]["mae"]
     """
-    folder, inputs = Path(run_folder), _inputs(features, splits, network)
+    folder, inputs = Path(run_folder), _inputs(features, check_splits(splits), network)
     before = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
-    if before.get("inputs") == inputs:
+    if before.get("inputs") == inputs and is_as_written(folder, before):
         return VggRun(folder, *(read_csv(folder / f"{name}.csv") for name in TABLES), before, reused=True)
     if network.weights_sha256 != features.facts["weights_sha256"]:
         raise ValueError("The features come from other weights than this network's: extract them again.")
@@ -693,6 +695,7 @@ def _settings(
 def _write(run: VggRun, model: VggSvr) -> None:
     """Tables and model first, settings.json last: it is the sign that the rest is whole."""
     (run.folder / "settings.json").unlink(missing_ok=True)
+    run.settings["predictions_sha256"] = digest_predictions(run.predictions)
     # A drawn network can be drawn again; ImageNet's weights go along, so that predicting needs no internet.
     model.save(run.folder / "model", with_network=model.network.mode == IMAGENET)
     for name in TABLES:

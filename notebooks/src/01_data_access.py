@@ -189,6 +189,7 @@ ws.finish(
     "01_data_access",
     parameters,
     written=written,
+    read=found.tables,
     figures={
         "scans": len(found.cohort),
         "subjects": found.cohort["subject_id"].nunique(),

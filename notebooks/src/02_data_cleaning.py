@@ -64,6 +64,7 @@ from brainage_nb.cohort.inspection import inspect_scans
 from brainage_nb.cohort.splits import deal_splits, plot_splits, split_table
 from brainage_nb.parameters import pick_fields, read_parameters
 from brainage_nb.platforms import session_summary
+from brainage_nb.volumes.scans import voxel_file
 from brainage_nb.workspace import open_workspace, write_csv
 
 parameters = read_parameters(globals(), CleaningRules)
@@ -82,6 +83,7 @@ cohort.head()
 
 # %%
 rules = CleaningRules(**pick_fields(parameters, CleaningRules))
+scan_files = [voxel_file(ws.resolve(image)) for image in cohort["image"]]
 facts = inspect_scans(cohort, ws.resolve, max_voxels=rules.max_voxels)
 facts.head()
 
@@ -163,6 +165,7 @@ ws.finish(
     "02_data_cleaning",
     parameters,
     written=[ws.path("cleaning.csv"), ws.path("splits.csv")],
+    read={"cohort.csv": "", **dict(zip(scan_files, facts["sha256"].fillna(""), strict=True))},
     figures={
         "scans kept": int(cleaning["kept"].sum()),
         "scans dropped": int((~cleaning["kept"]).sum()),

@@ -192,5 +192,6 @@ ws.finish(
     "03_preprocessing_preview",
     parameters,
     written=[ws.path("volumes", store.fingerprint), ws.path("volumes", "current"), without_volume],
+    read=["splits.csv"],
     figures={"volumes": len(store.scan_ids), "scans without a volume": len(report.failed)},
 )

@@ -74,6 +74,7 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.apps.widget import LiveCurve
 from brainage_nb.evaluation.metrics import metrics_by_split
+from brainage_nb.evaluation.runs import read_splits
 from brainage_nb.models.fit import VolumeDataset, list_learning_rates
 from brainage_nb.models.network import build_network, describe_network
 from brainage_nb.models.settings import TrainingSettings
@@ -100,7 +101,7 @@ ws.need("volumes/current")
 elsewhere = parameters.get("cluster", "") not in ("", "local")
 scratch = None if elsewhere else ws.scratch  # other machines do not see this disk
 store = current_store(ws.path("volumes"), scratch)
-splits = ws.read("splits.csv")
+splits = read_splits(ws, store.scan_ids)
 print(f"{len(store.scan_ids)} volumes of {store.size}^3 voxels of {store.spacing_mm:g} mm")
 splits.groupby("split").agg(
     scans=("scan_id", "size"),
@@ -245,5 +246,6 @@ ws.finish(
     parameters,
     status="complete" if result.complete else "stopped",
     written=[path for path in sorted(folder.iterdir()) if not path.name.startswith(".")],
+    read=["splits.csv", folder / "predictions.csv"],
     figures={f"{split} {title}": text for split, row in figures.iterrows() for title, text in row.items()},
 )

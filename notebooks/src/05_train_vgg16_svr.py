@@ -70,6 +70,7 @@ import pandas as pd
 
 from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.evaluation.plots import draw_predicted_vs_true
+from brainage_nb.evaluation.runs import read_splits
 from brainage_nb.models.svr import GRID, EarlyFusion, LateFusion, VggSvr, make_svr, train_vgg_svr
 from brainage_nb.models.vgg16 import (
     FeatureSettings,
@@ -93,8 +94,8 @@ print(session_summary(ws.root))
 
 # %%
 ws.need("volumes/current")
-splits = ws.read("splits.csv")
 store = current_store(ws.path("volumes"), ws.scratch)
+splits = read_splits(ws, store.scan_ids)
 splits.groupby("split").agg(
     scans=("scan_id", "size"),
     subjects=("subject_id", "nunique"),
@@ -282,4 +283,10 @@ figures = {
     "slices [pixels]": image_size,
     "headline variant": fitted.settings["variant"],
 } | {f"{tested} {title}, {variant}": value for variant, row in shown.items() for title, value in row.items()}
-ws.finish("05_train_vgg16_svr", parameters, [fitted.folder, features.folder], figures)
+ws.finish(
+    "05_train_vgg16_svr",
+    parameters,
+    written=[fitted.folder, features.folder],
+    read=["splits.csv", fitted.folder / "predictions.csv"],
+    figures=figures,
+)

@@ -225,6 +225,7 @@ ws.finish(
     "06_evaluate",
     parameters,
     written=written,
+    read=["cohort.csv", "splits.csv", *(f"runs/{name}/predictions.csv" for name in evaluation.runs)],
     figures={
         f"{run}, test {metric}": headline.loc[run, metric] for run in headline.index for metric in headline
     },

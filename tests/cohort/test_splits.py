@@ -1,5 +1,7 @@
 """Splits: subjects stay whole, ages are spread, and nobody moves once dealt."""
 
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -167,17 +169,44 @@ def test_a_table_with_one_image_under_two_subjects_in_two_splits_is_refused():
         check_splits(splits)
 
 
+def edit(table, column, value, split="train"):
+    """The table with another value in one row of a split."""
+    table = table.astype({column: object})
+    table.loc[table.index[table["split"] == split][0], column] = value
+    return table
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: t.assign(split="holdout"), "holdout"),
-        (lambda t: t.drop(columns="fold"), "fold"),
-        (lambda t: pd.concat([t, t.head(1)]), "stand twice"),
+        (lambda t: edit(t, "split", "tarin"), "1 scans have a split other .*tarin"),
+        (lambda t: edit(t, "split", np.nan), "1 scans have a split other"),
+        (lambda t: t.drop(columns="fold"), "lacks the columns ..fold"),
+        (lambda t: pd.concat([t, t.head(1)]), "1 scans stand twice: s000_0"),
+        (lambda t: edit(t, "fold", 1.5), "fold that is no whole number"),
+        (lambda t: edit(t, "fold", "x"), "fold that is no whole number"),
+        (lambda t: edit(t, "fold", 0, split="test"), "in test and in a fold"),
+        (lambda t: edit(t, "fold", 1), "have no fold, and others have one"),
+        (lambda t: edit(t, "age", ""), "1 scans have no age"),
+        (lambda t: t.assign(scan_id=t["scan_id"].replace("s003_0", "s003")), "1 of 10 .*: s003[.]"),
+        (lambda t: t[t["split"] != "val"], "no scan in val"),
+        (lambda t: t.head(0), "no scan in train and val"),
     ],
 )
-def test_a_table_that_is_not_a_split_table_is_refused(change, said):
-    with pytest.raises(ValueError, match=said):
-        check_splits(change(deal_splits(scans_of(10))))
+def test_an_edited_split_table_is_refused_with_the_file_and_the_notebook(change, said):
+    splits = deal_splits(scans_of(10))
+    check_splits(splits, splits["scan_id"])
+    with pytest.raises(ValueError, match=said) as refused:
+        check_splits(change(splits), splits["scan_id"])
+    assert "splits.csv" in str(refused.value)
+    assert re.search("run from 0[23]_|Run from 03_", str(refused.value))
+
+
+def test_with_folds_nobody_needs_to_validate_and_a_run_is_told_to_train_again():
+    splits = deal_splits(scans_of(10), folds=2).replace({"split": {"val": "train"}})
+    assert check_splits(splits, splits["scan_id"]) is splits
+    with pytest.raises(ValueError, match=r"runs/x/predictions.csv.*Run the training notebook"):
+        check_splits(splits, splits["scan_id"][1:], "runs/x/predictions.csv")
 
 
 def test_the_table_of_splits_counts_subjects_not_scans():
