@@ -163,7 +163,7 @@ def read_json(path: Path | str, *keys: str, kind: type = dict) -> Any:
         makes it.
     """
     with _name_damage(Path(path)):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(_read_bytes(Path(path)))
         if not isinstance(content, kind) or not set(keys) <= set(content):
             wanted = "an object" if kind is dict else "a list"
             raise ValueError(f"it should hold {wanted}{' with ' * bool(keys)}{', '.join(keys)}")
@@ -182,7 +182,7 @@ def read_csv(path: Path | str) -> pd.DataFrame:
 
     path = Path(path)
     with _name_damage(path):
-        content = path.read_bytes()
+        content = _read_bytes(path)
         if not content.endswith(b"\n"):
             raise ValueError("its last line has no end, as in a file that was cut off")
         if content == b"\n":
@@ -201,6 +201,12 @@ def read_csv(path: Path | str) -> pd.DataFrame:
     return frame
 
 
+def _read_bytes(path: Path) -> bytes:
+    if not (content := path.read_bytes()):
+        raise ValueError("it is empty")
+    return content
+
+
 @contextmanager
 def _name_damage(path: Path) -> Iterator[None]:
     """Say of a file that cannot be read which it is, and what makes it."""
@@ -211,8 +217,8 @@ def _name_damage(path: Path) -> Iterator[None]:
         raise MissingInput(f"{path} is not there.{maker and f' Run notebook {maker} first.'}") from error
     except (ValueError, RecursionError, IsADirectoryError, NotADirectoryError) as error:
         why = getattr(error, "strerror", None) or str(error).strip().rstrip(".")
-        anew = f" Delete it, or put back a whole copy, and run notebook {maker}: it makes this file."
-        raise DamagedInput(f"{path} is damaged: {why}.{maker and anew}") from error
+        anew = f", then run notebook {maker}: it makes this file" if maker else ""
+        raise DamagedInput(f"{path} is damaged: {why}. Delete it or put back a whole copy{anew}.") from error
 
 
 def _name_maker(path: Path) -> str:
