@@ -164,7 +164,7 @@ def read_json(path: Path | str, *keys: str, kind: type = dict) -> Any:
     """
     with _name_damage(Path(path)):
         content = json.loads(_read_bytes(Path(path)))
-        if not isinstance(content, kind) or not set(keys) <= set(content):
+        if not isinstance(content, kind) or any(key not in content for key in keys):
             wanted = "an object" if kind is dict else "a list"
             raise ValueError(f"it should hold {wanted}{' with ' * bool(keys)}{', '.join(keys)}")
         return content

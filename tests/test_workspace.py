@@ -54,6 +54,13 @@ def test_json_holds_numpy_numbers_and_turns_nan_into_null(tmp_path):
     assert read_json(path) == {"a": 1.5, "b": None, "c": [2, str(tmp_path)]}
 
 
+def test_json_may_hold_a_list_where_that_is_said(tmp_path):
+    path = workspace.write_json([{"a": 1}], tmp_path / "x.json")
+    assert read_json(path, kind=list) == [{"a": 1}]
+    with pytest.raises(DamagedInput, match="it should hold an object"):
+        read_json(path)
+
+
 def test_a_missing_input_names_the_notebook_that_makes_it(tmp_path):
     with pytest.raises(MissingInput, match="02_data_cleaning"):
         open_workspace(tmp_path).read("splits.csv")
