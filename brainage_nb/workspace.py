@@ -116,8 +116,10 @@ def explain_write_errors(path: Path | str) -> Iterator[None]:
         yield
     except Exception as error:
         number, refused = getattr(error, "errno", None), Path(getattr(error, "filename", None) or path)
-        if number is None and path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20:
-            number = errno.ENOSPC  # torch and NumPy say it in words of their own
+        if number is None and path.parent.is_dir():  # torch, NumPy and safetensors have words of their own
+            little_left = shutil.disk_usage(path.parent).free < 2**20
+            if "os error 28" in str(error) or (little_left and isinstance(error, OSError | RuntimeError)):
+                number = errno.ENOSPC
         ours = path.is_relative_to(refused) or refused.is_relative_to(path.parent)
         if isinstance(error, CannotWrite) or number not in UNWRITABLE or not ours:
             raise

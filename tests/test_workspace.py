@@ -1,6 +1,7 @@
 """The workspace layer: files whole or absent, ids as text, platforms in the right order."""
 
 import errno
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -108,19 +109,23 @@ def test_a_damaged_result_is_none(tmp_path, content):
         (OSError(errno.EROFS, "Read-only file system"), "this place is read-only"),
         (PermissionError(errno.EACCES, "Permission denied"), "this place is read-only"),
         (RuntimeError("PytorchStreamWriter failed writing file"), "the disk is full"),
+        (Exception("I/O error: No space left on device (os error 28)"), "the disk is full"),
     ],
 )
 def test_a_full_or_read_only_disk_is_said_with_place_and_remedy(tmp_path, monkeypatch, refusal, told):
-    class Usage:
-        free = 100
-
     path = write_text("old", tmp_path / "cohort.csv")
-    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     said = pytest.raises(CannotWrite, match=rf"cohort.csv cannot be written: {told}.*BRAINAGE_WORKSPACE")
     with said, writing(path) as temporary:
         temporary.write_text("half")
         raise refusal
     assert [item.read_text() for item in tmp_path.iterdir()] == ["old"]
+
+
+def test_an_error_of_another_kind_is_not_laid_to_a_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(KeyError, match="age"), writing(tmp_path / "a"):
+        raise KeyError("age")
 
 
 def test_a_file_that_cannot_be_read_is_not_said_to_be_unwritable(tmp_path):
