@@ -18,7 +18,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from brainage_nb.demo.cohort import TRUTH, attainable_ages, image_path, make_demo_cohort
-from brainage_nb.evaluation.metrics import mean_with_interval, ratio_with_interval, with_interval
+from brainage_nb.evaluation.metrics import mean_with_interval, with_interval
 from brainage_nb.pipeline import find_notebooks, run_notebooks
 from brainage_nb.predict.bundle import load_bundle
 from brainage_nb.predict.cautions import Failure
@@ -93,7 +93,7 @@ def judged(rows: pd.DataFrame, training: pd.DataFrame) -> dict[str, object]:
     table = {name: [with_interval(mean_with_interval(error, subjects))] for name, error in errors.items()}
     print(f"{len(rows)} fresh heads of {len(set(subjects))} subjects, years, 95 % subject bootstrap")
     print(pd.DataFrame(table, index=["MAE"]).T.to_string())
-    ratio = ratio_with_interval(errors["best"], errors["attainable"], subjects)
+    ratio = mean_with_interval(errors["best"], subjects, over=errors["attainable"])
     print(f"best / attainable: {with_interval(ratio)}; r {r:.3f}")
     return {
         "name": "known_answers",

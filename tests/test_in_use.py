@@ -1,5 +1,6 @@
 """Who uses a workspace: one at a time, by name; the dead, the silent and the idle make way."""
 
+import errno
 import json
 import os
 import subprocess
@@ -11,15 +12,15 @@ from contextlib import contextmanager
 import pytest
 
 from brainage_nb import in_use
-from brainage_nb.in_use import Use, WorkspaceInUse, used
-from brainage_nb.workspace import open_workspace
+from brainage_nb.in_use import Use, WorkspaceInUse
+from brainage_nb.workspace import CannotWrite, open_workspace
 
 RUN = """
 import sys, time
 from pathlib import Path
 from brainage_nb import in_use
 in_use.BEAT = in_use.BETWEEN_CELLS = 0.1
-with in_use.used(Path(sys.argv[1]), "brainage-nb run", lambda line: None):
+with in_use.Use(Path(sys.argv[1]), "brainage-nb run", lambda line: None):
     print("uses it", flush=True)
     time.sleep(float(sys.argv[2]))
 """
@@ -57,7 +58,7 @@ def shell():
 
 
 def leave_record(root, **facts):
-    known = {"who": "notebook 02_data_cleaning", "machine": in_use._machine(), "pid": os.getpid()}
+    known = {"who": "notebook 02_data_cleaning", "machine": in_use._identify_machine(), "pid": os.getpid()}
     path = root / ".in_use.000007.json"
     path.write_text(json.dumps(known | {"time": time.time(), "idle": False} | facts))
     return path
@@ -70,7 +71,7 @@ def test_a_second_user_is_refused_by_name_and_a_killed_one_is_followed(tmp_path)
             open_workspace(tmp_path).begin("01_data_access")
         run.kill()  # and not waited for: a zombie does not live either
         time.sleep(0.2)
-        with used(tmp_path, "brainage-nb run", said.append):
+        with Use(tmp_path, "brainage-nb run", said.append):
             pass
     assert len(said) == 1 and f"process {run.pid}" in said[0] and "is gone without having ended" in said[0]
     assert list(tmp_path.glob(in_use.RECORDS)) == []
@@ -110,6 +111,16 @@ def test_a_later_process_of_that_number_and_an_idle_notebook_keep_nobody_out(tmp
 def test_a_record_cut_while_it_was_written_keeps_nobody_out(tmp_path, quick):
     leave_record(tmp_path).write_text("")
     Use(tmp_path, "brainage-nb run", lambda line: None).end()
+
+
+def test_no_record_is_left_where_it_could_not_be_written(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Use, "_text", refuse)
+    with pytest.raises(CannotWrite, match="the disk is full"):
+        open_workspace(tmp_path).begin("01_data_access")
+    assert not list(tmp_path.glob(in_use.RECORDS))
 
 
 def test_who_was_displaced_is_told_and_leaves_the_other_alone(tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from brainage_nb.cluster import process_pool
+from brainage_nb.platforms import n_workers
 from brainage_nb.volumes.heads import coarse_picture, find_head, head_mask
 from brainage_nb.volumes.scans import (
     MAX_VOXELS,
@@ -27,7 +28,7 @@ from brainage_nb.volumes.scans import (
     voxel_file,
     voxel_sizes,
 )
-from brainage_nb.workspace import n_workers, sha256_of
+from brainage_nb.workspace import sha256_of
 
 FACTS = (
     *("scan_id", "error", "error_detail", "file_flags", "shape", "voxel_mm", "field_of_view_mm"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -14,7 +14,6 @@ from brainage_nb.evaluation.metrics import age_bins, regression_metrics
 
 ENOUGH_SUBJECTS = 40
 LEVEL = 0.9
-HELD_OUT, OUT_OF_FOLD = "validation", "out-of-fold"
 
 
 class EvaluationError(ValueError):
@@ -25,7 +24,33 @@ class CorrectionRefused(EvaluationError):
     """The correction would be fitted on subjects, or from a slope, that cannot carry it."""
 
 
-class AgeBiasCorrector:
+class _Fitted:
+    """What is fitted on held-out scans, and can be kept as plain JSON values (an infinite one as None)."""
+
+    _KEPT: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything `from_dict` needs."""
+        kept = {name.rstrip("_"): getattr(self, name) for name in self._KEPT}
+        return {name: None if value == np.inf else value for name, value in kept.items()}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Self:
+        """The fitted object from `to_dict`."""
+        self = cls()
+        for name in cls._KEPT:
+            value = content[name.rstrip("_")]
+            setattr(self, name, np.inf if value is None else value)
+        return self
+
+    def _need_fit(self) -> None:
+        if not hasattr(self, self._KEPT[-1]):
+            raise RuntimeError(
+                f"{type(self).__name__} is not fitted; call fit(predicted, age, split) on validation scans."
+            )
+
+
+class AgeBiasCorrector(_Fitted):
     """Linear age-bias correction, fitted as `predicted = intercept + slope * age`.
 
     Fit it on controls of the validation part, or on out-of-fold predictions of train and validation; never on
@@ -39,11 +64,11 @@ class AgeBiasCorrector:
         Years.
     slope_ : float
         Years of predicted age per year of true age; 1 means no age bias.
-    slope_interval_ : (float, float)
+    slope_interval_ : [float, float]
         95 % t-interval of the slope.
     n_subjects_ : int
         Subjects behind the fit.
-    age_range_ : (float, float)
+    age_range_ : [float, float]
         Youngest and oldest of them, years; outside it the correction extrapolates.
     support_ : str
         What so few subjects support; empty with 40 or more.
@@ -54,7 +79,7 @@ class AgeBiasCorrector:
     >>> corrector.transform(predicted_test)
     """
 
-    _FITTED = ("intercept", "slope", "slope_interval", "n_subjects", "age_range", "support")
+    _KEPT = ("intercept_", "slope_", "slope_interval_", "n_subjects_", "age_range_", "support_")
 
     def fit(
         self,
@@ -102,8 +127,8 @@ class AgeBiasCorrector:
                 "rescaled. Improve the model, or add subjects."
             )
         self.intercept_, self.slope_ = float(line.intercept), float(line.slope)
-        self.slope_interval_, self.n_subjects_ = (float(low), float(high)), n
-        self.age_range_ = (float(scans["age"].min()), float(scans["age"].max()))
+        self.slope_interval_, self.n_subjects_ = [float(low), float(high)], n
+        self.age_range_ = [float(scans["age"].min()), float(scans["age"].max())]
         self.support_ = self._say_support()
         if self.support_:
             warnings.warn(self.support_, stacklevel=2)
@@ -111,12 +136,12 @@ class AgeBiasCorrector:
 
     def transform(self, predicted: np.ndarray) -> np.ndarray:
         """Corrected predictions (n,) in years: (predicted - intercept) / slope. Uses no true age."""
-        _need_fit(self, "slope_")
+        self._need_fit()
         return (np.asarray(predicted, dtype=float) - self.intercept_) / self.slope_
 
     def adjust_gap(self, predicted: np.ndarray, age: np.ndarray) -> np.ndarray:
         """Gap (n,) in years minus the gap expected at each true age. For gaps only, never for accuracy."""
-        _need_fit(self, "slope_")
+        self._need_fit()
         expected = self.intercept_ + self.slope_ * np.asarray(age, dtype=float)
         return np.asarray(predicted, dtype=float) - expected
 
@@ -135,25 +160,10 @@ class AgeBiasCorrector:
             "corrected, age-free": self.transform(predicted),
             "gap adjusted by true age": self.adjust_gap(predicted, age) + np.asarray(age, dtype=float),
         }
-        figures = {form: regression_metrics(age, values, n_bootstrap=0) for form, values in ages.items()}
-        table = {name: [one[name]["value"] for one in figures.values()] for name in ("slope", "gap_age_r")}
+        figures = [regression_metrics(age, values, n_bootstrap=0) for values in ages.values()]
+        table = {name: [one[name]["value"] for one in figures] for name in ("slope", "gap_age_r")}
         table["slope"][-1] = np.nan
         return pd.DataFrame(table, index=list(ages))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything `from_dict` needs, as plain JSON values."""
-        _need_fit(self, "slope_")
-        fitted = {name: getattr(self, f"{name}_") for name in self._FITTED}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in fitted.items()}
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> AgeBiasCorrector:
-        """A fitted corrector from `to_dict`."""
-        self = cls()
-        for name in cls._FITTED:
-            value = content[name]
-            setattr(self, f"{name}_", tuple(value) if isinstance(value, list) else value)
-        return self
 
     def _say_support(self) -> str:
         if self.n_subjects_ >= ENOUGH_SUBJECTS:
@@ -167,7 +177,7 @@ class AgeBiasCorrector:
         )
 
 
-class ConformalInterval:
+class ConformalInterval(_Fitted):
     """Split-conformal interval around a predicted age (Vovk 2005; Lei et al. 2018): one width for everybody.
 
     Half-width: the k-th smallest absolute error of the calibration scans, k = ceil((n + 1) * level); infinite
@@ -193,7 +203,9 @@ class ConformalInterval:
         Why the interval is infinite; empty where it is not.
     """
 
-    def __init__(self, level: float = LEVEL, kind: str = HELD_OUT):
+    _KEPT = ("level", "kind", "quantile_", "n_calibration_", "support_")
+
+    def __init__(self, level: float = LEVEL, kind: str = "validation"):
         if not 0 < level < 1:
             raise ValueError(f"level = {level}: give a share between 0 and 1, such as 0.9.")
         self.level, self.kind = level, kind
@@ -233,30 +245,17 @@ class ConformalInterval:
             )
         return self
 
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Self:
+        """A calibrated interval from `to_dict`; bundles of the first release name no kind."""
+        return super().from_dict({"kind": "held-out"} | content)
+
     def predict(self, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Lower and upper end (n,) of each interval in years; infinite where the calibration cannot support
         the level."""
-        _need_fit(self, "quantile_")
+        self._need_fit()
         predicted = np.asarray(predicted, dtype=float)
         return predicted - self.quantile_, predicted + self.quantile_
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything `from_dict` needs, as plain JSON values (an infinite quantile as None)."""
-        return {
-            "level": self.level,
-            "kind": self.kind,
-            "quantile": self.quantile_ if np.isfinite(self.quantile_) else None,
-            "n_calibration": self.n_calibration_,
-            "support": self.support_,
-        }
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> ConformalInterval:
-        """A calibrated interval from `to_dict`; bundles of the first release name no kind."""
-        self = cls(content["level"], content.get("kind", "held-out"))
-        self.quantile_ = np.inf if content["quantile"] is None else content["quantile"]
-        self.n_calibration_, self.support_ = content["n_calibration"], content["support"]
-        return self
 
 
 @dataclass(frozen=True)
@@ -275,6 +274,21 @@ class Calibration:
     corrector: AgeBiasCorrector | None
     refused: str
     interval: ConformalInterval | None
+
+    def add_gaps(self, rows: pd.DataFrame) -> pd.DataFrame:
+        """Rows with `gap`, `corrected_age`, `corrected_gap`, `adjusted_gap` (NaN where the correction was
+        refused) and the ends `low`, `high` of the interval (infinite without one), all in years."""
+        corrector, predicted, age = self.corrector, rows["predicted_age"], rows["age"]
+        corrected = corrector.transform(predicted) if corrector else np.nan
+        low, high = self.interval.predict(predicted) if self.interval else (-np.inf, np.inf)
+        return rows.assign(
+            gap=predicted - age,
+            corrected_age=corrected,
+            corrected_gap=corrected - age,
+            adjusted_gap=corrector.adjust_gap(predicted, age) if corrector else np.nan,
+            low=low,
+            high=high,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values under the names they have in a bundle."""
@@ -322,11 +336,4 @@ def _refuse_test_rows(split: np.ndarray | str | None) -> None:
         raise CorrectionRefused(
             f"{n_test} of the given scans are test scans. What is fitted on test scans would flatter the "
             "test figures; fit it on validation scans, or on out-of-fold predictions of train and validation."
-        )
-
-
-def _need_fit(fitted: AgeBiasCorrector | ConformalInterval, attribute: str) -> None:
-    if not hasattr(fitted, attribute):
-        raise RuntimeError(
-            f"{type(fitted).__name__} is not fitted; call fit(predicted, age, split) on validation scans."
         )

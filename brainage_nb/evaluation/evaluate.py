@@ -3,7 +3,6 @@ Computes; draws and writes nothing (see `report`). Raw figures are never replace
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -14,32 +13,15 @@ import numpy as np
 import pandas as pd
 
 from brainage_nb.cohort.rules import judge_controls
+from brainage_nb.evaluation import metrics
 from brainage_nb.evaluation.cautions import find_cautions
-from brainage_nb.evaluation.correction import (
-    HELD_OUT,
-    LEVEL,
-    OUT_OF_FOLD,
-    AgeBiasCorrector,
-    Calibration,
-    ConformalInterval,
-    CorrectionRefused,
-    EvaluationError,
-    coverage,
-)
+from brainage_nb.evaluation.correction import LEVEL, AgeBiasCorrector, EvaluationError, coverage
 from brainage_nb.evaluation.external import ExternalEvaluation
-from brainage_nb.evaluation.metrics import (
-    Metrics,
-    flat,
-    measure_rows,
-    metrics_by_group,
-    paired_difference,
-    text_table,
-    titled,
-)
 from brainage_nb.evaluation.runs import (
     Run,
     RunEvaluation,
     add_truth,
+    calibrate,
     check_known_answers,
     list_runs,
     read_run,
@@ -49,7 +31,6 @@ from brainage_nb.workspace import MissingInput, Workspace, open_workspace
 
 FEWEST = 3  # subjects a diagnosis needs to be compared at all
 CONTROLS = "(controls)"  # all of them together, however their diagnosis is written
-GROUPINGS = ("age_bin", "sex", "site", "diagnosis")
 HEADLINE = ("mae", "mean_predictor_mae", "rmse", "r", "r2", "slope", "gap_age_r")
 
 
@@ -84,11 +65,10 @@ class Evaluation:
             f"_{table}": {name: getattr(found, table).to_dict("records") for name, found in each}
             for table in ("coverage", "groups", "diagnosis")
         }
+        corrected = {name: found.corrected or {"refused": found.calibration.refused} for name, found in each}
         return {
             **{name: found.metrics for name, found in each},
-            "_age_free_corrected": {
-                name: found.corrected or {"refused": found.calibration.refused} for name, found in each
-            },
+            "_age_free_corrected": corrected,
             "_calibration": {name: found.calibration.to_dict() for name, found in each},
             **tables,
             "_known_answers": {name: found.known for name, found in each if found.known},
@@ -139,8 +119,8 @@ def evaluate_runs(
     >>> headline_table(evaluation.results)
     """
     ws = workspace if isinstance(workspace, Workspace) else open_workspace(workspace)
-    names = [name.strip() for name in runs.split(",")] if isinstance(runs, str) else list(runs)
-    names = [name for name in names if name] or list_runs(ws)
+    asked = runs.split(",") if isinstance(runs, str) else runs
+    names = [name.strip() for name in asked if name.strip()] or list_runs(ws)
     if not names:
         raise MissingInput(f"No run in {ws.path('runs')} has predictions. Run notebook 04 or 05 first.")
     planted, bootstrap = read_truth(ws, truth), {"n_bootstrap": n_bootstrap, "seed": seed}
@@ -175,83 +155,34 @@ def evaluate_run(
             f"{run.name} has no test predictions, so there is nothing to evaluate honestly."
         )
     calibration = calibrate(run, level)
-    corrector, rows = calibration.corrector, _with_gaps(run, calibration)
-    test = rows[rows["split"] == "test"]
-    by = [name for name in GROUPINGS if name == "age_bin" or (name in test and test[name].ne("").any())]
+    corrector, rows = calibration.corrector, calibration.add_gaps(run.predictions)
+    test, options = rows[rows["split"] == "test"], {"reference_age": run.reference_age} | bootstrap
+    raw, corrected = (
+        {name: metrics.measure_rows(rows.loc[run.part(name).index], by, **options) for name in run.splits()}
+        if corrector or by == "predicted_age"
+        else {}
+        for by in ("predicted_age", "corrected_age")
+    )
+    known = [name for name in ("sex", "site", "diagnosis") if name in test and test[name].ne("").any()]
+    groups = [metrics.metrics_by_group(test, name, **options) for name in ("age_bin", *known)]
     planted = pd.DataFrame() if truth is None else add_truth(test, truth)
     return RunEvaluation(
         run=run,
         rows=rows,
         calibration=calibration,
-        metrics=_measure_splits(run, rows, "predicted_age", bootstrap),
-        corrected=_measure_splits(run, rows, "corrected_age", bootstrap) if corrector else {},
+        metrics=raw,
+        corrected=corrected,
         bias=_bias_before_and_after(run, corrector) if corrector else pd.DataFrame(),
         coverage=coverage(test["age"], test["low"], test["high"]),
-        groups=pd.concat(
-            [metrics_by_group(test, name, reference_age=run.reference_age, **bootstrap) for name in by],
-            ignore_index=True,
-        ),
+        groups=pd.concat(groups, ignore_index=True),
         diagnosis=diagnosis_differences(test, "adjusted_gap" if corrector else "gap", controls),
         known=check_known_answers(planted, truth, **bootstrap),
         planted=planted,
     )
 
 
-def calibrate(run: Run, level: float = LEVEL) -> Calibration:
-    """Fit the bias correction on a run's calibration controls and the interval on all its calibration scans.
-
-    Calibration scans are validation, or out-of-fold where folds were run. Test scans take no part. The one
-    place where both are fitted, for the report and the bundle alike.
-    """
-    corrector, reason = None, ""
-    try:
-        controls = run.calibration_rows()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what few subjects support is kept in the fitted corrector
-            corrector = AgeBiasCorrector().fit(
-                controls["predicted_age"],
-                controls["age"],
-                controls["split"],
-                subject_id=controls["subject_id"],
-            )
-    except CorrectionRefused as refused:
-        reason = str(refused)
-    rows = run.calibration_rows(controls_only=False)
-    interval = ConformalInterval(level, OUT_OF_FOLD if run.folds else HELD_OUT)
-    fitted = interval.fit(rows["predicted_age"], rows["age"], rows["split"]) if len(rows) else None
-    return Calibration(corrector, reason, fitted)
-
-
-def _with_gaps(run: Run, calibration: Calibration) -> pd.DataFrame:
-    """Headline rows with raw, corrected and adjusted gaps and the ends of the interval."""
-    corrector, interval, rows = calibration.corrector, calibration.interval, run.predictions
-    predicted, age = rows["predicted_age"], rows["age"]
-    low, high = interval.predict(predicted) if interval else (-np.inf, np.inf)
-    corrected = corrector.transform(predicted) if corrector else np.nan
-    return rows.assign(
-        gap=predicted - age,
-        corrected_age=corrected,
-        corrected_gap=corrected - age,
-        adjusted_gap=corrector.adjust_gap(predicted, age) if corrector else np.nan,
-        low=low,
-        high=high,
-    )
-
-
-def _measure_splits(
-    run: Run, rows: pd.DataFrame, column: str, bootstrap: dict[str, int]
-) -> dict[str, Metrics]:
-    return {
-        split: measure_rows(
-            rows.loc[run.part(split).index], column, reference_age=run.reference_age, **bootstrap
-        )
-        for split in run.splits()
-    }
-
-
 def _bias_before_and_after(run: Run, corrector: AgeBiasCorrector) -> pd.DataFrame:
-    fitted_on = f"{OUT_OF_FOLD if run.folds else HELD_OUT} (fitted on)"
-    parts = {fitted_on: run.calibration_rows(), "test": run.part("test")}
+    parts = {f"{run.calibrated_on} (fitted on)": run.calibration_rows(), "test": run.part("test")}
     tables = {name: corrector.summary(part["predicted_age"], part["age"]) for name, part in parts.items()}
     return pd.concat(tables, names=["split", "kind"]).reset_index()
 
@@ -281,7 +212,7 @@ def diagnosis_differences(rows: pd.DataFrame, gap: str = "gap", controls: str | 
         nothing to compare.
     """
     rows = rows[rows["diagnosis"].fillna("") != ""] if "diagnosis" in rows else rows.iloc[:0]
-    if not len(rows):
+    if rows.empty:
         return pd.DataFrame()
     if controls is None:
         controls = CONTROLS
@@ -289,34 +220,27 @@ def diagnosis_differences(rows: pd.DataFrame, gap: str = "gap", controls: str | 
     elif controls not in (known := sorted(rows["diagnosis"].unique())):
         raise ValueError(f"controls = {controls!r} is not a diagnosis here; there are {known}.")
     counts = rows.groupby("diagnosis")["subject_id"].nunique()[lambda n: n >= FEWEST]
-    others = counts.drop(controls, errors="ignore")
-    if len(others) == len(counts) or others.empty:
+    if controls not in counts or len(counts) < 2:
         return pd.DataFrame()
     rows = rows[rows["diagnosis"].isin(counts.index)].assign(gap=rows[gap])
     covariates = ["age", *(name for name in ("sex", "site") if _varies(rows, name))]
-    table = {"diagnosis": others.index, "n_subjects": others.to_numpy(), "n_controls": counts[controls]}
-    table |= _differences(rows, controls, "difference", [])
-    table |= _differences(rows, controls, "adjusted", covariates)
-    return pd.DataFrame(table | {"adjusted_for": ", ".join(covariates)})
+    table = pd.DataFrame({"n_subjects": counts.drop(controls), "n_controls": counts[controls]})
+    for name, others in (("difference", []), ("adjusted", covariates)):
+        table[[name, f"{name}_low", f"{name}_high"]] = _fit_differences(rows, controls, others)
+    return table.assign(adjusted_for=", ".join(covariates)).reset_index()
 
 
-def _differences(
-    rows: pd.DataFrame, controls: str, name: str, covariates: list[str]
-) -> dict[str, np.ndarray]:
-    """{name, name_low, name_high}: the difference of each other diagnosis, in alphabetical order."""
+def _fit_differences(rows: pd.DataFrame, controls: str, covariates: list[str]) -> np.ndarray:
+    """Difference, low and high (years) of each other diagnosis, in alphabetical order."""
     import statsmodels.formula.api as smf
 
     terms = [f"C(diagnosis, Treatment({controls!r}))"]
     terms += [covariate if covariate == "age" else f"C({covariate})" for covariate in covariates]
-    fitted = smf.ols(f"gap ~ {' + '.join(terms)}", rows).fit(
-        cov_type="cluster", cov_kwds={"groups": pd.factorize(rows["subject_id"])[0]}, use_t=True
-    )
-    found = fitted.conf_int(0.05).assign(value=fitted.params).filter(like="C(diagnosis", axis=0)
-    return {
-        name: found["value"].to_numpy(),
-        f"{name}_low": found[0].to_numpy(),
-        f"{name}_high": found[1].to_numpy(),
-    }
+    subjects = {"groups": pd.factorize(rows["subject_id"])[0]}
+    model = smf.ols(f"gap ~ {' + '.join(terms)}", rows)
+    fitted = model.fit(cov_type="cluster", cov_kwds=subjects, use_t=True)
+    table = pd.concat([fitted.params, fitted.conf_int(0.05)], axis=1)
+    return table.filter(like="C(diagnosis", axis=0).to_numpy()
 
 
 def _varies(rows: pd.DataFrame, name: str) -> bool:
@@ -333,33 +257,25 @@ def compare_runs(found: dict[str, RunEvaluation], **bootstrap: int) -> pd.DataFr
         Columns `a`, `b`, `value`, `low`, `high` (MAE of a minus MAE of b; negative: a is nearer), `n`,
         `n_subjects`.
     """
-    tests = {name: one.test[["scan_id", "subject_id", "age", "predicted_age"]] for name, one in found.items()}
-    pairs = [
-        (name, "mean predictor", tests[name].assign(other=one.run.reference_age))
-        for name, one in found.items()
-    ]
-    for a, b in combinations(found, 2):
-        other = tests[b][["scan_id", "predicted_age"]].rename(columns={"predicted_age": "other"})
-        pairs.append((a, b, tests[a].merge(other, on="scan_id")))
-    return pd.DataFrame(
-        [
-            {"a": a, "b": b}
-            | paired_difference(
-                both["age"], both["predicted_age"], both["other"], both["subject_id"], **bootstrap
-            )
-            for a, b, both in pairs
-            if len(both)
-        ]
-    )
+    rows, pairs = [], [*((name, "mean predictor") for name in found), *combinations(found, 2)]
+    for a, b in pairs:
+        both = found[a].test.assign(other=found[a].run.reference_age)
+        if b in found:
+            other = found[b].test.set_index("scan_id")["predicted_age"]
+            both = both.assign(other=both["scan_id"].map(other)).dropna(subset=["other"])
+        if len(both):
+            ages = (both[name] for name in ("age", "predicted_age", "other", "subject_id"))
+            rows.append({"a": a, "b": b} | metrics.paired_difference(*ages, **bootstrap))
+    return pd.DataFrame(rows)
 
 
 def headline_table(results: dict[str, Any], split: str = "test") -> pd.DataFrame:
     """The raw figures of one split as text, one row per run: `7.10 [6.20, 8.00]`, each MAE beside the mean
     predictor's."""
     rows = {
-        name: flat(parts[split])
+        name: metrics.flat(parts[split])
         for name, parts in results.items()
         if not name.startswith("_") and split in parts
     }
-    columns = {"scans": "n", "subjects": "n_subjects", **titled(*HEADLINE)}
-    return text_table(rows.values(), columns).set_axis(list(rows)).rename_axis(f"run, {split}")
+    table = metrics.text_table(rows.values(), ("n", "n_subjects", *HEADLINE))
+    return table.set_axis(list(rows)).rename_axis(f"run, {split}")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 _CHUNK_BYTES = 32e6  # of resampling weights held at once; keeps 10,000 subjects far below a gigabyte
-TITLES = {
+METRICS = {
     "mae": "MAE [years]",
     "mean_predictor_mae": "mean predictor's MAE [years]",
     "rmse": "RMSE [years]",
@@ -20,8 +20,18 @@ TITLES = {
     "gap_age_r": "gap-age r",
     "mean_gap": "mean gap [years]",
 }
+TITLES = METRICS | {  # of the columns of tables for people
+    "n": "scans",
+    "n_subjects": "subjects",
+    "n_controls": "controls",
+    "coverage": "inside [%]",
+    "mean_width": "width [years]",
+    "difference": "gap difference [years]",
+    "adjusted": "adjusted difference [years]",
+    "adjusted_for": "adjusted for",
+}
 
-Metrics = dict[str, Any]  # n, n_subjects: int; each name of TITLES: {"value", "low", "high"}
+Metrics = dict[str, Any]  # n, n_subjects: int; each name of METRICS: {"value", "low", "high"}
 
 
 def regression_metrics(
@@ -89,12 +99,14 @@ def metrics_by_split(predictions: pd.DataFrame, variant: str) -> pd.DataFrame:
     """
     if not len(predictions):
         return pd.DataFrame()
-    reference_age, rows = mean_training_age(predictions), {}
-    for split in ("train", "val", "test"):
-        part = predictions[(predictions["variant"] == variant) & (predictions["split"] == split)]
-        if len(part):
-            rows[split] = flat(measure_rows(part, reference_age=reference_age))
-    table = text_table(rows.values(), {"scans": "n", **titled("mae", "mean_predictor_mae", "r")})
+    chosen = predictions[predictions["variant"] == variant].groupby("split")
+    reference_age = mean_training_age(predictions)
+    rows = {
+        split: flat(measure_rows(chosen.get_group(split), reference_age=reference_age))
+        for split in ("train", "val", "test")
+        if split in chosen.groups
+    }
+    table = text_table(rows.values(), ("n", "mae", "mean_predictor_mae", "r"))
     return table.set_axis(list(rows)).rename_axis("split")
 
 
@@ -146,30 +158,21 @@ def paired_difference(
     dict
         `value`, `low`, `high` (95 %) in years, negative where A is nearer, and `n`, `n_subjects`.
     """
-    error_a, error_b = (
-        np.abs(np.subtract(*_checked(age, predicted))) for predicted in (predicted_a, predicted_b)
-    )
+    error_a, error_b = (np.abs(np.subtract(*_checked(age, one))) for one in (predicted_a, predicted_b))
     return mean_with_interval(error_a - error_b, subject_id, **bootstrap)
 
 
 def mean_with_interval(
-    values: np.ndarray, subject_id: np.ndarray | None = None, **bootstrap: int
-) -> dict[str, float]:
-    """Mean of one value per scan with its 95 % subject bootstrap interval, and `n`, `n_subjects`."""
-    return ratio_with_interval(values, np.ones(len(values)), subject_id, **bootstrap)
-
-
-def ratio_with_interval(
     values: np.ndarray,
-    others: np.ndarray,
     subject_id: np.ndarray | None = None,
     *,
+    over: np.ndarray | float = 1.0,
     n_bootstrap: int = 2000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Ratio of the means of two values of the same scans (n,), with its interval as in
-    `mean_with_interval`."""
-    columns = np.column_stack([values, others]).astype(float)
+    """Mean of one value per scan (n,), divided by the mean of `over` (n,) where given, with its 95 % subject
+    bootstrap interval, and `n`, `n_subjects`."""
+    columns = np.column_stack([values, np.broadcast_to(over, len(values))]).astype(float)
     sums, n_subjects = _resampled_sums(columns, subject_id, n_bootstrap, seed)
     return _value_with_interval(sums[:, 0] / sums[:, 1]) | {"n": len(columns), "n_subjects": n_subjects}
 
@@ -231,28 +234,21 @@ def with_interval(figure: Mapping[str, Any], digits: int = 2, key: str = "value"
     return f"{value:.{digits}f}{ends}"
 
 
-def text_table(
-    rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str], digits: int = 2
-) -> pd.DataFrame:
+def text_table(rows: Iterable[Mapping[str, Any]], names: Iterable[str], digits: int = 2) -> pd.DataFrame:
     """Rows of `flat` figures as a table for people: what has an interval as `with_interval`, the rest as is.
 
     Parameters
     ----------
     rows : iterable of mappings
-    columns : mapping
-        Title of each column -> its key in the rows; `titled` gives those of metrics.
+    names : keys of the rows
+        Columns, under their titles in `TITLES` where they have one.
     """
 
-    def cell(row: Mapping[str, Any], key: str) -> Any:
-        has_interval = key == "value" or f"{key}_low" in row
-        return with_interval(row, digits, key) if has_interval else row[key]
+    def cell(row: Mapping[str, Any], name: str) -> Any:
+        has_interval = name == "value" or f"{name}_low" in row
+        return with_interval(row, digits, name) if has_interval else row[name]
 
-    return pd.DataFrame([{title: cell(row, key) for title, key in columns.items()} for row in rows])
-
-
-def titled(*names: str) -> dict[str, str]:
-    """{title: name} of metrics, for `text_table`."""
-    return {TITLES[name]: name for name in names}
+    return pd.DataFrame([{TITLES.get(name, name): cell(row, name) for name in names} for row in rows])
 
 
 def _resampled_sums(
@@ -288,7 +284,7 @@ def _value_with_interval(values: np.ndarray) -> dict[str, float]:
 
 
 def _from_sums(sums: np.ndarray) -> dict[str, np.ndarray]:
-    """All metrics of each row of sums (draws, 10), in the order of `TITLES`."""
+    """All metrics of each row of sums (draws, 10), in the order of `METRICS`."""
     with np.errstate(divide="ignore", invalid="ignore"):
         _, mae, mse, gap, a, p, aa, pp, ap, away = (sums / sums[:, :1]).T
         # Rounding leaves about 1e-16 of a zero variance: that is "no variance", not a tiny one.

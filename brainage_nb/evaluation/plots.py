@@ -6,27 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from brainage_nb import drawing
 from brainage_nb.cohort.cleaning_plots import age_histogram
-from brainage_nb.drawing import (
-    BLUE,
-    GREEN,
-    ORANGE,
-    PURPLE,
-    SKY,
-    SMALL,
-    VERMILLION,
-    label_axes,
-    legend_under,
-    new_figure,
-)
+from brainage_nb.drawing import BLUE, GREEN, PURPLE, SMALL, VERMILLION, label_axes
 from brainage_nb.evaluation.evaluate import Evaluation
 from brainage_nb.evaluation.external import ExternalEvaluation
-from brainage_nb.evaluation.metrics import Metrics, regression_metrics, with_interval
+from brainage_nb.evaluation.metrics import Metrics, flat, regression_metrics, with_interval
 from brainage_nb.evaluation.runs import RECOVERED_KINDS, RunEvaluation
 from brainage_nb.workspace import writing
 
@@ -87,12 +77,14 @@ def draw_predicted_vs_true(
     """
     shown = interval is not None and np.isfinite(interval[0]).all() and len(age) <= 300
     if shown:
-        ax.vlines(age, *interval, color=SKY, lw=0.8, alpha=0.6, label=f"{level:.0%} interval", zorder=1)
+        ax.vlines(
+            age, *interval, color=drawing.SKY, lw=0.8, alpha=0.6, label=f"{level:.0%} interval", zorder=1
+        )
     _draw_points(ax, age, predicted, BLUE)
     _draw_identity(ax, age, *(interval if shown else [predicted]))
     if reference_age is not None:
         ax.axhline(reference_age, color=VERMILLION, ls="--", lw=1.2, label="mean predictor", zorder=2)
-    legend_under(ax)
+    drawing.legend_under(ax)
     title = f"{name}: n = {metrics['n']} scans of {metrics['n_subjects']} subjects\n"
     title += f"MAE {with_interval(metrics['mae'], 1)} years, r {with_interval(metrics['r'])}"
     if np.isfinite(metrics["mean_predictor_mae"]["value"]):
@@ -140,7 +132,7 @@ def draw_points_and_line(
         label = words.format(intercept=intercept, slope=slope)
         ax.plot(ends, intercept + slope * ends, color=VERMILLION, lw=1.5, label=label, zorder=4)
     if words:
-        legend_under(ax, ncols=2)
+        drawing.legend_under(ax, ncols=2)
     return label_axes(ax, *labels)
 
 
@@ -151,7 +143,7 @@ def draw_training_curve(
     members = [name for name in ("seed", "fold") if len(set(history.get(name, ()))) > 1]
     parts = [part for _, part in history.groupby(members)] if members else [history]
     for column in columns:
-        colour, label = BLUE if column.startswith("val") else ORANGE, column.replace("_", " ")
+        colour, label = BLUE if column.startswith("val") else drawing.ORANGE, column.replace("_", " ")
         for index, part in enumerate(parts):
             part = part.dropna(subset=[column])
             width = 1.6 if len(parts) == 1 else 0.9
@@ -165,44 +157,40 @@ def draw_training_curve(
     return label_axes(ax, title, "epoch", ylabel)
 
 
-def draw_coverage(coverage: pd.DataFrame, level: float, *, ax: Axes) -> Axes:
-    """Share of true ages inside their interval by age bin (from `correction.coverage`), with 95 % Wilson
-    intervals."""
-    ax.axhline(100 * level, color="black", ls="--", lw=1, label=f"promised: {level:.0%}")
-    for x, row in enumerate(coverage.to_dict("records")):
-        ends = np.abs([[row["coverage_low"] - row["coverage"]], [row["coverage_high"] - row["coverage"]]])
-        colour = VERMILLION if row["group"] == "all" else BLUE
-        ax.errorbar(x, 100 * row["coverage"], yerr=100 * ends, fmt="o", color=colour, capsize=3, ms=5)
-    ax.set_xticks(range(len(coverage)), [f"{row.group}\nn={row.n}" for row in coverage.itertuples()])
-    ax.set_ylim(0, 104)
-    ax.legend(fontsize=SMALL, frameon=False, loc="lower right")
-    return label_axes(
-        ax, f"Test scans inside their interval, n = {coverage['n'].max()}", TRUE_AGE, "inside [%]"
-    )
-
-
-def draw_estimates(table: pd.DataFrame, *, ax: Axes, labels: tuple[str, str], reference: str = "") -> Axes:
-    """Estimates with intervals under each other: groups, models, differences.
+def draw_estimates(
+    table: pd.DataFrame,
+    value: str,
+    names: Sequence[str],
+    *,
+    ax: Axes,
+    labels: tuple[str, str],
+    reference: str = "",
+    mark: float | None = None,
+) -> Axes:
+    """Estimates with their intervals under each other: groups, models, differences, coverages.
 
     Parameters
     ----------
     table : DataFrame
-        Columns `label`, `value`, `low`, `high`.
+        Columns `<value>`, `<value>_low`, `<value>_high`.
+    names : sequence of str
+        What each row is.
     labels : (title, x label)
     reference : str, optional
-        A column drawn as a cross on the same row (the mean predictor's MAE beside ours); without one the
-        estimates are differences, and 0 is marked.
+        A column drawn as a cross on the same row: the mean predictor's MAE beside ours.
+    mark : float, optional
+        Where a line stands that the estimates are read against: 0 for differences.
     """
     y = np.arange(len(table))[::-1]
-    ax.hlines(y, table["low"], table["high"], color=BLUE, lw=2)
-    ax.plot(table["value"], y, "o", color=BLUE, ms=5.5, label="estimate, 95 % interval")
+    ax.hlines(y, table[f"{value}_low"], table[f"{value}_high"], color=BLUE, lw=2)
+    ax.plot(table[value], y, "o", color=BLUE, ms=5.5, label="estimate, 95 % interval")
     if reference:
-        ax.plot(table[reference], y, "x", color=VERMILLION, ms=6, mew=1.8, label=reference)
+        ax.plot(table[reference], y, "x", color=VERMILLION, ms=6, mew=1.8, label="mean predictor")
         ax.set_xlim(left=0)
         ax.figure.legend(loc="outside lower center", fontsize=SMALL, frameon=False, ncols=2)
-    else:
-        ax.axvline(0, color="black", lw=1, zorder=0)
-    ax.set_yticks(y, table["label"])
+    if mark is not None:
+        ax.axvline(mark, color="black", lw=1, zorder=0)
+    ax.set_yticks(y, names)
     ax.set_ylim(-0.7, len(table) - 0.3)
     ax.grid(axis="x", color="#dddddd", lw=0.6)
     ax.set_axisbelow(True)
@@ -251,14 +239,14 @@ def _caption(draw: Callable[..., Figure | None]) -> str:
 
 def _draw_ages(evaluation: Evaluation) -> Figure:
     """Ages of the subjects in each split, five-year bins; a subject counts once."""
-    figure, ax = new_figure(width=5.6, height=3.4)
+    figure, ax = drawing.new_figure(width=5.6, height=3.4)
     age_histogram(ax, evaluation.workspace.read("splits.csv"), by="split")
     return figure
 
 
 def draw_external(name: str, found: ExternalEvaluation) -> ReportFigure:
     """The figure of another cohort, by its name."""
-    figure, ax = new_figure(width=5.0, height=5.0)
+    figure, ax = drawing.new_figure(width=5.0, height=5.0)
     rows = found.predictions
     draw_predicted_vs_true(rows["age"], rows["predicted_age"], found.metrics, name=f"{name}, raw", ax=ax)
     plain_name = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
@@ -269,29 +257,36 @@ def draw_external(name: str, found: ExternalEvaluation) -> ReportFigure:
 def _draw_models(runs: dict[str, RunEvaluation]) -> Figure:
     """MAE on test with 95 % subject bootstrap, and the mean predictor's on the same scans. Further left is
     better."""
-    tests = {name: found.metrics["test"] for name, found in runs.items()}
-    table = pd.DataFrame([{"label": name} | test["mae"] for name, test in tests.items()])
-    table["mean predictor"] = [test["mean_predictor_mae"]["value"] for test in tests.values()]
-    figure, ax = new_figure(width=6.2, height=1.3 + 0.45 * len(table))
+    table = pd.DataFrame([flat(found.metrics["test"]) for found in runs.values()])
     labels = ("Error of each model on its test scans, raw", "MAE [years]")
-    draw_estimates(table, labels=labels, reference="mean predictor", ax=ax)
+    return _draw_table(table, "mae", pd.Series(list(runs)), labels=labels, reference="mean_predictor_mae")
+
+
+def _draw_table(table: pd.DataFrame, value: str, names: pd.Series, **options: Any) -> Figure:
+    """`draw_estimates` on a figure as high as the table is long, n beside each name."""
+    n = table["n" if "n" in table else "n_subjects"].astype(str)
+    figure, ax = drawing.new_figure(width=6.2, height=1.4 + 0.3 * len(table))
+    draw_estimates(table, value, names + "  (n = " + n + ")", ax=ax, **options)
+    return figure
+
+
+def _draw_panels(panels: Sequence[dict[str, Any]], *, width: float, height: float) -> Figure:
+    """`draw_points_and_line` side by side, one for each set of its arguments."""
+    figure, axes = drawing.new_figure(len(panels), width=width, height=height)
+    for ax, panel in zip(np.atleast_1d(axes), panels, strict=True):
+        draw_points_and_line(**panel, ax=ax)
     return figure
 
 
 def _draw_training(found: RunEvaluation) -> Figure | None:
     """How the run learned."""
     history = found.run.history.dropna(axis=1, how="all")
-    panels = {
-        label: columns
-        for label, names in (
-            ("loss", ("train_loss", "val_loss", "loss")),
-            ("MAE [years]", ("train_mae", "val_mae")),
-        )
-        if (columns := [name for name in names if name in history])
-    }
+    wanted = {"loss": ["train_loss", "val_loss", "loss"], "MAE [years]": ["train_mae", "val_mae"]}
+    panels = {label: [name for name in names if name in history] for label, names in wanted.items()}
+    panels = {label: columns for label, columns in panels.items() if columns}
     if not panels or len(history) < 2:
         return None
-    figure, axes = new_figure(len(panels), width=3.6, height=2.9)
+    figure, axes = drawing.new_figure(len(panels), width=3.6, height=2.9)
     for ax, (label, columns) in zip(np.atleast_1d(axes), panels.items(), strict=True):
         draw_training_curve(history, columns, title=f"{label} by epoch", ylabel=label, ax=ax)
     return figure
@@ -301,7 +296,7 @@ def _draw_predicted(found: RunEvaluation) -> Figure | None:
     """Raw predicted age of test scans against true age. Dots on the black line are right; the dashed line is
     what predicting the mean training age for everyone gives."""
     rows, interval = found.test, found.calibration.interval
-    figure, ax = new_figure(width=5.0, height=5.2)
+    figure, ax = drawing.new_figure(width=5.0, height=5.2)
     draw_predicted_vs_true(
         rows["age"],
         rows["predicted_age"],
@@ -319,96 +314,88 @@ def _draw_correction(found: RunEvaluation) -> Figure | None:
     """Left, the line of the correction on the points that it was fitted on; right, test scans after the
     correction that needs no true age, with the line through them. The nearer red is to black, the less age
     bias there is."""
-    corrector, test = found.calibration.corrector, found.test
+    corrector = found.calibration.corrector
     if corrector is None:
         return None
-    fitted_on, kind = found.run.calibration_rows(), "out-of-fold" if found.run.folds else "validation"
-    figure, axes = new_figure(2, width=3.7, height=4.1)
-    title = f"fitted on {kind} controls, n = {len(fitted_on)} scans"
-    panels = [(fitted_on, "predicted_age", (corrector.intercept_, corrector.slope_), title)]
-    panels += [(test, "corrected_age", None, f"test, corrected without true age, n = {len(test)} scans")]
-    for ax, (rows, column, line, title) in zip(axes, panels, strict=True):
-        labels = (title, TRUE_AGE, f"{column.replace('_', ' ')} [years]")
-        words = "{intercept:.1f} + {slope:.2f} × age"
-        draw_points_and_line(rows["age"], rows[column], line=line, words=words, labels=labels, ax=ax)
-    return figure
+    rows, test = found.run.calibration_rows(), found.test
+    line = (corrector.intercept_, corrector.slope_)
+    titles = (
+        f"fitted on {found.run.calibrated_on} controls, n = {len(rows)} scans",
+        f"test, corrected without true age, n = {len(test)} scans",
+    )
+    axes = (TRUE_AGE, "predicted age [years]"), (TRUE_AGE, "corrected age [years]")
+    panels = [
+        {"x": rows["age"], "y": rows["predicted_age"], "line": line, "labels": (titles[0], *axes[0])},
+        {"x": test["age"], "y": test["corrected_age"], "labels": (titles[1], *axes[1])},
+    ]
+    words = {"words": "{intercept:.1f} + {slope:.2f} × age"}
+    return _draw_panels([panel | words for panel in panels], width=3.7, height=4.1)
 
 
 def _draw_gaps(found: RunEvaluation) -> Figure | None:
     """Predicted minus true age of test scans against true age. A sloping red line is age bias of the model.
     Where the correction was refused, only the raw gap is shown."""
-    corrected, panels = found.calibration.corrector is not None, [("gap", "raw gap", BLUE)]
-    if corrected:
-        panels += [
-            ("corrected_gap", "gap of age-free\ncorrected prediction", PURPLE),
-            ("adjusted_gap", "gap adjusted\nby true age", GREEN),
-        ]
-    figure, axes = new_figure(len(panels), width=2.9 if corrected else 4.4, height=3.1)
-    reach = 1.3 * max(found.test[column].abs().max() for column, _, _ in panels)
-    words = "{slope:+.2f} years per year of age"
-    for ax, (column, title, colour) in zip(np.atleast_1d(axes), panels, strict=True):
-        age, gap = found.test["age"], found.test[column]
-        bias = regression_metrics(age, age + gap, n_bootstrap=0)["gap_age_r"]
-        labels = (f"{title}\nr with age {with_interval(bias)}, n = {len(gap)}", TRUE_AGE, "gap [years]")
-        draw_points_and_line(age, gap, words=words, labels=labels, colour=colour, zero=True, ax=ax)
+    age, corrected, panels = found.test["age"], found.calibration.corrector is not None, []
+    for column, title, colour in GAPS if corrected else GAPS[:1]:
+        gap = found.test[column]
+        bias = with_interval(regression_metrics(age, age + gap, n_bootstrap=0)["gap_age_r"])
+        labels = (f"{title}\nr with age {bias}, n = {len(gap)}", TRUE_AGE, "gap [years]")
+        panels.append({"x": age, "y": gap, "labels": labels, "colour": colour, "zero": True})
+    words = {"words": "{slope:+.2f} years per year of age"}
+    width, reach = 2.9 if corrected else 4.4, 1.3 * max(panel["y"].abs().max() for panel in panels)
+    figure = _draw_panels([panel | words for panel in panels], width=width, height=3.1)
+    for ax in figure.axes:
         ax.set_ylim(-reach, reach)
     return figure
 
 
 def _draw_intervals(found: RunEvaluation) -> Figure | None:
     """The share of test scans whose true age lies in its interval, by age, with the uncertainty of that
-    share."""
-    interval = found.calibration.interval
+    share. The line is the share that was promised."""
+    interval, table = found.calibration.interval, found.coverage
     if interval is None or interval.support_:
         return None
-    figure, ax = new_figure(width=5.0, height=3.1)
-    draw_coverage(found.coverage, interval.level, ax=ax)
-    return figure
+    labels = (f"Test scans inside their {interval.level:.0%} interval, by true age", "share inside")
+    return _draw_table(table, "coverage", table["group"], labels=labels, mark=interval.level)
 
 
 def _draw_groups(found: RunEvaluation) -> Figure | None:
     """Raw error within groups of test scans, 95 % subject bootstrap; n counts scans."""
-    names = {"mae": "value", "mae_low": "low", "mae_high": "high", "mean_predictor_mae": "mean predictor"}
-    table = found.groups.rename(columns=names)
-    by = table["by"].replace("age_bin", "age")
-    table["label"] = by + " " + table["group"] + "  (n = " + table["n"].astype(str) + ")"
-    figure, ax = new_figure(width=6.2, height=1.3 + 0.27 * len(table))
+    names = found.groups["by"].replace("age_bin", "age") + " " + found.groups["group"]
     labels = ("Raw MAE on test by group", "MAE [years]")
-    draw_estimates(table, labels=labels, reference="mean predictor", ax=ax)
-    return figure
+    return _draw_table(found.groups, "mae", names, labels=labels, reference="mean_predictor_mae")
 
 
 def _draw_diagnosis(found: RunEvaluation) -> Figure | None:
     """Mean gap of each diagnosis minus that of controls, test subjects, 95 % interval."""
-    if found.diagnosis.empty:
+    table = found.diagnosis
+    if table.empty:
         return None
-    names = {"adjusted": "value", "adjusted_low": "low", "adjusted_high": "high"}
-    table = found.diagnosis.rename(columns=names)
-    table["label"] = table["diagnosis"] + "  (n = " + table["n_subjects"].astype(str) + ")"
-    figure, ax = new_figure(width=6.2, height=1.4 + 0.35 * len(table))
     n_controls, adjusted_for = table[["n_controls", "adjusted_for"]].iloc[0]
     title = f"Gap beyond that of {n_controls} controls, adjusted for {adjusted_for}"
-    draw_estimates(table, labels=(title, "difference in gap [years]"), ax=ax)
-    return figure
+    labels = (title, "difference in gap [years]")
+    return _draw_table(table, "adjusted", table["diagnosis"], labels=labels, mark=0)
 
 
 def _draw_planted(found: RunEvaluation) -> Figure | None:
     """The gap that was planted in each test scan against the gap the model found. Black: found as planted;
     red: straight line through the dots."""
-    if not found.known:
-        return None
-    recovered, rows = found.known["recovered"], found.planted
-    figure, axes = new_figure(len(recovered), width=2.9, height=3.4)
-    for ax, row in zip(np.atleast_1d(axes), recovered, strict=True):
+    panels, planted = [], found.planted
+    for row in found.known.get("recovered", ()):
         kind = row["kind"].replace("gap of the age-free corrected prediction", "age-free corrected gap")
         r, slope = with_interval(row, key="r"), with_interval(row, key="slope")
         title = f"{kind}\nr {r}, n = {row['n']}\nslope {slope}"
         labels = (title, "planted gap [years]", "recovered gap [years]")
-        gap = rows[RECOVERED_KINDS[row["kind"]]]
-        draw_points_and_line(rows["planted_gap"], gap, labels=labels, colour=GREEN, ax=ax)
-    return figure
+        gap = planted[RECOVERED_KINDS[row["kind"]]]
+        panels.append({"x": planted["planted_gap"], "y": gap, "labels": labels, "colour": GREEN})
+    return _draw_panels(panels, width=2.9, height=3.4) if panels else None
 
 
+GAPS = (
+    ("gap", "raw gap", BLUE),
+    ("corrected_gap", "gap of age-free\ncorrected prediction", PURPLE),
+    ("adjusted_gap", "gap adjusted\nby true age", GREEN),
+)
 RUN_FIGURES = {  # name -> section and drawing; the docstring is the caption
     "training": ("training", _draw_training),
     "predicted_vs_true": ("accuracy", _draw_predicted),

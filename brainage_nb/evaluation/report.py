@@ -12,12 +12,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 
 from brainage_nb.evaluation.cautions import TEST_OBJECT
 from brainage_nb.evaluation.evaluate import HEADLINE, Evaluation, headline_table
 from brainage_nb.evaluation.external import ExternalEvaluation
-from brainage_nb.evaluation.metrics import flat, text_table, titled, with_interval
+from brainage_nb.evaluation.metrics import flat, text_table, with_interval
 from brainage_nb.evaluation.plots import ReportFigure, draw_figures
 from brainage_nb.evaluation.runs import OUT_OF_FOLD, RunEvaluation
 from brainage_nb.platforms import version_of
@@ -39,26 +40,6 @@ KNOWN_WORDS = {
     "ours": "this model",
     "attainable": "attainable: best regression on the planted anatomy",
     "oracle": "oracle: knows the planted brain age",
-}
-KNOWN_COLUMNS = {
-    "who predicts": "who",
-    "MAE on test [years]": "test",
-    "MAE on the whole cohort, as in notebook 01 [years]": "cohort",
-}
-RECOVERED_COLUMNS = {"kind of gap": "kind", "n": "n", "r with planted": "r", "slope on planted": "slope"}
-COVERAGE_COLUMNS = {
-    "true age [years]": "group",
-    "scans": "n",
-    "inside [%]": "coverage",
-    "width [years]": "mean_width",
-}
-DIAGNOSIS_COLUMNS = {
-    "diagnosis": "diagnosis",
-    "subjects": "n_subjects",
-    "controls": "n_controls",
-    "gap difference [years]": "difference",
-    "adjusted difference [years]": "adjusted",
-    "adjusted for": "adjusted_for",
 }
 PACKAGES = (
     "brainage-nb", "torch", "monai", "numpy", "pandas", "scikit-learn", "scipy", "statsmodels", "matplotlib",
@@ -114,44 +95,48 @@ def dropped_table(ws: Workspace) -> pd.DataFrame:
 def other_splits(evaluation: Evaluation) -> pd.DataFrame:
     """Raw figures of the other splits, each row named for what it can be used for."""
     rows = [
-        {"run": name, "part": SPLIT_WORDS[split]} | flat(figures)
+        {"run": name, "split": SPLIT_WORDS[split]} | flat(figures)
         for name, found in evaluation.runs.items()
         for split, figures in found.metrics.items()
         # With folds, train and validation rows are out-of-fold too: one row says all of it.
         if split != "test" and (split == OUT_OF_FOLD or not found.run.folds)
     ]
-    figures = titled("mae", "mean_predictor_mae", "r", "gap_age_r")
-    return text_table(rows, {"run": "run", "split": "part", "scans": "n", **figures})
+    return text_table(rows, ("run", "split", "n", "mae", "mean_predictor_mae", "r", "gap_age_r"))
 
 
 def comparison_table(evaluation: Evaluation) -> pd.DataFrame:
     """Paired MAE differences as text."""
-    rows = evaluation.comparisons.to_dict("records")
-    for row in rows:
-        nearer = row["a"] if row["high"] < 0 else row["b"] if row["low"] > 0 else ""
-        row["compared"] = f"{row['a']} minus {row['b']}"
-        row["reads"] = f"{nearer} is nearer" if nearer else "no difference shown"
-    columns = {"compared": "compared", "MAE difference [years]": "value", "test scans": "n", "reads": "reads"}
-    return text_table(rows, columns)
+    rows = evaluation.comparisons
+    nearer = [rows["a"] + " is nearer", rows["b"] + " is nearer"]
+    reads = np.select([rows["high"] < 0, rows["low"] > 0], nearer, "no difference shown")
+    rows = rows.assign(compared=rows["a"] + " minus " + rows["b"], reads=reads).to_dict("records")
+    table = text_table(rows, ("compared", "value", "n", "reads"))
+    return table.rename(columns={"value": "MAE difference [years]", "scans": "test scans"})
 
 
 def known_tables(evaluation: Evaluation) -> dict[str, dict[str, pd.DataFrame]]:
     """Known-answer checks of each run: the `errors` side by side, and how much of the planted gap was
     `recovered`."""
     tables = {}
+    columns = (
+        "who predicts",
+        "MAE on test [years]",
+        "MAE on the whole cohort, as in notebook 01 [years]",
+    )
     for name, found in evaluation.runs.items():
         if not (known := found.known):
             continue
         errors = known["mae"] | {"mean": found.metrics["test"]["mean_predictor_mae"]}
         rows = [
-            flat({"who": words, "test": errors[key], "cohort": known["mae_whole_cohort"].get(key, "–")})
-            for key, words in KNOWN_WORDS.items()
-            if key in errors
+            flat(
+                dict(zip(columns, (words, errors[who], known["mae_whole_cohort"].get(who, "–")), strict=True))
+            )
+            for who, words in KNOWN_WORDS.items()
+            if who in errors
         ]
-        tables[name] = {
-            "errors": text_table(rows, KNOWN_COLUMNS),
-            "recovered": text_table(known["recovered"], RECOVERED_COLUMNS),
-        }
+        recovered = text_table(known["recovered"], ("kind", "n", "r", "slope"))
+        recovered = recovered.rename(columns={"r": "r with planted", "slope": "slope on planted"})
+        tables[name] = {"errors": text_table(rows, columns), "recovered": recovered}
     return tables
 
 
@@ -182,7 +167,7 @@ def bias_table(found: RunEvaluation) -> pd.DataFrame:
     for row in rows:
         row |= {name: with_interval({"value": row[name]}) for name in ("slope", "gap_age_r")}
         row["slope"] = "no prediction" if row["kind"].startswith("gap") else row["slope"]
-    return text_table(rows, {"scans": "split", "form": "kind", **titled("slope", "gap_age_r")})
+    return text_table(rows, ("split", "kind", "slope", "gap_age_r"))
 
 
 def coverage_table(found: RunEvaluation) -> pd.DataFrame:
@@ -190,30 +175,31 @@ def coverage_table(found: RunEvaluation) -> pd.DataFrame:
     table = found.coverage.copy()
     table[["coverage", "coverage_low", "coverage_high"]] *= 100
     table["mean_width"] = [f"{width:.1f}".replace("inf", "infinite") for width in table["mean_width"]]
-    return text_table(table.to_dict("records"), COVERAGE_COLUMNS, digits=0)
+    text = text_table(table.to_dict("records"), ("group", "n", "coverage", "mean_width"), digits=0)
+    return text.rename(columns={"group": "true age [years]"})
 
 
 def groups_table(found: RunEvaluation) -> pd.DataFrame:
     """Raw figures by group, as text."""
-    figures = titled("mae", "mean_predictor_mae", "mean_gap")
-    columns = {"by": "by", "group": "group", "scans": "n", "subjects": "n_subjects", **figures}
-    return text_table(found.groups.replace({"by": {"age_bin": "age"}}).to_dict("records"), columns)
+    rows = found.groups.replace({"by": {"age_bin": "age"}}).to_dict("records")
+    return text_table(rows, ("by", "group", "n", "n_subjects", "mae", "mean_predictor_mae", "mean_gap"))
 
 
 def diagnosis_table(found: RunEvaluation) -> pd.DataFrame:
     """Gap differences between diagnoses, as text."""
-    return text_table(found.diagnosis.to_dict("records"), DIAGNOSIS_COLUMNS)
+    names = ("diagnosis", "n_subjects", "n_controls", "difference", "adjusted", "adjusted_for")
+    return text_table(found.diagnosis.to_dict("records"), names)
 
 
 def external_tables(found: ExternalEvaluation) -> dict[str, pd.DataFrame]:
     """Another cohort as text: `raw` figures of all its scans, `offsets` of its sites and, where named
     controls calibrated, the `rest` of it before and after."""
-    figures = {"scans": "n", **titled("mae", "mean_predictor_mae", "r", "mean_gap")}
-    offsets = {"site": "site", "controls' mean gap [years]": "value", "scans": "n"}
+    names = ("n", "mae", "mean_predictor_mae", "r", "mean_gap")
+    offsets = text_table(found.offsets.to_dict("records"), ("site", "value", "n"))
     return {
-        "raw": text_table([flat(found.metrics)], {"subjects": "n_subjects", **figures}),
-        "offsets": text_table(found.offsets.to_dict("records"), offsets),
-        "rest": text_table(found.rest.to_dict("records"), {"form": "form", **figures}),
+        "raw": text_table([flat(found.metrics)], ("n_subjects", *names)),
+        "offsets": offsets.rename(columns={"value": "controls' mean gap [years]"}),
+        "rest": text_table(found.rest.to_dict("records"), ("form", *names)),
     }
 
 
@@ -254,19 +240,15 @@ def write_report(
 
 def _report_html(evaluation: Evaluation, figures: list[tuple[ReportFigure, str]], title: str) -> str:
     headline = headline_table(evaluation.results).T.rename_axis(index="test, raw", columns=None)
-    versions = pd.DataFrame({"package": PACKAGES, "version": [version_of(name) for name in PACKAGES]})
-    return (
-        load_templates()
-        .get_template("report.html.j2")
-        .render(
-            title=title,
-            when=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-            evaluation=evaluation,
-            headline=headline.reset_index(),
-            known=known_tables(evaluation),
-            figures=figures,
-            versions=versions,
-        )
+    template = load_templates().get_template("report.html.j2")
+    return template.render(
+        title=title,
+        when=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        evaluation=evaluation,
+        headline=headline.reset_index(),
+        known=known_tables(evaluation),
+        figures=figures,
+        versions=pd.DataFrame([{"package": name, "version": version_of(name)} for name in PACKAGES]),
     )
 
 
@@ -281,16 +263,14 @@ def model_card(evaluation: Evaluation, run: str = "") -> str:
         One run's name; empty for all, under each other.
     """
     template = load_templates().get_template("model_card.md.j2")
-    cards = [
-        template.render(_card_content(evaluation, name)).strip()
-        for name in ([run] if run else evaluation.runs)
-    ]
+    names = [run] if run else evaluation.runs
+    cards = [template.render(_card_content(evaluation, name)).strip() for name in names]
     return "\n\n---\n\n".join(cards) + "\n"
 
 
 def _card_content(evaluation: Evaluation, name: str) -> dict[str, Any]:
     found, cohort = evaluation.runs[name], evaluation.workspace.read("cohort.csv")
-    figures = text_table([flat(found.metrics["test"])], titled(*HEADLINE)).T.reset_index()
+    figures = text_table([flat(found.metrics["test"])], HEADLINE).T.reset_index()
     return {
         "name": name,
         "when": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -318,12 +298,6 @@ def measured_recipe(settings: Mapping[str, Any]) -> str:
     return prepared if settings.get("recipe") == prepared else ""
 
 
-SHOWN = (
-    with_interval, cohort_table, dropped_table, splits_table, other_splits, comparison_table,
-    settings_table, flat_settings, bias_table, coverage_table, groups_table, diagnosis_table, external_tables,
-)  # fmt: skip
-
-
 @cache
 def load_templates() -> Environment:
     """The jinja2 environment of report and cards; text is escaped in the page and in Markdown."""
@@ -337,7 +311,7 @@ def load_templates() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"table": as_html_table, "markdown": as_markdown}
-    environment.globals |= {make.__name__: make for make in SHOWN}
+    environment.globals |= {name: item for name, item in globals().items() if callable(item)}  # tables
     return environment
 
 

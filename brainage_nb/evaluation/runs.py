@@ -3,25 +3,41 @@ truth that was planted in a known-answer cohort. Stops where files contradict ea
 
 from __future__ import annotations
 
+import hashlib
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from brainage_nb.cohort.rules import count_diagnoses, judge_controls
+from brainage_nb.cohort.splits import check_splits
 from brainage_nb.demo.cohort import FEWEST_ATTAINABLE, attainable_ages
-from brainage_nb.evaluation.correction import LEVEL, Calibration, CorrectionRefused, EvaluationError
-from brainage_nb.evaluation.metrics import (
-    Metrics,
-    flat,
-    has_folds,
-    mean_training_age,
-    mean_with_interval,
-    regression_metrics,
+from brainage_nb.evaluation import metrics
+from brainage_nb.evaluation.correction import (
+    LEVEL,
+    AgeBiasCorrector,
+    Calibration,
+    ConformalInterval,
+    CorrectionRefused,
+    EvaluationError,
 )
-from brainage_nb.workspace import Workspace, open_workspace, read_csv, read_json
+from brainage_nb.workspace import (
+    MissingInput,
+    Workspace,
+    open_workspace,
+    read_csv,
+    read_json,
+    sha256_of,
+)
 
+KEYS = ["scan_id", "subject_id", "session_id", "split"]
+COLUMNS = [*KEYS, "fold", "seed", "variant", "age", "predicted_age"]  # of predictions.csv
+PREDICTED = (-100.0, 250.0)  # years; a number beyond is a mistake in the file, however bad the model
 OUT_OF_FOLD = "out_of_fold"
 RECOVERED_KINDS = {
     "raw gap": "gap",
@@ -55,12 +71,17 @@ class Run:
     @property
     def folds(self) -> bool:
         """Whether train and validation rows are out-of-fold predictions."""
-        return has_folds(self.predictions)
+        return metrics.has_folds(self.predictions)
+
+    @property
+    def calibrated_on(self) -> str:
+        """Which scans may calibrate, in words."""
+        return "out-of-fold" if self.folds else "validation"
 
     @property
     def reference_age(self) -> float:
         """What the mean predictor says for everybody, in years (`mean_training_age`)."""
-        return mean_training_age(self.predictions)
+        return metrics.mean_training_age(self.predictions)
 
     def part(self, split: str) -> pd.DataFrame:
         """Rows of `train`, `val` or `test`, or all out-of-fold rows (`out_of_fold`)."""
@@ -111,8 +132,8 @@ class RunEvaluation:
     run: Run
     rows: pd.DataFrame
     calibration: Calibration
-    metrics: dict[str, Metrics]
-    corrected: dict[str, Metrics]
+    metrics: dict[str, metrics.Metrics]
+    corrected: dict[str, metrics.Metrics]
     bias: pd.DataFrame
     coverage: pd.DataFrame
     groups: pd.DataFrame
@@ -127,34 +148,48 @@ class RunEvaluation:
 
 
 def read_run(workspace: Workspace | Path | str, name: str) -> Run:
-    """Read `runs/<name>` and check it against the cohort.
+    """Read `runs/<name>` and check it against what it was trained on.
 
     Raises
     ------
     MissingInput
         A file is not there; the message names the notebook that makes it.
-    EvaluationError
-        A subject is in two splits, or split or age differ from the workspace's tables.
+    ValueError
+        `predictions.csv` is not as the run wrote it, holds what is no prediction, puts a subject into two
+        splits, or differs from `splits.csv` or `cohort.csv`; `splits.csv` contradicts itself.
     """
     ws = workspace if isinstance(workspace, Workspace) else open_workspace(workspace)
-    members = read_csv(ws.need(f"runs/{name}/predictions.csv"))
-    settings = read_json(ws.need(f"runs/{name}/settings.json"))
-    history = ws.path("runs", name, "history.csv")
+    source, history = f"runs/{name}/predictions.csv", ws.path("runs", name, "history.csv")
+    members, settings = read_csv(ws.need(source)), read_json(ws.need(f"runs/{name}/settings.json"))
+    if not is_as_written(ws.path(source).parent, settings):
+        raise EvaluationError(
+            f"{source} is not the table that this run wrote: it was edited, or is another run's. Run the "
+            "training notebook (04 or 05) again, with the same parameters; it writes the table anew."
+        )
+    rows = check_splits(headline_rows(members, settings.get("variant", ""), source), source=source)
+    _compare(rows, read_splits(ws), source)
     cohort = ws.read("cohort.csv")
     cohort["control"] = judge_controls(cohort)
     about = cohort.filter(["scan_id", "sex", "site", "diagnosis", "source", "control"])
     if "diagnosis" in about:
         about["diagnosis"] = about["diagnosis"].fillna("").astype(str)
-    run = Run(
+    return Run(
         name=name,
         settings=settings,
-        history=pd.read_csv(history) if history.exists() and history.stat().st_size > 1 else pd.DataFrame(),
-        predictions=headline_rows(members, settings.get("variant", "")).merge(
-            about.drop_duplicates("scan_id"), on="scan_id", how="left", validate="many_to_one"
-        ),
+        history=read_csv(history) if history.exists() else pd.DataFrame(),
+        predictions=rows.merge(about, on="scan_id", how="left"),
     )
-    _check(run, ws.read("splits.csv"))
-    return run
+
+
+def digest_predictions(predictions: pd.DataFrame) -> str:
+    """SHA-256 of the `predictions.csv` that `write_csv` makes of a table; a run keeps it in settings.json."""
+    return hashlib.sha256(predictions.to_csv(index=False, lineterminator="\n").encode()).hexdigest()
+
+
+def is_as_written(run_folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether a run has its `predictions.csv`, unchanged; runs of earlier releases kept no hash of it."""
+    path, digest = run_folder / "predictions.csv", settings.get("predictions_sha256")
+    return path.exists() and digest in (None, sha256_of(path))
 
 
 def list_runs(workspace: Workspace) -> list[str]:
@@ -165,11 +200,12 @@ def list_runs(workspace: Workspace) -> list[str]:
 
 def reported_level(workspace: Workspace) -> float:
     """The level of the prediction interval in the workspace's report; `LEVEL` before there is one."""
-    results = workspace.path("evaluation", "results.json")
-    return read_json(results)["_parameters"]["level"] if results.exists() else LEVEL
+    with suppress(MissingInput, KeyError, TypeError):
+        return float(read_json(workspace.path("evaluation", "results.json"))["_parameters"]["level"])
+    return LEVEL
 
 
-def headline_rows(members: pd.DataFrame, variant: str) -> pd.DataFrame:
+def headline_rows(members: pd.DataFrame, variant: str, source: str = "predictions.csv") -> pd.DataFrame:
     """One row per scan from `predictions.csv`: the rows of the headline variant.
 
     A scan that several members predicted has their mean row where one was written (`fold` -1 on test scans),
@@ -179,20 +215,23 @@ def headline_rows(members: pd.DataFrame, variant: str) -> pd.DataFrame:
     Raises
     ------
     EvaluationError
-        No row has the headline variant, or a prediction is missing.
+        No row has the headline variant, a column is missing, a row stands twice, or an age or prediction is
+        no number of years that could be one. The message names `source`.
     """
-    variant = _known_variant(members, variant)
+    _check_members(members, source)
+    known = sorted(members["variant"].unique())
+    variant = known[0] if not variant and len(known) == 1 else variant
+    if variant not in (*known, "mean"):
+        raise EvaluationError(
+            f"settings.json names the headline variant {variant!r}, but {source} has {known}. Run the "
+            "training notebook again, or set `variant` in settings.json to one of these."
+        )
     chosen = members[members["variant"] == variant]
     if variant == "mean":
         chosen = pd.concat([chosen, members[~members["scan_id"].isin(chosen["scan_id"])]])
-    if lost := chosen.loc[chosen["predicted_age"].isna(), "scan_id"].tolist():
-        raise EvaluationError(
-            f"{len(lost)} scans have no predicted age (first: {lost[:5]}). Train or predict them again."
-        )
-    averaged = chosen.loc[(chosen["split"] == "test") & (chosen["fold"] == -1), "scan_id"]
-    chosen = chosen[~chosen["scan_id"].isin(averaged) | (chosen["fold"] == -1)]
-    keys = ["scan_id", "subject_id", "session_id", "split"]
-    rows = chosen.groupby(keys, sort=False, dropna=False).agg(
+    is_mean = (chosen["split"] == "test") & (chosen["fold"] == -1)
+    chosen = chosen[~chosen["scan_id"].isin(chosen.loc[is_mean, "scan_id"]) | (chosen["fold"] == -1)]
+    rows = chosen.groupby(KEYS, sort=False, dropna=False).agg(
         fold=("fold", "first"), age=("age", "first"), predicted_age=("predicted_age", "mean")
     )
     rows = rows.reset_index()
@@ -200,49 +239,89 @@ def headline_rows(members: pd.DataFrame, variant: str) -> pd.DataFrame:
     return rows
 
 
-def _known_variant(members: pd.DataFrame, variant: str) -> str:
-    known = sorted(members["variant"].unique())
-    if variant in known or (variant == "mean" and known):
-        return variant
-    if not variant and len(known) == 1:
-        return known[0]
-    raise EvaluationError(
-        f"settings.json names the headline variant {variant!r}, but predictions.csv has {known}. Run the "
-        "training notebook again, or set `variant` in settings.json to one of these."
-    )
-
-
-def _check(run: Run, dealt: pd.DataFrame) -> None:
-    """Stop at the first contradiction within the run, or between it and `splits.csv`."""
-    rows = run.predictions.merge(
-        dealt[["scan_id", "split", "age"]], on="scan_id", how="left", suffixes=("", "_dealt")
-    )
-    n_splits = rows.groupby("subject_id")["split"].transform("nunique")
-    moved = (rows["split"] != rows["split_dealt"]) | ((rows["age"] - rows["age_dealt"]).abs() > 0.01)
-    for wrong, of, what in (
-        (rows.duplicated("scan_id"), "scan_id", "scans appear in two splits or under two subjects{first}."),
-        (
-            n_splits > 1,
-            "subject_id",
-            "subjects are in more than one split{first}. What was trained on would be tested on; make "
-            "splits.csv and the run again.",
-        ),
-        (
-            rows["split_dealt"].isna(),
-            "scan_id",
-            "predicted scans are not in splits.csv{first}. They were dropped after training; train again on "
-            "the cleaned scans.",
-        ),
-        (
-            moved,
-            "scan_id",
-            "predicted scans differ from splits.csv in split or age{first}. The splits changed after "
-            "training; train again, or restore the splits the run was trained with.",
-        ),
+def _check_members(members: pd.DataFrame, source: str) -> None:
+    """Stop where `predictions.csv` has other columns, a row twice, or numbers that cannot be."""
+    again = "Run the training notebook (04 or 05) again."
+    if missing := [name for name in COLUMNS if name not in members]:
+        raise EvaluationError(f"{source} lacks the columns {missing}; it has {list(members)}. {again}")
+    age, predicted = (pd.to_numeric(members[name], errors="coerce") for name in ("age", "predicted_age"))
+    low, high = PREDICTED
+    ages = members.assign(age=age).groupby("scan_id")["age"].transform("nunique")
+    for wrong, what in (
+        (predicted.isna(), "scans have no predicted age"),
+        (~predicted.between(low, high), f"scans have a predicted age beyond {low:g} to {high:g} years"),
+        (~np.isfinite(age), "scans have no age"),
+        (ages > 1, "scans have two ages"),
+        (members.duplicated([*KEYS, "fold", "seed", "variant"]), "scans have the same row twice"),
     ):
-        if wrong.any():
-            names = rows.loc[wrong, of].unique().tolist()
-            raise EvaluationError(f"{run.name}: {len(names)} {what.format(first=f' (first: {names[:5]})')}")
+        _refuse(members["scan_id"], wrong, f"{source}: {{}} {what}{{}}. {again}")
+
+
+def read_splits(workspace: Workspace, with_volume: Sequence[str] | None = None) -> pd.DataFrame:
+    """`splits.csv`, once it fits the cohort and, where given, the volumes.
+
+    Parameters
+    ----------
+    workspace : Workspace
+    with_volume : sequence of str, optional
+        `scan_id` of every volume (`VolumeStore.scan_ids`). Then each scan must have one, or stand among those
+        that gave none in notebook 03.
+
+    Raises
+    ------
+    ValueError
+        A subject is in two splits, a scan in two rows, a split or fold is none, or scans and ages are not
+        those of the cohort or of the volumes; the message says which, and what to run from.
+
+    Examples
+    --------
+    >>> splits = read_splits(ws, store.scan_ids)
+    """
+    failed, known = workspace.path("scans_without_volume.csv"), None
+    if with_volume is not None:
+        known = [*with_volume, *(read_csv(failed)["scan_id"] if failed.exists() else ())]
+    splits, cohort = check_splits(workspace.read("splits.csv"), known), workspace.read("cohort.csv")
+    twice = cohort["scan_id"].duplicated()
+    _refuse(cohort["scan_id"], twice, "cohort.csv: {} scans stand twice{}. Run from 01_data_access.")
+    _refuse(
+        splits["scan_id"],
+        _differs(splits, cohort),
+        "{} scans of splits.csv are not in cohort.csv, or have another age there{}. One of the two changed "
+        "after 02_data_cleaning. Put it right and run from 02_data_cleaning.",
+    )
+    return splits
+
+
+def _differs(rows: pd.DataFrame, others: pd.DataFrame) -> np.ndarray:
+    """Whether each scan is absent from another table, or has another age there."""
+    age = pd.to_numeric(others.set_index("scan_id")["age"], errors="coerce").reindex(rows["scan_id"])
+    return ~np.isclose(age, rows["age"].astype(float), rtol=0, atol=0.01)
+
+
+def _compare(rows: pd.DataFrame, splits: pd.DataFrame, source: str) -> None:
+    """Stop where the predictions are not of the scans, splits, folds and ages of `splits.csv`."""
+    scans, dealt = rows["scan_id"], splits.set_index("scan_id").reindex(rows["scan_id"])
+    same_folds = set(dealt["fold"]) == set(rows["fold"])  # else training dealt its own
+    moved = (dealt["split"].to_numpy() != rows["split"]) | _differs(rows, splits)
+    moved |= same_folds & (dealt["fold"].to_numpy() != rows["fold"])
+    _refuse(
+        scans,
+        ~scans.isin(splits["scan_id"]),
+        f"{source}: {{}} predicted scans are not in splits.csv{{}}. They were dropped after training; train "
+        "again on the cleaned scans.",
+    )
+    _refuse(
+        scans,
+        moved,
+        f"{source}: {{}} predicted scans differ from splits.csv in split, fold or age{{}}. One of the two "
+        "changed after training; train again (04 or 05), or restore the splits the run was trained with.",
+    )
+
+
+def _refuse(scans: pd.Series, wrong: pd.Series | np.ndarray, sentence: str) -> None:
+    """Raise the sentence with how many scans are wrong, and the first of them; nothing where none is."""
+    if names := scans[np.asarray(wrong)].unique().tolist():
+        raise EvaluationError(sentence.format(len(names), f" (first: {names[:5]})"))
 
 
 def pick_controls(rows: pd.DataFrame) -> pd.DataFrame:
@@ -261,6 +340,29 @@ def pick_controls(rows: pd.DataFrame) -> pd.DataFrame:
             "and run from there again (controls_only = False keeps the patients in the cohort)."
         )
     return rows[control == "yes"]
+
+
+def calibrate(run: Run, level: float = LEVEL) -> Calibration:
+    """Fit the bias correction on a run's calibration controls and the interval on all its calibration scans.
+
+    Calibration scans are validation, or out-of-fold where folds were run. Test scans take no part. The one
+    place where both are fitted, for the report and the bundle alike.
+    """
+    corrector, interval, reason = None, None, ""
+    everybody = run.calibration_rows(controls_only=False)
+    try:
+        rows = run.calibration_rows()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what few subjects support is kept in the fitted corrector
+            corrector = AgeBiasCorrector().fit(
+                *(rows[name] for name in ("predicted_age", "age", "split")), subject_id=rows["subject_id"]
+            )
+    except CorrectionRefused as refused:
+        reason = str(refused)
+    if len(everybody):
+        interval = ConformalInterval(level, run.calibrated_on)
+        interval.fit(*(everybody[name] for name in ("predicted_age", "age", "split")))
+    return Calibration(corrector, reason, interval)
 
 
 # --- known answers: only meaningful where the truth was planted; nothing here is accuracy on people ------
@@ -318,7 +420,7 @@ def check_known_answers(
     """
     if truth is None or len(planted) < 3:
         return {}
-    ours = mean_with_interval(planted["gap"].abs(), planted["subject_id"], **bootstrap)
+    ours = metrics.mean_with_interval(planted["gap"].abs(), planted["subject_id"], **bootstrap)
     return {
         "mae": {"ours": ours} | reference_errors(planted, **bootstrap),
         "mae_whole_cohort": reference_errors(truth, **bootstrap),
@@ -343,14 +445,13 @@ def recovered_gap(planted: pd.DataFrame, kinds: dict[str, str], **bootstrap: int
         Columns `kind`, `n`, `r`, `r_low`, `r_high`, `slope`, `slope_low`, `slope_high` (of recovered on
         planted; 1 is perfect).
     """
-    table = []
-    for kind, column in kinds.items():
-        if planted[column].notna().all():
-            figures = regression_metrics(
-                planted["planted_gap"], planted[column], planted["subject_id"], **bootstrap
-            )
-            table.append({"kind": kind} | flat({name: figures[name] for name in ("n", "r", "slope")}))
-    return pd.DataFrame(table)
+    found = {
+        kind: metrics.measure_rows(planted.assign(age=planted["planted_gap"]), column, **bootstrap)
+        for kind, column in kinds.items()
+        if planted[column].notna().all()
+    }
+    rows = [{"kind": kind} | {name: one[name] for name in ("n", "r", "slope")} for kind, one in found.items()]
+    return pd.DataFrame([metrics.flat(row) for row in rows])
 
 
 def reference_errors(rows: pd.DataFrame, **bootstrap: int) -> dict[str, Any]:
@@ -369,7 +470,7 @@ def reference_errors(rows: pd.DataFrame, **bootstrap: int) -> dict[str, Any]:
         "n_subjects"}.
     """
     return {
-        name: mean_with_interval((rows[column] - rows["age"]).abs(), rows["subject_id"], **bootstrap)
+        name: metrics.mean_with_interval((rows[column] - rows["age"]).abs(), rows["subject_id"], **bootstrap)
         for name, column in (("oracle", "brain_age"), ("attainable", "attainable"))
         if column in rows
     }

@@ -16,6 +16,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
+from brainage_nb.cohort.splits import check_splits
+from brainage_nb.evaluation.runs import digest_predictions, is_as_written
 from brainage_nb.models.compute import check_disk, choose_device, choose_precision
 from brainage_nb.models.fit import HISTORY, Trainer, VolumeDataset
 from brainage_nb.models.network import (
@@ -62,12 +64,13 @@ class Job:
         self.network, self.loss = network, loss
         self.settings = replace(settings, loss="own") if loss is not None else settings
         self._check_own()
-        self.scans = _select_scans(splits, store)
+        self.scans = _select_scans(check_splits(splits), store)
         self.members = list_members(self.scans, self.settings)
         self.own = {"network": _name_of(network), "loss": _name_of(loss)}
         self.identity = self.settings.identity() | {
             "fingerprint": store.fingerprint,
             "scans_ages_splits": _digest(self.scans),
+            "scan_files": _digest_files(self.scans, store),
             **{f"own_{name}": value for name, value in self.own.items() if value},
         }
         self.notes: list[str] = []
@@ -119,7 +122,8 @@ class Job:
         rows = sum(len(member.predicted) for member in self.members)
         means = predictions["scan_id"].nunique() if len(self.members) > 1 else 0
         whole = len(history) > 0 and len(predictions) == rows + means
-        return whole and not ((self.run_folder / "checkpoints").exists() and self.unfinished())
+        unfinished = (self.run_folder / "checkpoints").exists() and self.unfinished()
+        return whole and not unfinished and is_as_written(self.run_folder, before)
 
     def run(self, stop: StopRequests, progress, *, fresh: bool = False, only: str = "") -> None:
         """Fit the models that are not finished, or the one named `only`; write the tables once all are."""
@@ -233,9 +237,11 @@ class Job:
             "seconds_per_epoch": round(float(history["seconds"].median()), 3),
             "best_epochs": best[["fold", "seed", "epoch", "val_mae"]].to_dict("records"),
         }
-        write_json(content, self.run_folder / "settings.json")
         rows = [read_csv(self._folder(member) / "predictions.csv") for member in self.members]
-        write_csv(add_means(pd.concat(rows, ignore_index=True)), self.run_folder / "predictions.csv")
+        predictions = add_means(pd.concat(rows, ignore_index=True))
+        content["predictions_sha256"] = digest_predictions(predictions)
+        write_json(content, self.run_folder / "settings.json")
+        write_csv(predictions, self.run_folder / "predictions.csv")
 
 
 def write_predictions(
@@ -290,6 +296,12 @@ def _select_scans(splits: pd.DataFrame, store: VolumeStore) -> pd.DataFrame:
 def _digest(scans: pd.DataFrame) -> str:
     columns = ["scan_id", "subject_id", "age", "split", "fold"]
     return hashlib.sha256(scans[columns].to_csv(index=False).encode()).hexdigest()[:16]
+
+
+def _digest_files(scans: pd.DataFrame, store: VolumeStore) -> str:
+    """Of the scan files that the volumes were made from: another file is another volume."""
+    files = store.index.set_index("scan_id").loc[scans["scan_id"], "source_sha256"]
+    return hashlib.sha256(files.to_csv(index=False).encode()).hexdigest()[:16]
 
 
 def _name_of(own: object) -> str:

@@ -192,13 +192,18 @@ class TrainingSettings:
 def refuse_difference(before: dict[str, Any], now: dict[str, Any], place: Path) -> None:
     """Raise `TrainingRefused` naming every setting that is not what `place` was begun with.
 
-    A setting that is younger than the run counts as its default, which does what was done before it.
+    A setting that is younger than the run counts as its default, which does what was done before it; the
+    scan files of a run that did not record them count as unchanged.
     """
     now = json.loads(json.dumps(now))
-    before = {name: value for name, value in TrainingSettings().to_json().items() if name in now} | before
+    defaults = TrainingSettings().to_json() | {"scan_files": now.get("scan_files")}
+    before = {name: value for name, value in defaults.items() if name in now} | before
     names = [name for name in sorted(set(before) | set(now)) if before.get(name) != now.get(name)]
     if names:
-        listed = "; ".join(f"{name}: was {before.get(name)!r}, now {now.get(name)!r}" for name in names)
+        of = {"scans_ages_splits": " of splits.csv", "scan_files": " behind the volumes"}
+        listed = "; ".join(
+            f"{name}{of.get(name, '')}: was {before.get(name)!r}, now {now.get(name)!r}" for name in names
+        )
         raise TrainingRefused(
             f"{place} was begun with other settings ({listed}). Go on with those, choose another run "
             "name, or set fresh=True to delete it and start again."

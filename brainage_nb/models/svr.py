@@ -23,7 +23,9 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
+from brainage_nb.cohort.splits import check_splits
 from brainage_nb.evaluation.metrics import mean_training_age, regression_metrics
+from brainage_nb.evaluation.runs import digest_predictions, is_as_written
 from brainage_nb.models.settings import COLUMNS, load_table, read_settings
 from brainage_nb.models.vgg16 import (
     SLICES,
@@ -566,9 +568,10 @@ def train_vgg_svr(
     >>> run = train_vgg_svr(features, splits, ws.run("vgg16_svr"), network)
     >>> run.accuracy("test")["late"]["mae"]
     """
-    folder, inputs = Path(run_folder), _inputs(features, splits, network)
+    folder, inputs = Path(run_folder), _inputs(features, check_splits(splits), network)
     before = read_settings(folder)
-    if before.get("inputs") == inputs and (found := _read_run(folder, before)):
+    same = before.get("inputs") == inputs and is_as_written(folder, before)
+    if same and (found := _read_run(folder, before)):
         return found
     if network.weights_sha256 != features.facts["weights_sha256"]:
         raise ValueError("The features come from other weights than this network's: extract them again.")
@@ -589,6 +592,7 @@ def train_vgg_svr(
     spacing_mm, variant = features.facts["spacing_mm"], settings["variant"]
     model = VggSvr(*fusions.values(), network, features.settings, spacing_mm, variant, settings)
     (folder / "settings.json").unlink(missing_ok=True)  # comes last: it is the sign that the rest is whole
+    settings["predictions_sha256"] = digest_predictions(run.predictions)
     model.save(folder / "model")
     for name, columns in TABLES.items():
         write_csv(getattr(run, name)[columns], folder / f"{name}.csv")

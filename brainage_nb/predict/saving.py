@@ -26,10 +26,9 @@ from brainage_nb.bundle_format import (
     write_bundle,
 )
 from brainage_nb.evaluation.correction import ConformalInterval
-from brainage_nb.evaluation.evaluate import calibrate
 from brainage_nb.evaluation.metrics import regression_metrics, with_interval
 from brainage_nb.evaluation.report import load_templates
-from brainage_nb.evaluation.runs import OUT_OF_FOLD, read_run, reported_level
+from brainage_nb.evaluation.runs import OUT_OF_FOLD, calibrate, read_run, reported_level
 from brainage_nb.platforms import version_of
 from brainage_nb.predict.cautions import NOT_A_DEVICE, REFERENCE_FILE, Reference
 from brainage_nb.predict.predictors import NetworkEnsemble, SvrModel, load_network, round_weights

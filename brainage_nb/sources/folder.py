@@ -47,12 +47,15 @@ class FolderCohort:
         `subject_id, session_id, reason`.
     notes : list of str
         What was resolved and by what rule.
+    tables : list of Path
+        The tables that were read.
     """
 
     cohort: pd.DataFrame
     unmatched_images: pd.DataFrame
     unmatched_rows: pd.DataFrame
     notes: list[str] = field(default_factory=list)
+    tables: list[Path] = field(default_factory=list)
 
 
 def match_scans(
@@ -113,6 +116,7 @@ def match_scans(
         _write_relative(unmatched, root),
         _list_unmatched_rows(rows, matches),
         [*images.attrs["notes"], *notes, *_notes_on_matching(rows, matches)],
+        [path, *sorted(data_dir.glob("sub-*/sub-*_sessions.tsv"))],
     )
 
 
@@ -205,6 +209,7 @@ def _join_sets(sets: list[Path], images: pd.DataFrame, columns: Any, root: Any, 
             f"{len(found)} data sets side by side, each with its own table; subjects are named {names}.",
             *(f"{name}: {note}" for name, one in found.items() for note in one.notes),
         ],
+        [table for one in found.values() for table in one.tables],
     )
 
 

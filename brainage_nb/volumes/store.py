@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from brainage_nb.cluster import ClusterError, in_order, open_cluster, process_pool
+from brainage_nb.platforms import n_workers
 from brainage_nb.volumes.preprocessing import as_stored, build_transforms, preprocess
 from brainage_nb.volumes.scans import ScanError, errors_as_reason, load_scan, voxel_file
 from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.workspace import (
     NOTEBOOK_OF,
     copy_verified,
-    n_workers,
     read_json,
     sha256_of,
     write_csv,

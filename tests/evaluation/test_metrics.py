@@ -5,7 +5,7 @@ from scipy import stats
 from sklearn import metrics as sk
 
 from brainage_nb.evaluation.metrics import (
-    TITLES,
+    METRICS,
     age_bins,
     metrics_by_group,
     paired_difference,
@@ -34,8 +34,8 @@ def test_figures_equal_those_of_scikit_learn_and_scipy(made):
         "mean_gap": (predicted - age).mean(),
         "mean_predictor_mae": np.abs(50.0 - age).mean(),
     }
-    assert set(expected) == set(TITLES)
-    assert {name: found[name]["value"] for name in TITLES} == pytest.approx(expected, rel=1e-9)
+    assert set(expected) == set(METRICS)
+    assert {name: found[name]["value"] for name in METRICS} == pytest.approx(expected, rel=1e-9)
     assert found["n"] == found["n_subjects"] == 150
 
 

@@ -82,9 +82,12 @@ def test_training_curves_of_folds_are_one_legend_entry(ax):
 def test_coverage_estimates_and_planted_gaps_are_drawn(made):
     age, predicted = made
     figure, axes = new_figure(3)
-    plots.draw_coverage(coverage(age, predicted - 9, predicted + 9), 0.9, ax=axes[0])
-    table = pd.DataFrame({"label": ["a", "b"], "value": [1.0, 2], "low": [0.5, np.nan], "high": [2, np.nan]})
-    plots.draw_estimates(table, labels=("two", "MAE [years]"), ax=axes[1])
+    inside, shares = coverage(age, predicted - 9, predicted + 9), ("coverage", "share inside")
+    plots.draw_estimates(inside, "coverage", inside["group"], labels=shares, mark=0.9, ax=axes[0])
+    assert axes[0].get_lines()[0].get_xdata().tolist() == inside["coverage"].tolist()
+    assert set(axes[0].get_lines()[1].get_xdata()) == {0.9}
+    table = pd.DataFrame({"mae": [1.0, 2], "mae_low": [0.5, np.nan], "mae_high": [2, np.nan]})
+    plots.draw_estimates(table, "mae", ["a", "b"], labels=("two", "MAE [years]"), ax=axes[1])
     plots.draw_points_and_line(age - 50, 0.5 * (age - 50), labels=LABELS, ax=axes[2])
     assert [text.get_text() for text in axes[1].get_yticklabels()] == ["a", "b"]
     x, y = axes[2].get_lines()[1].get_data()
