@@ -613,6 +613,8 @@ def train_vgg_svr(
     grid = pd.concat([fusion.grid_.assign(variant=name) for name, fusion in fusions.items()])
     changes = {name: (before.get("inputs", {}).get(name, new), new) for name, new in inputs.items()}
     changed = [f"{name}: {old} -> {new}" for name, (old, new) in changes.items() if old != new]
+    if before and not is_as_written(folder, before):
+        changed.append("predictions.csv: not as this run wrote it")
     run = VggRun(folder, rows[~lost], grid, fusions["late"].by_position_, left_out, settings, False, changed)
     spacing_mm, variant = features.facts["spacing_mm"], settings["variant"]
     model = VggSvr(*fusions.values(), network, features.settings, spacing_mm, variant, settings)
