@@ -168,12 +168,11 @@ def evaluate_run(
     calibration = calibrate(run, level)
     corrector, rows = calibration.corrector, calibration.add_gaps(run.predictions)
     test, options = rows[rows["split"] == "test"], {"reference_age": run.reference_age} | bootstrap
-    raw, corrected = (
-        {name: metrics.measure_rows(rows.loc[run.part(name).index], by, **options) for name in run.splits()}
-        if corrector or by == "predicted_age"
-        else {}
-        for by in ("predicted_age", "corrected_age")
-    )
+
+    def measure(column: str) -> dict[str, metrics.Metrics]:
+        parts = {split: rows.loc[run.part(split).index] for split in run.splits()}
+        return {split: metrics.measure_rows(part, column, **options) for split, part in parts.items()}
+
     known = [name for name in ("sex", "site", "diagnosis") if name in test and test[name].ne("").any()]
     groups = [metrics.metrics_by_group(test, name, **options) for name in ("age_bin", *known)]
     planted = pd.DataFrame() if truth is None else add_truth(test, truth)
@@ -181,8 +180,8 @@ def evaluate_run(
         run=run,
         rows=rows,
         calibration=calibration,
-        metrics=raw,
-        corrected=corrected,
+        metrics=measure("predicted_age"),
+        corrected=measure("corrected_age") if corrector else {},
         bias=_bias_before_and_after(run, corrector) if corrector else pd.DataFrame(),
         coverage=coverage(test["age"], test["low"], test["high"]),
         groups=pd.concat(groups, ignore_index=True),

@@ -365,12 +365,12 @@ def read_truth(workspace: Workspace, path: str | Path = "") -> pd.DataFrame | No
 
     With `attainable` (years, see `attainable_ages`) where there are people enough to fit it on.
     """
-    at = [workspace.path("demo", "truth.csv"), workspace.path("truth.csv")]
-    at += sorted(workspace.root.glob("*/truth.csv"))
-    found = Path(path) if str(path) else next((place for place in at if place.exists()), None)
-    if found is None:
+    places = [
+        place for name in ("demo/", "", "*/") for place in sorted(workspace.root.glob(f"{name}truth.csv"))
+    ]
+    if not (str(path) or places):
         return None
-    truth = read_csv(found)
+    truth = read_csv(path or places[0])
     if truth["subject_id"].nunique() >= FEWEST_ATTAINABLE:
         truth["attainable"] = attainable_ages(truth)
     return truth
