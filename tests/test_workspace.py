@@ -59,7 +59,9 @@ def test_finish_records_rows_and_parameters_and_begin_voids_them(tmp_path):
     assert ws.begin("01_data_access").result("01_data_access") is None
 
 
-def test_files_that_changed_after_a_notebook_read_them_are_named_with_where_to_run_from(tmp_path, capsys):
+def test_files_that_changed_after_a_notebook_read_them_are_named_with_where_to_run_from(
+    tmp_path, capsys, monkeypatch
+):
     ws = open_workspace(tmp_path / "ws")
     table, scan, other = tmp_path / "people.tsv", ws.path("scan.nii"), ws.path("other.nii")
     for path in (table, scan, other):
@@ -69,6 +71,9 @@ def test_files_that_changed_after_a_notebook_read_them_are_named_with_where_to_r
     os.utime(scan, (1, 1))  # another time, the same content
     ws.begin("03_preprocessing_preview")
     assert workspace.find_stale(ws) == {} and not capsys.readouterr().out
+    monkeypatch.setattr(workspace, "sha256_of", lambda path: pytest.fail(f"{path} is read a second time"))
+    assert workspace.find_stale(ws) == {}
+    monkeypatch.undo()
     scan.write_text("two")
     table.write_text("three")
     other.unlink()
