@@ -25,7 +25,7 @@ from brainage_nb.evaluation.correction import (
     CorrectionRefused,
     EvaluationError,
 )
-from brainage_nb.workspace import Workspace, open_workspace, read_csv, read_json, sha256_of
+from brainage_nb.workspace import Workspace, read_csv, read_json, sha256_of
 
 KEYS = ["scan_id", "subject_id", "session_id", "split"]
 COLUMNS = [*KEYS, "fold", "seed", "variant", "age", "predicted_age"]  # of predictions.csv
@@ -139,7 +139,7 @@ class RunEvaluation:
         return self.rows[self.rows["split"] == "test"]
 
 
-def read_run(workspace: Workspace | Path | str, name: str) -> Run:
+def read_run(ws: Workspace, name: str) -> Run:
     """Read `runs/<name>` and check it against what it was trained on.
 
     Raises
@@ -150,7 +150,6 @@ def read_run(workspace: Workspace | Path | str, name: str) -> Run:
         `predictions.csv` is not as the run wrote it, holds what is no prediction, puts a subject into two
         splits, or differs from `splits.csv` or `cohort.csv`; `splits.csv` contradicts itself.
     """
-    ws = workspace if isinstance(workspace, Workspace) else open_workspace(workspace)
     source, history = f"runs/{name}/predictions.csv", ws.path("runs", name, "history.csv")
     members, settings = read_csv(ws.need(source)), read_json(ws.need(f"runs/{name}/settings.json"))
     if not is_as_written(ws.path(source).parent, settings):
