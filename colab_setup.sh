@@ -54,6 +54,7 @@ PY
 choose_place() {
   local marker here=${BASH_SOURCE[0]:-}
   from=${BRAINAGE_SOURCE:-}
+  [[ $from != -* ]] || from=./$from  # a name, not an option
   [ -z "$from" ] || return 0
   for marker in /kaggle/input/*/$MARKER /kaggle/input/*/*/$MARKER /kaggle/input/*/*/*/$MARKER; do
     if [ -f "$marker" ]; then
@@ -72,7 +73,7 @@ choose_arguments() {
   if [ -f "$from/$MARKER" ]; then
     arguments=(--no-index "--find-links=$from" "brainage-nb==$VERSION")
   elif [ -e "$from" ]; then
-    arguments=("$from")
+    arguments=(-- "$from")
   elif [[ $from == *://*/ ]]; then
     arguments=("--find-links=$from" "brainage-nb==$VERSION")
   elif [[ $from == *://* ]]; then

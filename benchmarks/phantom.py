@@ -23,7 +23,8 @@ from brainage_nb.demo.cohort import (
     mean_predictor_mae,
     oracle_mae,
 )
-from brainage_nb.workspace import n_workers, read_csv
+from brainage_nb.platforms import n_workers
+from brainage_nb.workspace import read_csv
 
 BARS = {"ridge": (7.0, 9.0), "attainable": (3.2, 3.8), "oracle": (2.8, 3.2)}  # years
 MANY = 2000  # subjects from whose truth (no images) the attainable MAE and the oracle are judged

@@ -94,8 +94,8 @@ def in_a_row(bundle, scan: Path, n: int, rounds: int) -> tuple[float, float, flo
     """
     from concurrent.futures import ThreadPoolExecutor
 
+    from brainage_nb.platforms import n_workers
     from brainage_nb.volumes.preprocessing import as_stored, preprocess
-    from brainage_nb.workspace import n_workers
 
     def prepare():
         with ThreadPoolExecutor(n_workers()) as pool:

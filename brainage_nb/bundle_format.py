@@ -21,7 +21,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from brainage_nb.workspace import write_json, write_text, writing
+from brainage_nb.platforms import default_root
+from brainage_nb.workspace import MissingInput, read_json, write_json, write_text, writing
 
 FORMAT = 1  # raise it when an older reader would misread a newer bundle
 MANIFEST, CARD = "bundle.json", "README.md"
@@ -375,6 +376,23 @@ def _write_arrays(path: Path, named: Mapping[str, np.ndarray]) -> dict[str, Any]
 
 def _listing(content: bytes) -> dict[str, Any]:
     return {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+def find_bundles() -> tuple[list[Path], list[str]]:
+    """Bundles of the default workspace and `./workspace/demo`: newest workspace first, networks first.
+
+    Beside them, a sentence on each whose `bundle.json` is damaged.
+    """
+    known, damaged = [], []
+    for root in {root.absolute() for root in (default_root(), Path("workspace"), Path("workspace", "demo"))}:
+        made = {file: file.stat().st_mtime for file in root.glob(f"runs/*/bundle/{MANIFEST}")}
+        newest = max(made.values(), default=0.0)
+        for file, time in made.items():
+            try:
+                known.append((newest, read_json(file, "kind")["kind"] == RESNET, time, file.parent))
+            except MissingInput as error:
+                damaged.append(str(error))
+    return [place for *_, place in sorted(known, reverse=True)], damaged
 
 
 # --- who was in it --------------------------------------------------------------------------------------

@@ -1,34 +1,40 @@
-"""The command `brainage-nb`: run the notebooks headless, list them, predict scans, open the app."""
+"""The command `brainage-nb`: run the notebooks headless, list what can be set, predict scans, open the app.
+
+What a command needs is imported when it runs: help and `list` are there at once.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from brainage_nb import __version__
-from brainage_nb.apps import predict_cli
+from brainage_nb import __version__, pipeline
+from brainage_nb.parameters import ParameterError, format_value
+from brainage_nb.pipeline import NotebookFailed, NotebookPaused
+from brainage_nb.workspace import Workspace, guard_formula, locate_workspace, open_workspace, write_csv
+
+if TYPE_CHECKING:
+    from brainage_nb.predict.bundle import Bundle
+    from brainage_nb.predict.cautions import Failure, Prediction
+
+STATUS = {ParameterError: 2, FileNotFoundError: 2, NotebookPaused: 75, NotebookFailed: 1, OSError: 1}
+"""What a command ends with for an error; 0 is well, 130 interrupted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 well, 1 a notebook failed, 2 wrong usage, 75 paused."""
-    options = _parser().parse_args(arguments)
-    from brainage_nb.parameters import ParameterError
-    from brainage_nb.pipeline import NotebookFailed, NotebookPaused
-
+    options = _make_parser().parse_args(arguments)
     try:
         return options.command(options)
-    except (ParameterError, FileNotFoundError) as error:
+    except tuple(STATUS) as error:
         print(f"brainage-nb: {error}", file=sys.stderr)
-        return 2
-    except NotebookPaused as error:
-        print(f"brainage-nb: {error}", file=sys.stderr)
-        return 75
-    except (NotebookFailed, OSError) as error:
-        print(f"brainage-nb: {error}", file=sys.stderr)
-        return 1
+        return next(status for kind, status in STATUS.items() if isinstance(error, kind))
     except KeyboardInterrupt:
         print(
             "brainage-nb: interrupted; finished work is kept, run the same command to go on.", file=sys.stderr
@@ -36,82 +42,270 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="brainage-nb", description="From T1 scans and ages to an evaluated brain-age model."
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    run = commands.add_parser("run", help="run the notebooks in order, skipping what is done")
-    run.add_argument(
-        "--workspace", default="", help="folder for everything written (default: the platform's usual place)"
+    def add(name: str, call: Callable[..., int], told: str, *examples: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=told,
+            description=f"{told[0].upper()}{told[1:]}.",
+            epilog="examples:\n" + "\n".join(f"  brainage-nb {name} {example}" for example in examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(command=call)
+        return command
+
+    run = add(
+        "run",
+        run_command,
+        "run the notebooks in order, skipping what is done",
+        "--workspace workspace/demo",
+        "-p source=folder -p data_dir=scans -p table=ages.csv --dry-run",
+        "--from 04 --to 04 -p epochs=40 -p weight_decay=1e-3",
     )
+    place = str(locate_workspace()).replace("%", "%%")  # argparse fills in what follows a %
+    run.add_argument("--workspace", default="", help=f"folder for everything written (default: {place})")
     run.add_argument("--from", dest="first", default="", metavar="NN", help="first notebook, as 02")
     run.add_argument("--to", dest="last", default="", metavar="NN", help="last notebook, as 04")
     run.add_argument("--again", action="store_true", help="run also what is done")
-    run.add_argument(
-        "-p",
-        dest="parameters",
-        action="append",
-        default=[],
-        metavar="name=value",
-        help="anything that `brainage-nb list` names (repeatable)",
-    )
-    run.set_defaults(command=_run)
+    run.add_argument("--dry-run", action="store_true", help="check everything and say what would run")
+    told = "anything that `brainage-nb list` names (repeatable)"
+    run.add_argument("-p", dest="parameters", action="append", default=[], metavar="name=value", help=told)
 
-    predict_cli.add_parsers(commands)
-
-    listing = commands.add_parser("list", help="show the notebooks and everything that can be set in them")
+    told = "show the notebooks and everything that can be set in them"
+    listing = add("list", list_command, told, "", "04")
     listing.add_argument("notebook", nargs="?", default="", metavar="NN", help="one notebook, as 04")
-    listing.set_defaults(command=_list)
+
+    predict = add(
+        "predict",
+        predict_command,
+        "predict the age of scans with a saved model",
+        "head.nii.gz",
+        "scans/ --table ages.csv --out results.csv",
+        "head.nii.gz --bundle workspace/runs/resnet18/bundle --explain",
+    )
+    told = "bundle folder or .zip (default: the newest in the workspace)"
+    predict.add_argument("--bundle", default="", help=told)
+    predict.add_argument("scans", nargs="+", metavar="SCAN", help="NIfTI or MGH file, or a folder of them")
+    told = "table with true ages (CSV, TSV, XLS, XLSX), for the gaps"
+    predict.add_argument("--table", default="", help=told)
+    predict.add_argument("--out", default="", help="write the results to this CSV file")
+    told = "write a heat map (NIfTI, PNG) of each scan beside the results"
+    predict.add_argument("--explain", action="store_true", help=told)
+    predict.add_argument("--jobs", type=int, default=0, help="scans prepared at once (default: processors)")
+    told = "where the model computes (default auto: a GPU where one works and there are many scans)"
+    predict.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=told)
+
+    told = "open the prediction app in a browser"
+    app = add("app", app_command, told, "", "--bundle model.zip --port 8600 --no-browser")
+    app.add_argument("--bundle", default="", help="bundle to offer first (default: those of the workspace)")
+    app.add_argument("--port", type=int, default=8501, help="port (default: 8501)")
+    app.add_argument("--no-browser", action="store_true", help="only serve; do not open a browser")
     return parser
 
 
-def _run(options: argparse.Namespace) -> int:
-    from brainage_nb.parameters import ParameterError
-    from brainage_nb.pipeline import find_notebooks, parse_overrides, run_notebooks
-    from brainage_nb.workspace import open_workspace
+# --- run and list ---------------------------------------------------------------------------------------
 
-    _end_as_interrupted()
-    notebooks = find_notebooks(options.first, options.last)
-    overrides = parse_overrides(options.parameters, notebooks)
+
+def run_command(options: argparse.Namespace) -> int:
+    """Run the notebooks; with `--dry-run` only say which would run, and with what."""
+    notebooks = pipeline.find_notebooks(options.first, options.last)
+    overrides = pipeline.parse_overrides(options.parameters, notebooks)
     named = overrides.pop("workspace", "")
     if named and options.workspace not in ("", named):
         raise ParameterError(f"--workspace {options.workspace} and -p workspace={named}: give one of them.")
-    workspace = open_workspace(options.workspace or named)
-    run_notebooks(notebooks, workspace, overrides, again=options.again)
+    root = options.workspace or named
+    if options.dry_run:
+        there = Workspace(locate_workspace(root))
+        plan = pipeline.plan_run(notebooks, there, overrides, again=options.again)
+        for notebook, values, done in plan:
+            lines = "".join(f"\n      {name} = {value!r}" for name, value in values.items())
+            print(f"{notebook.name}: {'done before, nothing to do' if done else f'would run with{lines}'}")
+        return 0
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+            # A batch system or a closing terminal ends, as Ctrl-C does, the kernel and its workers too.
+            signal.signal(number, signal.default_int_handler)
+    workspace = open_workspace(root)
+    pipeline.run_notebooks(notebooks, workspace, overrides, again=options.again)
     report = workspace.path("evaluation", "report.html")
     if report.exists():
         print(f"Report: {report}")
     return 0
 
 
-def _end_as_interrupted() -> None:
-    """Let a batch system or a closing terminal, as Ctrl-C does, end the kernel and its workers too."""
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
-            signal.signal(number, signal.default_int_handler)
-
-
-def _list(options: argparse.Namespace) -> int:
-    from brainage_nb.pipeline import find_notebooks
-
-    for notebook in find_notebooks(options.notebook, options.notebook):
+def list_command(options: argparse.Namespace) -> int:
+    """Print each notebook with its parameters: name, default, meaning, choices."""
+    for notebook in pipeline.find_notebooks(options.notebook, options.notebook):
         print(notebook.name)
         cell = notebook.cell_parameters()
         for name, item in notebook.parameters().items():
             choices = f" ({item.expected})" if item.choices else ""
             mark = " " if name in cell else "+"
-            line = f"{mark} {name:<22} {_shown(item.default):<14} {item.comment}{choices}"
+            line = f"{mark} {name:<22} {format_value(item.default) or '-':<14} {item.comment}{choices}"
             print(textwrap.fill(line, 110, subsequent_indent=" " * 40))
         print()
     print('+ is set by -p name=value too, and in a notebook by more = "name=value name=value".')
     return 0
 
 
-def _shown(default: object) -> str:
-    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default) or "-"
+# --- predict --------------------------------------------------------------------------------------------
+
+
+def predict_command(options: argparse.Namespace) -> int:
+    """Predict every scan; returns 0 where all have a result, 1 where some have none."""
+    from tqdm import tqdm
+
+    from brainage_nb.models.compute import chosen_device, name_of
+    from brainage_nb.predict.bundle import load_bundle
+    from brainage_nb.predict.cautions import Prediction
+    from brainage_nb.predict.explain import explain
+
+    try:
+        scans = find_scans(options.scans)
+        ages = find_ages(scans, options.table) if options.table else None
+        device, why = chosen_device(options.device, len(scans))
+        bundle = load_bundle(options.bundle or find_newest_bundle(), device)
+    except (ValueError, OSError) as error:
+        raise ParameterError(str(error)) from error
+    print(f"{len(scans)} scan(s), computed on {name_of(bundle.model.device)}{why and f' ({why})'}.")
+    out = Path(options.out).absolute()
+    maps = out.with_name(f"{out.stem}_heat_maps") if options.out else Path("heat_maps").absolute()
+    results, n_folders = [], count_telling_folders(scans)
+    found = bundle.predict_many(scans, ages, n_jobs=options.jobs)
+    for result in tqdm(found, total=len(scans), desc="scans", unit="scan", leave=False):
+        results.append(result)
+        if options.explain and isinstance(result, Prediction):
+            explain(bundle, result).save(maps, result, n_folders=n_folders)
+    return _report(bundle, results, options.out, maps if options.explain else None)
+
+
+def find_scans(given: Sequence[str]) -> list[Path]:
+    """The files named, and the scans in the folders named; prints what is no scan there, with the reason."""
+    from brainage_nb.cohort.images import find_images
+
+    scans: list[Path] = []
+    for item in map(Path, given):
+        if not item.is_dir():
+            scans.append(item)
+            continue
+        images = find_images(item)
+        for left in images.attrs["left_out"].itertuples():
+            print(f"Left out, name it to predict it: {left.image}: {left.reason}.")
+        if images.empty:
+            raise FileNotFoundError(f"No NIfTI or MGH image of a scan lies in {item}.")
+        scans += map(Path, images["image"])
+    return scans
+
+
+def find_ages(scans: Sequence[Path], table: str) -> list[float | None]:
+    """True ages in years from a participants table; says by what rules, and which scans have none and why."""
+    from brainage_nb.sources.folder import ages_of_scans
+
+    ages, reasons, notes = ages_of_scans(scans, table)
+    for note in notes:
+        print(f"{table}: {note}")
+    for scan, reason in zip(scans, reasons, strict=True):
+        if reason:
+            print(f"{scan}: no true age: {reason}")
+    return ages
+
+
+def find_newest_bundle() -> Path:
+    """The newest bundle of the usual workspaces; says which are damaged."""
+    from brainage_nb.bundle_format import find_bundles
+
+    found, damaged = find_bundles()
+    for sentence in damaged:
+        print(f"Left out: {sentence}")
+    if not found:
+        raise FileNotFoundError(
+            "No bundle was named and none lies in the workspace. Give --bundle, or make one: `make demo`, or "
+            "notebook 04 or 05."
+        )
+    return found[0]
+
+
+def count_telling_folders(scans: Iterable[Path | str]) -> int:
+    """How many of the last folders of their paths tell files of one name apart; 0 where names differ."""
+    parts = {Path(os.path.abspath(scan)).parts for scan in scans}
+    return next(n for n in range(max(map(len, parts))) if len({p[-1 - n :] for p in parts}) == len(parts))
+
+
+def _report(bundle: Bundle, results: list[Prediction | Failure], out: str, maps: Path | None) -> int:
+    """Print a table of all results and their sentences; write the CSV file where one is wanted."""
+    import pandas as pd
+
+    from brainage_nb.predict.cautions import COLUMNS, NOT_A_DEVICE, Failure
+
+    frame = pd.DataFrame([result.to_dict() for result in results], columns=list(COLUMNS))
+    numbers = ("predicted_age", "low", "high", "corrected_age", "age", "gap", "adjusted_gap")
+    shown = [name for name in numbers if frame[name].notna().any()]
+    print(f"{bundle.title}; ages in years.")
+    from_here = -1 - count_telling_folders(frame["path"])
+    names = [os.path.join(*Path(os.path.abspath(path)).parts[from_here:]) for path in frame["path"]]
+    with pd.option_context("display.width", 200, "display.max_colwidth", 40, "display.precision", 1):
+        print(frame.assign(scan=names)[["scan", *shown, "warnings"]].to_string(index=False, na_rep=""))
+    for name, result in zip(names, results, strict=True):
+        failure = isinstance(result, Failure)
+        for sentence in [result.sentence] if failure else [caution.sentence for caution in result.warnings]:
+            print(f"  {name}: {sentence.removeprefix(f'{result.scan}: ')}")
+    print(NOT_A_DEVICE)
+    if out:
+        print(f"Written: {write_csv(frame.map(guard_formula), out)}")
+    if maps:
+        print(f"Heat maps: {maps}")
+    n_failed = sum(isinstance(result, Failure) for result in results)
+    if n_failed:
+        print(f"brainage-nb: {n_failed} of {len(results)} scans have no result.", file=sys.stderr)
+    return int(n_failed > 0)
+
+
+# --- app ------------------------------------------------------------------------------------------------
+
+
+def app_command(options: argparse.Namespace) -> int:
+    """Serve the app on this machine until this process is ended, which ends the server too."""
+    from brainage_nb.bundle_format import BundleError, open_bundle
+
+    try:
+        from streamlit.web import cli as streamlit
+
+        if options.bundle:
+            open_bundle(options.bundle)
+    except ImportError:
+        raise ParameterError("Streamlit is not installed. Run: pip install 'brainage-nb[app]'") from None
+    except BundleError as error:
+        raise ParameterError(str(error)) from error
+    arguments = app_arguments(options.port, options.bundle, browser=not options.no_browser)
+    return streamlit.main(arguments, standalone_mode=False) or 0
+
+
+def app_arguments(port: int, bundle: str = "", *, browser: bool = False) -> list[str]:
+    """What Streamlit is started with: the app on the loopback address only, asking for no e-mail address
+    and sending no usage statistics.
+    """
+    settings: dict[str, Any] = {
+        "server.address": "127.0.0.1",
+        "server.port": port,
+        "server.headless": str(not browser).lower(),
+        "server.showEmailPrompt": "false",
+        "server.maxUploadSize": 1024,
+        "server.fileWatcherType": "none",
+        "browser.gatherUsageStats": "false",
+        "client.toolbarMode": "minimal",
+        "client.showErrorDetails": "none",
+        "theme.base": "light",
+        "theme.primaryColor": "#0072B2",
+    }
+    script = Path(__file__).parent / "apps" / "streamlit_app.py"
+    given = ["--", "--bundle", str(Path(bundle).absolute())] if bundle else []
+    return ["run", str(script), *(f"--{name}={value}" for name, value in settings.items()), *given]
 
 
 if __name__ == "__main__":

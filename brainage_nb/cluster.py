@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from brainage_nb.platforms import version_of
-from brainage_nb.workspace import n_workers
+from brainage_nb.platforms import n_workers, version_of
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -95,15 +94,11 @@ def in_order(
         on where they stopped.
     """
     waiting: deque = deque()
-
-    def hand_out(task: tuple) -> None:
-        waiting.append((task, client.submit(function, *task, pure=False)))
-
     try:
         for task in tasks:
             while len(waiting) >= WAITING_PER_THREAD * max(1, sum(client.nthreads().values())):
                 yield _result(client, function, *waiting.popleft(), again)
-            hand_out(task)
+            waiting.append((task, client.submit(function, *task, pure=False)))
         while waiting:
             yield _result(client, function, *waiting.popleft(), again)
     finally:

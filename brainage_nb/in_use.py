@@ -8,7 +8,6 @@ is gone is followed by the next number, which only one process can create.
 from __future__ import annotations
 
 import atexit
-import getpass
 import json
 import os
 import platform
@@ -17,11 +16,15 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import psutil
+
+from brainage_nb.platforms import find_shell
 
 RECORDS = ".in_use.*.json"
 BEAT = 10.0  # seconds between two signs of life
@@ -37,7 +40,7 @@ class WorkspaceInUse(OSError):
 
 
 class Use:
-    """The use of a workspace by this process, until `end`.
+    """The use of a workspace by this process, until `end` or the end of a `with` block.
 
     Parameters
     ----------
@@ -55,34 +58,43 @@ class Use:
     """
 
     def __init__(self, root: Path, who: str, say: Callable[[str], Any] = print) -> None:
-        self.root, self.busy, self.displaced = root, True, False
+        self.root, self.busy, self.displaced = root.resolve(), True, False
+        end_use(root)
         self.record = {
             "token": uuid.uuid4().hex,
             "who": who,
-            "user": _user(),
+            "user": psutil.Process().username(),
             "host": platform.node(),
-            "machine": _machine(),
+            "machine": _identify_machine(),
             "pid": os.getpid(),
             "since": datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
         }
         self._writing, self._ended = threading.Lock(), threading.Event()
         self.path = self._create(say)
+        _uses[self.root] = self
         threading.Thread(target=self._live, daemon=True).start()
         atexit.register(self.end)
+
+    def __enter__(self) -> Use:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.end()
 
     def _create(self, say: Callable[[str], Any]) -> Path:
         """Create the record with the next number, once nobody living has the highest one."""
         while True:
-            before = _newest(self.root)
+            before = _find_newest(self.root)
             if before:
                 _refuse_the_living(before, self.root, say)
-            path = self.root / RECORDS.replace("*", f"{_number(before) + 1:06d}")
+            number = int(before.name.split(".")[2]) + 1 if before else 1
+            path = self.root / RECORDS.replace("*", f"{number:06d}")
             try:
                 with open(path, "x", encoding="utf-8") as stream:
                     stream.write(self._text())
             except FileExistsError:
                 continue  # another process was quicker
-            if _newest(self.root) == path and (before is None or before.exists()):
+            if _find_newest(self.root) == path and (before is None or before.exists()):
                 break
             path.unlink(missing_ok=True)  # what was seen before was over already
         for old in self.root.glob(RECORDS):
@@ -97,36 +109,34 @@ class Use:
     def _live(self) -> None:
         """Give signs of life while something runs; interrupt it where another user has taken over."""
         while not self._ended.wait(BEAT):
-            if self.busy and not self._renew():
-                print(f"INTERRUPTED: {self._story()}", file=sys.stderr, flush=True)
+            try:
+                if self.busy:
+                    self.check()
+            except WorkspaceInUse as error:
+                print(f"INTERRUPTED: {error}", file=sys.stderr, flush=True)
                 os.kill(os.getpid(), signal.SIGINT)
                 return
 
     def _renew(self) -> bool:
         """Write a sign of life; False where the workspace is another's by now."""
         with self._writing:
-            newest = _newest(self.root)
+            newest = _find_newest(self.root)
             found = _read(newest) if newest else {}
             self.displaced |= found.get("token", self.record["token"]) != self.record["token"]
             if not self.displaced and not self._ended.is_set():
-                try:
-                    with open(self.path, "r+", encoding="utf-8") as stream:
-                        stream.write(self._text())
-                except OSError:
-                    pass  # the network is away for a moment, or somebody removed the file
+                # the network may be away for a moment, or somebody removed the file
+                with suppress(OSError), open(self.path, "r+", encoding="utf-8") as stream:
+                    stream.write(self._text())
         return not self.displaced
-
-    def _story(self) -> str:
-        return (
-            f"The workspace {self.root} was taken over by another run or notebook while "
-            f"{self.record['who']} gave no sign of life. What both wrote may be mixed: run this one again "
-            "from its beginning."
-        )
 
     def check(self) -> None:
         """Raise `WorkspaceInUse` where another user has taken over meanwhile."""
         if not self._renew():
-            raise WorkspaceInUse(self._story())
+            raise WorkspaceInUse(
+                f"The workspace {self.root} was taken over by another run or notebook while "
+                f"{self.record['who']} gave no sign of life. What both wrote may be mixed: run this one "
+                "again from its beginning."
+            )
 
     def end(self) -> None:
         """Leave the workspace to others."""
@@ -139,10 +149,21 @@ class Use:
                 self.path.unlink(missing_ok=True)
         if _uses.get(self.root) is self:
             del _uses[self.root]
-        _forget_cells(self)
+        self._forget_cells()
 
     # IPython calls these around each cell of a notebook run by hand: between two cells it is idle, and
     # another notebook may take over, after which its own next cell must not run on.
+
+    def _watch_cells(self) -> None:
+        if shell := find_shell():
+            shell.ast_transformers.append(self)
+            shell.events.register("post_execute", self.pause)
+
+    def _forget_cells(self) -> None:
+        shell = find_shell()
+        if shell and self in shell.ast_transformers:
+            shell.ast_transformers.remove(self)
+            shell.events.unregister("post_execute", self.pause)
 
     def visit(self, cell: Any) -> Any:
         """Before a cell, as one of IPython's `ast_transformers`: go on, or reject it."""
@@ -151,7 +172,7 @@ class Use:
         self.busy = True
         if not self._renew() or not self.path.exists():
             self.displaced = True
-            _forget_cells(self)
+            self._forget_cells()
             raise InputRejected(
                 f"Since this notebook's last cell the workspace {self.root} was used by another run or "
                 "notebook. Run this notebook again from its first cell."
@@ -169,18 +190,13 @@ def use_in_notebook(root: Path, notebook: str) -> None:
 
     A notebook that `brainage-nb run` runs is covered by that run's own use.
     """
-    root = root.resolve()
-    newest = _newest(root)
+    newest, before = _find_newest(root), _uses.get(root.resolve())
     if newest and _read(newest).get("token", "") == os.environ.get(COVERED):
         return
-    if root in _uses and not _uses[root].displaced:
-        _uses[root].record["who"] = f"notebook {notebook}"
-        return
-    end_use(root)
-    _uses[root] = use = Use(root, f"notebook {notebook}")
-    if shell := _shell():
-        shell.ast_transformers.append(use)
-        shell.events.register("post_execute", use.pause)
+    if before and not before.displaced:
+        before.record["who"] = f"notebook {notebook}"
+    else:
+        Use(root, f"notebook {notebook}")._watch_cells()
 
 
 def check_use(root: Path) -> None:
@@ -195,47 +211,35 @@ def end_use(root: Path) -> None:
         use.end()
 
 
-@contextmanager
-def used(root: Path, who: str, say: Callable[[str], Any] = print) -> Iterator[Use]:
-    """Use a workspace in a block."""
-    root = root.resolve()
-    end_use(root)
-    _uses[root] = use = Use(root, who, say)
-    try:
-        yield use
-    finally:
-        use.end()
-
-
 def _refuse_the_living(path: Path, root: Path, say: Callable[[str], Any]) -> None:
     """Return once the user of a record is known to be gone or idle; raise `WorkspaceInUse` if it lives."""
     seen = _read(path)
-    here, idle = seen.get("machine") == _machine(), seen.get("idle", False)
+    here, idle = seen.get("machine") == _identify_machine(), seen.get("idle", False)
     gone = here and not _lives(seen)
     living = here and not gone and not idle
     if not living and not gone:
         silent = max(2.5 * BEAT, SILENT - max(0.0, time.time() - seen.get("time", 0.0)))
         wait = BETWEEN_CELLS if here else 2.5 * BEAT if idle else silent
         if not here:
-            say(f"The workspace was in use by {_told(seen)}. Watching for {wait:.0f} s whether it lives.")
-        living = _changes(path, seen, wait)
+            say(f"The workspace was in use by {_describe(seen)}. Watching for {wait:.0f} s whether it lives.")
+        living = _is_renewed(path, seen, wait)
     if living:
         raise WorkspaceInUse(
-            f"The workspace {root} is in use by {_told(_read(path))}. Wait for its end or end it, or take "
-            "another workspace (brainage-nb run --workspace FOLDER; in a notebook the parameter `workspace`)."
+            f"The workspace {root} is in use by {_describe(_read(path))}. Wait for its end or end it, or "
+            "take another workspace (brainage-nb run --workspace FOLDER; in a notebook the parameter "
+            "`workspace`)."
         )
-    if not path.exists():
-        return  # it has ended by now
-    state = "stands idle" if idle and not gone else "is gone without having ended"
-    say(f"Taking over the workspace from {_told(seen)}, which {state}.")
+    if path.exists():  # else it has ended by now
+        state = "stands idle" if idle and not gone else "is gone without having ended"
+        say(f"Taking over the workspace from {_describe(seen)}, which {state}.")
 
 
-def _told(record: dict[str, Any]) -> str:
+def _describe(record: dict[str, Any]) -> str:
     facts = dict.fromkeys(("who", "pid", "user", "host", "since"), "?") | record
     return "{who}, process {pid} of {user} on {host}, since {since}".format_map(facts)
 
 
-def _changes(path: Path, seen: dict[str, Any], seconds: float) -> bool:
+def _is_renewed(path: Path, seen: dict[str, Any], seconds: float) -> bool:
     """Whether a record is renewed in so many seconds; its end is no change."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and path.exists():
@@ -247,8 +251,6 @@ def _changes(path: Path, seen: dict[str, Any], seconds: float) -> bool:
 
 def _lives(seen: dict[str, Any]) -> bool:
     """Whether a process of this machine still runs; its number may have gone to a later one."""
-    import psutil
-
     try:
         process = psutil.Process(seen["pid"])
         return process.status() != psutil.STATUS_ZOMBIE and process.create_time() < seen["time"] + 2
@@ -258,46 +260,23 @@ def _lives(seen: dict[str, Any]) -> bool:
         return True
 
 
-def _newest(root: Path) -> Path | None:
+def _find_newest(root: Path) -> Path | None:
     return max(root.glob(RECORDS), default=None)
 
 
-def _number(record: Path | None) -> int:
-    return int(record.name.split(".")[2]) if record else 0
-
-
 def _read(path: Path) -> dict[str, Any]:
-    """A record; {} where it is just being written, or gone."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    """A record; {} where it is just being written, torn, or gone."""
+    with suppress(OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    return {}
 
 
-def _machine() -> str:
+def _identify_machine() -> str:
     """This machine until its next start, and this container on it: where a process number means something."""
     facts = [platform.node()]
-    try:
+    with suppress(OSError):  # not Linux, or hidden
         facts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         facts.append(os.readlink("/proc/self/ns/pid"))
-    except OSError:
-        pass  # not Linux, or hidden
     return " ".join(facts)
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):
-        return "?"
-
-
-def _shell() -> Any:
-    return getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-
-
-def _forget_cells(use: Use) -> None:
-    shell = _shell()
-    if shell and use in shell.ast_transformers:
-        shell.ast_transformers.remove(use)
-        shell.events.unregister("post_execute", use.pause)

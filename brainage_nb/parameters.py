@@ -173,10 +173,11 @@ def split_more(text: str) -> dict[str, str]:
 
 def join_more(values: Mapping[str, Any]) -> str:
     """The text that `split_more` reads back, names in alphabetical order."""
-    return " ".join(f"{name}={shlex.quote(_text(value))}" for name, value in sorted(values.items()))
+    return " ".join(f"{name}={shlex.quote(format_value(value))}" for name, value in sorted(values.items()))
 
 
-def _text(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """A value as `-p` and `more` take it: several with commas."""
     return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 

@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from brainage_nb.in_use import COVERED, Use, used
+from brainage_nb.in_use import COVERED, RECORDS, Use
 from brainage_nb.parameters import (
     Parameter,
     ParameterError,
@@ -33,10 +33,11 @@ from brainage_nb.parameters import (
     split_more,
 )
 from brainage_nb.workspace import (
-    MissingInput,
     Workspace,
     describe_stale,
+    explain_write_errors,
     find_stale,
+    read_csv,
     read_json,
     write_json,
 )
@@ -75,7 +76,7 @@ class Notebook:
 
     def cells(self) -> list[dict[str, Any]]:
         """Its cells, source as one text."""
-        cells = read_json(self.path)["cells"]
+        cells = read_json(self.path, "cells")["cells"]
         return [cell | {"source": "".join(cell["source"])} for cell in cells]
 
     def cell_parameters(self) -> dict[str, Parameter]:
@@ -87,18 +88,12 @@ class Notebook:
 
     def settings_classes(self) -> list[type]:
         """The settings classes that the notebook gives to `read_parameters`: `more` sets their fields."""
-        for cell in self.cells():
-            if cell["cell_type"] == "code" and "read_parameters(" in cell["source"]:
-                nodes = list(ast.walk(ast.parse(cell["source"])))
-                homes = {
-                    alias.name: node.module
-                    for node in nodes
-                    if isinstance(node, ast.ImportFrom)
-                    for alias in node.names
-                }
-                (call,) = (node for node in nodes if ast.unparse(node).startswith("read_parameters("))
-                return [getattr(import_module(homes[item.id]), item.id) for item in call.args[1:]]
-        return []
+        source = next((cell["source"] for cell in self.cells() if "= read_parameters(" in cell["source"]), "")
+        nodes = list(ast.walk(ast.parse(source)))
+        imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        homes = {alias.name: node.module for node in imports for alias in node.names}
+        calls = [node for node in nodes if ast.unparse(node).startswith("read_parameters(")]
+        return [getattr(import_module(homes[item.id]), item.id) for call in calls for item in call.args[1:]]
 
     def parameters(self) -> dict[str, Parameter]:
         """Everything that can be set: the parameters cell, then the fields behind `more`."""
@@ -119,12 +114,12 @@ class Notebook:
         """Raise `ParameterError` for what this notebook would refuse: values, choices, files, folders."""
         known = self.parameters()
         given = {**overrides, **split_more(overrides.get("more", ""))}
-        defaults = {name: item.default for name, item in self.cell_parameters().items()}
-        values = defaults | {name: known[name].parse(given[name]) for name in known if name in given}
+        values = {name: item.default for name, item in self.cell_parameters().items()}
+        values |= {name: known[name].parse(given[name]) for name in known if name in given}
         for name in filter(values.get, PATHS):
             places = values[name].split(",") if name == "external" else [values[name]]
+            choices = known[name].choices
             for place in places:
-                choices = known[name].choices
                 if place.strip() not in choices and not Path(place.strip()).exists():
                     also = f", and it is none of {', '.join(choices)}" if choices else ""
                     raise ParameterError(f"{name} = {place!r}: there is no such file or folder{also}.")
@@ -152,12 +147,12 @@ def notebooks_folder() -> Path:
 def find_notebooks(first: str = "", last: str = "") -> list[Notebook]:
     """The notebooks in order, from number `first` to number `last` (empty: the ends)."""
     every = [Notebook(path) for path in sorted(notebooks_folder().glob("[0-9][0-9]_*.ipynb"))]
-    for asked in filter(None, (first, last)):
-        if asked.zfill(2)[:2] not in {notebook.number for notebook in every}:
+    lowest, highest = (first or "00").zfill(2)[:2], (last or "99").zfill(2)[:2]
+    for asked, number in ((first, lowest), (last, highest)):
+        if asked and number not in {notebook.number for notebook in every}:
             raise ParameterError(
                 f"There is no notebook {asked}. There are: {', '.join(n.name for n in every)}."
             )
-    lowest, highest = first.zfill(2)[:2] if first else "00", last.zfill(2)[:2] if last else "99"
     return [notebook for notebook in every if lowest <= notebook.number <= highest]
 
 
@@ -183,13 +178,31 @@ def parse_overrides(given: Sequence[str], notebooks: Sequence[Notebook]) -> dict
     return {name: find_parameter(name, known).parse(text) for name, text in texts.items()}
 
 
+def plan_run(
+    notebooks: Sequence[Notebook], workspace: Workspace, overrides: Mapping[str, Any], *, again: bool = False
+) -> list[tuple[Notebook, dict[str, Any], dict[str, Any] | None]]:
+    """Each notebook with the lines of its cell and, where it is done and need not run, its result.
+
+    Once one has to run, all after it have to; `ParameterError` where one of those would refuse its values.
+    """
+    plan: list[tuple[Notebook, dict[str, Any], dict[str, Any] | None]] = []
+    for notebook in notebooks:
+        values = notebook.fill_cell(overrides) | {"workspace": str(workspace.root)}
+        all_done = not again and all(done for *_, done in plan)
+        result = _find_result(notebook, workspace, values) if all_done else None
+        if result is None:
+            notebook.check(overrides)
+        plan.append((notebook, values, result))
+    return plan
+
+
 def run_notebooks(
     notebooks: Sequence[Notebook],
     workspace: Workspace,
     overrides: Mapping[str, Any],
     *,
     again: bool = False,
-    say=print,
+    say: Callable[[str], Any] = print,
 ) -> list[dict[str, Any]]:
     """Run notebooks in order; skip those already done with the same parameters; stop at the first failure.
 
@@ -221,77 +234,60 @@ def run_notebooks(
     WorkspaceInUse
         Another run or notebook uses this workspace, or has taken it over.
     """
-    with used(workspace.root, "brainage-nb run", say) as use:
-        try:
-            return _run_in_order(notebooks, workspace, overrides, again=again, say=say, use=use)
-        except KeyboardInterrupt:
-            use.check()  # not the user's, where another run has taken over
-            raise
-
-
-def _run_in_order(
-    notebooks: Sequence[Notebook],
-    workspace: Workspace,
-    overrides: Mapping[str, Any],
-    *,
-    again: bool,
-    say: Callable[[str], Any],
-    use: Use,
-) -> list[dict[str, Any]]:
-    if changed := describe_stale(find_stale(workspace)):
-        say(changed)
-    for notebook in notebooks:  # all of them before the first starts
-        values = notebook.fill_cell(overrides) | {"workspace": str(workspace.root)}
-        if again or not _finished(notebook, workspace, values):
-            notebook.check(overrides)
+    with explain_write_errors(workspace.path(RECORDS)):
+        use = Use(workspace.root, "brainage-nb run", say)
     results = []
-    for place, notebook in enumerate(notebooks, start=1):
-        values = notebook.fill_cell(overrides) | {"workspace": str(workspace.root)}
-        head = f"[{place}/{len(notebooks)}] {notebook.name}"
-        if not again and (done := _finished(notebook, workspace, values)):
-            say(f"{head}: done before with the same parameters, nothing to do")
+    with use:
+        if changed := describe_stale(find_stale(workspace)):
+            say(changed)
+        plan = plan_run(notebooks, workspace, overrides, again=again)
+        for place, (notebook, values, done) in enumerate(plan, start=1):
+            head = f"[{place}/{len(notebooks)}] {notebook.name}"
+            if done:
+                say(f"{head}: done before with the same parameters, nothing to do")
+            else:
+                say(f"{head}: running")
+                done = _execute(notebook, workspace, values, use)
+                figures = "".join(f"\n      {name}: {value}" for name, value in done["figures"].items())
+                say(f"{head}: complete in {done['duration_s']:.0f} s{figures}")
             results.append(done)
-            continue
-        say(f"{head}: running")
-        results.append(_execute(notebook, workspace, values, use))
-        use.check()
-        say(f"{head}: complete in {results[-1]['duration_s']:.0f} s{_headline(results[-1])}")
     return results
 
 
-def _headline(result: Mapping[str, Any]) -> str:
-    figures = result.get("figures", {})
-    return "".join(f"\n      {name}: {value}" for name, value in figures.items())
-
-
-def _finished(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The notebook's result if it ended well with these parameters, no earlier notebook ended after it, and
-    what they read is as it was."""
-    result = workspace.result(notebook.name)
+def _find_result(
+    notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """The notebook's result if it ended well with these parameters, its tables are whole, what it read is as
+    it was, and no earlier notebook ended after it.
+    """
+    results = workspace.results()
+    result = results.get(notebook.name)
+    earlier = [item["finished"] for name, item in results.items() if name < notebook.name]
     wanted = {name: item.default for name, item in notebook.cell_parameters().items()} | dict(values)
     if result is None or result["status"] != "complete":
         return None
     if {name: result["parameters"].get(name) for name in wanted} != wanted:
         return None
-    if find_stale(workspace, notebook.name):
+    if max(earlier, default="") > result["finished"] or find_stale(workspace, notebook.name):
         return None
-    if notebook.name.startswith("01") and _unpacked_scans_are_gone(workspace):
-        return None
-    earlier = [path for path in workspace.path("results").glob("*.json") if path.stem < notebook.name]
-    newest = max((read_json(path)["finished"] for path in earlier), default="")
-    return result if newest <= result["finished"] else None
-
-
-def _unpacked_scans_are_gone(workspace: Workspace) -> bool:
-    """Whether the session whose disk held scans unpacked from an archive is over."""
-    if workspace.scratch is None or not workspace.path("cohort.csv").exists():
-        return False
     try:
-        for image in workspace.read("cohort.csv")["image"]:
-            workspace.resolve(image)
-    except MissingInput:
-        return True
-    return False
+        for file in result["written"]:
+            _check_whole(workspace.path(file["path"]))
+        if notebook.name.startswith("01") and workspace.scratch is not None:
+            for image in workspace.read("cohort.csv")["image"]:
+                workspace.resolve(image)  # the session whose disk held it may be over
+    except FileNotFoundError:
+        return None
+    return result
+
+
+def _check_whole(path: Path) -> None:
+    """Read the tables and JSON of a file or folder; `MissingInput` where one is gone or damaged."""
+    for file in [path] if path.is_file() else path.iterdir():
+        if file.suffix == ".csv":
+            read_csv(file)
+        elif file.suffix == ".json":
+            read_json(file)
 
 
 def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any], use: Use) -> dict[str, Any]:
@@ -300,9 +296,9 @@ def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
 
     workspace.path("results", f"{notebook.name}.json").unlink(missing_ok=True)
     output = workspace.path("executed", f"{notebook.name}.ipynb")
-    output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _kernel({COVERED: use.record["token"]}) as kernel:
+        with explain_write_errors(output), _kernel({COVERED: use.record["token"]}) as kernel:
+            output.parent.mkdir(parents=True, exist_ok=True)
             papermill.execute_notebook(
                 str(notebook.path),
                 str(output),
@@ -313,14 +309,18 @@ def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
                 request_save_on_cell_execute=True,
             )
     except PapermillExecutionError as error:
-        raise NotebookFailed(_told(notebook, error, output)) from error
+        raise NotebookFailed(_describe_failure(notebook, error, output)) from error
     except RuntimeError as error:  # nbclient's DeadKernelError, or a kernel that never came up
         raise NotebookFailed(
             f"{notebook.name}: the kernel died ({error}), most often for want of memory. "
             f"Run again: finished work is kept. What ran so far: {output}"
         ) from error
+    except KeyboardInterrupt:
+        use.check()  # not the user's, where another run has taken over
+        raise
     finally:
         _keep_last_lines(output)
+    use.check()
     result = workspace.result(notebook.name)
     if result is None:
         raise NotebookFailed(
@@ -342,19 +342,17 @@ def _keep_last_lines(executed: Path) -> None:
     """
     if not executed.is_file():
         return
-    book = read_json(executed)
+    book = read_json(executed, "cells")
     for cell in book["cells"]:
         kept: list[Any] = []
         for output in cell.get("outputs", []):
-            if output["output_type"] == "stream":
-                output["text"] = "".join(output["text"])
-            if kept and output["output_type"] == "stream" and kept[-1].get("name") == output["name"]:
-                kept[-1]["text"] += output["text"]
-            else:
+            if output["output_type"] != "stream":
                 kept.append(output)
-        for output in kept:
-            if output["output_type"] == "stream":
-                output["text"] = re.sub(r"[^\n]*\r(?=[^\n])", "", output["text"])
+                continue
+            output["text"] = "".join(output["text"])
+            if kept and kept[-1].get("name") == output["name"]:
+                output["text"] = kept.pop()["text"] + output["text"]
+            kept.append(output | {"text": re.sub(r"[^\n]*\r(?=[^\n])", "", output["text"])})
         if "outputs" in cell:
             cell["outputs"] = kept
     write_json(book, executed)
@@ -396,15 +394,12 @@ def _kernel(environment: Mapping[str, str]) -> Iterator[KernelManager]:
         last.communicate()
 
 
-def _told(notebook: Notebook, error: Any, output: Path) -> str:
+def _describe_failure(notebook: Notebook, error: Any, output: Path) -> str:
     """One message of a failed cell: where, what, the error, where to look."""
-    source = "\n".join(line for line in error.source.splitlines() if line.strip())
-    first = source.splitlines()[0] if source else ""
-    title = ""
+    first, title = error.source.strip().partition("\n")[0], ""
     for cell in notebook.cells():
         if cell["cell_type"] == "markdown":
-            headings = [line.lstrip("# ") for line in cell["source"].splitlines() if line.startswith("#")]
-            title = headings[-1] if headings else title
+            title = (re.findall(r"^#+ *(.*)", cell["source"], flags=re.M) or [title])[-1]
         elif cell["source"].strip() == error.source.strip():
             break
     return (

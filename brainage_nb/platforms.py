@@ -11,7 +11,7 @@ import shutil
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,8 +108,13 @@ def require_drive(path: Path | str) -> None:
 
 def can_answer() -> bool:
     """Whether a person sits at this notebook: its front end lets code ask for input."""
-    kernel = getattr(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel", None)
+    kernel = getattr(find_shell(), "kernel", None)
     return bool(getattr(kernel, "_allow_stdin", False))
+
+
+def find_shell() -> Any:
+    """The IPython shell that runs this code, or None."""
+    return getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
 
 
 def attached_inputs(marker: str) -> list[Path]:
@@ -141,9 +146,7 @@ def n_workers(requested: int = 0) -> int:
     """Number of worker processes: `requested`, or, at 0, the processors this process may use."""
     if requested > 0:
         return requested
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return max(1, os.cpu_count() or 1)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def session_summary(root: Path | str = ".") -> str:
@@ -164,7 +167,10 @@ def session_summary(root: Path | str = ".") -> str:
 def session_details(root: Path | str = ".") -> pd.DataFrame:
     """What this session runs on: platform, workspace, device, memory, disk, versions. One row a fact."""
     import pandas as pd
+    import psutil
 
+    place = Path(root).absolute()
+    there = next(folder for folder in (place, *place.parents) if folder.exists())
     facts = {
         "platform": platform(),
         "workspace": str(root),
@@ -172,8 +178,8 @@ def session_details(root: Path | str = ".") -> pd.DataFrame:
         "Python": sys.version.split()[0],
         "device": device_name(),
         "processors": str(n_workers()),
-        "memory": f"{memory_gib():.1f} GiB",
-        "free disk": f"{shutil.disk_usage(_existing(Path(root))).free / 2**30:.1f} GiB",
+        "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
+        "free disk": f"{shutil.disk_usage(there).free / 2**30:.1f} GiB",
     } | {name: version_of(name) for name in ("brainage-nb", "torch", "monai", "numpy", "scikit-learn")}
     return pd.DataFrame({"value": facts})
 
@@ -188,24 +194,9 @@ def device_name() -> str:
     return "CPU (no GPU seen)"
 
 
-def memory_gib() -> float:
-    """Physical memory in GiB (0 where the system does not say)."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    except (ValueError, OSError, AttributeError):
-        return 0.0
-
-
 def version_of(package: str) -> str:
     """Installed version of a package, or 'absent'."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "absent"
-
-
-def _existing(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path

@@ -5,45 +5,84 @@ Where it lies and on what machine is `platforms`' affair. It knows nothing of sc
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from brainage_nb import platforms
 from brainage_nb.in_use import RECORDS, check_use, end_use, use_in_notebook
-from brainage_nb.platforms import (
-    attached_inputs,
-    default_root,
-    local_disk_for,
-    platform,
-    require_drive,
-    version_of,
-)
-from brainage_nb.platforms import n_workers as n_workers  # the layers above and the notebooks
-from brainage_nb.platforms import session_summary as session_summary  # take these from here
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MARKER = "brainage_workspace.json"
 IDS = ("scan_id", "subject_id", "session_id")
-NOTEBOOK_OF = {
+TEXTS = (*IDS, "image", "sex", "site", "source", "reason", "flags", "detail", "variant")
+YEARS = ("age", "predicted_age")
+MAKERS = {
     "cohort.csv": "01_data_access",
+    "demo": "01_data_access",
     "cleaning.csv": "02_data_cleaning",
     "splits.csv": "02_data_cleaning",
-    "volumes/current": "03_preprocessing_preview",
+    "volumes": "03_preprocessing_preview",
+    "runs": "04_train_resnet18 or 05_train_vgg16_svr",
+    "features": "05_train_vgg16_svr",
+    "evaluation": "06_evaluate",
 }
+"""File or folder of the workspace: the notebook that makes it."""
+NEEDED = {
+    "cohort.csv": ("scan_id", "subject_id", "age"),
+    "splits.csv": ("scan_id", "subject_id", "age", "split"),
+    "predictions.csv": ("scan_id", "split", "age", "predicted_age"),
+    "truth.csv": ("scan_id", "subject_id"),
+}
+"""Columns without which a table is none; it has rows as well."""
+TEXT = {"type": "string"}
+FILES = {"type": "array", "items": {"type": "object", "required": ["path"], "properties": {"path": TEXT}}}
+RESULT = {
+    "required": ["status", "finished", "duration_s", "parameters", "written"],
+    "properties": {
+        "status": TEXT,
+        "finished": TEXT,
+        "duration_s": {"type": "number"},
+        "parameters": {"type": "object"},
+        "written": FILES,
+        "read": FILES,
+    },
+}
+"""What is a notebook's result, as a JSON schema."""
+UNWRITABLE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "the disk is full"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "this place is read-only"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), "a file lies where a folder is needed"),
+}
+FORMULA = re.compile(r"[=@\t\r]|[+-](?![\d.]*$)")  # a sign before anything but a plain number
 
 
 class MissingInput(FileNotFoundError):
     """A file that an earlier notebook makes is not in the workspace."""
+
+
+class DamagedInput(MissingInput, ValueError):
+    """A file that an earlier notebook makes is torn, empty or something else than it should be."""
+
+
+class CannotWrite(OSError):
+    """A file cannot be written: where, why and what to do; what was there before is whole."""
+
+    def __str__(self) -> str:
+        return self.strerror
 
 
 # --- files that are whole or absent ---------------------------------------------------------------------
@@ -51,17 +90,43 @@ class MissingInput(FileNotFoundError):
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[Path]:
-    """Give a temporary path beside `path`; flush it and rename it over `path` only if the block succeeds."""
+    """Give a temporary path beside `path`; flush it and rename it over `path` only if the block succeeds.
+
+    `CannotWrite` where the disk is full or the place read-only.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb+") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
+        with explain_write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with open(temporary, "rb+") as stream:
+                os.fsync(stream.fileno())
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def explain_write_errors(path: Path | str) -> Iterator[None]:
+    """Turn a refusal to write at or below `path` into `CannotWrite`; other errors pass."""
+    path = Path(path)
+    try:
+        yield
+    except Exception as error:
+        number, refused = getattr(error, "errno", None), Path(getattr(error, "filename", None) or path)
+        if number is None and path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20:
+            number = errno.ENOSPC  # torch and NumPy say it in words of their own
+        ours = path.is_relative_to(refused) or refused.is_relative_to(path.parent)
+        if isinstance(error, CannotWrite) or number not in UNWRITABLE or not ours:
+            raise
+        raise CannotWrite(
+            number,
+            f"{path} cannot be written: {UNWRITABLE[number]}. What was there before is unchanged. Make room, "
+            "or choose another folder (for the workspace: the parameter `workspace` or the environment "
+            "variable BRAINAGE_WORKSPACE); then run the same again: finished work is kept.",
+        ) from error
 
 
 def write_text(text: str, path: Path | str) -> Path:
@@ -78,26 +143,81 @@ def write_csv(frame: pd.DataFrame, path: Path | str) -> Path:
     return Path(path)
 
 
+def guard_formula(value: Any) -> Any:
+    """Text that a spreadsheet would run as a formula (a file may be named `=1+1.nii`), quoted."""
+    return f"'{value}" if isinstance(value, str) and FORMULA.match(value) else value
+
+
 def write_json(content: Any, path: Path | str) -> Path:
     """Write JSON whole or not at all; paths become text, NumPy numbers become numbers, NaN becomes null."""
     return write_text(json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n", path)
 
 
-def read_json(path: Path | str) -> Any:
-    """Read a JSON file."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+def read_json(path: Path | str, *keys: str, kind: type = dict) -> Any:
+    """Read a JSON file that holds an object (or a list: `kind`), with these `keys` at least.
+
+    Raises
+    ------
+    MissingInput, DamagedInput
+        It is not there, or torn, empty or of another kind; the message names the file and the notebook that
+        makes it.
+    """
+    with _name_damage(Path(path)):
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, kind) or not set(keys) <= set(content):
+            wanted = "an object" if kind is dict else "a list"
+            raise ValueError(f"it should hold {wanted}{' with ' * bool(keys)}{', '.join(keys)}")
+        return content
 
 
 def read_csv(path: Path | str) -> pd.DataFrame:
-    """Read one of our tables: ids stay text (`007` is not 7), empty cells of text columns stay empty."""
+    """Read one of our tables: ids stay text (`007` is not 7), empty cells of text columns stay empty.
+
+    Raises
+    ------
+    MissingInput, DamagedInput
+        As `read_json`: torn, without the columns or rows it must have, or with an age that is no number.
+    """
     import pandas as pd
 
-    text = dict.fromkeys(
-        (*IDS, "image", "sex", "site", "source", "reason", "flags", "detail", "variant"), str
-    )
-    frame = pd.read_csv(path, dtype=text, keep_default_na=True)
-    present = [column for column in text if column in frame]
-    return frame.fillna(dict.fromkeys(present, ""))
+    path = Path(path)
+    with _name_damage(path):
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            raise ValueError("its last line has no end, as in a file that was cut off")
+        if content == b"\n":
+            return pd.DataFrame()  # as pandas writes a table without columns
+        frame = pd.read_csv(io.BytesIO(content), dtype=dict.fromkeys(YEARS, float))
+        if not isinstance(frame.index, pd.RangeIndex):
+            raise ValueError("its rows have more cells than its first line")
+        named = [name for name in TEXTS if name in frame]
+        texts = pd.read_csv(io.BytesIO(content), usecols=named, dtype=str, keep_default_na=False)
+        frame[named] = texts[named]
+        needed = NEEDED.get(path.name, ())
+        if missing := [name for name in needed if name not in frame]:
+            raise ValueError(f"it has no column {', '.join(missing)}")
+        if needed and frame.empty:
+            raise ValueError("it has no rows")
+    return frame
+
+
+@contextmanager
+def _name_damage(path: Path) -> Iterator[None]:
+    """Say of a file that cannot be read which it is, and what makes it."""
+    maker = _name_maker(path)
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingInput(f"{path} is not there.{maker and f' Run notebook {maker} first.'}") from error
+    except (ValueError, RecursionError, IsADirectoryError, NotADirectoryError) as error:
+        why = getattr(error, "strerror", None) or str(error).strip().rstrip(".")
+        anew = f" Delete it, or put back a whole copy, and run notebook {maker}: it makes this file."
+        raise DamagedInput(f"{path} is damaged: {why}.{maker and anew}") from error
+
+
+def _name_maker(path: Path) -> str:
+    """The notebook that makes a file of the workspace; empty for another file."""
+    return next((MAKERS[part] for part in reversed(path.parts) if part in MAKERS), "")
 
 
 def sha256_of(path: Path | str) -> str:
@@ -161,7 +281,7 @@ class Workspace:
     @property
     def scratch(self) -> Path | None:
         """A fast local folder for heavy work where the workspace is on Drive, else None."""
-        return local_disk_for(self.root)
+        return platforms.local_disk_for(self.root)
 
     def path(self, *parts: str) -> Path:
         """A path inside the workspace; nothing is made."""
@@ -171,15 +291,14 @@ class Workspace:
         """The path of a file an earlier notebook makes; where absent, `MissingInput` names that notebook."""
         path = self.path(name)
         if not path.exists():
-            maker = NOTEBOOK_OF.get(name, "04_train_resnet18 or 05_train_vgg16_svr")
             raise MissingInput(
                 f"{name} is not in the workspace {self.root}. "
-                f"Run notebook {maker} first, with this workspace."
+                f"Run notebook {_name_maker(path)} first, with this workspace."
             )
         return path
 
     def read(self, name: str) -> pd.DataFrame:
-        """A table of the workspace, ids as text."""
+        """A table of the workspace, ids as text; `MissingInput` or `DamagedInput` where it cannot be read."""
         return read_csv(self.need(name))
 
     def run(self, name: str) -> Path:
@@ -208,7 +327,8 @@ class Workspace:
 
         `WorkspaceInUse` where a run, or a notebook that is at work, has this workspace.
         """
-        use_in_notebook(self.root, notebook)
+        with explain_write_errors(self.path(MARKER)):
+            use_in_notebook(self.root, notebook)
         self.opened = time.time()
         if changed := describe_stale(find_stale(self, notebook)):
             print(changed)
@@ -250,14 +370,15 @@ class Workspace:
         import pandas as pd
 
         check_use(self.root)
+        versions = {name: platforms.version_of(name) for name in ("brainage-nb", "torch", "monai", "numpy")}
         files = [_described(Path(path), self.root) for path in written]
         result = {
             "notebook": notebook,
             "status": status,
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "duration_s": round(time.time() - self.opened, 1),
-            "platform": platform(),
-            "versions": {name: version_of(name) for name in ("brainage-nb", "torch", "monai", "numpy")},
+            "platform": platforms.platform(),
+            "versions": versions,
             "parameters": dict(parameters),
             "written": files,
             "read": _describe_inputs(self.root, read),
@@ -267,10 +388,25 @@ class Workspace:
         end_use(self.root)
         return pd.DataFrame(files, columns=["path", "rows", "bytes"])
 
+    def results(self) -> dict[str, dict[str, Any]]:
+        """What each notebook that finished left behind, by its name; a torn file counts as none."""
+        from jsonschema import Draft202012Validator
+
+        found = {}
+        for path in sorted(self.path("results").glob("*.json")):
+            with suppress(MissingInput):
+                found[path.stem] = read_json(path)
+        valid = Draft202012Validator(RESULT).is_valid
+        return {name: content for name, content in found.items() if valid(content)}
+
     def result(self, notebook: str) -> dict[str, Any] | None:
         """What a notebook left behind, or None where it did not finish."""
-        path = self.path("results", f"{notebook}.json")
-        return read_json(path) if path.exists() else None
+        return self.results().get(notebook)
+
+
+def locate_workspace(root: str | Path = "") -> Path:
+    """The folder that `open_workspace` opens."""
+    return (Path(root).expanduser() if str(root) else platforms.default_root()).absolute()
 
 
 def find_stale(workspace: Workspace, up_to: str = "") -> dict[str, list[str]]:
@@ -281,15 +417,14 @@ def find_stale(workspace: Workspace, up_to: str = "") -> dict[str, list[str]]:
     `up_to` names the last notebook that is looked at.
     """
     found = {}
-    for path in sorted(workspace.path("results").glob("*.json")):
-        result = workspace.result(path.stem) or {}
-        read = result.get("read", [])
-        times = [entry["mtime_ns"] for entry in read]
-        changed = [entry["path"] for entry in read if _has_changed(workspace.root / entry["path"], entry)]
-        if times != [entry["mtime_ns"] for entry in read]:
-            write_json(result, path)
-        if changed and (not up_to or path.stem <= up_to):
-            found[path.stem] = changed
+    for name, result in workspace.results().items():
+        read = result.get("read", []) if name <= (up_to or name) else []
+        times = [entry.get("mtime_ns") for entry in read]
+        changed = [entry["path"] for entry in read if _has_changed(workspace.path(entry["path"]), entry)]
+        if times != [entry.get("mtime_ns") for entry in read]:
+            write_json(result, workspace.path("results", f"{name}.json"))
+        if changed:
+            found[name] = changed
     return found
 
 
@@ -321,7 +456,7 @@ def _has_changed(path: Path, entry: dict[str, Any]) -> bool:
     """Whether a file is another than its entry says; the entry takes the time of one that only looks so."""
     if not path.is_file() or _stamp(path).items() <= entry.items():
         return False
-    if path.stat().st_size != entry["bytes"] or sha256_of(path) != entry["sha256"]:
+    if path.stat().st_size != entry.get("bytes") or sha256_of(path) != entry.get("sha256"):
         return True
     entry |= _stamp(path)
     return False
@@ -332,36 +467,30 @@ def open_workspace(root: str | Path = "") -> Workspace:
 
     A new one on Kaggle starts from the workspace that an attached notebook left as its output, if any.
     """
-    folder = (Path(root).expanduser() if str(root) else default_root()).absolute()
-    require_drive(folder)
-    try:
+    folder = locate_workspace(root)
+    platforms.require_drive(folder)
+    with explain_write_errors(folder / MARKER):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MARKER).exists():
             _take_over(folder)
             write_json({"format": 1}, folder / MARKER)
-    except OSError as error:
-        raise OSError(
-            f"The workspace {folder} cannot be written ({error.strerror}). Set the parameter `workspace` "
-            "or the environment variable BRAINAGE_WORKSPACE to a folder you may write to."
-        ) from error
     return Workspace(folder)
 
 
 def _take_over(folder: Path) -> None:
     """Copy the newest attached workspace, whose place is read-only, into a new one."""
-    attached = attached_inputs(MARKER)
-    if not attached:
+    finished = {
+        place: max((result["finished"] for result in Workspace(place).results().values()), default="")
+        for place in platforms.attached_inputs(MARKER)
+    }
+    if not finished:
         return
-    newest = max(attached, key=_last_finished)
-    others = f" (the newest of {len(attached)})" if len(attached) > 1 else ""
+    newest = max(finished, key=finished.get)
+    others = f" (the newest of {len(finished)})" if len(finished) > 1 else ""
     print(f"Going on from the attached workspace {newest}{others}.")
     shutil.copytree(
         newest, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MARKER, RECORDS, "executed")
     )
-
-
-def _last_finished(workspace: Path) -> str:
-    return max((read_json(path)["finished"] for path in workspace.glob("results/*.json")), default="")
 
 
 def _described(path: Path, root: Path) -> dict[str, Any]:

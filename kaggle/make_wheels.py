@@ -18,6 +18,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+from push import kaggle_owner
+
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
 FACTS = ROOT / "tests" / "platforms" / "version_facts.json"
@@ -76,7 +78,7 @@ def main() -> int:
     """Build and say what was built; returns the exit status."""
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
-    parser.add_argument("--owner", required=True, help="your Kaggle user name")
+    parser.add_argument("--owner", type=kaggle_owner, required=True, help="your Kaggle user name")
     parser.add_argument("--into", type=Path, default=ROOT / "build" / "kaggle_wheels")
     parser.add_argument("--facts", type=Path, default=FACTS, help="what Kaggle preinstalls and lacks")
     options = parser.parse_args()

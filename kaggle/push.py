@@ -29,11 +29,28 @@ from brainage_nb.pipeline import Notebook, parse_overrides
 
 FOLDER = Path(__file__).parent
 WHEELS = "brainage-nb-wheels"
+OWNER = "[A-Za-z0-9_-]{3,}"
 LONGEST_SLUG = 50  # Kaggle cuts longer titles, and the slug made of them then differs from the id
 
 
 class SlugError(ValueError):
     """An id that Kaggle would not take, or would take as another; the message says what to change."""
+
+
+def kaggle_owner(text: str) -> str:
+    """A Kaggle user name, checked; for argparse."""
+    if not re.fullmatch(OWNER, text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no Kaggle user name: 3 or more letters, digits, - or _"
+        )
+    return text
+
+
+def part_number(text: str) -> int:
+    """Which part of a long run, from 1; for argparse."""
+    if not re.fullmatch("[1-9][0-9]?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part: expected a whole number from 1 to 99")
+    return int(text)
 
 
 def kernels() -> list[str]:
@@ -73,7 +90,7 @@ def metadata_of(
 def check_slugs(content: dict[str, Any]) -> None:
     """Raise `SlugError` where an id is malformed, too long, or not what Kaggle makes of the title."""
     for handle in [content["id"], *content["kernel_sources"], *content["dataset_sources"]]:
-        if not re.fullmatch(r"[A-Za-z0-9_-]{3,}/[a-z0-9][a-z0-9-]{4,}", handle):
+        if not re.fullmatch(OWNER + "/[a-z0-9][a-z0-9-]{4,}", handle):
             raise SlugError(f"{handle!r} is no Kaggle id: owner/name, name of small letters, digits and -.")
     slug = content["id"].split("/")[1]
     made = re.sub(r"[^a-z0-9]+", "-", content["title"].lower()).strip("-")
@@ -116,9 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
     kind = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=kind)
     parser.add_argument("notebook", nargs="?", choices=kernels())
-    parser.add_argument("--owner", required=True, help="your Kaggle user name")
+    parser.add_argument("--owner", type=kaggle_owner, required=True, help="your Kaggle user name")
     parser.add_argument("-p", dest="parameters", action="append", default=[], metavar="name=value")
-    parser.add_argument("--part", type=int, default=1, help="2: go on from the output of part 1, and so on")
+    parser.add_argument("--part", type=part_number, default=1, help="2: go on from the output of part 1")
     parser.add_argument("--dataset", dest="datasets", action="append", default=[], metavar="OWNER/NAME")
     parser.add_argument("--offline", action="store_true", help="no internet, with the wheel data set")
     parser.add_argument("--dry-run", action="store_true")

@@ -38,7 +38,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
+    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash -- "$at/$0"; done'
     _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/{repository}/v{version}/$0) && exec bash -c "$script"'
     _else = 'echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
     subprocess.run(["bash", "-c", f"{_near}; {_far}; {_else}", "colab_setup.sh", sys.executable], check=True)

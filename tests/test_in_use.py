@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 
 from brainage_nb import in_use
-from brainage_nb.in_use import Use, WorkspaceInUse, used
+from brainage_nb.in_use import Use, WorkspaceInUse
 from brainage_nb.workspace import open_workspace
 
 RUN = """
@@ -19,7 +19,7 @@ import sys, time
 from pathlib import Path
 from brainage_nb import in_use
 in_use.BEAT = in_use.BETWEEN_CELLS = 0.1
-with in_use.used(Path(sys.argv[1]), "brainage-nb run", lambda line: None):
+with in_use.Use(Path(sys.argv[1]), "brainage-nb run", lambda line: None):
     print("uses it", flush=True)
     time.sleep(float(sys.argv[2]))
 """
@@ -57,7 +57,7 @@ def shell():
 
 
 def leave_record(root, **facts):
-    known = {"who": "notebook 02_data_cleaning", "machine": in_use._machine(), "pid": os.getpid()}
+    known = {"who": "notebook 02_data_cleaning", "machine": in_use._identify_machine(), "pid": os.getpid()}
     path = root / ".in_use.000007.json"
     path.write_text(json.dumps(known | {"time": time.time(), "idle": False} | facts))
     return path
@@ -70,7 +70,7 @@ def test_a_second_user_is_refused_by_name_and_a_killed_one_is_followed(tmp_path)
             open_workspace(tmp_path).begin("01_data_access")
         run.kill()  # and not waited for: a zombie does not live either
         time.sleep(0.2)
-        with used(tmp_path, "brainage-nb run", said.append):
+        with Use(tmp_path, "brainage-nb run", said.append):
             pass
     assert len(said) == 1 and f"process {run.pid}" in said[0] and "is gone without having ended" in said[0]
     assert list(tmp_path.glob(in_use.RECORDS)) == []

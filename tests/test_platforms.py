@@ -10,6 +10,7 @@ from brainage_nb import platforms
 from brainage_nb.platforms import DriveNotMounted
 from brainage_nb.workspace import open_workspace, write_json
 
+A_RESULT = {"status": "complete", "duration_s": 1, "parameters": {}, "written": []}
 MARKS = ("KAGGLE_KERNEL_RUN_TYPE", "COLAB_RELEASE_TAG", "BRAINAGE_WORKSPACE", "BRAINAGE_SCRATCH")
 
 
@@ -110,7 +111,7 @@ def test_a_new_workspace_on_kaggle_goes_on_from_the_newest_attached_one(kaggle, 
     for slug, day in {"old": "2026-01-01", "datasets/me/new": "2026-02-01"}.items():
         attached = kaggle / "input" / slug / "brainage"
         write_json({"format": 1}, attached / "brainage_workspace.json")
-        write_json({"finished": day}, attached / "results" / "01_data_access.json")
+        write_json(A_RESULT | {"finished": day}, attached / "results" / "01_data_access.json")
         (attached / "cohort.csv").write_text(slug)
     ws = open_workspace()
     assert ws.path("cohort.csv").read_text() == "datasets/me/new"

@@ -1,12 +1,33 @@
 """The workspace layer: files whole or absent, ids as text, platforms in the right order."""
 
+import errno
 import os
 
 import pandas as pd
 import pytest
 
 from brainage_nb import workspace
-from brainage_nb.workspace import MissingInput, open_workspace, read_csv, read_json, writing
+from brainage_nb.workspace import (
+    CannotWrite,
+    DamagedInput,
+    MissingInput,
+    open_workspace,
+    read_csv,
+    read_json,
+    write_text,
+    writing,
+)
+
+COHORT = b"scan_id,subject_id,image,age\n1,1,a.nii,30.5\nNA,2,b.nii,44\n"
+DAMAGES = {
+    "empty": b"",
+    "half": COHORT[:-2],
+    "no rows": COHORT[:29],
+    "no such columns": b"a,b\n1,2\n",
+    "more cells than columns": COHORT.replace(b".nii", b",nii"),
+    "an age that is no number": COHORT.replace(b"44", b"4O"),
+    "flipped bytes": COHORT.replace(b"b.nii", b"\xff\xfe.ni"),
+}
 
 
 def test_a_writer_that_fails_leaves_the_old_file_and_no_temporary_one(tmp_path):
@@ -21,7 +42,7 @@ def test_a_writer_that_fails_leaves_the_old_file_and_no_temporary_one(tmp_path):
 
 def test_ids_keep_their_leading_zeros(tmp_path):
     frame = pd.DataFrame({"scan_id": ["007"], "subject_id": ["007"], "session_id": [""], "age": [30.5]})
-    back = read_csv(workspace.write_csv(frame, tmp_path / "cohort.csv"))
+    back = read_csv(workspace.write_csv(frame, tmp_path / "table.csv"))
     assert back.to_dict("records") == [{"scan_id": "007", "subject_id": "007", "session_id": "", "age": 30.5}]
 
 
@@ -37,6 +58,74 @@ def test_json_holds_numpy_numbers_and_turns_nan_into_null(tmp_path):
 def test_a_missing_input_names_the_notebook_that_makes_it(tmp_path):
     with pytest.raises(MissingInput, match="02_data_cleaning"):
         open_workspace(tmp_path).read("splits.csv")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_table_is_named_with_what_makes_it(tmp_path, damage):
+    ws = open_workspace(tmp_path)
+    ws.path("cohort.csv").write_bytes(COHORT)
+    assert ws.read("cohort.csv")["scan_id"].tolist() == ["1", "NA"]
+    ws.path("cohort.csv").write_bytes(DAMAGES[damage])
+    with pytest.raises(
+        DamagedInput, match=r"cohort.csv is damaged: .* run notebook 01_data_access: it makes"
+    ):
+        ws.read("cohort.csv")
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", "null", '{"a": 1}', "\x00", "[" * 100_000])
+def test_json_that_is_torn_empty_or_of_another_kind_is_named(tmp_path, content):
+    path = tmp_path / "runs" / "resnet18" / "settings.json"
+    with pytest.raises(MissingInput, match=r"settings.json is not there. Run notebook 04"):
+        read_json(path, "identity")
+    with pytest.raises(
+        DamagedInput, match=r"settings.json is damaged: .* run notebook 04_train_resnet18 or 05"
+    ):
+        read_json(write_text(content, path), "identity")
+
+
+WRONG = '{"status": "complete", "finished": "", "duration_s": 1, "parameters": {}, "written": [],"read":[1]}'
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"status": 1}', WRONG, WRONG.replace("[]", "7")])
+def test_a_damaged_result_is_none(tmp_path, content):
+    ws = open_workspace(tmp_path)
+    ws.finish("01_data_access", {})
+    assert ws.result("01_data_access")["status"] == "complete"
+    write_text(content, ws.path("results", "01_data_access.json"))
+    assert ws.result("01_data_access") is None
+
+
+@pytest.mark.parametrize(
+    ("refusal", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (OSError(errno.EROFS, "Read-only file system"), "this place is read-only"),
+        (PermissionError(errno.EACCES, "Permission denied"), "this place is read-only"),
+        (RuntimeError("PytorchStreamWriter failed writing file"), "the disk is full"),
+    ],
+)
+def test_a_full_or_read_only_disk_is_said_with_place_and_remedy(tmp_path, monkeypatch, refusal, told):
+    class Usage:
+        free = 100
+
+    path = write_text("old", tmp_path / "cohort.csv")
+    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda _: Usage)
+    said = pytest.raises(CannotWrite, match=rf"cohort.csv cannot be written: {told}.*BRAINAGE_WORKSPACE")
+    with said, writing(path) as temporary:
+        temporary.write_text("half")
+        raise refusal
+    assert [item.read_text() for item in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_file_that_cannot_be_read_is_not_said_to_be_unwritable(tmp_path):
+    with pytest.raises(PermissionError, match="elsewhere"), writing(tmp_path / "a" / "copy"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/elsewhere")
+
+
+def test_a_workspace_below_a_file_is_refused_in_words(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotWrite, match="a file lies where a folder is needed"):
+        open_workspace(tmp_path / "file" / "ws")
 
 
 def test_the_environment_names_the_workspace(monkeypatch, tmp_path):

@@ -22,6 +22,7 @@ from brainage_nb import __version__
 from brainage_nb.cohort.images import image_stem
 from brainage_nb.predict.cautions import COLUMNS, NOT_A_DEVICE, Failure, Prediction
 from brainage_nb.predict.explain import age_among_held_out, explain, strongest
+from brainage_nb.workspace import guard_formula
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -123,19 +124,19 @@ def _numbers(prediction: Prediction) -> None:
         columns[1].metric(f"{prediction.level:.0%} interval [years]", prediction.interval_text)
     if prediction.gap is not None:
         columns[2].metric("Gap: predicted minus true [years]", f"{prediction.gap:+.1f}")
-    sentences = [
-        f"For about {prediction.level * 10:.0f} of 10 people like those the model was checked on, the true "
-        f"age lies between {prediction.low:.0f} and {prediction.high:.0f}."
-        if prediction.low > float("-inf")
-        else "",
-        f"Corrected for the model's bias towards the mean: {prediction.corrected_age:.1f} years."
-        if prediction.corrected_age is not None
-        else "",
-        f"The gap less what is usual at age {prediction.age:.0f}: {prediction.adjusted_gap:+.1f} years."
-        if prediction.adjusted_gap is not None
-        else "",
-    ]
-    st.markdown(" ".join(filter(None, sentences)))
+    sentences = []
+    if prediction.low > float("-inf"):
+        sentences.append(
+            f"For about {prediction.level * 10:.0f} of 10 people like those the model was checked on, the "
+            f"true age lies between {prediction.low:.0f} and {prediction.high:.0f}."
+        )
+    if prediction.corrected_age is not None:
+        corrected = f"{prediction.corrected_age:.1f} years."
+        sentences.append(f"Corrected for the model's bias towards the mean: {corrected}")
+    if prediction.adjusted_gap is not None:
+        usual = f"The gap less what is usual at age {prediction.age:.0f}"
+        sentences.append(f"{usual}: {prediction.adjusted_gap:+.1f} years.")
+    st.markdown(" ".join(sentences))
 
 
 def _slices(bundle: Bundle, prediction: Prediction, place: int) -> Figure:
@@ -169,7 +170,6 @@ def _downloads(
     place: int,
     pictures: Mapping[str, Figure],
 ) -> None:
-    columns = st.columns([2, 2, 2, 4])
     files = [
         ("CSV, all scans", result_csv(results), "brain_age.csv", "text/csv"),
         ("JSON, all scans", result_json(results, bundle), "brain_age.json", "application/json"),
@@ -178,25 +178,27 @@ def _downloads(
         name = f"brain_age_{place + 1}_{image_stem(results[place].scan)}.html"
         page = result_page(results[place], bundle, pictures)
         files.append(("Page to print, this scan", page, name, "text/html"))
-    for column, (label, content, name, kind) in zip(columns, files, strict=False):
+    for column, (label, content, name, kind) in zip(st.columns([2, 2, 2, 4]), files, strict=False):
         column.download_button(label, content, name, kind, on_click="ignore", width="stretch")
 
 
 def result_json(results: Sequence[Prediction | Failure], bundle: Bundle) -> str:
     """All results with what made them, as JSON text."""
-    content = {
-        "model": model_facts(bundle),
-        "notice": NOT_A_DEVICE,
-        "unit": "years",
-        "results": [_with_members(result) for result in results],
-    }
+    rows = []
+    for result in results:
+        rows.append(result.to_dict())
+        if isinstance(result, Prediction):
+            rows[-1]["members"] = [round(value, 4) for value in result.members]
+            rows[-1]["warnings"] = [caution._asdict() for caution in result.warnings]
+            del rows[-1]["explanation"]
+    content = {"model": model_facts(bundle), "notice": NOT_A_DEVICE, "unit": "years", "results": rows}
     return json.dumps(content, indent=2, allow_nan=False)
 
 
 def result_csv(results: Sequence[Prediction | Failure]) -> str:
     """All results as CSV text, columns as of the command line."""
-    rows = [{name: _no_formula(value) for name, value in result.to_dict().items()} for result in results]
-    return pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(index=False, lineterminator="\n")
+    frame = pd.DataFrame([result.to_dict() for result in results], columns=list(COLUMNS))
+    return frame.map(guard_formula).to_csv(index=False, lineterminator="\n")
 
 
 def result_page(prediction: Prediction, bundle: Bundle, pictures: Mapping[str, Figure]) -> str:
@@ -242,17 +244,3 @@ def as_data_url(figure: Figure) -> str:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
     return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def _with_members(result: Prediction | Failure) -> dict[str, Any]:
-    row = result.to_dict()
-    if isinstance(result, Prediction):
-        row["members"] = [round(value, 4) for value in result.members]
-        row["warnings"] = [caution._asdict() for caution in result.warnings]
-        del row["explanation"]
-    return row
-
-
-def _no_formula(value: Any) -> Any:
-    """Text that a spreadsheet would run as a formula (a file may be named `=1+1.nii`) is quoted."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t") else value

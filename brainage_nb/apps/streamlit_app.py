@@ -15,15 +15,14 @@ from typing import Any
 
 import streamlit as st
 
-from brainage_nb.apps.predict_cli import bundles_in_reach
-from brainage_nb.apps.results import as_text, keep_results, one_at_a_time, show_results
+from brainage_nb.apps.results import as_text, keep_results, model_facts, one_at_a_time, show_results
 from brainage_nb.apps.uploads import SCAN_TYPES, predict_upload, shown_name, stored, together
-from brainage_nb.bundle_format import BundleError
+from brainage_nb.bundle_format import MAX_BYTES, BundleError, find_bundles
 from brainage_nb.predict.bundle import Bundle, load_bundle
 from brainage_nb.predict.cautions import NOT_A_DEVICE, OLDEST
-from brainage_nb.workspace import read_csv
+from brainage_nb.workspace import MissingInput, read_csv
 
-MAX_BUNDLE_BYTES = 2 * 2**30
+MAX_UPLOADED_BYTES = 2 * 2**30
 UPLOADED = "Upload a bundle (.zip)"
 STYLE = Path(__file__).with_name("app.css")
 
@@ -49,20 +48,18 @@ def main() -> None:
 
 
 def _offered() -> list[Path]:
+    """The bundle named on the command line and those of the workspace; says which are damaged."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--bundle", default="")
-    given = parser.parse_known_args(sys.argv[1:])[0].bundle
-    return ([Path(given)] if given else []) + bundles_in_reach()
+    parser.add_argument("--bundle", type=Path, action="append", default=[])
+    found, damaged = find_bundles()
+    for sentence in damaged:
+        st.warning(sentence)
+    return parser.parse_known_args(sys.argv[1:])[0].bundle + found
 
 
-@st.cache_resource(max_entries=2, show_spinner=False)
-def _bundle_on_disk(path: str, _changed: float) -> Bundle:
-    return load_bundle(path)
-
-
-@st.cache_resource(max_entries=2, show_spinner=False)
-def _uploaded_bundle(digest: str, _upload: Any) -> Bundle:
-    return load_bundle(_upload, max_bytes=MAX_BUNDLE_BYTES)
+@st.cache_resource(max_entries=3, show_spinner="Opening the model")
+def _open(identity: tuple[Any, ...], _source: Any, max_bytes: int) -> Bundle:
+    return load_bundle(_source, max_bytes=max_bytes)
 
 
 def choose_bundle(offered: Sequence[Path]) -> Bundle | None:
@@ -85,8 +82,17 @@ def choose_bundle(offered: Sequence[Path]) -> Bundle | None:
     except BundleError as error:
         st.error(str(error))
         return None
-    if bundle is not None:
-        _describe(bundle)
+    if bundle is None:
+        return None
+    facts = model_facts(bundle)
+    told = [f"{name}: {facts[name]}" for name in facts if name.startswith(("training ages", "mean absolute"))]
+    st.caption(as_text("; ".join([bundle.title, *told])))
+    if bundle.is_test_object:
+        st.warning(
+            "A demonstration model, trained on invented heads. It shows how the app works; its ages mean "
+            "nothing for people.",
+            icon=":material/science:",
+        )
     return bundle
 
 
@@ -100,34 +106,15 @@ def _label(path: Path) -> str:
 
 def _from_disk(path: Path) -> Bundle:
     inside = path / "bundle.json" if path.is_dir() else path
-    with st.spinner("Opening the model"):
-        return _bundle_on_disk(str(path), inside.stat().st_mtime if inside.exists() else 0.0)
+    return _open((str(path), inside.stat().st_mtime if inside.exists() else 0.0), path, MAX_BYTES)
 
 
 def _from_upload() -> Bundle | None:
     upload = st.file_uploader("Bundle", type=None, key="bundle", label_visibility="collapsed")
     if upload is None:
         return None
-    with st.spinner("Opening the model"):
-        digest = hashlib.sha256(upload.getbuffer()).hexdigest()
-        return _uploaded_bundle(digest, upload)
-
-
-def _describe(bundle: Bundle) -> None:
-    training = bundle.manifest["training"]
-    figures = bundle.manifest["figures"]
-    test = figures.get("test") or next(iter(figures.values()))
-    st.caption(
-        f"{bundle.title}, ages {training['age_low']:.0f} to {training['age_high']:.0f}. On held-out scans "
-        f"it was off by {test['mae']['value']:.1f} years on average; always saying the mean age would be "
-        f"off by {test['mean_predictor_mae']['value']:.1f}."
-    )
-    if bundle.is_test_object:
-        st.warning(
-            "A demonstration model, trained on invented heads. It shows how the app works; its ages mean "
-            "nothing for people.",
-            icon=":material/science:",
-        )
+    digest = hashlib.sha256(upload.getbuffer()).hexdigest()
+    return _open((digest,), upload, MAX_UPLOADED_BYTES)
 
 
 # --- scans ----------------------------------------------------------------------------------------------
@@ -145,29 +132,34 @@ def predict_scans(bundle: Bundle) -> None:
         key=f"scans-{turn}",
     )
     ages = _true_ages(uploads)
-    _act(bundle, uploads, ages)
-
-
-def _act(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -> None:
-    """The buttons and what they do."""
     example = _demo_head()
-    wanted = ["predict"] + ["demo"] * bool(example) + ["clear"] * bool(st.session_state.get("results"))
-    place = dict(zip(wanted, st.columns([2] * len(wanted) + [10 - 2 * len(wanted)]), strict=False))
-    if place["predict"].button(
-        "Predict", type="primary", disabled=not uploads, width="stretch", key="predict"
-    ):
+    wanted = {"predict": "Predict"}
+    wanted |= {"demo": "Try a demo head"} if example else {}
+    wanted |= {"clear": "Clear"} if st.session_state.get("results") else {}
+    columns = st.columns([2] * len(wanted) + [10 - 2 * len(wanted)])
+    asked = {
+        key: column.button(
+            label,
+            type="primary" if key == "predict" else "secondary",
+            disabled=key == "predict" and not uploads,
+            width="stretch",
+            key=key,
+        )
+        for (key, label), column in zip(wanted.items(), columns, strict=False)
+    }
+    if not any(asked.values()):
+        return
+    if asked["predict"]:
         with st.spinner(f"Predicting {len(uploads)} scan{'s' if len(uploads) > 1 else ''}"):
             keep_results(_predict(bundle, uploads, ages))
         _forget(uploads)
         st.session_state["turn"] += 1
-        st.rerun()
-    if "demo" in place and place["demo"].button("Try a demo head", width="stretch", key="demo"):
+    elif asked.get("demo"):
         with st.spinner("Predicting a demo head"), one_at_a_time():
             keep_results(list(bundle.predict_many([example[0]], [example[1]], n_jobs=1)))
-        st.rerun()
-    if "clear" in place and place["clear"].button("Clear", width="stretch", key="clear"):
+    else:
         keep_results([])
-        st.rerun()
+    st.rerun()
 
 
 def _forget(uploads: Sequence[Any]) -> None:
@@ -190,10 +182,12 @@ def _forget_other_models(bundle: Bundle) -> None:
 def _demo_head() -> tuple[Path, float] | None:
     """A test scan of the workspace the model lies in, with its age, where its cohort is the invented one."""
     folder = st.session_state.get("bundle folder")
-    splits = folder.parents[2] / "splits.csv" if folder else None
-    if splits is None or not splits.exists() or not (folder.parents[2] / "demo" / "truth.csv").exists():
+    if folder is None or not (folder.parents[2] / "demo" / "truth.csv").exists():
         return None
-    rows = read_csv(splits)
+    try:
+        rows = read_csv(folder.parents[2] / "splits.csv")
+    except MissingInput:
+        return None
     test = rows[rows["split"] == "test"].sort_values("age")
     if test.empty:
         return None
@@ -210,13 +204,10 @@ def _true_ages(uploads: Sequence[Any]) -> list[float | None]:
     things = together(uploads)
     for thing in things:
         arrived.setdefault(thing[0].file_id, len(arrived))
-    labels = [
-        f"{number}. {as_text(shown_name(thing[0].name))}" for number, thing in enumerate(things, start=1)
-    ]
+    labels = ["True age in years, if known; only for the gap"]
     if len(things) > 1:
         st.caption("True ages in years, where known; only for the gap, the prediction does not use them.")
-    else:
-        labels = ["True age in years, if known; only for the gap"]
+        labels = [f"{n}. {as_text(shown_name(thing[0].name))}" for n, thing in enumerate(things, start=1)]
     keys = [arrived[thing[0].file_id] for thing in things] or [len(arrived)]
     columns = [column for _ in range(0, len(labels), 3) for column in st.columns(3)]
     return [

@@ -13,11 +13,13 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from brainage_nb.cohort.images import is_image
 from brainage_nb.predict.cautions import Failure, Prediction
+from brainage_nb.workspace import CannotWrite, explain_write_errors
 
 if TYPE_CHECKING:
     from brainage_nb.predict.bundle import Bundle
@@ -26,14 +28,6 @@ MAX_UPLOAD = 2**30  # bytes of one upload
 MAX_DICOM_FILES, MAX_DICOM_BYTES = 5000, 2 * 2**30
 CONVERSION_SECONDS = 120
 SCAN_TYPES = ("nii", "gz", "mgh", "mgz", "zip", "dcm", "ima")  # as the upload field offers them
-
-
-class Upload(Protocol):
-    """What Streamlit or ipywidgets hand over: a name and an open binary file."""
-
-    name: str
-
-    def getbuffer(self) -> memoryview: ...
 
 
 @dataclass(frozen=True)
@@ -65,7 +59,7 @@ def predict_upload(bundle: Bundle, scan: StoredScan | Failure) -> Prediction | F
     return replace(result, scan=scan.name, path=scan.origin)
 
 
-def together(uploads: Sequence[Upload]) -> list[list[Upload]]:
+def together(uploads: Sequence[BytesIO]) -> list[list[BytesIO]]:
     """What was uploaded, thing by thing: single DICOM files are one series, any other upload is a scan."""
     slices = [upload for upload in uploads if _is_dicom(upload)]
     return [[upload] for upload in uploads if upload not in slices] + [slices] * bool(slices)
@@ -79,13 +73,14 @@ def shown_name(name: str) -> str:
 
 @contextmanager
 def stored(
-    uploads: Sequence[Upload], ages: Sequence[float | None] | None = None
+    uploads: Sequence[BytesIO], ages: Sequence[float | None] | None = None
 ) -> Iterator[list[StoredScan | Failure]]:
     """Write uploads to a private temporary folder, DICOM converted; all of it is removed afterwards.
 
     Parameters
     ----------
-    uploads : sequence of Upload
+    uploads : sequence of BytesIO
+        With a `name` each, as Streamlit and ipywidgets hand them over.
     ages : sequence of float or None
         True ages in years, one for each thing of `together(uploads)`.
 
@@ -109,26 +104,27 @@ def stored(
         yield found
 
 
-def _store(thing: Sequence[Upload], name: str, place: Path, age: float | None) -> list[StoredScan | Failure]:
+def _store(thing: Sequence[BytesIO], name: str, place: Path, age: float | None) -> list[StoredScan | Failure]:
     dicom = place / "dicom"
     for upload in thing:
-        content = upload.getbuffer()
-        try:
+        with upload.getbuffer() as content:
             if len(content) > MAX_UPLOAD:
                 said = f"{name} is larger than {MAX_UPLOAD / 2**20:,.0f} MB, the most that is read."
                 return [Failure(name, "too_large", said)]
-            if bytes(content[:4]) == b"PK\x03\x04":
-                if lost := _unpack(upload, name, dicom):
-                    return lost
-            elif _is_dicom(upload):
-                _next_file(dicom).write_bytes(content)
-            else:
-                plain = plain_name(name)
-                path = place / (plain if is_image(plain) else f"{plain}.nii")
-                path.write_bytes(content)
-                return [StoredScan(path, name, age=age)]
-        finally:
-            content.release()
+            try:
+                if bytes(content[:4]) == b"PK\x03\x04":
+                    if lost := _unpack(upload, name, dicom):
+                        return lost
+                elif _is_dicom(upload):
+                    _keep_dicom(content, dicom)
+                else:
+                    plain = plain_name(name)
+                    path = place / (plain if is_image(plain) else f"{plain}.nii")
+                    with explain_write_errors(path):
+                        path.write_bytes(content)
+                    return [StoredScan(path, name, age=age)]
+            except CannotWrite as error:
+                return [Failure(name, "not_stored", str(error))]
     return converted(dicom, place / "converted", age)
 
 
@@ -141,21 +137,22 @@ def plain_name(name: str) -> str:
 # --- DICOM ----------------------------------------------------------------------------------------------
 
 
-def _is_dicom(upload: Upload) -> bool:
-    content = upload.getbuffer()
-    start = bytes(content[:132])
-    content.release()
+def _is_dicom(upload: BytesIO) -> bool:
+    with upload.getbuffer() as content:
+        start = bytes(content[:132])
     return start[128:] == b"DICM" or (
         upload.name.lower().endswith((".dcm", ".ima")) and not start.startswith(b"PK\x03\x04")
     )
 
 
-def _next_file(dicom: Path) -> Path:
-    dicom.mkdir(exist_ok=True)
-    return dicom / f"{len(list(dicom.iterdir())):05d}.dcm"
+def _keep_dicom(content: bytes | memoryview, dicom: Path) -> None:
+    """Write one file under a name of our own."""
+    with explain_write_errors(dicom / "slice"):
+        dicom.mkdir(exist_ok=True)
+        (dicom / f"{len(list(dicom.iterdir())):05d}.dcm").write_bytes(content)
 
 
-def _unpack(upload: IO[bytes], name: str, dicom: Path) -> list[Failure]:
+def _unpack(upload: BytesIO, name: str, dicom: Path) -> list[Failure]:
     """DICOM files of a zip, under names of our own; its own names and folders are not used."""
     try:
         with zipfile.ZipFile(upload) as archive:
@@ -164,23 +161,19 @@ def _unpack(upload: IO[bytes], name: str, dicom: Path) -> list[Failure]:
                 limit = MAX_DICOM_BYTES / 2**30
                 sentence = f"{name} opens to more than {MAX_DICOM_FILES} files or {limit:.0f} GB."
                 return [Failure(name, "too_large", f"{sentence} Zip the T1 series alone.")]
-            n = sum([_unpack_one(archive, entry, dicom) for entry in entries])
+            for entry in entries:
+                with archive.open(entry) as stream:
+                    start = stream.read(132)
+                    if start[128:132] == b"DICM":
+                        _keep_dicom(start + stream.read(entry.file_size), dicom)
+    except CannotWrite:
+        raise
     except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError, zlib.error):
         return [Failure(name, "unreadable", f"{name} is a damaged or encrypted zip file.")]
-    if n == 0:
+    if not dicom.exists():
         sentence = f"{name} holds no DICOM images. Upload a NIfTI scan, or a zip of one DICOM series."
         return [Failure(name, "not_dicom", sentence)]
     return []
-
-
-def _unpack_one(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, dicom: Path) -> bool:
-    """Write one entry if it is DICOM; says whether it was."""
-    with archive.open(entry) as stream:
-        start = stream.read(132)
-        if start[128:132] != b"DICM":
-            return False
-        _next_file(dicom).write_bytes(start + stream.read(entry.file_size))
-    return True
 
 
 def converted(dicom: Path, out: Path, age: float | None = None) -> list[StoredScan | Failure]:
@@ -201,10 +194,7 @@ def converted(dicom: Path, out: Path, age: float | None = None) -> list[StoredSc
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=CONVERSION_SECONDS)
     except (subprocess.SubprocessError, OSError):
-        sentence = (
-            "The DICOM files could not be converted (dcm2niix failed or took too long). Convert them to "
-            "NIfTI."
-        )
+        sentence = "dcm2niix could not convert the DICOM files, or took too long. Convert them to NIfTI."
         return [Failure(name, "not_converted", sentence)]
     files = sorted(out.rglob("*.nii"))
     mixed = len({path.parent for path in files}) > 1 and age is not None

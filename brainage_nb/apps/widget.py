@@ -6,19 +6,22 @@ show it. Works with ipywidgets 7.7 and 8, whose upload fields differ.
 
 from __future__ import annotations
 
+import html
 import io
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from matplotlib.figure import Figure
+
 from brainage_nb.apps.uploads import StoredScan, predict_upload, stored
 from brainage_nb.predict.cautions import Failure, Prediction
-from brainage_nb.predict.explain import Explanation, explain
+from brainage_nb.predict.explain import Explanation, age_among_held_out, explain, strongest
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
     from brainage_nb.predict.bundle import Bundle
 
@@ -34,8 +37,7 @@ class LiveCurve:
 
     def __init__(self, every_s: float = 3.0):
         self.every_s = every_s
-        self.drawn = float("-inf")
-        self.handle = None
+        self.drawn, self.handle = float("-inf"), None
 
     def __call__(self, history: pd.DataFrame) -> None:
         """Draw the history so far (a row an epoch; MAE in years)."""
@@ -82,10 +84,6 @@ def result_figure(
     opacity: float = 0.6,
 ) -> Figure:
     """Three planes with the heat map, and the age among held-out scans: one static picture."""
-    from matplotlib.figure import Figure
-
-    from brainage_nb.predict.explain import age_among_held_out
-
     figure = Figure(figsize=(12, 7.8), layout="constrained")
     upper, lower = figure.subfigures(2, 1, height_ratios=(1, 1.2))
     explanation.picture(prediction, at, opacity=opacity, figure=upper)
@@ -96,8 +94,6 @@ def result_figure(
 
 
 def _write_result(ax: Any, prediction: Prediction) -> None:
-    import textwrap
-
     lines = [f"{name}: {value}" for name, value in prediction.frame()["value"].items()]
     lines += [""] + [f"! {caution.sentence}" for caution in prediction.warnings]
     wrapped = [part for line in lines for part in (textwrap.wrap(line, 58) or [""])]
@@ -153,8 +149,6 @@ class PredictionWidget:
         if isinstance(result, Failure):
             self._say(result.sentence)
             return result
-        from brainage_nb.predict.explain import strongest
-
         self.prediction = result
         self.explanation = explain(self.bundle, result)
         for slider, index in zip(self.sliders, strongest(result.volume, self.explanation.heat), strict=True):
@@ -194,24 +188,17 @@ class PredictionWidget:
         self.picture.value = stream.getvalue()
 
     def _say(self, text: str) -> None:
-        import html
-
         self.said.value = html.escape(text)
 
 
-class _Uploaded(io.BytesIO):
-    """An uploaded file with its name."""
-
-    def __init__(self, name: str, content: Any):
-        super().__init__(bytes(content))
-        self.name = name
-
-
-def uploaded(value: Any) -> list[_Uploaded]:
+def uploaded(value: Any) -> list[io.BytesIO]:
     """Files of a FileUpload's value: a tuple of mappings (ipywidgets 8) or name -> mapping (ipywidgets 7)."""
-    if isinstance(value, Mapping):
-        return [_Uploaded(name, item["content"]) for name, item in value.items()]
-    return [_Uploaded(item["name"], item["content"]) for item in value]
+    named = value.items() if isinstance(value, Mapping) else [(item["name"], item) for item in value]
+    files = []
+    for name, item in named:
+        files.append(io.BytesIO(bytes(item["content"])))
+        files[-1].name = name
+    return files
 
 
 def workspace_scans(

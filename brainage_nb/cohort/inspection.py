@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from brainage_nb.platforms import n_workers
 from brainage_nb.volumes.heads import coarse_picture, find_head, head_mask
 from brainage_nb.volumes.scans import (
     MAX_VOXELS,
@@ -25,7 +26,7 @@ from brainage_nb.volumes.scans import (
     voxel_file,
     voxel_sizes,
 )
-from brainage_nb.workspace import n_workers, sha256_of
+from brainage_nb.workspace import sha256_of
 
 FACTS = (
     *("scan_id", "error", "error_detail", "file_flags", "shape", "voxel_mm", "field_of_view_mm"),

@@ -32,7 +32,8 @@ from brainage_nb.demo.scans import (
     sample_head,
     scan_head,
 )
-from brainage_nb.workspace import n_workers, read_json, write_csv, write_json, write_text, writing
+from brainage_nb.platforms import n_workers
+from brainage_nb.workspace import read_json, write_csv, write_json, write_text, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

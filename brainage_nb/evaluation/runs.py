@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from brainage_nb.evaluation.correction import (
     CorrectionRefused,
     EvaluationError,
 )
-from brainage_nb.workspace import Workspace, read_csv, read_json, sha256_of
+from brainage_nb.workspace import MissingInput, Workspace, read_csv, read_json, sha256_of
 
 KEYS = ["scan_id", "subject_id", "session_id", "split"]
 COLUMNS = [*KEYS, "fold", "seed", "variant", "age", "predicted_age"]  # of predictions.csv
@@ -167,7 +168,7 @@ def read_run(ws: Workspace, name: str) -> Run:
     return Run(
         name=name,
         settings=settings,
-        history=pd.read_csv(history) if history.exists() and history.stat().st_size > 1 else pd.DataFrame(),
+        history=read_csv(history) if history.exists() else pd.DataFrame(),
         predictions=rows.merge(about, on="scan_id", how="left"),
     )
 
@@ -191,8 +192,9 @@ def list_runs(workspace: Workspace) -> list[str]:
 
 def reported_level(workspace: Workspace) -> float:
     """The level of the prediction interval in the workspace's report; `LEVEL` before there is one."""
-    results = workspace.path("evaluation", "results.json")
-    return read_json(results)["_parameters"]["level"] if results.exists() else LEVEL
+    with suppress(MissingInput, KeyError, TypeError):
+        return float(read_json(workspace.path("evaluation", "results.json"))["_parameters"]["level"])
+    return LEVEL
 
 
 def headline_rows(members: pd.DataFrame, variant: str, source: str = "predictions.csv") -> pd.DataFrame:
@@ -234,13 +236,12 @@ def _check_members(members: pd.DataFrame, source: str) -> None:
     again = "Run the training notebook (04 or 05) again."
     if missing := [name for name in COLUMNS if name not in members]:
         raise EvaluationError(f"{source} lacks the columns {missing}; it has {list(members)}. {again}")
-    age, predicted = (pd.to_numeric(members[name], errors="coerce") for name in ("age", "predicted_age"))
-    low, high = PREDICTED
-    ages = members.assign(age=age).groupby("scan_id")["age"].transform("nunique")
+    predicted, (low, high) = members["predicted_age"], PREDICTED
+    ages = members.groupby("scan_id")["age"].transform("nunique")
     for wrong, what in (
         (predicted.isna(), "scans have no predicted age"),
         (~predicted.between(low, high), f"scans have a predicted age beyond {low:g} to {high:g} years"),
-        (~np.isfinite(age), "scans have no age"),
+        (~np.isfinite(members["age"]), "scans have no age"),
         (ages > 1, "scans have two ages"),
         (members.duplicated([*KEYS, "fold", "seed", "variant"]), "scans have the same row twice"),
     ):
@@ -284,8 +285,8 @@ def read_splits(workspace: Workspace, with_volume: Sequence[str] | None = None) 
 
 def _differs(rows: pd.DataFrame, others: pd.DataFrame) -> np.ndarray:
     """Whether each scan is absent from another table, or has another age there."""
-    age = pd.to_numeric(others.set_index("scan_id")["age"], errors="coerce").reindex(rows["scan_id"])
-    return ~np.isclose(age, rows["age"].astype(float), rtol=0, atol=0.01)
+    age = others.set_index("scan_id")["age"].reindex(rows["scan_id"])
+    return ~np.isclose(age, rows["age"], rtol=0, atol=0.01)
 
 
 def _compare(rows: pd.DataFrame, splits: pd.DataFrame, source: str) -> None:

@@ -22,6 +22,7 @@ from brainage_nb.cohort.rules import judge_controls
 from brainage_nb.evaluation.correction import AgeBiasCorrector, ConformalInterval
 from brainage_nb.evaluation.external import ExternalEvaluation, evaluate_external, refuse_trained_on
 from brainage_nb.models.compute import working_device
+from brainage_nb.platforms import n_workers
 from brainage_nb.predict.cautions import (
     KINDS,
     REFERENCE_FILE,
@@ -38,7 +39,7 @@ from brainage_nb.predict.cautions import (
 )
 from brainage_nb.predict.predictors import NetworkEnsemble, SvrModel, build_model
 from brainage_nb.volumes.scans import SCAN_FLAGS, ScanError, voxel_file
-from brainage_nb.workspace import Workspace, n_workers, open_workspace, sha256_of
+from brainage_nb.workspace import Workspace, open_workspace, sha256_of
 
 if TYPE_CHECKING:
     from brainage_nb.volumes.settings import PreprocessingSettings

@@ -28,7 +28,7 @@ from brainage_nb.drawing import legend_under
 from brainage_nb.volumes.heads import head_in
 from brainage_nb.volumes.pictures import PLANES, plane
 from brainage_nb.volumes.registration import mni_grid
-from brainage_nb.workspace import writing
+from brainage_nb.workspace import read_csv, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -494,8 +494,7 @@ def planted_places(
     from brainage_nb.demo.scans import place_scan
     from brainage_nb.volumes.preprocessing import grid_affine
 
-    ids = dict.fromkeys(("scan_id", "subject_id", "session_id"), str)
-    truth = pd.read_csv(Path(cohort) / TRUTH, dtype=ids).set_index("scan_id")
+    truth = read_csv(Path(cohort) / TRUTH).set_index("scan_id")
     places = {}
     for row in scans.itertuples():
         _, scanner, to_template = place_scan(truth.loc[row.scan_id].to_dict())

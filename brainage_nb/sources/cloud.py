@@ -348,7 +348,7 @@ def _list_once(folder: Path, base: str, accession: str) -> list[dict[str, Any]]:
     """Tables and scans, kept beside the data: a second run asks nothing and sees the same snapshot."""
     kept = folder / ".listing.json"
     if kept.exists():
-        return read_json(kept)
+        return read_json(kept, kind=list)
     files = list(_list_bucket(base, accession, folder))
     if not files:
         raise SourceError(f"There is nothing under {accession} in the bucket {base}: check openneuro_id.")

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from brainage_nb.cluster import ClusterError, in_order, open_cluster
+from brainage_nb.platforms import n_workers
 from brainage_nb.volumes.preprocessing import as_stored, build_transforms, preprocess
 from brainage_nb.volumes.scans import ScanError, load_scan, voxel_file
 from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.workspace import (
     copy_verified,
-    n_workers,
     read_csv,
     read_json,
     sha256_of,

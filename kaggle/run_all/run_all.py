@@ -31,7 +31,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
+    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash -- "$at/$0"; done'
     _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/$0) && exec bash -c "$script"'
     _else = 'echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
     subprocess.run(["bash", "-c", f"{_near}; {_far}; {_else}", "colab_setup.sh", sys.executable], check=True)
@@ -52,7 +52,8 @@ last = ""  # @param {type:"string"}
 
 # %%
 from brainage_nb.pipeline import NotebookPaused, find_notebooks, parse_overrides, run_notebooks
-from brainage_nb.workspace import open_workspace, session_summary
+from brainage_nb.platforms import session_summary
+from brainage_nb.workspace import open_workspace
 
 ws = open_workspace(workspace)
 print(session_summary(ws.root))

@@ -37,7 +37,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
+    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash -- "$at/$0"; done'
     _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/$0) && exec bash -c "$script"'
     _else = 'echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
     subprocess.run(["bash", "-c", f"{_near}; {_far}; {_else}", "colab_setup.sh", sys.executable], check=True)
@@ -82,8 +82,9 @@ from brainage_nb.demo.cohort import (
     oracle_mae,
 )
 from brainage_nb.parameters import read_parameters
+from brainage_nb.platforms import session_summary
 from brainage_nb.sources.opening import SourceSettings, open_source
-from brainage_nb.workspace import open_workspace, read_csv, session_summary, write_csv
+from brainage_nb.workspace import open_workspace, read_csv, write_csv
 
 parameters = read_parameters(globals(), SourceSettings, CohortRules)
 ws = open_workspace(workspace).begin("01_data_access")

@@ -36,7 +36,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
+    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash -- "$at/$0"; done'
     _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/$0) && exec bash -c "$script"'
     _else = 'echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
     subprocess.run(["bash", "-c", f"{_near}; {_far}; {_else}", "colab_setup.sh", sys.executable], check=True)
@@ -63,8 +63,9 @@ from brainage_nb.cohort.cleaning_plots import age_histogram, flagged_montage
 from brainage_nb.cohort.inspection import inspect_scans
 from brainage_nb.cohort.splits import deal_splits, plot_splits, split_table
 from brainage_nb.parameters import pick_fields, read_parameters
+from brainage_nb.platforms import session_summary
 from brainage_nb.volumes.scans import voxel_file
-from brainage_nb.workspace import open_workspace, session_summary, write_csv
+from brainage_nb.workspace import open_workspace, write_csv
 
 parameters = read_parameters(globals(), CleaningRules)
 ws = open_workspace(workspace).begin("02_data_cleaning")

@@ -39,7 +39,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
+    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash -- "$at/$0"; done'
     _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/$0) && exec bash -c "$script"'
     _else = 'echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
     subprocess.run(["bash", "-c", f"{_near}; {_far}; {_else}", "colab_setup.sh", sys.executable], check=True)
@@ -68,12 +68,13 @@ more = ""  # @param {type:"string"}
 from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.parameters import pick_fields, read_parameters
+from brainage_nb.platforms import session_summary
 from brainage_nb.volumes.pictures import brain_preview, montage, steps_figure
 from brainage_nb.volumes.scans import ScanError
 from brainage_nb.volumes.settings import PreprocessingSettings, list_changes
 from brainage_nb.volumes.store import build_store
 from brainage_nb.volumes.transforms import describe_transform, preprocessing_chain, run_steps
-from brainage_nb.workspace import open_workspace, session_summary, write_csv
+from brainage_nb.workspace import open_workspace, write_csv
 
 set_matplotlib_formats("png")  # figures appear in their cells
 parameters = read_parameters(globals(), PreprocessingSettings)

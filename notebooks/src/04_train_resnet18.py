@@ -36,7 +36,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
+    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash -- "$at/$0"; done'
     _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/$0) && exec bash -c "$script"'
     _else = 'echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
     subprocess.run(["bash", "-c", f"{_near}; {_far}; {_else}", "colab_setup.sh", sys.executable], check=True)
@@ -80,12 +80,13 @@ from brainage_nb.models.network import build_network, describe_network
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.train import forecast, train
 from brainage_nb.parameters import pick_fields, read_parameters
+from brainage_nb.platforms import session_summary
 from brainage_nb.predict.saving import current_bundle
 from brainage_nb.volumes.augment import augment, augmentation_examples
 from brainage_nb.volumes.pictures import montage
 from brainage_nb.volumes.settings import AugmentationSettings, list_changes
 from brainage_nb.volumes.store import current_store
-from brainage_nb.workspace import open_workspace, session_summary
+from brainage_nb.workspace import open_workspace
 
 set_matplotlib_formats("png")  # figures appear in their cells
 parameters = read_parameters(globals(), TrainingSettings, AugmentationSettings)

@@ -37,7 +37,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
+    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash -- "$at/$0"; done'
     _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/$0) && exec bash -c "$script"'
     _else = 'echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
     subprocess.run(["bash", "-c", f"{_near}; {_far}; {_else}", "colab_setup.sh", sys.executable], check=True)
@@ -80,9 +80,10 @@ from brainage_nb.models.vgg16 import (
     vgg16_features,
 )
 from brainage_nb.parameters import read_parameters
+from brainage_nb.platforms import session_summary
 from brainage_nb.predict.saving import current_bundle
 from brainage_nb.volumes.store import current_store
-from brainage_nb.workspace import open_workspace, session_summary
+from brainage_nb.workspace import open_workspace
 
 parameters = read_parameters(globals())
 ws = open_workspace(workspace).begin("05_train_vgg16_svr")

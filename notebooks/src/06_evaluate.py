@@ -37,7 +37,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
+    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash -- "$at/$0"; done'
     _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/$0) && exec bash -c "$script"'
     _else = 'echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
     subprocess.run(["bash", "-c", f"{_near}; {_far}; {_else}", "colab_setup.sh", sys.executable], check=True)
@@ -77,9 +77,10 @@ from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
 from brainage_nb.evaluation.plots import draw_external, draw_figures
 from brainage_nb.evaluation.report import write_report
 from brainage_nb.parameters import read_parameters
+from brainage_nb.platforms import session_summary
 from brainage_nb.predict.bundle import apply_to_workspace, load_bundle, read_subject_ids
 from brainage_nb.predict.saving import current_bundle, update_bundle
-from brainage_nb.workspace import open_workspace, session_summary
+from brainage_nb.workspace import open_workspace
 
 set_matplotlib_formats("png")  # figures appear in their cells
 parameters = read_parameters(globals())

@@ -35,7 +35,7 @@ import subprocess
 import sys
 
 if importlib.util.find_spec("brainage_nb") is None:
-    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash "$at/$0"; done'
+    _near = 'export PYTHON=$1; for at in "$BRAINAGE_SOURCE" /kaggle/input/{*,*/*,*/*/*}; do [ -f "$at/$0" ] && exec bash -- "$at/$0"; done'
     _far = 'script=$(curl -fsSL https://raw.githubusercontent.com/brainage-nb/brainage_nb/v0.1.0/$0) && exec bash -c "$script"'
     _else = 'echo "No internet? Attach the wheel data set (README, Kaggle)." >&2; exit 1'
     subprocess.run(["bash", "-c", f"{_near}; {_far}; {_else}", "colab_setup.sh", sys.executable], check=True)
@@ -70,10 +70,11 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 from brainage_nb.apps.widget import PredictionWidget, result_figure, workspace_scans
 from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.parameters import read_parameters
+from brainage_nb.platforms import session_summary
 from brainage_nb.predict.bundle import load_bundle
 from brainage_nb.predict.explain import explain
 from brainage_nb.predict.saving import current_bundle
-from brainage_nb.workspace import open_workspace, session_summary, write_json
+from brainage_nb.workspace import open_workspace, write_json
 
 set_matplotlib_formats("png")  # figures appear in their cells
 parameters = read_parameters(globals())

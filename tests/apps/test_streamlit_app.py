@@ -10,12 +10,12 @@ import pytest
 pytest.importorskip("streamlit")
 from streamlit.testing.v1 import AppTest
 
-from brainage_nb.apps import predict_cli
+from brainage_nb import apps
 from brainage_nb.bundle_format import zip_bundle
 from brainage_nb.predict.bundle import load_bundle
 from tests.models.tiny_bundle import bomb, head_array, write_scan, write_tiny_bundle
 
-SCRIPT = predict_cli.__file__.replace("predict_cli", "streamlit_app")
+SCRIPT = str(Path(apps.__file__).with_name("streamlit_app.py"))
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import tempfile
@@ -78,6 +79,17 @@ def test_a_zip_bomb_is_refused_unopened(monkeypatch):
     monkeypatch.setattr(uploads, "MAX_DICOM_BYTES", 2**20)
     content = zipped({"slice.dcm": b"\0" * 2**22}, compression=zipfile.ZIP_DEFLATED)
     assert only(Upload("a.zip", content)).code == "too_large"
+
+
+def test_a_full_disk_is_not_taken_for_a_damaged_upload(monkeypatch):
+    def refuse(path, _):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    dicom = b"\0" * 128 + b"DICM"
+    for name, content in {"a.nii": b"scan", "a.dcm": dicom, "a.zip": zipped({"a.dcm": dicom})}.items():
+        found = only(Upload(name, content))
+        assert found.code == "not_stored" and "the disk is full" in found.sentence
 
 
 def test_a_damaged_zip_is_refused():

@@ -79,7 +79,7 @@ PREDICTED = {
     "prediction blank": (PREDICTIONS, put("predicted_age", ""), "1 scans have no predicted age"),
     "prediction infinite": (PREDICTIONS, put("predicted_age", "inf"), "1 scans .*beyond -100 to 250 years"),
     "row doubled in predictions": (PREDICTIONS, doubled, "1 scans have the same row twice.*04 or 05"),
-    "column renamed in predictions": (PREDICTIONS, renamed("predicted_age"), "lacks .*predicted_age"),
+    "column renamed in predictions": (PREDICTIONS, renamed("predicted_age"), "no column predicted_age"),
     "true age edited": (PREDICTIONS, add_years, "1 predicted scans differ from splits.csv .* age"),
     "true age blank": (PREDICTIONS, put("age", ""), "1 scans have no age"),
     "split misspelt in predictions": (PREDICTIONS, put("split", "vla"), "split other than .*vla"),

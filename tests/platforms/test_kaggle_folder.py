@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib import util
@@ -131,6 +132,23 @@ def test_push_and_status_go_through_the_client(client):
     status, said, calls = client(*script, "--status")
     asked = [request["kernelSlug"] for method, request in calls if method == "GetKernelSessionStatus"]
     assert (status, len(asked), said.count("COMPLETE")) == (0, len(KERNELS), len(KERNELS)), said
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--owner", 'a"b', "--status"],
+        ["--owner", "me/x", "--status"],
+        ["--owner=--help-me!", "02_data_cleaning"],
+        ["--owner", "someone", "--part", "0", "02_data_cleaning"],
+        ["--owner", "someone", "--part=-1", "02_data_cleaning"],
+        ["--owner", "someone", "--part", "two", "02_data_cleaning"],
+    ],
+)
+def test_an_owner_or_a_part_that_cannot_be_is_refused_in_words(given, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        push.main([*given, "--dry-run"])
+    assert re.search("is no Kaggle user name|is no part", capsys.readouterr().err)
 
 
 def test_a_parameter_that_no_notebook_has_is_refused(capsys):

@@ -104,6 +104,15 @@ def test_a_source_that_is_not_there_is_said(script, tmp_path):
     assert (status, "is neither a file or folder that is there nor an address" in last) == (1, True)
 
 
+def test_a_source_whose_name_looks_like_an_option_is_a_file(script, tmp_path):
+    home = tmp_path.parent / "platform0"
+    for option in ("-e", "--target=x"):
+        (home / option).mkdir()
+        archive = wheel(tmp_path).rename(home / option / wheel(tmp_path).name)
+        status, last = script(archive.relative_to(home))
+        assert (status, last.startswith(f"brainage_nb {VERSION} is ready")) == (0, True), last
+
+
 def test_another_python_is_refused_with_the_versions_that_will_do(script, tmp_path):
     old = tmp_path / "python"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.9.1" && exit 0\nexit 1\n')

@@ -1,4 +1,3 @@
-import argparse
 import contextlib
 import os
 import signal
@@ -12,9 +11,10 @@ import pandas as pd
 import pytest
 import torch
 
-from brainage_nb.apps import predict_cli
+from brainage_nb import cli
+from brainage_nb.bundle_format import find_bundles
 from brainage_nb.predict.bundle import load_bundle
-from brainage_nb.workspace import read_csv
+from brainage_nb.workspace import guard_formula, read_csv
 from tests.models.tiny_bundle import write_scan, write_tiny_bundle
 
 
@@ -24,10 +24,7 @@ def tiny(tmp_path_factory):
 
 
 def run(*arguments):
-    parser = argparse.ArgumentParser()
-    predict_cli.add_parsers(parser.add_subparsers(required=True))
-    options = parser.parse_args([str(argument) for argument in arguments])
-    return options.command(options)
+    return cli.main([str(argument) for argument in arguments])
 
 
 def test_scans_folders_and_ages_end_in_one_table(tiny, tmp_path, capsys):
@@ -52,7 +49,7 @@ def test_scans_without_a_true_age_are_named_with_the_reason_and_the_notes_of_the
     names = ["site1_001.nii", "site1_002.nii", "site2_003.nii", "site2_007.nii"]
     table = tmp_path / "ages.csv"
     table.write_text("id,age\n001,20\n002,50\n003,89+\n004,70\n")
-    assert predict_cli.ages_of([tmp_path / name for name in names], str(table)) == [20, 50, None, None]
+    assert cli.find_ages([tmp_path / name for name in names], str(table)) == [20, 50, None, None]
     said = capsys.readouterr().out
     assert "site2_003.nii: no true age: its row gives no usable age: " in said and "89+" in said
     assert "site2_007.nii: no true age: no id of the table is in its name" in said
@@ -111,7 +108,7 @@ def test_wrong_usage_is_said_and_ends_with_2(arguments, said, tmp_path, monkeypa
     assert said in capsys.readouterr().err
 
 
-def test_the_newest_bundle_of_the_workspace_is_taken(tiny, tmp_path, monkeypatch):
+def test_the_newest_whole_bundle_of_the_workspace_is_taken(tiny, tmp_path, monkeypatch, capsys):
     import shutil
 
     monkeypatch.chdir(tmp_path)
@@ -119,8 +116,50 @@ def test_the_newest_bundle_of_the_workspace_is_taken(tiny, tmp_path, monkeypatch
     for age, place in enumerate(("workspace/demo/runs/resnet18", "mine/runs/better")):
         copied = shutil.copytree(tiny, tmp_path / place / "bundle")
         os.utime(copied / "bundle.json", (age, age))
-    assert predict_cli.newest_bundle() == tmp_path / "mine" / "runs" / "better" / "bundle"
-    assert len(predict_cli.bundles_in_reach()) == 2
+    assert cli.find_newest_bundle() == tmp_path / "mine" / "runs" / "better" / "bundle"
+    assert len(find_bundles()[0]) == 2
+    (tmp_path / "mine" / "runs" / "better" / "bundle" / "bundle.json").write_text("[]")
+    assert cli.find_newest_bundle() == tmp_path / "workspace" / "demo" / "runs" / "resnet18" / "bundle"
+    assert "better/bundle/bundle.json is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [(text, f"'{text}") for text in ("=1+1", "@SUM(A1)", "+x", "-cmd|' /C calc'!A0", "-2+3", "\t=1")]
+    + [(text, text) for text in ("-1.5", "+3", "a=b", "-", "")],
+)
+def test_a_cell_that_a_spreadsheet_would_run_is_quoted(text, shown):
+    assert guard_formula(text) == shown
+
+
+def test_a_file_name_that_is_a_formula_is_text_in_the_csv(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_scan(tmp_path / "=2+2.nii")
+    assert run("predict", "--bundle", tiny, "=2+2.nii", "--out", "out.csv") == 0
+    (row,) = read_csv(tmp_path / "out.csv").to_dict("records")
+    assert (row["scan"], row["path"]) == ("'=2+2.nii", "'=2+2.nii")
+
+
+def test_a_dry_run_checks_and_says_what_would_run_and_writes_nothing(tmp_path, capsys):
+    place = tmp_path / "ws"
+    given = ("run", "--dry-run", "--workspace", place, "--to", "03")
+    assert run(*given, "-p", "spacing_mm=4", "-p", "n_subjects=30") == 0
+    said = capsys.readouterr().out
+    assert "01_data_access: would run with\n      n_subjects = 30\n" in said and "spacing_mm = 4.0" in said
+    assert run(*given, "-p", "source=folder", "-p", f"data_dir={tmp_path / 'none'}") == 2
+    assert "There is no folder" in capsys.readouterr().err
+    assert not place.exists()
+
+
+@pytest.mark.parametrize("command", ["run", "list", "predict", "app"])
+def test_each_command_has_examples_that_it_takes_and_names_the_workspace(command, monkeypatch, capsys):
+    monkeypatch.setenv("BRAINAGE_WORKSPACE", "/a %place")
+    with pytest.raises(SystemExit, match="0"):
+        run(command, "--help")
+    help_text = capsys.readouterr().out
+    examples = [line.split()[1:] for line in help_text.split("examples:")[1].splitlines() if line]
+    assert examples and all(cli._make_parser().parse_args(example) for example in examples)
+    assert command != "run" or "default: /a %place" in " ".join(help_text.split())
 
 
 def heads_of_one_name(folder, names=("S1/T1.nii.gz", "S2/T1.nii.gz", "S3/anat/T1.nii.gz")):
@@ -158,7 +197,7 @@ def test_a_map_of_another_scan_is_never_overwritten(tiny, tmp_path, monkeypatch)
 
 
 def test_the_app_is_served_to_this_machine_only():
-    arguments = predict_cli.app_arguments(8599)
+    arguments = cli.app_arguments(8599)
     assert "--server.address=127.0.0.1" in arguments and "--browser.gatherUsageStats=false" in arguments
 
 
