@@ -10,11 +10,10 @@ import json
 import os
 import re
 import shutil
-import stat
 import warnings
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -27,12 +26,12 @@ from brainage_nb.workspace import MissingInput, read_json, write_json, write_tex
 FORMAT = 1  # raise it when an older reader would misread a newer bundle
 MANIFEST, CARD = "bundle.json", "README.md"
 RESNET, VGG = "resnet18", "vgg16_svr"  # kinds of model
-ARRAYS = re.compile(r"(member-\d{2}|vgg_svr|vgg16_features|reference)\.safetensors")
+ARRAYS = re.compile(r"(member-[0-9]{2}|vgg_svr|vgg16_features|reference)\.safetensors")
 CODE = (".pkl", ".pickle", ".pt", ".pth", ".joblib", ".ckpt")
 MAX_BYTES = 4 * 2**30  # opened; 30 members of half precision are 2 GB
 MAX_MANIFEST_BYTES = 8 * 2**20
 MAX_FILES = 64
-MAX_RATIO = 100  # weights hardly compress; a zip bomb reaches 1000 and more
+EXPECTED = "Expected a bundle: a folder or .zip written by save_bundle."
 SYSTEM_FILES = ("__MACOSX", ".DS_Store", "desktop.ini")  # what file managers add; never opened
 
 
@@ -57,14 +56,12 @@ class BundleFiles:
     _read: Callable[[str], bytes]
 
     def arrays(self, file: str) -> dict[str, np.ndarray]:
-        """Named arrays of one safetensors file, whose size and SHA-256 agree with the manifest."""
+        """Named, finite arrays of one safetensors file, whose size and SHA-256 agree with the manifest."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
         if file not in self.manifest["files"]:
-            raise BundleError(
-                f"{self.name}: {MANIFEST} names {str(file)[:80]!r}, which is not among its files."
-            )
+            raise BundleError(f"{self.name}: {file!r} is not among its files. Copy the whole bundle again.")
         content = self._read(file)
         if _listing(content) != self.manifest["files"][file]:
             raise BundleError(
@@ -72,51 +69,81 @@ class BundleFiles:
                 "differs). It was damaged or changed; copy or download the bundle again."
             )
         try:
-            return load(content)
+            named = load(content)
         except (SafetensorError, KeyError, ValueError, OverflowError) as error:
             raise BundleError(f"{self.name}: {file} is not a readable safetensors file ({error}).") from error
+        for name, array in named.items():
+            if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+                raise BundleError(
+                    f"{self.name}: this bundle is damaged: {name[:80]} of {file} holds values that are not "
+                    "finite numbers. Copy or save it again."
+                )
+        return named
 
 
 # --- what a manifest may say ----------------------------------------------------------------------------
 
 
-def check_manifest(manifest: dict[str, Any], name: str) -> None:
+def check_manifest(manifest: Any, name: str) -> None:
     """Refuse a manifest whose values are of another kind, out of range or contradict each other.
 
     Figures that cannot be read change no prediction: they are taken out, with a warning.
     """
-    from jsonschema import Draft202012Validator
-
     schema = json.loads(Path(__file__).with_name("bundle_schema.json").read_text(encoding="utf-8"))
-    faults = []
-    for error in list(Draft202012Validator(schema).iter_errors(manifest)):
-        place, what = list(error.path), error.message
-        what = what if len(what) < 200 else f"{what[:60]} ... {what[-120:]}"
-        fault = f"{error.json_path[2:][:100]}: {what}"
-        if place[:1] == ["figures"] and len(place) > 1:
-            warnings.warn(f"{name}: these figures are left out ({fault}).", stacklevel=3)
-            manifest["figures"].pop(place[1], None)
-        else:
-            faults.append(fault)
-    if fault := next(iter(faults or _contradictions(manifest)), ""):
+    fault = _find_fault(manifest, schema)
+    if not fault:
+        fault = next((what for what, holds in _list_agreements(manifest).items() if not holds), "")
+    if fault:
         raise BundleError(
-            f"{name}: this bundle is damaged, or made by other means. In {MANIFEST}, {fault}. Copy or "
-            "save it again."
+            f"{name}: this bundle is damaged, or made by other means. In {MANIFEST}, {fault}. Copy or save "
+            "it again."
         )
+    known = {"$ref": "#/$defs/figures", "$defs": schema["$defs"]}
+    for split, figures in [*manifest["figures"].items()]:
+        if fault := _find_fault(figures, known):
+            warnings.warn(f"{name}: these figures are left out (figures.{split}: {fault}).", stacklevel=4)
+            del manifest["figures"][split]
 
 
-def _contradictions(manifest: Mapping[str, Any]) -> list[str]:
+def _find_fault(content: Any, schema: Mapping[str, Any]) -> str:
+    """Where the content is first not what the schema says, and how; empty where it is.
+
+    Beside jsonschema's words there are two for long lists, which its own `items` takes seconds for.
+    """
+    from jsonschema import Draft202012Validator, ValidationError
+    from jsonschema.validators import extend
+
+    def check_numbers(_: Any, limits: list[float], values: Any, __: Any) -> Iterator[ValidationError]:
+        low, high = limits
+        if not all(type(value) in (int, float) and low <= value <= high for value in values):
+            yield ValidationError(f"expected numbers from {low} to {high} only")
+
+    def check_texts(_: Any, pattern: str, values: Any, __: Any) -> Iterator[ValidationError]:
+        if not all(isinstance(value, str) and re.fullmatch(pattern, value) for value in values):
+            yield ValidationError(f"expected texts of the form {pattern} only")
+
+    words = {"numbersWithin": check_numbers, "textsLike": check_texts}
+    error = next(extend(Draft202012Validator, words)(schema).iter_errors(content), None)
+    if error is None:
+        return ""
+    what = error.message if len(error.message) < 200 else f"{error.message[:60]} ... {error.message[-120:]}"
+    return f"{error.json_path.lstrip('$.')[:100]}: {what}" if error.path else what
+
+
+def _list_agreements(manifest: Mapping[str, Any]) -> dict[str, bool]:
+    """What must agree with what: a sentence for where it does not, and whether it does."""
     training, position = manifest["training"], manifest["position"]
     members = [member["file"] for member in manifest["members"]]
+    listed = sorted(file for file in manifest["files"] if file.startswith("member-"))
+    edges, counts = training["age_edges"], training["age_counts"]
     lengths = {len(position[name]) for name in ("part", "age", "predicted_age")}
-    agree = {
+    return {
         "members: two are one file": len(set(members)) == len(members),
+        f"members: they are not the listed files {listed}": sorted(members) == listed,
         "training: the youngest age is above the oldest": training["age_low"] <= training["age_high"],
-        "training: age_counts do not fit age_edges": len(training["age_edges"])
-        == len(training["age_counts"]) + 1,
+        "training: age_counts do not fit age_edges": len(edges) == len(counts) + 1,
         "position: its lists are of different lengths": len(lengths) == 1,
     }
-    return [what for what, holds in agree.items() if not holds]
 
 
 # --- reading --------------------------------------------------------------------------------------------
@@ -138,15 +165,24 @@ def open_bundle(source: Path | str | IO[bytes], *, max_bytes: int = MAX_BYTES) -
         Pickles, files that do not belong, links, paths that lead out, zip bombs; a manifest that is missing,
         too large, not JSON, of a newer format, or that says what no bundle says.
     """
-    is_folder = isinstance(source, str | Path) and Path(source).is_dir()
-    name, sizes, read = _list_folder(Path(source)) if is_folder else _list_zip(source)
+    place = Path(source) if isinstance(source, str | Path) else None
+    if place and not place.exists():
+        raise BundleError(f"No bundle at {source}. {EXPECTED}{_did_you_mean(place)}")
+    name, sizes, read = _list_folder(place) if place and place.is_dir() else _list_zip(source)
     _check_names(name, sizes)
     if sum(sizes.values()) > max_bytes:
         opened, most = sum(sizes.values()) / 2**20, max_bytes / 2**20
         raise BundleError(f"{name} opens to {opened:,.0f} MB; at most {most:,.0f} MB are opened.")
-    manifest = _read_manifest(name, sizes, read)
-    check_manifest(manifest, name)
-    return BundleFiles(manifest, name, read)
+
+    def read_file(file: str) -> bytes:
+        try:
+            return read(file)
+        except Exception as error:  # damaged zips raise a dozen kinds
+            raise BundleError(
+                f"{name}: {file} is damaged or cannot be read ({error}). Copy the bundle again."
+            ) from error
+
+    return BundleFiles(_read_manifest(name, sizes, read_file(MANIFEST)), name, read_file)
 
 
 def _list_folder(folder: Path) -> tuple[str, dict[str, int], Callable[[str], bytes]]:
@@ -164,10 +200,12 @@ def _list_folder(folder: Path) -> tuple[str, dict[str, int], Callable[[str], byt
 
 def _list_zip(source: Path | str | IO[bytes]) -> tuple[str, dict[str, int], Callable[[str], bytes]]:
     name = Path(str(source if isinstance(source, str | Path) else getattr(source, "name", "the upload"))).name
-    _refuse_what_is_no_zip(source, name)
+    if (kind := _name_kind(source)) != "zip":
+        meant = _did_you_mean(Path(source)) if isinstance(source, str | Path) else ""
+        raise BundleError(f"{name} {kind}. {EXPECTED}{meant}")
     try:
         archive = zipfile.ZipFile(source)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except Exception as error:
         raise BundleError(f"{name} is a damaged zip file ({error}). Copy it again.") from error
     entries = [
         entry
@@ -175,36 +213,35 @@ def _list_zip(source: Path | str | IO[bytes]) -> tuple[str, dict[str, int], Call
         if not {Path(entry.filename).name, entry.filename.partition("/")[0]} & set(SYSTEM_FILES)
     ]
     root = _common_folder([entry.filename for entry in entries])
-    entries = [entry for entry in entries if entry.filename != root]
-    for entry in entries:
-        _check_entry(entry, name)
-    found = {entry.filename.removeprefix(root): entry for entry in entries}
-    if len(found) != len(entries):
-        raise BundleError(f"{name} holds two files of one name; it was not made by this package.")
+    found = {entry.filename.removeprefix(root): entry for entry in entries if entry.filename != root}
     sizes = {file: entry.file_size for file, entry in found.items()}
-    return name, sizes, lambda file: _unpack(archive, found[file], name)
+    opened, size = sum(entry.file_size for entry in entries), archive.fp.seek(0, os.SEEK_END)
+    unusual = {entry.compress_type for entry in entries} - {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+    twice = len({entry.filename for entry in entries}) < len(entries)
+    grows = f"would grow from {size:,} to {opened:,} bytes when opened (a zip bomb); weights hardly compress"
+    for wrong, what in (
+        (twice, "holds two files of one name; it was not made by this package"),
+        (unusual, "is compressed in an unusual way; zip it with 'deflate' or not at all"),
+        (opened > 2 * size + MAX_MANIFEST_BYTES, grows),
+    ):
+        if wrong:
+            raise BundleError(f"{name} {what}.")
+    # The size is given, since zipfile would unpack more than declared before it notices.
+    return name, sizes, lambda file: archive.open(found[file]).read(sizes[file] + 1)
 
 
-def _refuse_what_is_no_zip(source: Path | str | IO[bytes], name: str) -> None:
-    expected, meant = "Expected a bundle: a folder or .zip written by save_bundle.", ""
-    if isinstance(source, str | Path):
-        meant = _did_you_mean(Path(source))
-        if not Path(source).is_file():
-            raise BundleError(f"No bundle at {source}. {expected}{meant}")
-        with open(source, "rb") as stream:
-            start = stream.read(4)
-    else:
-        source.seek(0)
-        start = source.read(4)
-        source.seek(0)
-    if start == b"PK\x03\x04":
-        return
-    kind = "is empty" if not start else "is not a zip file"
-    if start[:2] == b"\x1f\x8b":
-        kind = "is a gzip file"
-    elif start[:1] == b"\x80" and start[1:2] in b"\x01\x02\x03\x04\x05":
-        kind = "is a Python pickle, which can run any code when it is opened, so it is not"
-    raise BundleError(f"{name} {kind}. {expected}{meant}")
+def _name_kind(source: Path | str | IO[bytes]) -> str:
+    """`zip`, or what a file is instead."""
+    with open(source, "rb") if isinstance(source, str | Path) else nullcontext(source) as stream:
+        stream.seek(0)
+        start = stream.read(4)
+    kinds = {
+        rb"PK\x03\x04": "zip",
+        rb"$": "is empty",
+        rb"\x1f\x8b": "is a gzip file",
+        rb"\x80[\x01-\x05]": "is a Python pickle, which can run any code when it is opened, so it is not",
+    }
+    return next((kind for form, kind in kinds.items() if re.match(form, start)), "is not a zip file")
 
 
 def _did_you_mean(place: Path) -> str:
@@ -223,92 +260,61 @@ def _common_folder(files: list[str]) -> str:
     return ""
 
 
-def _check_entry(entry: zipfile.ZipInfo, name: str) -> None:
-    file, grows = entry.filename, entry.file_size / max(entry.compress_size, 1)
-    leads_out = ".." in Path(file).parts or file.startswith(("/", "\\")) or "\\" in file or ":" in file
-    unusual = entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-    for wrong, what in (
-        (leads_out, "is a path that leads out of the bundle; it is not opened"),
-        (entry.flag_bits & 1, "is encrypted; give an unencrypted bundle"),
-        (stat.S_ISLNK(entry.external_attr >> 16), "is a link; a bundle holds plain files"),
-        (unusual, "is compressed in an unusual way; zip it with 'deflate' or not at all"),
-        (
-            grows > MAX_RATIO and entry.file_size > 2**20,
-            f"would grow {grows:,.0f} times when opened (a zip bomb); model weights hardly compress",
-        ),
-    ):
-        if wrong:
-            raise BundleError(f"{name}: {file[:80]!r} {what}.")
-
-
-def _unpack(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, name: str) -> bytes:
-    try:
-        with archive.open(entry) as stream:  # zipfile stops at the declared size, which was checked
-            return stream.read(entry.file_size + 1)
-    except (zipfile.BadZipFile, EOFError, OSError, zlib.error, NotImplementedError) as error:
-        raise BundleError(f"{name}: {entry.filename} is damaged ({error}). Copy the bundle again.") from error
-
-
 def _check_names(name: str, sizes: Mapping[str, int]) -> None:
+    """Every file is one of a few names: so none is code, and no path leads anywhere."""
     inner = [Path(file).parent for file in sizes if file.endswith(f"/{MANIFEST}")]
     strange = [file for file in sizes if file not in (MANIFEST, CARD) and not ARRAYS.fullmatch(file)]
     code = [file for file in strange if file.endswith(CODE)]
     size = sizes.get(MANIFEST, 0)
     for wrong, what in (
-        (
-            inner,
-            f"holds a bundle among other files, in {[*inner, ''][0]}/. Give that folder, or a .zip of it",
-        ),
+        (inner, "holds a bundle among other files, in {}/. Give that folder, or a .zip of it"),
         (len(sizes) > MAX_FILES, f"holds {len(sizes)} files; a bundle holds at most {MAX_FILES}"),
         (
             code,
-            f"holds {[*code, ''][0][:80]!r}: a pickle or PyTorch file can run any code when it is opened, so "
-            "it is not. A bundle holds safetensors arrays; save the model with save_bundle",
+            "holds {!r}: a pickle or PyTorch file can run any code when it is opened, so it is not. A bundle "
+            "holds safetensors arrays; save the model with save_bundle",
         ),
-        (
-            strange,
-            f"holds {[*strange, ''][0][:80]!r}, which does not belong into a bundle; nothing was opened",
-        ),
+        (strange, "holds {!r}, which does not belong into a bundle; nothing was opened"),
         (MANIFEST not in sizes, f"has no {MANIFEST}, so it is no bundle. Expected what save_bundle writes"),
         (size > MAX_MANIFEST_BYTES, f"has a {MANIFEST} of {size:,} bytes; at most {MAX_MANIFEST_BYTES:,}"),
     ):
         if wrong:
-            raise BundleError(f"{name} {what}.")
+            first = str(wrong[0])[:80] if isinstance(wrong, list) else ""
+            raise BundleError(f"{name} {what.format(first)}.")
 
 
-def _read_manifest(name: str, sizes: Mapping[str, int], read: Callable[[str], bytes]) -> dict[str, Any]:
+def _read_manifest(name: str, sizes: Mapping[str, int], content: bytes) -> dict[str, Any]:
     """The manifest, which is of a known format and lists just the files that are there."""
     try:
-        manifest = json.loads(read(MANIFEST).decode("utf-8"), parse_constant=_refuse_constant)
+        text = content.decode("utf-8")
+        manifest = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_read_object)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{name}: {MANIFEST} is not readable JSON ({type(error).__name__}).") from error
+        reason = str(error)[:100] if isinstance(error, ValueError) else "nested too deeply"
+        raise BundleError(f"{name}: {MANIFEST} is not readable JSON ({reason}). Copy it again.") from error
     number = manifest.get("format") if isinstance(manifest, dict) else None
-    if type(number) is not int or number < 1:
-        raise BundleError(f"{name}: {MANIFEST} does not say its format, so it is no bundle of this package.")
-    if number > FORMAT:
+    if type(number) is int and number > FORMAT:
         raise BundleError(
             f"{name} has format {number}; this version of brainage-nb reads {FORMAT}. Update brainage-nb."
         )
-    listed, present = manifest.get("files"), {f: n for f, n in sizes.items() if f not in (MANIFEST, CARD)}
-    sound = isinstance(listed, dict) and all(isinstance(item, dict) for item in listed.values())
-    if not sound or not all({"sha256", "bytes"} == set(item) for item in listed.values()):
-        raise BundleError(f"{name}: {MANIFEST} does not list its files with sha256 and bytes.")
-    if set(present) != set(listed):
-        missing, extra = sorted(set(listed) - set(present)), sorted(set(present) - set(listed))
-        raise BundleError(
-            f"{name}: files and {MANIFEST} disagree (missing: {missing}, not listed: {extra}). Copy the "
-            "whole bundle again."
-        )
-    for file, size in present.items():
-        if size != listed[file]["bytes"]:
+    check_manifest(manifest, name)
+    listed = {file: item["bytes"] for file, item in manifest["files"].items()}
+    for file in sorted({*listed, *sizes} - {MANIFEST, CARD}):
+        if (found := sizes.get(file, "no")) != (expected := listed.get(file, "no")):
             raise BundleError(
-                f"{name}: {file} has {size:,} bytes, expected {listed[file]['bytes']}. Copy the bundle again."
+                f"{name}: {file} has {found} bytes, expected {expected}. Copy the whole bundle again."
             )
     return manifest
 
 
 def _refuse_constant(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _read_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a name stands twice among {[*found][:4]}")
+    return found
 
 
 # --- writing --------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ predictions.csv, figures, a one-file report.html and a model card. Computes no f
 from __future__ import annotations
 
 import base64
+import html
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -25,6 +26,7 @@ from brainage_nb.workspace import Workspace, write_csv, write_json, write_text
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from jinja2.nodes import EvalContext
 
 SPLIT_WORDS = {
     "train": "training (the model has seen these)",
@@ -289,12 +291,13 @@ def measured_recipe(settings: Mapping[str, Any]) -> str:
 
 @cache
 def load_templates() -> Environment:
-    """The jinja2 environment of report and card; text is escaped in the page."""
-    from jinja2 import Environment, PackageLoader, select_autoescape
+    """The jinja2 environment of report and cards; text is escaped in the page and in Markdown."""
+    from jinja2 import Environment, PackageLoader, pass_eval_context, select_autoescape
 
     environment = Environment(
         loader=PackageLoader("brainage_nb.evaluation", "."),
         autoescape=select_autoescape(["html.j2"]),
+        finalize=pass_eval_context(_escape_in_cards),
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -303,11 +306,25 @@ def load_templates() -> Environment:
     return environment
 
 
-def as_markdown(frame: pd.DataFrame) -> str:
-    """A frame of text and numbers as a Markdown table."""
-    cells = frame.astype(str).replace(r"\|", r"\\|", regex=True).to_numpy().tolist()
-    lines = [list(frame.columns), ["---"] * frame.shape[1], *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _escape_in_cards(context: EvalContext, value: Any) -> Any:
+    """Jinja's own escaping is for pages only; what has `__html__` was escaped before."""
+    is_plain = isinstance(value, str) and not hasattr(value, "__html__")
+    return escape_markdown(value) if is_plain and not context.autoescape else value
+
+
+def escape_markdown(text: str) -> str:
+    """A text on one line in which nothing is read as Markdown or HTML; `5.0 [4.0, 6.0]` stays as it is."""
+    text = html.escape(" ".join(text.split()), quote=False).replace("`", "'")
+    return re.sub(r"[\\*|~#]|(?<=\])\(|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", text)
+
+
+def as_markdown(frame: pd.DataFrame) -> Any:
+    """A frame of text and numbers as a Markdown table, text escaped."""
+    from markupsafe import Markup
+
+    head, *rows = ([escape_markdown(str(cell)) for cell in row] for row in [frame.columns, *frame.to_numpy()])
+    lines = [head, ["---"] * frame.shape[1], *rows]
+    return Markup("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def as_html_table(frame: pd.DataFrame) -> Any:

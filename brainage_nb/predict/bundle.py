@@ -11,20 +11,29 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from brainage_nb.bundle_format import MAX_BYTES, RESNET, VGG, BundleError, all_seen, among, open_bundle
+from brainage_nb.bundle_format import (
+    MANIFEST,
+    MAX_BYTES,
+    RESNET,
+    VGG,
+    BundleError,
+    all_seen,
+    among,
+    open_bundle,
+)
 from brainage_nb.cohort.rules import judge_controls
 from brainage_nb.evaluation.correction import AgeBiasCorrector, ConformalInterval
 from brainage_nb.evaluation.external import ExternalEvaluation, evaluate_external, refuse_trained_on
 from brainage_nb.models.compute import working_device
 from brainage_nb.platforms import n_workers
 from brainage_nb.predict.cautions import (
-    KINDS,
+    CAUTIONS,
     REFERENCE_FILE,
     Caution,
     Failure,
@@ -44,17 +53,10 @@ from brainage_nb.workspace import Workspace, open_workspace, sha256_of
 if TYPE_CHECKING:
     from brainage_nb.volumes.settings import PreprocessingSettings
 
+ABSURD_AGE = 1000  # years, of which no network that learned from people is capable
 MAX_VOXELS = 2 * 10**8  # a 0.5 mm head has 1.3 * 10**8
 TITLES = {RESNET: "3D ResNet-18", VGG: "VGG16 features + SVR"}
 ABOUT = ("scan_id", "subject_id", "session_id", "age", "sex", "site", "diagnosis", "control")
-
-
-class ModelInput(NamedTuple):
-    """One scan as the model takes it, and what was noticed on the way."""
-
-    volume: np.ndarray
-    affine: np.ndarray
-    cautions: list[Caution]
 
 
 @dataclass
@@ -115,8 +117,37 @@ class Bundle:
         --------
         >>> load_bundle("bundle").predict("scan.nii.gz", age=54.0).frame()  # doctest: +SKIP
         """
-        age = check_age(age)
-        return self._predict_prepared(Path(scan), self._prepare(Path(scan)), age)
+        age, scan = check_age(age), Path(scan)
+        volume, affine, noticed = self._prepare(scan)
+        members = self.model.predict(volume)
+        predicted = self._check_predicted(float(members.mean()), scan)
+        interval, correction = self.interval, self.correction
+        low, high = interval.predict(predicted) if interval else (-np.inf, np.inf)
+        supports = [part.support_ for part in (interval, correction) if part and part.support_]
+        cautions = [
+            *find_likeness_cautions(self.reference, volume),
+            *find_age_cautions(predicted, age, self.manifest["training"]),
+            *noticed,
+            *find_member_cautions(members),
+            *(Caution.of("few_calibration_subjects", support=support) for support in supports),
+        ]
+        adjusts = correction is not None and age is not None
+        return Prediction(
+            scan=scan.name,
+            predicted_age=predicted,
+            low=float(low),
+            high=float(high),
+            level=interval.level if interval else np.nan,
+            corrected_age=float(correction.transform(predicted)) if correction else None,
+            members=tuple(members.tolist()),
+            age=age,
+            gap=None if age is None else predicted - age,
+            adjusted_gap=float(correction.adjust_gap(predicted, age)) if adjusts else None,
+            warnings=tuple(cautions),
+            path=str(scan),
+            volume=volume,
+            affine=affine,
+        )
 
     def predict_many(
         self, scans: Iterable[Path | str], ages: Sequence[float | None] | None = None, *, n_jobs: int = 0
@@ -157,10 +188,13 @@ class Bundle:
             return self.predict(scan, age)
         except ScanError as error:
             return Failure(scan.name, error.code, error.sentence, str(scan))
+        except BundleError as error:
+            return Failure(scan.name, "damaged_bundle", str(error), str(scan))
         except Exception as error:
             return Failure(scan.name, "failed", f"{scan.name}: {type(error).__name__}: {error}", str(scan))
 
-    def _prepare(self, scan: Path) -> ModelInput:
+    def _prepare(self, scan: Path) -> tuple[np.ndarray, np.ndarray, list[Caution]]:
+        """The volume as the model takes it, its affine, and what was noticed on the way."""
         from brainage_nb.volumes.heads import find_head
         from brainage_nb.volumes.preprocessing import as_stored, grid_affine, preprocess
         from brainage_nb.volumes.scans import load_scan, voxel_sizes
@@ -177,44 +211,18 @@ class Bundle:
             *find_head_cautions(find_head(image), trained_stripped=training.get("skull_stripped")),
         ]
         if self.trained_on_files([scan])[0]:
-            sentence = "This very file was among the training scans: its result flatters the model."
-            cautions.append(Caution("training_scan", sentence))
-        return ModelInput(volume, grid_affine(image, self.settings), cautions)
+            cautions.append(Caution.of("training_scan"))
+        return volume, grid_affine(image, self.settings), cautions
 
-    def _predict_prepared(self, scan: Path, given: ModelInput, age: float | None) -> Prediction:
-        members = self.model.predict(given.volume)
-        predicted = float(members.mean())
-        if not np.isfinite(predicted):
-            raise ScanError(
-                "no_prediction", f"{scan.name}: the model finds no brain it could read in this scan."
+    def _check_predicted(self, age: float, scan: Path) -> float:
+        if np.isnan(age) and self.model.kind == VGG:
+            raise ScanError("no_prediction", f"{scan.name}: the model finds no brain to read in this scan.")
+        if not abs(age) < ABSURD_AGE:
+            raise BundleError(
+                f"{self.title}: this bundle is damaged: it gives {age:.3g} years for {scan.name}. Copy or "
+                "save it again."
             )
-        interval, correction = self.interval, self.correction
-        low, high = interval.predict(predicted) if interval else (-np.inf, np.inf)
-        supports = [part.support_ for part in (interval, correction) if part and part.support_]
-        cautions = [
-            *find_likeness_cautions(self.reference, given.volume),
-            *find_age_cautions(predicted, age, self.manifest["training"]),
-            *given.cautions,
-            *find_member_cautions(members),
-            *(Caution("few_calibration_subjects", sentence) for sentence in supports),
-        ]
-        adjusts = correction is not None and age is not None
-        return Prediction(
-            scan=scan.name,
-            predicted_age=predicted,
-            low=float(low),
-            high=float(high),
-            level=interval.level if interval else np.nan,
-            corrected_age=float(correction.transform(predicted)) if correction else None,
-            members=tuple(members.tolist()),
-            age=age,
-            gap=None if age is None else predicted - age,
-            adjusted_gap=float(correction.adjust_gap(predicted, age)) if adjusts else None,
-            warnings=tuple(cautions),
-            path=str(scan),
-            volume=given.volume,
-            affine=given.affine,
-        )
+        return age
 
 
 def load_bundle(source: Path | str | IO[bytes], device: str = "cpu", *, max_bytes: int = MAX_BYTES) -> Bundle:
@@ -253,7 +261,7 @@ def load_bundle(source: Path | str | IO[bytes], device: str = "cpu", *, max_byte
         settings = PreprocessingSettings.from_json(manifest["preprocessing"])
         return Bundle(
             manifest=manifest,
-            model=build_model(files, place),
+            model=build_model(files, settings, place),
             settings=settings,
             correction=AgeBiasCorrector.from_dict(correction) if correction else None,
             interval=ConformalInterval.from_dict(interval) if interval else None,
@@ -264,10 +272,10 @@ def load_bundle(source: Path | str | IO[bytes], device: str = "cpu", *, max_byte
     except BundleError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:300]
         raise BundleError(
-            f"{files.name}: what bundle.json says does not fit its files or this version ({reason[:300]}). "
-            "Save the bundle again, or copy it again."
+            f"{files.name}: this bundle is damaged, or of another version: what {MANIFEST} says does not fit "
+            f"its files ({reason}). Save the bundle again, or copy it again."
         ) from error
 
 
@@ -340,7 +348,7 @@ def _predict_scans(bundle: Bundle, scans: pd.DataFrame, files: list[Path]) -> tu
     rows = scans.loc[found, [name for name in ABOUT if name in scans]]
     notes = [f"{lost.scan}: no prediction. {lost.sentence}" for lost in results if lost not in predictions]
     codes = pd.Series([caution.code for one in predictions for caution in one.warnings], dtype=str)
-    meaning = SCAN_FLAGS | KINDS
+    meaning = SCAN_FLAGS | {code: said["counted"] for code, said in CAUTIONS.items()}
     notes += [
         f"{n} of {len(results)} scans: {meaning.get(code, 'warning')} (`{code}`)."
         for code, n in codes.value_counts().items()

@@ -6,8 +6,10 @@ It judges numbers and prepared volumes; reading scans and running networks is fo
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,20 +24,8 @@ NOT_A_DEVICE = (
     "for a decision about a person's care. A brain age above or below the true age is a statistical "
     "finding with many harmless causes, among them the scanner."
 )
-KINDS = {  # what a caution's code means where scans are counted
-    "unlike_training": "do not look like the training scans at all; do not use their ages",
-    "unlike_training_image": "image further from the training scans than 99 % of scans like those (contrast, "
-    "sharpness, noise, position, symmetry); expect larger errors",
-    "predicted_age_outside_training": "predicted age outside the ages of training",
-    "true_age_outside_training": "true age outside the ages of training",
-    "few_training_subjects_near": "few training subjects near the predicted age",
-    "members_disagree": "the models of the ensemble disagree",
-    "extreme_voxel_size": "voxel sizes that cannot be right for a head",
-    "coarse_voxels": "voxels coarser or flatter than those of a structural T1 scan",
-    "cut_off": "head cut off at the edge of the image",
-    "skull_not_as_in_training": "skull-stripped where training scans were not, or the reverse",
-    "few_calibration_subjects": "interval or correction rest on few subjects",
-}
+# What a caution says, by its code: "counted" where scans are counted, "sentence" beside one age.
+CAUTIONS = tomllib.loads(Path(__file__).with_name("cautions.toml").read_text(encoding="utf-8"))
 OLDEST = 120.0
 COARSE_MM, THICK_TIMES = 2.5, 3.0
 DISAGREE_YEARS = 5.0
@@ -46,6 +36,11 @@ class Caution(NamedTuple):
 
     code: str
     sentence: str
+
+    @classmethod
+    def of(cls, code: str, **facts: Any) -> Caution:
+        """The caution of this code, its sentence filled in."""
+        return cls(code, CAUTIONS[code]["sentence"].format(**facts))
 
 
 @dataclass(frozen=True)
@@ -210,13 +205,13 @@ class Distance:
         if "precision" not in named:
             whiten = named["axes"] @ named["whiten"] / named["scale"][:, None]
             named["precision"] = whiten @ whiten.T / whiten.shape[1]
+        shapes = [named[name].shape for name in ("mean", "precision", "limit")]
+        if shapes != [(N_STATISTICS,), (N_STATISTICS, N_STATISTICS), ()]:
+            raise ValueError(f"distances from training have shapes {shapes}")
         self = cls(named["mean"], named["precision"], float(named["limit"]))
-        if (self.mean.shape, self.precision.shape) != ((N_STATISTICS,), (N_STATISTICS,) * 2):
-            raise ValueError(f"distances from training have shapes {self.mean.shape}, {self.precision.shape}")
-        finite = (
-            np.isfinite(self.mean).all() and np.isfinite(self.precision).all() and 0 < self.limit < np.inf
-        )
-        if not finite or np.linalg.eigvalsh(self.precision)[0] < -1e-6 * np.abs(self.precision).max():
+        finite = all(np.isfinite(value).all() for value in vars(self).values())
+        least = -1e-6 * np.abs(self.precision).max()
+        if not finite or self.limit <= 0 or np.linalg.eigvalsh(self.precision)[0] < least:
             raise ValueError("distances from training are not finite or not positive")
         return self
 
@@ -349,24 +344,11 @@ def _correlate(one: np.ndarray, other: np.ndarray) -> float:
 
 def find_likeness_cautions(reference: Reference, volume: np.ndarray) -> list[Caution]:
     """Whether a volume is unlike the training scans; what is no such image at all is said so once."""
-    correlation = reference.correlation(volume)
-    if correlation < reference.lowest_usual:
-        sentence = (
-            "After preprocessing this scan does not look like the training scans (correlation with their "
-            f"mean {correlation:.2f}, usual above {reference.lowest_usual:.2f}). It may not be a T1-weighted "
-            "head, may lie in an unexpected orientation, or may have been prepared otherwise (for example "
-            "skull-stripped). Do not use the number."
-        )
-        return [Caution("unlike_training", sentence)]
+    correlation, usual = reference.correlation(volume), reference.lowest_usual
+    if correlation < usual:
+        return [Caution.of("unlike_training", correlation=correlation, usual=usual)]
     times = reference.times_too_far(volume)
-    if times <= 1:
-        return []
-    sentence = (
-        "In contrast, sharpness, noise, position or symmetry this image is unlike the training scans "
-        f"({times:.1f} times as far from them as 99 % of scans like those). Another scanner, motion or a "
-        "damaged file does that; expect larger errors than the model's figures say."
-    )
-    return [Caution("unlike_training_image", sentence)]
+    return [Caution.of("unlike_training_image", times=times)] if times > 1 else []
 
 
 def find_age_cautions(predicted: float, age: float | None, training: Mapping[str, Any]) -> list[Caution]:
@@ -376,31 +358,20 @@ def find_age_cautions(predicted: float, age: float | None, training: Mapping[str
     """
     low, high = training["age_low"], training["age_high"]
     found = [
-        Caution(
-            f"{name}_age_outside_training",
-            f"The {name} age, {value:.1f} years, lies outside the ages the model was trained on "
-            f"({low:.1f} to {high:.1f} years); it cannot know what a brain of that age looks like.",
-        )
+        Caution.of(f"{name}_age_outside_training", age=value, low=low, high=high)
         for name, value in (("predicted", predicted), ("true", age))
         if value is not None and not low <= value <= high
     ]
     edges, counts = np.asarray(training["age_edges"]), np.asarray(training["age_counts"])
     near = int(counts[(edges[:-1] < predicted + 5) & (edges[1:] > predicted - 5)].sum())
-    if not found and near < 10:
-        sentence = f"Only {near} training subjects were within about five years of the predicted age, so the "
-        found = [Caution("few_training_subjects_near", sentence + "model knows this age poorly.")]
-    return found
+    return [Caution.of("few_training_subjects_near", near=near)] if not found and near < 10 else found
 
 
 def find_member_cautions(members: Sequence[float]) -> list[Caution]:
     """Whether the models of an ensemble disagree."""
     if np.std(members) < DISAGREE_YEARS:
         return []
-    sentence = (
-        f"The {len(members)} models of this ensemble disagree (from {min(members):.0f} to "
-        f"{max(members):.0f} years): the scan is unusual for them."
-    )
-    return [Caution("members_disagree", sentence)]
+    return [Caution.of("members_disagree", n=len(members), low=min(members), high=max(members))]
 
 
 def find_voxel_cautions(voxel_size: Sequence[float], usual: Sequence[float] | None) -> list[Caution]:
@@ -411,32 +382,18 @@ def find_voxel_cautions(voxel_size: Sequence[float], usual: Sequence[float] | No
     small, large = min(voxel_size), max(voxel_size)
     size = " x ".join(f"{edge:.2g}" for edge in voxel_size)
     if small < 0.3 or large > 12:
-        sentence = f"Voxels of {size} mm cannot be right for a head; check the header."
-        return [Caution("extreme_voxel_size", sentence)]
+        return [Caution.of("extreme_voxel_size", size=size)]
     coarse = large > COARSE_MM and (usual is None or large > 1.2 * usual[1])
-    if not coarse and not (large > THICK_TIMES * small and large > 2):
-        return []
-    sentence = (
-        f"Voxels of {size} mm are coarser or flatter than those of a structural T1 scan; sulci and "
-        "ventricles blur and the age may be off by years."
-    )
-    return [Caution("coarse_voxels", sentence)]
+    flat = large > THICK_TIMES * small and large > 2
+    return [Caution.of("coarse_voxels", size=size)] if coarse or flat else []
 
 
 def find_head_cautions(head: Head, *, trained_stripped: bool | None) -> list[Caution]:
     """Whether the head is whole, and prepared as the training scans were (None: not known how they were)."""
-    found = []
-    if head.cut_off:
-        sides = ", ".join(head.cut_off)
-        sentence = f"The head is cut off at the {sides} of the image; part of the brain may be missing."
-        found.append(Caution("cut_off", sentence))
+    found = [Caution.of("cut_off", sides=", ".join(head.cut_off))] if head.cut_off else []
     if trained_stripped is not None and head.skull_stripped != trained_stripped:
-        this, those = ("a whole head", "skull-stripped scans")
+        this, those = "a whole head", "skull-stripped scans"
         if head.skull_stripped:
-            this, those = ("a skull-stripped brain", "whole heads")
-        sentence = (
-            f"This scan looks like {this}, but the model was trained on {those}. Give the scan prepared as "
-            "the training scans were; the number is not to be trusted."
-        )
-        found.append(Caution("skull_not_as_in_training", sentence))
+            this, those = "a skull-stripped brain", "whole heads"
+        found.append(Caution.of("skull_not_as_in_training", this=this, those=those))
     return found

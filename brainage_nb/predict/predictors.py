@@ -20,6 +20,7 @@ from brainage_nb.models.network import resnet18_regressor
 
 if TYPE_CHECKING:
     from brainage_nb.models.svr import VggSvr
+    from brainage_nb.volumes.settings import PreprocessingSettings
 
 
 class NetworkEnsemble:
@@ -103,72 +104,82 @@ def _with_network_on(model: VggSvr, device: torch.device) -> VggSvr:
     return replace(model, network=network)
 
 
-def build_model(files: BundleFiles, device: torch.device | str = "cpu") -> NetworkEnsemble | SvrModel:
-    """The model that a bundle's files hold; ValueError where the arrays are not what the manifest says."""
+def build_model(
+    files: BundleFiles, settings: PreprocessingSettings, device: torch.device | str = "cpu"
+) -> NetworkEnsemble | SvrModel:
+    """The model that a bundle's files hold, for volumes of these settings; ValueError where the arrays are
+    not what the manifest says."""
     manifest = files.manifest
     if manifest["kind"] == VGG:
-        return SvrModel(_load_svr(files), manifest["vgg_svr"]["variant"], device=device)
-    networks = [
-        load_network(manifest["architecture"], files.arrays(member["file"])) for member in manifest["members"]
-    ]
+        return SvrModel(_load_svr(files, settings), manifest["vgg_svr"]["variant"], device=device)
+    architecture, members = manifest["architecture"], manifest["members"]
+    networks = [load_network(architecture, files.arrays(member["file"])) for member in members]
     return NetworkEnsemble(networks, flip_averaging=manifest["flip_averaging"], device=device)
 
 
-def _load_svr(files: BundleFiles) -> VggSvr:
-    from brainage_nb.models.svr import ARRAYS, NETWORK, VggSvr
+def _load_svr(files: BundleFiles, settings: PreprocessingSettings) -> VggSvr:
+    from brainage_nb.models.svr import ARRAYS, FUSIONS, NETWORK, VggSvr
+    from brainage_nb.models.vgg16 import SLICES
 
-    fusions, network = files.arrays(ARRAYS), files.arrays(NETWORK)
-    for name, array in (fusions | network).items():
-        if not np.isfinite(array).all():
-            raise ValueError(f"this bundle is damaged: {name} holds values that are not finite")
-    return VggSvr.from_parts(files.manifest["vgg_svr"], fusions, network)
+    model = VggSvr.from_parts(files.manifest["vgg_svr"], files.arrays(ARRAYS), files.arrays(NETWORK))
+    low, high = model.settings.window
+    if model.spacing_mm != settings.spacing_mm or not low < high:
+        raise ValueError(f"vgg_svr: slices of {model.spacing_mm} mm, seen from {low} to {high}")
+    n_features = model.network.n_features(model.settings.image_size)
+    for name in FUSIONS:
+        _check_fusion(name, model.fusion(name), settings.size // SLICES, n_features)
+    return model
+
+
+def _check_fusion(name: str, fusion: Any, n_positions: int, n_features: int) -> None:
+    positions, weights, n = fusion.positions_, fusion.weighting_.weights, len(fusion.coef_)
+    triplets = len(positions)
+    given = [array.shape for array in (positions, weights, fusion.coef_, fusion.intercept_)]
+    expected = [(triplets,), (triplets,), (n, n_features), (n,)]
+    if given != expected or n not in (1, triplets) or fusion.coef_.dtype != np.float64:
+        raise ValueError(f"the arrays of {name} have shapes {given}, expected {expected}")
+    if positions.dtype.kind != "i" or not set(positions.tolist()) <= set(range(n_positions)):
+        raise ValueError(f"{name} reads positions that a volume does not have")
+    numbers = (fusion.coef_, fusion.intercept_, *fusion.weighting_)
+    if not all(np.isfinite(array).all() for array in numbers) or (weights < 0).any():
+        raise ValueError(f"{name} holds weights that are not finite, or negative")
 
 
 def load_network(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> nn.Module:
     """A network of this architecture with these weights, float32 on the CPU.
 
-    Nothing is allocated before the weights were seen to fit, so a manifest cannot ask for more memory than
-    its files hold.
+    It is made only where there are weights enough for it, so a manifest cannot ask for much more memory than
+    its files hold. (Making it on PyTorch's meta device would need none, but drawing its weights there imports
+    the compiler: four seconds.)
 
     Raises
     ------
     ValueError
-        A tensor is missing, left over, of another shape or kind, not finite, or a spread is negative.
+        A tensor is missing, left over, of another shape or not finite, or a spread is not positive.
     """
-    _check_blocks(architecture, weights)
+    stages = zip(architecture["widths"], architecture["blocks"], strict=True)
+    least = (
+        sum(27 * width**2 * depth for width, depth in stages) + 2 * architecture.get("linear_edge", 0) ** 3
+    )
+    if least > (held := sum(array.size for array in weights.values())):
+        raise ValueError(f"a network of more than {least:,} weights is described, the file holds {held:,}")
     # Bundles of release 0.1.0 name the norm; there is one.
     network = resnet18_regressor(**{name: value for name, value in architecture.items() if name != "norm"})
     expected = network.state_dict()
     if unlike := sorted(set(expected) ^ set(weights)):
         raise ValueError(f"tensors missing or left over: {unlike[:4]}")
-    for name, array in weights.items():
-        shape = tuple(expected[name].shape)
-        if array.shape != shape or array.dtype.kind not in "fi":
-            raise ValueError(f"{name} has shape {array.shape} and type {array.dtype}, expected {shape}")
-        spread = name.endswith(("running_var", "age_sd"))
-        if not np.isfinite(array).all() or (spread and (array < 0).any()):
-            raise ValueError(f"this bundle is damaged: {name} holds values that are not finite or negative")
-        expected[name].copy_(torch.tensor(array))
+    for name, tensor in expected.items():
+        array, kind = weights[name], "f" if tensor.is_floating_point() else "i"
+        rounded = array.ndim < 2 and array.itemsize < 4  # norms and biases are never, see `round_weights`
+        if array.shape != tensor.shape or array.dtype.kind != kind or rounded:
+            raise ValueError(
+                f"{name} has shape {array.shape} and type {array.dtype}, expected {tuple(tensor.shape)}"
+            )
+        tensor.copy_(torch.tensor(array))
+        is_spread = name.endswith(("running_var", "age_sd"))
+        if not tensor.isfinite().all() or (is_spread and not (tensor > 0).all()):
+            raise ValueError(f"{name} holds values that are not finite, or a spread that is not positive")
     return network.eval()
-
-
-def _check_blocks(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarray]) -> None:
-    """Whether the file holds the last convolution of every block and the regression's maps, before a network
-    of that size is made.
-
-    (Making it on PyTorch's meta device would need no memory, but drawing its weights there imports the
-    compiler: four seconds.)
-    """
-    edge = architecture.get("linear_edge", 0)
-    expected = {f"linear.{name}": (edge,) * 3 for name in ("weight", "centre") if edge}
-    stages = zip(architecture["widths"], architecture["blocks"], strict=True)
-    for stage, (width, depth) in enumerate(stages, start=1):
-        for block in range(depth):
-            expected[f"layer{stage}.{block}.conv2.weight"] = (width, width, 3, 3, 3)
-    for name, shape in expected.items():
-        found = weights[name].shape if name in weights else "missing"
-        if found != shape:
-            raise ValueError(f"{name} is {found}, bundle.json says {shape}")
 
 
 def round_weights(network: nn.Module) -> dict[str, np.ndarray]:

@@ -15,7 +15,16 @@ import numpy as np
 import pandas as pd
 from safetensors.numpy import load_file
 
-from brainage_nb.bundle_format import CARD, MANIFEST, RESNET, VGG, hashed, write_bundle
+from brainage_nb.bundle_format import (
+    CARD,
+    MANIFEST,
+    RESNET,
+    VGG,
+    BundleError,
+    hashed,
+    open_bundle,
+    write_bundle,
+)
 from brainage_nb.evaluation.correction import ConformalInterval
 from brainage_nb.evaluation.metrics import regression_metrics, with_interval
 from brainage_nb.evaluation.report import load_templates
@@ -92,7 +101,7 @@ def save_bundle(
 
 
 def current_bundle(run_folder: Path | str) -> Path:
-    """The bundle of a run: the one there, or saved now where there is none or the run was trained again."""
+    """The bundle of a run: the one there, or saved now where none opens or the run was trained again."""
     return Path(run_folder) / "bundle" if _is_current(run_folder) else save_bundle(run_folder)
 
 
@@ -116,9 +125,13 @@ def update_bundle(run_folder: Path | str, calibration: Calibration) -> str:
 
 
 def _is_current(run_folder: Path | str) -> bool:
-    """Whether the run has a bundle, made after its predictions."""
+    """Whether the run has a bundle that can be opened, made after its predictions."""
     made, predicted = Path(run_folder) / "bundle" / MANIFEST, Path(run_folder) / "predictions.csv"
-    return made.exists() and (not predicted.exists() or made.stat().st_mtime >= predicted.stat().st_mtime)
+    try:
+        open_bundle(made.parent)
+    except BundleError:
+        return False
+    return not predicted.exists() or made.stat().st_mtime >= predicted.stat().st_mtime
 
 
 def _choose_evenly(items: Sequence[str], n: int) -> list[str]:
@@ -139,16 +152,11 @@ def _collect_networks(
             "hold the ResNet-18 of this package. Keep checkpoints/*/weights.safetensors and the code."
         )
     training, places = settings["settings"], sorted(folder.glob("checkpoints/*/weights.safetensors"))
-    if own := settings.get("own", {}).get("network"):
-        raise ValueError(
-            f"{folder} was trained with a network of your own ({own}): a bundle runs nothing, so it can only "
-            "hold the ResNet-18 of this package. Keep checkpoints/*/weights.safetensors and the code."
-        )
     if not places:
         raise FileNotFoundError(
             f"{folder} has no finished model (checkpoints/*/weights.safetensors). Train it to the end first."
         )
-    trained = [load_file(path) for path in places]
+    trained = [_keep_spreads_above_0(load_file(path)) for path in places]
     architecture = {name: training[name] for name in ("widths", "blocks", "shortcut")} | {
         "outputs": len(trained[0]["fc.bias"]),
         "linear_edge": len(trained[0].get("linear.weight", ())),
@@ -167,6 +175,12 @@ def _collect_networks(
     networks = [load_network(architecture, weights) for weights in rounded]
     ensemble = NetworkEnsemble(networks, flip_averaging=entries["flip_averaging"])
     return ensemble, entries, dict(zip(files, rounded, strict=True))
+
+
+def _keep_spreads_above_0(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A channel that never fires has a spread of 0, which a bundle may not; the least number moves no age."""
+    least = np.finfo(np.float32).tiny
+    return {n: np.maximum(a, least) if n.endswith("running_var") else a for n, a in weights.items()}
 
 
 def _collect_svr(

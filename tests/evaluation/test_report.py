@@ -112,6 +112,16 @@ def test_the_card_gives_raw_figures_with_intervals_beside_the_mean_predictor(fol
         assert f"## {section}" in card
 
 
+def test_names_of_sites_and_groups_are_no_markup_in_the_card(tmp_path):
+    scans = cohort_frame(160, diagnosis=True)
+    scans["site"] = ["a|b", "<script>*x* [y](z)"] * (len(scans) // 2)
+    ws = write_workspace(tmp_path, scans)
+    write_run(ws, "resnet18", scans, simulated(scans))
+    card = model_card(evaluate_runs(ws, n_bootstrap=20))
+    assert r"Sites: &lt;script&gt;\*x\* [y]\(z), a\|b." in card and r"| site | a\|b |" in card
+    assert "<script>" not in card and "## Accuracy" in card
+
+
 def test_the_card_of_a_named_recipe_says_what_it_reached_elsewhere_and_what_that_does_not_show(
     tmp_path, folder
 ):

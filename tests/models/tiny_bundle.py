@@ -13,7 +13,7 @@ from brainage_nb.bundle_format import write_bundle
 from brainage_nb.models.network import resnet18_regressor
 from brainage_nb.predict.cautions import NOT_A_DEVICE, REFERENCE_FILE, Reference
 from brainage_nb.predict.predictors import round_weights
-from brainage_nb.predict.saving import write_card
+from brainage_nb.predict.saving import _collect_svr, write_card
 from brainage_nb.volumes.preprocessing import as_stored, preprocess
 from brainage_nb.volumes.settings import PreprocessingSettings
 
@@ -121,6 +121,26 @@ def write_tiny_bundle(folder: Path, *, n: int = 1, n_scans: int = 3, **changes) 
     reference = Reference.fit(as_stored(preprocess(scan, SETTINGS)) for scan in scans)
     arrays = {f"member-{k:02d}.safetensors": round_weights(net) for k, net in enumerate(networks(n))}
     said = manifest(n, reference=reference.to_dict(), **changes)
+    return write_bundle(folder, said, arrays | {REFERENCE_FILE: reference.arrays()}, write_card(said))
+
+
+def write_svr_bundle(folder: Path) -> Path:
+    """A bundle of VGG16's filters, drawn, and two fusions of invented weights."""
+    from brainage_nb.models.svr import FUSIONS, VggSvr, Weighting
+    from brainage_nb.models.vgg16 import FeatureSettings, vgg16_features
+
+    rng, positions = np.random.default_rng(0), np.arange(2, 6)
+    fusions = [make() for make in FUSIONS.values()]
+    for fusion, n in zip(fusions, (1, len(positions)), strict=True):
+        fusion.positions_, fusion.coef_ = positions, rng.normal(0, 0.1, (n, 512))
+        fusion.intercept_, fusion.weighting_ = np.full(n, 50.0), Weighting(np.full(4, 0.25), 50.0, 1.0)
+    network = vgg16_features("random_projection", pooling="mean")
+    model = VggSvr(*fusions, network, FeatureSettings(image_size=32), SETTINGS.spacing_mm, "late", {})
+    scratch = folder.with_name(f"{folder.name}-model")
+    model.save(scratch / "model", with_network=True)
+    _, entries, arrays = _collect_svr(scratch, {"variant": "late"})
+    reference = Reference.fit([as_stored(preprocess(write_scan(scratch / "a.nii"), SETTINGS))])
+    said = manifest(reference=reference.to_dict(), **entries)
     return write_bundle(folder, said, arrays | {REFERENCE_FILE: reference.arrays()}, write_card(said))
 
 
