@@ -7,7 +7,7 @@ against.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -16,40 +16,16 @@ import numpy as np
 import pandas as pd
 
 from brainage_nb.cohort.inspection import FACTS
+from brainage_nb.cohort.names import read_toml
 from brainage_nb.parameters import check_fields
 from brainage_nb.volumes.scans import MAX_VOXELS, SCAN_ERRORS, SCAN_FLAGS
 
 ID_COLUMNS = ("scan_id", "subject_id", "session_id", "image")
 EDGES = ("left", "right", "back", "front", "top")
-REASONS = {
-    **SCAN_ERRORS,
-    "too_small": "too few voxels along an axis",
-    "voxel_size": "a voxel size no head scan has",
-    "field_of_view": "the image spans less than a human brain, or more than a person",
-    "label_map": "a label map or mask, not intensities",
-    "negative": "strongly negative intensities, as in CT or phase images",
-    "head_size": "what is in the image is too small, or too large, for a human head",
-    "no_age": "no age is known",
-    "impossible_age": "an age no person has",
-    "duplicate": "the same picture stands in the cohort already",
-    "ambiguous": "the same picture under ids or ages that contradict each other",
-}
-FLAGS = {
-    **SCAN_FLAGS,
-    "skull_stripped": "the skull seems to be removed already",
-    "head_cut_off": "the head touches the edge of the image",
-    "coarse": "voxels coarser than the model's grid, or thick slices",
-    "oblique": "the axes are tilted against the body's",
-    "few_values": "few grey levels",
-    "clipped": "many voxels at exactly the greatest intensity",
-    "size_outlier": "the head's size is unlike the rest of the cohort's",
-    "intensity_outlier": "the intensities are spread unlike the rest of the cohort's",
-    "age_outside_adult": "an age outside the adult range",
-    "age_conflict": "ages of one session disagree",
-    "several_scans": "one of several scans of a session",
-    "same_picture": "the same picture was also listed elsewhere; this copy was kept",
-    "age_note": "the table needed a rule to give this age",
-}
+_FINDINGS = read_toml("findings.toml")
+REASONS = SCAN_ERRORS | {code: meaning for code, (meaning, _) in _FINDINGS["reasons"].items()}
+FLAGS = SCAN_FLAGS | {code: meaning for code, (meaning, _) in _FINDINGS["flags"].items()}
+SENTENCES = {code: text for kind in _FINDINGS.values() for code, (_, text) in kind.items()}
 
 
 @dataclass(frozen=True)
@@ -128,8 +104,11 @@ class CleaningRules:
         check_fields(self)
 
 
-# --- findings: a code, its test (a scan's facts, the limits), its sentence --------------------------------
-# A sentence is filled with the scan, the rules, and what the test found.
+# --- what one scan is in itself ---------------------------------------------------------------------------
+
+
+def _is_beyond(values: Iterable[float], least: float, most: float) -> bool:
+    return not all(least <= value <= most for value in values)
 
 
 def _cut_edges(scan: Any, rules: CleaningRules) -> str:
@@ -145,65 +124,39 @@ def _cut_edges(scan: Any, rules: CleaningRules) -> str:
     return ", ".join(cut)
 
 
-def _sentence(note: Any) -> str:
-    return f"{note[0].upper()}{note[1:].rstrip('.')}." if isinstance(note, str) and note else ""
+def _is_negative(scan: Any, rules: CleaningRules) -> bool:
+    span = scan.intensity_p99 - scan.intensity_p1
+    return scan.intensity_p1 < rules.min_intensity_p1 and scan.intensity_p1 < -0.25 * span
 
 
-Test = Callable[[Any, CleaningRules], Any]
+def _tell_note(scan: Any, _rules: CleaningRules) -> str:
+    note = scan.age_note
+    return f"{note[0].upper()}{note[1:].rstrip('.')}." if note else ""
+
+
 # fmt: off
-IMPOSSIBLE: tuple[tuple[str, Test, str], ...] = (
-    ("too_small", lambda scan, rules: min(scan.shape) < rules.min_voxels_per_axis,
-     "{scan.shape} voxels; at least {rules.min_voxels_per_axis} are needed along each axis."),
-    ("voxel_size",
-     lambda scan, rules: min(scan.voxel_mm) < rules.min_voxel_mm or max(scan.voxel_mm) > rules.max_voxel_mm,
-     "Voxels of {scan.voxel_mm} mm; expected edges of {rules.min_voxel_mm:g} to {rules.max_voxel_mm:g} mm."),
-    ("field_of_view", lambda scan, rules: min(scan.field_of_view_mm) < rules.min_field_of_view_mm,
-     "The image spans {scan.field_of_view_mm} mm; a whole human brain needs at least "
-     "{rules.min_field_of_view_mm:g} mm along each axis. A slab, a fragment, or an animal?"),
-    ("field_of_view", lambda scan, rules: max(scan.field_of_view_mm) > rules.max_field_of_view_mm,
-     "The image spans {scan.field_of_view_mm} mm, more than {rules.max_field_of_view_mm:g} mm: wrong voxel "
-     "size?"),
-    ("label_map", lambda scan, rules: scan.equal_neighbours > rules.max_equal_neighbours,
-     "{scan.equal_neighbours:.0%} of bright voxels have a neighbour of exactly the same value "
-     "({scan.n_values} values in all); above {rules.max_equal_neighbours:.0%} it is a label map."),
-    ("negative",
-     lambda scan, rules: scan.intensity_p1 < rules.min_intensity_p1
-     and scan.intensity_p1 < -0.25 * (scan.intensity_p99 - scan.intensity_p1),
-     "Intensities reach from {scan.intensity_p1:.0f} to {scan.intensity_p99:.0f} (1st and 99th percentile); "
-     "T1-weighted images have none below {rules.min_intensity_p1:g}. CT (air is -1000) or a phase image?"),
-    ("head_size", lambda scan, rules: not rules.min_head_ml <= scan.head_ml <= rules.max_head_ml,
-     "{scan.head_ml:.0f} ml stand out from the background; a human brain or head has {rules.min_head_ml:g} "
-     "to {rules.max_head_ml:g} ml. An animal, or a wrong voxel size?"),
-)
-NO_AGE: tuple[tuple[str, Test, str], ...] = (
-    ("no_age", lambda scan, rules: not np.isfinite(scan.age),
-     "The table gives this scan no age that can be used."),
-    ("impossible_age", lambda scan, rules: not rules.min_age <= scan.age <= rules.max_age,
-     "Age {scan.age:g} years; possible is {rules.min_age:g} to {rules.max_age:g}."),
-)
-ODD: tuple[tuple[str, Test, str], ...] = (
-    ("skull_stripped", lambda scan, rules: scan.skull_stripped,
-     "The skull seems to be removed already ({scan.head_ml:.0f} ml, no dark bone under the surface)."),
-    ("head_cut_off", _cut_edges, "The edge of the image cuts the head: {found}."),
-    ("coarse", lambda scan, rules: max(scan.voxel_mm) > rules.coarse_mm,
-     "Voxels of {scan.voxel_mm} mm; edges above {rules.coarse_mm:g} mm blur the cortex."),
-    ("oblique", lambda scan, rules: scan.oblique_degrees > rules.oblique_degrees,
-     "The axes are tilted by {scan.oblique_degrees:.0f} degrees (over {rules.oblique_degrees:g})."),
-    ("few_values", lambda scan, rules: scan.n_values < rules.few_values,
-     "Only {scan.n_values} grey levels (under {rules.few_values}); was it saved twice?"),
-    ("clipped", lambda scan, rules: scan.at_maximum > rules.max_at_maximum,
-     "{scan.at_maximum:.1%} of bright voxels have exactly the greatest intensity (over "
-     "{rules.max_at_maximum:.0%}): clipped, or lettering in the image?"),
-    ("age_outside_adult", lambda scan, rules: not rules.adult_from <= scan.age <= rules.adult_to,
-     "Age {scan.age:.1f} years; methods and figures are checked on {rules.adult_from:g} to "
-     "{rules.adult_to:g}."),
-    ("age_note", lambda scan, rules: _sentence(getattr(scan, "age_note", "")), "{found}"),
-)
-OUTLIERS = (
-    ("size_outlier", "head_mm", "The head measures {value:.0f} mm (width and length, geometric mean)"),
-    ("intensity_outlier", "brightness", "The head's median is {value:.2f} of its 99th percentile"),
-)
+TESTS: dict[str, Callable[[Any, CleaningRules], Any]] = {
+    "too_small": lambda scan, rules: min(scan.shape) < rules.min_voxels_per_axis,
+    "voxel_size": lambda scan, rules: _is_beyond(scan.voxel_mm, rules.min_voxel_mm, rules.max_voxel_mm),
+    "field_of_view": lambda scan, rules: _is_beyond(
+        scan.field_of_view_mm, rules.min_field_of_view_mm, rules.max_field_of_view_mm),
+    "label_map": lambda scan, rules: scan.equal_neighbours > rules.max_equal_neighbours,
+    "negative": _is_negative,
+    "head_size": lambda scan, rules: _is_beyond([scan.head_ml], rules.min_head_ml, rules.max_head_ml),
+    "no_age": lambda scan, rules: not np.isfinite(scan.age),
+    "impossible_age": lambda scan, rules: _is_beyond([scan.age], rules.min_age, rules.max_age),
+    "skull_stripped": lambda scan, rules: scan.skull_stripped,
+    "head_cut_off": _cut_edges,
+    "coarse": lambda scan, rules: max(scan.voxel_mm) > rules.coarse_mm,
+    "oblique": lambda scan, rules: scan.oblique_degrees > rules.oblique_degrees,
+    "few_values": lambda scan, rules: scan.n_values < rules.few_values,
+    "clipped": lambda scan, rules: scan.at_maximum > rules.max_at_maximum,
+    "age_outside_adult": lambda scan, rules: _is_beyond([scan.age], rules.adult_from, rules.adult_to),
+    "age_note": _tell_note,
+}
 # fmt: on
+"""Whether a scan is so, or what is found in it, by code; the first reason counts."""
+OUTLIERS = {"size_outlier": "head_mm", "intensity_outlier": "brightness"}
 
 
 # --- judging -------------------------------------------------------------------------------------------
@@ -243,11 +196,12 @@ def clean(cohort: pd.DataFrame, facts: pd.DataFrame, rules: CleaningRules | None
     flags: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for judge in (_judge_alone, _find_copies, _compare_sessions, _find_outliers):
         left = scans[~scans["scan_id"].isin(reasons)]
-        for scan_id, code, sentence in judge(left, rules):
+        for scan, code, found in judge(left, rules):
+            sentence = SENTENCES.get(code, "{found}").format(scan=scan, rules=rules, found=found)
             if code in REASONS:
-                reasons.setdefault(scan_id, (code, sentence))  # the first one counts
+                reasons.setdefault(scan.scan_id, (code, sentence))  # the first one counts
             else:
-                flags[scan_id].append((code, sentence))
+                flags[scan.scan_id].append((code, sentence))
     return _to_table(scans, reasons, flags)
 
 
@@ -278,6 +232,7 @@ def _join(cohort: pd.DataFrame, facts: pd.DataFrame) -> pd.DataFrame:
         )
     scans = cohort[known].merge(facts, on="scan_id", how="left")
     scans["age"] = pd.to_numeric(scans["age"], errors="coerce")
+    scans["age_note"] = scans["age_note"].fillna("") if "age_note" in scans else ""
     return scans.map(lambda cell: _Sizes(cell) if isinstance(cell, tuple) else cell)
 
 
@@ -288,83 +243,70 @@ class _Sizes(tuple):
         return " x ".join(f"{number:g}" for number in self)
 
 
-Found = Iterator[tuple[str, str, str]]
-"""(scan_id, code, sentence): a code of `REASONS` drops the scan, one of `FLAGS` does not."""
+Found = Iterator[tuple[Any, str, Any]]
+"""A scan's row, a code of `REASONS`, which drops it, or of `FLAGS`, and what its sentence is filled with."""
 
 
 def _judge_alone(scans: pd.DataFrame, rules: CleaningRules) -> Found:
     """What each scan is in itself."""
     for scan in scans.itertuples():
         if scan.error:
-            yield scan.scan_id, scan.error, scan.error_detail
+            yield scan, scan.error, scan.error_detail
             continue
-        header = scan.file_flags
-        for code, found in _hold_against(IMPOSSIBLE, scan, rules):
-            yield scan.scan_id, code, " ".join([found, *header.values()])  # the header may say why
-        for code, found in (*_hold_against(NO_AGE, scan, rules), *header.items()):
-            yield scan.scan_id, code, found
-        for code, found in _hold_against(ODD, scan, rules):
-            yield scan.scan_id, code, found
-
-
-def _hold_against(findings: tuple, scan: Any, rules: CleaningRules) -> Iterator[tuple[str, str]]:
-    for code, test, sentence in findings:
-        if found := test(scan, rules):
-            yield code, sentence.format(scan=scan, rules=rules, found=found)
+        for code, sentence in scan.file_flags.items():
+            yield scan, code, sentence
+        for code, test in TESTS.items():
+            if found := test(scan, rules):
+                yield scan, code, found
 
 
 def _find_copies(scans: pd.DataFrame, rules: CleaningRules) -> Found:
     """Pictures that occur twice: one copy stays, flagged. Where ages contradict each other nobody can say
     which label is right, so none stays."""
-    for _, copies in scans.groupby("voxels_sha256", sort=False):
-        first, *others = copies["scan_id"]
-        apart = np.ptp(copies["age"])
+    for _, same in scans.groupby("voxels_sha256", sort=False):
+        first, *others = same.itertuples()
+        apart = np.ptp(same["age"])
         if apart > rules.same_age_years:
-            named = ", ".join(f"{row.scan_id} (age {row.age:.1f})" for row in copies.itertuples())
-            sentence = (
-                f"The same picture stands under {named}; {apart:.1f} years apart, so which age is right "
-                "cannot be told. None is kept; correct the table or the files."
-            )
-            yield from ((scan, "ambiguous", sentence) for scan in copies["scan_id"])
+            named = ", ".join(f"{scan.scan_id} (age {scan.age:.1f})" for scan in (first, *others))
+            yield from ((scan, "ambiguous", f"{named}; {apart:.1f}") for scan in (first, *others))
         elif others:
-            yield first, "same_picture", f"The same picture also stands under {', '.join(others)}."
-            for scan in others:
-                yield scan, "duplicate", f"The same picture as {first}, which is kept."
+            yield first, "same_picture", ", ".join(scan.scan_id for scan in others)
+            yield from ((scan, "duplicate", first.scan_id) for scan in others)
 
 
 def _compare_sessions(scans: pd.DataFrame, rules: CleaningRules) -> Found:
     for (subject, session), same in scans.groupby(["subject_id", "session_id"], dropna=False, sort=False):
         where = f"subject {subject}" + (f", session {session}" if session else "")
         apart = np.ptp(same["age"])
-        for scan in same["scan_id"] if len(same) > 1 else ():
-            yield scan, "several_scans", f"One of {len(same)} scans of {where}; all stay in one split."
+        for scan in same.itertuples() if len(same) > 1 else ():
+            yield scan, "several_scans", f"{len(same)} scans of {where}"
             if apart > rules.same_age_years:
-                yield scan, "age_conflict", f"The scans of {where} have ages {apart:.1f} years apart."
+                yield scan, "age_conflict", f"{where} have ages {apart:.1f}"
 
 
 def _find_outliers(scans: pd.DataFrame, rules: CleaningRules) -> Found:
     """Scans far from the cohort's median in head size or in how intensities are spread."""
     # Without a skull a head is small and evenly bright by nature: judged among its own kind.
     kinds = [kind for _, kind in scans.groupby("skull_stripped") if len(kind) >= rules.min_cohort]
-    for kind, (code, column, sentence) in product(kinds, OUTLIERS):
+    for kind, (code, column) in product(kinds, OUTLIERS.items()):
         logs = np.log(kind[column].astype(float))
         middle = logs.median()
         spread = 1.4826 * (logs - middle).abs().median()
         far = (logs - middle).abs() > np.maximum(rules.outlier_z * spread, np.log(rules.outlier_ratio))
-        for scan, value in kind.loc[far, ["scan_id", column]].itertuples(index=False):
-            found = sentence.format(value=value)
-            yield scan, code, f"{found}; the cohort's median is {np.exp(middle):.3g}."
+        yield from ((scan, code, f"{np.exp(middle):.3g}") for scan in kind[far].itertuples())
 
 
 def _to_table(
     scans: pd.DataFrame, reasons: dict[str, tuple[str, str]], flags: dict[str, list[tuple[str, str]]]
 ) -> pd.DataFrame:
-    table = scans[[name for name in ID_COLUMNS if name in scans]].copy()
-    ids = table["scan_id"]
-    found = [[reasons[scan]] if scan in reasons else flags[scan] for scan in ids]
-    table["kept"] = ~ids.isin(reasons)
-    table["reason"] = [reasons[scan][0] if scan in reasons else "" for scan in ids]
-    table["flags"] = ["" if scan in reasons else ";".join(code for code, _ in flags[scan]) for scan in ids]
-    table["detail"] = [" ".join(sentence for _, sentence in each) for each in found]
+    rows = []
+    for scan in scans["scan_id"]:
+        reason = reasons[scan][0] if scan in reasons else ""
+        header = [flag for flag in flags[scan] if flag[0] in SCAN_FLAGS]  # it may say why
+        said = [reasons[scan], *header] if reason else flags[scan]
+        codes = "" if reason else ";".join(code for code, _ in said)
+        rows.append((not reason, reason, codes, " ".join(sentence for _, sentence in said)))
+    verdicts = pd.DataFrame(rows, scans.index, ["kept", "reason", "flags", "detail"]).astype({"kept": bool})
     measured = scans[[*FACTS]].drop(columns=["scan_id", "error", "error_detail", "file_flags"])
-    return table.join(measured.map(lambda cell: f"{cell}" if isinstance(cell, _Sizes) else cell))
+    measured = measured.map(lambda cell: f"{cell}" if isinstance(cell, _Sizes) else cell)
+    return pd.concat([scans.filter(ID_COLUMNS), verdicts, measured], axis="columns")

@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from brainage_nb.drawing import GREY, PALETTE, label_axes, legend_under
 from brainage_nb.volumes.scans import ScanError, load_scan, voxel_sizes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe & Ito (2008): told apart by people with any common form of colour blindness.
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-UNKNOWN = "#999999"
+BIN_YEARS = 5.0
 WORDS = {"F": "women", "M": "men", "": "not known"}
 
 
-def age_histogram(ax: Axes, cohort: pd.DataFrame, by: str = "sex", *, bin_years: float = 5.0) -> Axes:
+def age_histogram(ax: Axes, cohort: pd.DataFrame, by: str = "sex") -> Axes:
     """Draw ages (years), stacked by a column; a subject counts once, at the mean age of its scans.
 
     Parameters
@@ -31,8 +30,6 @@ def age_histogram(ax: Axes, cohort: pd.DataFrame, by: str = "sex", *, bin_years:
         With `subject_id`, `age` and the column named by `by`; rows without age are left out.
     by : str
         `sex`, `site` or another column of few values; beyond six the rarest are put together as `other`.
-    bin_years : float
-        Width of a bin [years].
 
     Examples
     --------
@@ -46,24 +43,21 @@ def age_histogram(ax: Axes, cohort: pd.DataFrame, by: str = "sex", *, bin_years:
     parts = {name: people.loc[people["group"] == name, "age"] for name in [*named, "other", ""]}
     parts = {name: ages for name, ages in parts.items() if len(ages)}
     if parts:
-        edges = np.floor(people["age"].min() / bin_years), np.floor(people["age"].max() / bin_years) + 2
+        edges = np.floor(people["age"].min() / BIN_YEARS), np.floor(people["age"].max() / BIN_YEARS) + 2
         ax.hist(
             [*parts.values()],
-            bins=bin_years * np.arange(*edges),
+            bins=BIN_YEARS * np.arange(*edges),
             stacked=True,
-            color=[PALETTE[n] if name else UNKNOWN for n, name in enumerate(parts)],
+            color=[PALETTE[n] if name else GREY for n, name in enumerate(parts)],
             label=[f"{WORDS.get(name, name)} (n = {len(ages)})" for name, ages in parts.items()],
             edgecolor="white",
         )
-        # below, where it covers no bar
-        ax.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
-    ax.set(xlabel="age [years]", ylabel="subjects", title=f"Ages by {by} (n = {len(people)} subjects)")
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+        legend_under(ax)
+    return label_axes(ax, f"Ages by {by} (n = {len(people)} subjects)", "age [years]", "subjects")
 
 
 def flagged_montage(
-    axes: np.ndarray | Axes, cleaning: pd.DataFrame, resolve: Callable[[str], Path], *, dropped: bool = True
+    axes: np.ndarray | Axes, cleaning: pd.DataFrame, resolve: Callable[[str], Path]
 ) -> np.ndarray:
     """Draw a middle sagittal slice of flagged scans, and of dropped ones that can be read, one per Axes.
 
@@ -77,15 +71,13 @@ def flagged_montage(
         From `clean`.
     resolve : callable
         Turns an `image` cell into an absolute path.
-    dropped : bool
-        Whether dropped scans are drawn too.
 
     Examples
     --------
     >>> figure, axes = plt.subplots(2, 6)
     >>> flagged_montage(axes, cleaning, ws.resolve)
     """
-    slices = _read_slices(_sort_by_rarity(cleaning, dropped), resolve)
+    slices = _read_slices(_sort_by_rarity(cleaning), resolve)
     for ax in np.atleast_1d(axes).ravel():
         ax.set_axis_off()
         if found := next(slices, None):
@@ -97,9 +89,9 @@ def flagged_montage(
     return axes
 
 
-def _sort_by_rarity(cleaning: pd.DataFrame, dropped: bool) -> pd.DataFrame:
+def _sort_by_rarity(cleaning: pd.DataFrame) -> pd.DataFrame:
     codes = cleaning["flags"].where(cleaning["kept"], cleaning["reason"])
-    shown = cleaning.assign(codes=codes)[(codes != "") & (cleaning["kept"] | dropped)]
+    shown = cleaning.assign(codes=codes)[codes != ""]
     often = shown["codes"].str.split(";").explode().value_counts()
     rarity = shown["codes"].map(lambda joined: min(often[code] for code in joined.split(";")))
     return shown.loc[rarity.sort_values(kind="stable").index]

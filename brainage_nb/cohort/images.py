@@ -9,44 +9,19 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
+from brainage_nb.cohort.names import WORDS, parts_of, read_contrast
 from brainage_nb.workspace import MARKER
 
 IMAGE_SUFFIXES = (".nii.gz", ".nii", ".mgz", ".mgh", ".hdr.gz", ".hdr", ".img.gz", ".img")
 COLUMNS = ["image", "stem", "folders", "subject_hint", "session_hint", "run_hint", "site_hint", "contrast"]
 
-_WORDS = {
-    "T1": "t1 t1w t1weighted mprage mpr mp2rage spgr fspgr bravo tfe unit1",
-    "label": """
-        mask brainmask seg dseg probseg fseg segmentation label labels aseg aparc parcellation dlmuse roi""",
-    "other": """
-        t2 t2w t2star pd pdw flair dwi dti adc bold epi asl mra tof angio swi pet ct fmap phasediff magnitude1
-        magnitude2 sbref""",
-    # made from a scan, and no scan
-    "map": """
-        heat heatmap lesion lesions wmh tumor tumour atlas parc labelmap pve pveseg mixeltype biasfield warp
-        warpfield warpcoef jac jacobian logjacobian defacemask lesionmask firstseg origsegs outskin outskull
-        inskull wmparc ribbon thickness synthseg posterior""",
-    # made from a scan, left out where that is there; of several the one whose word comes first is taken
-    "picture": """
-        orig rawavg nu restore biascorr biascorrected corrected bfc n3 n4 n4corrected unifize denoised sanlm
-        preproc preprocessed processed norm normalized normalised defaced reorient reoriented orig2std
-        fullfov robustfov crop cropped eq tilt resampled conformed 1mm 2mm iso rigid reg registered coreg
-        aligned flirt fnirt warped lin nonlin linear nonlinear affine std to mni mni152 template talairach
-        synthsr bet brain extracted skullstripped skullstrip stripped noskull deskulled masked hdbet
-        synthstrip finalsurfs smooth smoothed fast bias field skull overlay gm wm csf prob tissue
-        deformation pvc filled""",
-    # of folders: what was made or measured; and what by itself may be a group of people or what came first
-    "folder": """
-        derivatives fmriprep qc gt labelstr labelsts transforms flair t2 t2w dwi dti bold asl swi adc tof""",
-    "people": "lesion lesions tumor tumors tumour tumours norm orig fast field std lin eq map maps to",
-}
-"""Words of file names by what they say of an image, in lower case."""
-_WORDS = {kind: {word: place for place, word in enumerate(words.split())} for kind, words in _WORDS.items()}
-_T1, _PICTURE = _WORDS["T1"], _WORDS["picture"]
+_WORDS = {kind: set(words) for kind, words in WORDS["images"].items()}
+_PICTURE = {word: place for place, word in enumerate(WORDS["images"]["picture"])}
 _MAP = _WORDS["label"] | _WORDS["map"]
 _MADE_BY_ANTS_OR_FIRST = re.compile(
     r"[-_.]?(?:(?<!T)\d)?((?:BrainExtraction|BrainSegmentation|CorticalThickness|ExtractedBrain|BrainNormalizedTo"
@@ -54,6 +29,7 @@ _MADE_BY_ANTS_OR_FIRST = re.compile(
     r"|(?:[LR]_)?(?:Accu|Amyg|BrStem|Caud|Hipp|Pall|Puta|Thal)_(?:first|corr))$"
 )
 _ANTS_PICTURE = re.compile(r"(?:Brain|N4|(?<!Inverse)Warped|BrainNormalizedToTemplate)$")
+_IN_WORKSPACE = "it lies in a workspace of this package; set data_dir to that folder itself to take it"
 _COUNTED = ("Crop", "Eq")  # by dcm2niix: X_Crop_1
 _DERIVED_OF_BIDS = re.compile(r"_(?:desc|space|res|den|label|from|to|mode)-[^_]+")
 # SPM and CAT12 write before the name: msub-01, smwc1sub-01, u_rc1sub-01, mwp1sub-01
@@ -62,7 +38,6 @@ _PREFIX = re.compile(rf"BiasField_|sanlm_|{_SPM}(?:c[1-6]|p\d)?")
 _MAP_PREFIX = re.compile(rf"(?:s\d{{0,2}})?m0?w[cp]\d|{_SPM}(?:(?<=_)|c[1-6]|p\d)(?=sub-)")
 # the folders of one FreeSurfer subject, and of one run of fsl_anat
 _HOME = re.compile(r"(?:^|/)(?P<subject>[^/]*?)(?P<tool>/?\bmri(?:/orig)?|\.anat)$")
-_CONTRAST = _T1 | _WORDS["label"] | _WORDS["other"]
 _SITES = {"guys": "Guys", "hh": "HH", "iop": "IOP"}
 _PATTERNS = (
     # IXI002-Guys-0828-T1: the second number counts scans, it is no session
@@ -75,10 +50,6 @@ _SESSION = re.compile(
     r"(?:^|[-_. ])(?:(?:ses|session|visit|timepoint|tp|wave)[-_ ]?(?P<label>\d+)"
     r"|(?P<word>baseline|followup|retest)(?:[-_]?(?P<count>\d+))?)(?=$|[-_. ])",
     re.IGNORECASE,
-)
-
-_PART = re.compile(
-    r"[^\s!-/:-@\[-`{-~\u00a0-\u00a9\u00ab-\u00b1\u00b4\u00b6-\u00b8\u00bb\u00bf\u2000-\u206f\u3000-\u303f]+"
 )
 
 
@@ -117,10 +88,7 @@ def find_images(folder: Path | str) -> pd.DataFrame:
     paths, others, workspaces = _walk(folder)
     images = describe_images(paths, folder)
     own = images["image"].str.startswith(tuple(f"{place}{os.sep}" for place in workspaces))
-    found = images.assign(reason="", until=[len(parts_of(stem)) - 1 for stem in images["stem"]])
-    found.loc[own, "reason"] = (
-        "it lies in a workspace of this package; set data_dir to that folder itself to take it"
-    )
+    found = images.assign(reason=_IN_WORKSPACE, until=[len(parts_of(stem)) - 1 for stem in images["stem"]])
     found.loc[~own, "reason"] = _check_bids(images[~own])
     products, notes = _find_products(images[found["reason"] == ""])
     found.update(products)
@@ -162,29 +130,10 @@ def image_stem(name: str) -> str:
     return name
 
 
-def parts_of(name: str) -> list[str]:
-    """The parts of a name between blanks and punctuation of any script."""
-    return [name[start:end] for start, end in spans_of_parts(name)]
-
-
-def spans_of_parts(name: str) -> list[tuple[int, int]]:
-    """Where each part of a name begins and ends."""
-    return [match.span() for match in _PART.finditer(name)]
-
-
 def clean_text(text: str) -> str:
     """Text in the composed form of Unicode, without characters that nobody sees; odd blanks are blanks."""
-    kept = "".join(
-        character
-        for character in unicodedata.normalize("NFC", text)
-        if unicodedata.category(character) != "Cf"
-    )
-    return " ".join(kept.split())
-
-
-def is_contrast_word(part: str) -> bool:
-    """Whether a part of a name tells what was measured (`T1`, `flair`, `mask`) rather than who."""
-    return part.lower() in _CONTRAST
+    seen = [one for one in unicodedata.normalize("NFC", text) if unicodedata.category(one) != "Cf"]
+    return " ".join("".join(seen).split())
 
 
 def _walk(folder: Path) -> tuple[list[Path], Counter[str], list[str]]:
@@ -224,11 +173,8 @@ def _describe(path: Path, folder: Path) -> tuple[str, ...]:
         known = _find_first(_PATTERNS, nearest_first)
         subject, site = known.get("subject", ""), _SITES.get(known.get("site", "").lower(), "")
         told = _find_first([_SESSION], nearest_first)
-        session = (
-            known.get("session")
-            or told.get("label")
-            or "_".join(filter(None, (told.get("word"), told.get("count"))))
-        )
+        words = "_".join(filter(None, (told.get("word"), told.get("count"))))
+        session = known.get("session") or told.get("label") or words
     run = entities.get("run", "")
     return str(path), stem, "/".join(folders), subject, session, run, site, read_contrast(parts_of(stem))
 
@@ -237,13 +183,6 @@ def _find_first(patterns: Iterable[re.Pattern], names: list[str]) -> dict[str, s
     """The groups of the first pattern in the first name that has one."""
     found = (match for name in names for pattern in patterns if (match := pattern.search(name)))
     return next((match.groupdict() for match in found), {})
-
-
-def read_contrast(parts: Iterable[str]) -> str:
-    """What the parts of a file name say was measured: "T1", "other" or ""."""
-    words = {part.lower() for part in parts}
-    kinds = {"label": "other", "T1": "T1", "other": "other"}
-    return next((told for kind, told in kinds.items() if words & _WORDS[kind].keys()), "")
 
 
 # --- what is no scan ------------------------------------------------------------------------------------
@@ -264,18 +203,40 @@ def _check_bids(images: pd.DataFrame) -> pd.Series:
     bids, t1 = stems.str.match("sub-[^_]+_"), stems.str.endswith("_T1w")
     derived = stems.str.contains(_DERIVED_OF_BIDS) | folders.str.contains(r"(?:^|/)mri(?:/orig)?$")
     raw = bids & t1 & ~aside & ~derived
-    reasons = pd.Series("", index=images.index, dtype=str)
-    if not raw.any():
-        return reasons
     has_raw = images["subject_hint"].isin({"", *images["subject_hint"][raw]})
-    against = {
-        "it was made from a raw scan of this BIDS data set, which is taken": derived & has_raw,
-        "its name does not end in _T1w, as that of a T1-weighted BIDS scan does": bids & ~t1,
+    against = {  # the first counts
         "it lies in derivatives, sourcedata or code of a BIDS data set": aside,
+        "its name does not end in _T1w, as that of a T1-weighted BIDS scan does": bids & ~t1,
+        "it was made from a raw scan of this BIDS data set, which is taken": derived & has_raw,
     }
-    for reason, found in against.items():
-        reasons = reasons.mask(found, reason)
-    return reasons
+    found = [wrong & raw.any() for wrong in against.values()]
+    return pd.Series(np.select(found, [*against], ""), images.index, dtype=str)
+
+
+class _Reading(NamedTuple):
+    """A name read as that of a product.
+
+    Attributes
+    ----------
+    source : tuple of str
+        What it leaves without the words for products.
+    made : list of str
+        Those words.
+    is_map : bool
+        Whether they mean a map.
+    until : int
+        The part of the name that was read last.
+    """
+
+    source: tuple[str, ...]
+    made: list[str]
+    is_map: bool
+    until: int
+
+    @property
+    def rank(self) -> tuple[int, list[int]]:
+        """How far the image is from a scan, by the words for what was made."""
+        return len(self.made), [_PICTURE.get(word.lower(), len(_PICTURE)) for word in self.made]
 
 
 def _find_products(images: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -283,20 +244,20 @@ def _find_products(images: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
     rows = list(images.itertuples())
     read = [_read_source(row.stem, row.folders, row.image) for row in rows]
     sources = _Sources()
-    for row, (source, made, is_map, _) in zip(rows, read, strict=True):
-        if not is_map:
-            sources.add(row, source, made)
+    for row, own in zip(rows, read, strict=True):
+        if not own.is_map:
+            sources.add(row, own)
     result, kept = [], []
-    for row, (source, made, is_map, until) in zip(rows, read, strict=True):
-        readings = [*([(source, made, until)] if made else []), *_read_prefixed(row.stem)]
-        found = [(sources.find(row, *reading[:2]), *reading[1:]) for reading in readings]
-        (_, taken), words, end = min((one for one in found if one[0]), default=((0, ""), made, until))
+    for row, own in zip(rows, read, strict=True):
+        readings = [*([own] if own.made else []), *_read_prefixed(row.stem)]
+        found = [(source, one.made, one.until) for one in readings if (source := sources.find(row, one))]
+        (_, taken), words, end = min(found, default=((0, ""), own.made, own.until))
         reason = f"by its name a product ({' '.join(words)}); {taken} is taken" if taken else ""
-        if is_map and not taken:
-            reason = f"by its name a map that was made from a scan ({' '.join(made)}), no scan"
+        if own.is_map and not taken:
+            reason = f"by its name a map that was made from a scan ({' '.join(own.made)}), no scan"
         result.append((reason, end))
-        if made and not reason and until >= len(parts_of(row.stem)) - 1:
-            kept.append(f"{Path(row.image).name} ({' '.join(made)})")
+        if own.made and not reason and own.until >= len(parts_of(row.stem)) - 1:
+            kept.append(f"{Path(row.image).name} ({' '.join(own.made)})")
     told = (
         f"Images taken although a program made them, by their names, because what they were made from is not "
         f"there: {len(kept)}, the first {kept[0] if kept else ''}. Train and predict on images of one kind."
@@ -311,22 +272,22 @@ class _Sources:
         self.best: dict[tuple, tuple] = {}
         self.folders = defaultdict(set)
 
-    def add(self, row: Any, source: tuple[str, ...], made: list[str]) -> None:
+    def add(self, row: Any, own: _Reading) -> None:
         """Add an image that may be the source of others."""
-        one = (_rank(made), row.image)
+        one, source = (own.rank, row.image), own.source
         above, _, last = row.folders.rpartition("/")
         for key in [(source, row.folders), (source, "last", last), (source, "below", above)]:
             self.best[key] = min(self.best.get(key, one), one)
-        if not made:
+        if not own.made:
             self.folders[source].add(row.folders)
 
-    def find(self, row: Any, source: tuple[str, ...], made: list[str]) -> tuple[Any, str] | None:
+    def find(self, row: Any, own: _Reading) -> tuple[Any, str] | None:
         """The image that this one was made from, or that is rather taken: its rank and file name.
 
         It lies in the same folder, in one above or in one of the same numbered name (`raw/001`, `bet/001`),
         or scans of its name lie in one folder only.
         """
-        names = row.folders.split("/")
+        names, source = row.folders.split("/"), own.source
         keys = [(source, above) for above in accumulate(names, "{}/{}".format)]
         keys += [(source, "last", name) for name in names if any(map(str.isdigit, name))]
         if _words_of_folder(row.folders):  # 001/T1/x, 001/FLAIR/x
@@ -335,76 +296,74 @@ class _Sources:
             keys += [(source, "")]
             keys += [(source, *self.folders[source])] if len(self.folders.get(source, ())) == 1 else []
         found = min((self.best[key] for key in keys if key in self.best), default=None)
-        return (found[0], Path(found[1]).name) if found and found[0] < _rank(made) else None
+        return (found[0], Path(found[1]).name) if found and found[0] < own.rank else None
 
 
-def _rank(made: list[str]) -> tuple[int, list[int]]:
-    """How far an image is from a scan, by the words for what was made."""
-    return len(made), [_PICTURE.get(word.lower(), len(_PICTURE)) for word in made]
-
-
-def _read_source(stem: str, folders: str, image: str) -> tuple[tuple[str, ...], list[str], bool, int]:
-    """What a name leaves without the words for products; those words; whether they mean a map; their end."""
-    parts, made, is_map, until = _read_products(stem)
+def _read_source(stem: str, folders: str, image: str) -> _Reading:
+    """A name read as that of a product, by its folders too."""
+    own, last = _read_products(stem), len(parts_of(stem))
     home = _HOME.search(folders)
     if home and (home["tool"] == ".anat" or image.lower().endswith((".mgz", ".mgh"))):
+        source, made = (own.source, own.made)
         if folders.endswith("/orig") and stem.isdigit():
-            parts, made = [], ["orig"]
+            source, made = (), ["orig"]
         tool = "fsl_anat" if home["tool"] == ".anat" else "FreeSurfer"
-        made, is_map = [tool, *([stem] if parts else made)], is_map or bool(parts)
         subject, *longitudinal = home["subject"].split(".long.")  # processed once more, with other sessions
-        made += ["longitudinal"] * len(longitudinal)
-        parts, until = _read_products(subject)[0], len(parts_of(stem)) - 1
-    elif words := _words_of_folder(
-        folders
-    ):  # a product if a scan of its name lies elsewhere, no map by itself
-        made, until = [*made, *words], len(parts_of(stem))
-    return tuple(part.casefold() for part in parts), made, is_map, until
+        made = [tool, *([stem] if source else made), *["longitudinal"] * len(longitudinal)]
+        return _Reading(_read_products(subject).source, made, own.is_map or bool(source), last - 1)
+    if words := _words_of_folder(folders):
+        # a product if a scan of its name lies elsewhere, no map by itself
+        return own._replace(made=[*own.made, *words], until=last)
+    return own
 
 
 def _words_of_folder(folders: str) -> list[str]:
     """The words of the nearest folder where they all speak of what was made or measured (`brain_masks`)."""
     words, people = parts_of(folders.split("/")[-1].lower()), _WORDS["people"]
     made = [word for word in words if word in _WORDS["folder"] or _is_product(word.removesuffix("s"))]
-    return words if set(made) - people.keys() and set(words) <= {*made, *people} else []
+    return words if set(made) - people and set(words) <= {*made, *people} else []
 
 
-def _read_products(stem: str) -> tuple[list[str], list[str], bool, int]:
+def _read_products(stem: str) -> _Reading:
+    """A file name read as that of a product."""
     if ants := _MADE_BY_ANTS_OR_FIRST.search(stem):
         parts = parts_of(stem[: ants.start()])
-        rest = [part for part in parts if part.lower() not in _T1]
-        return rest, [ants[1]], not _ANTS_PICTURE.search(ants[1]), len(parts)
+        return _Reading(_without_t1(parts), [ants[1]], not _ANTS_PICTURE.search(ants[1]), len(parts))
     made = [part.lstrip("_") for part in _DERIVED_OF_BIDS.findall(stem)]
     if not made and re.fullmatch(r"sub-[^_]+(?:_[a-z]+-[^_]+)*_T1w", stem):
-        return parts_of(stem)[:-1], [], False, 0  # rec-norm is how the scanner made it
+        return _Reading(_casefold(parts_of(stem)[:-1]), [], False, 0)  # rec-norm is how the scanner made it
     parts = [part for part in re.split(r"[-_. +]+", _DERIVED_OF_BIDS.sub("", stem)) if part]
     rest, is_map, until = [], False, len(parts) if made else 0
-    names_one = any(not _is_product(part) and part.lower() not in _T1 for part in parts)
+    names_one = any(not _is_product(part) for part in _without_t1(parts))
     for number, part in enumerate(parts):
+        follows = bool(made) and until == number - 1 and (is_map or made[-1] in _COUNTED)
         # before the id only small letters count: HEAT_001 is a person of a study
         if _is_product(part) and (rest or not names_one or part.islower()):
             made, until, is_map = [*made, part], number, part.lower() not in _PICTURE
-        elif (
-            made
-            and until == number - 1
-            and re.fullmatch(r"\d{1,2}", part)
-            and (is_map or made[-1] in _COUNTED)
-        ):
+        elif follows and re.fullmatch(r"\d{1,2}", part):
             made, until = [*made[:-1], f"{made[-1]}_{part}"], number  # pve_0: the number is the tissue's
-        elif part.lower() not in _T1:
+        elif part.lower() not in _WORDS["T1"]:
             rest, is_map = [*rest, part], False  # only at the end a word makes the image a map
     if prefix := _MAP_PREFIX.match(stem):
         made, is_map = [prefix[0], *made], True
-    return rest, made, is_map, until
+    return _Reading(_casefold(rest), made, is_map, until)
+
+
+def _casefold(parts: Iterable[str]) -> tuple[str, ...]:
+    return tuple(part.casefold() for part in parts)
+
+
+def _without_t1(parts: Iterable[str]) -> tuple[str, ...]:
+    return _casefold(part for part in parts if part.lower() not in _WORDS["T1"])
 
 
 def _is_product(part: str) -> bool:
     return part.lower() in _PICTURE or part.lower().rstrip("0123456789") in _MAP
 
 
-def _read_prefixed(stem: str) -> Iterator[tuple[tuple[str, ...], list[str], int]]:
+def _read_prefixed(stem: str) -> Iterator[_Reading]:
     """Readings of a name as that of another image with letters before it."""
     for end in range(1, min(len(stem), 15)):
         if _PREFIX.fullmatch(stem[:end]) and stem[end].isalnum():
-            parts, made, _, _ = _read_products(stem[end:])
-            yield tuple(part.casefold() for part in parts), [stem[:end], *made], 0
+            rest = _read_products(stem[end:])
+            yield rest._replace(made=[stem[:end], *rest.made], until=0)

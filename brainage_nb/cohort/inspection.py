@@ -20,6 +20,7 @@ from brainage_nb.volumes.heads import coarse_picture, find_head, head_mask
 from brainage_nb.volumes.scans import (
     MAX_VOXELS,
     ScanError,
+    errors_as_reason,
     load_scan,
     placement,
     read_header,
@@ -138,17 +139,14 @@ def inspect_scan(path: str | Path, max_voxels: int = MAX_VOXELS) -> dict[str, An
     """Facts of one scan by their names in `FACTS`; any exception becomes its `error`, none is raised."""
     path, facts = Path(path), {}
     try:
-        facts |= _read_header(path)
-        facts["sha256"] = sha256_of(voxel_file(path)) if path.is_file() else ""
-        image = load_scan(path, max_voxels=max_voxels)
-        facts |= _measure_geometry(image.shape, image.affine) | _measure_content(image) | _measure_head(image)
+        with errors_as_reason(path, "measured"):
+            facts |= _read_header(path)
+            facts["sha256"] = sha256_of(voxel_file(path)) if path.is_file() else ""
+            image = load_scan(path, max_voxels=max_voxels)
+            facts |= _measure_geometry(image.shape, image.affine)
+            facts |= _measure_content(image) | _measure_head(image)
     except ScanError as error:
         facts |= {"error": error.code, "error_detail": error.sentence}
-    except MemoryError:
-        facts |= {"error": "too_large", "error_detail": f"{path.name} does not fit into memory."}
-    except Exception as error:
-        said = f"{path.name} cannot be measured ({type(error).__name__}: {error})."
-        facts |= {"error": "unreadable", "error_detail": said}
     return facts
 
 

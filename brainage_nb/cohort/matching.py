@@ -1,68 +1,38 @@
 """Which row of the table an image belongs to, or a refusal where that is not sure; opens no file.
 
-Each run of a path's parts that equals an id is a candidate; all images together decide in which slot of the
-paths the subject stands: where the values are ids, different ones in different images.
+1. `_Path` takes the path of an image apart; `names` says of each part whether it tells who, when, where or
+   what.
+2. `_People` finds the candidates: runs of parts that equal an id of the table, as written or but for padding,
+   punctuation and a prefix.
+3. `_Cohort` compares all images. A slot is a way to say where in a path a part stands: after `sub-`, or the
+   second part of the file name. Where a slot holds ids, different ones in different images, there the subject
+   stands: in `site1_003`, `site1_004` and `site2_005` it is the last part that gives three people. The slot
+   that explains most is read first; an image that another slot explains as well, with another subject, is
+   refused.
+4. `_with_row` takes the row of the session that the name states.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import pandas as pd
 
-from brainage_nb.cohort.images import image_stem, is_contrast_word, parts_of, read_contrast, spans_of_parts
+from brainage_nb.cohort import names
+from brainage_nb.cohort.images import image_stem
 
-_WORDS = {
-    role: set(words.split())
-    for role, words in {
-        "who": "sub subj subject participant",
-        "when": """
-            ses sess session visit vis tp timepoint time wave baseline bl fu followup retest pre post
-            screening run rec acq echo mr rep repeat task""",
-        "maybe when": "v t scan img image im series ser day file vol",
-        "where": "site center centre scanner",
-        "maybe where": "study project proj cohort group grp batch arm lab block",
-        "what": """
-            anat mri nii nifti raw rawdata quasiraw preproc orig original struct structural anatomical
-            brain head defaced deface anon reface bet stripped n4 crop cropped norm gd 3d iso sag sagittal
-            ax axial cor coronal scan scans image images data file""",
-    }.items()
-}
-"""Words of names by what they tell; those with `maybe` do so where another number may be the subject."""
-_LABELS = ("when", "maybe when", "where")
-"""Roles of words that a number may follow: `visit 2`, `site_1`."""
 _PASSING = {"who", "what", "when", "maybe when"}
 """Roles of parts in which images of one person may differ; where they were made is none of them."""
-_DATE = re.compile(
-    r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{0,9}"
-    r"|(?:[0-2]\d|3[01])(?:[0-2]\d|3[01])(?:19|20)\d\d|(?:19|20)\d\d"
-    r"|\d{1,2}(?:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)(?:\d\d)?\d\d"
-)
-_SPANS_OF_WHEN = (
-    re.compile(r"(?:^|_)((?:ses|run|task|acq|rec|dir|desc|space|res|ce|echo)-[^_]+)", re.IGNORECASE),
-    re.compile(
-        r"(?<!\d)(?=((?:19|20)\d\d([^\d])(?:\d|[012]\d|3[01])\2(?:\d|[012]\d|3[01])(?!\d)"
-        r"|(?:\d|[012]\d|3[01])([^\d])(?:\d|[012]\d|3[01])\3(?:19|20)\d\d(?!\d)))"
-    ),
-)
-"""BIDS entities, and dates of three numbers in any order that people write."""
+_VISIT = re.compile(rf"{names.DATE.pattern}|(?:fu|followup)\d*")
 _LATER = re.compile(r"[dmwyre]\d{1,3}|\d{1,3}(?:m|mo|months?|y|yrs?|w|wk|d|days?)")
-_GLUED = re.compile(
-    rf"((?:{'|'.join(_WORDS['who'])})(?=\d))?(.*?)((?<=\d)(?:ses|v|visit|run|tp|t1|t1w|mprage)\d*)?",
-    re.IGNORECASE,
-)
-
 _LISTED, _STATED, _TELLING, _WHOLE_NUMBER, _NUMBER, _LOOSE_NUMBER = 16.0, 8.0, 4.0, 1.9, 1.0, 0.9
 """What a candidate is worth; a slot is preferred to another that is worth less than half as much."""
-_ENOUGH_DIGITS = 5
-"""A number this long may name a subject by itself; a shorter one needs the cohort."""
 
 
 @dataclass(frozen=True)
@@ -131,16 +101,6 @@ def match_images(images: pd.DataFrame, rows: pd.DataFrame) -> list[Match]:
 # --- paths ----------------------------------------------------------------------------------------------
 
 
-class _Part(NamedTuple):
-    """A part of a name: as compared, as written, what it tells, its letters before a digit, its shape."""
-
-    text: str
-    written: str
-    role: str
-    letters: str
-    shape: str
-
-
 class _Candidate(NamedTuple):
     """Parts of a path that equal an id. `prefix` is what only one of the two begins with, or None."""
 
@@ -151,54 +111,22 @@ class _Candidate(NamedTuple):
     prefix: str | None = None
     is_as_written: bool = True
 
-
-@lru_cache(maxsize=100_000)
-def _read_parts(name: str) -> tuple[_Part, ...]:
-    """The parts of a folder's or a file's name, with what their words say they are."""
-    name = re.sub(r"(?<!\d)(\d)\.(\d)(?=T)", r"\1\2", name, flags=re.IGNORECASE)  # 1.5T
-    whens = [match.span(1) for pattern in _SPANS_OF_WHEN for match in pattern.finditer(name)]
-    spans = []
-    for start, end in spans_of_parts(name):
-        glued = _GLUED.fullmatch(name, start, end)
-        spans += [glued.span(group) for group in (1, 2, 3) if glued[group]]
-    texts = [unicodedata.normalize("NFKC", name[start:end]).casefold() for start, end in spans]
-    parts = []
-    for (start, end), before, text, after in zip(spans, ["", *texts], texts, [*texts[1:], ""], strict=False):
-        is_when = any(first <= start < last for first, last in whens)
-        role = "when" if is_when else _find_role(text, before, after)
-        shape = re.sub(r"\d+", "n", re.sub(r"\D+", "a", text))
-        parts.append(_Part(text, name[start:end], role, re.match(r"\D*", text)[0], shape))
-    return tuple(parts)
-
-
-def _find_role(text: str, before: str, after: str) -> str:
-    """What a part tells: `who` announces a subject; "" is open."""
-    word = re.fullmatch(r"(\D*)(\d{0,4})", text)
-    letters, digits = word.groups() if word else (text, "")
-    if text in _WORDS["who"] and after and (text == "sub" or re.search(r"\d", after)):
-        known = re.match(r"\D*", after)[0]
-        return "" if known in _WORDS["when"] | _WORDS["where"] else "who"
-    if _DATE.fullmatch(text):
-        return "maybe when" if len(text) < 5 else "when"
-    if not letters and (role := next((role for role in _LABELS if before in _WORDS[role]), "")):
-        return role
-    if is_contrast_word(text) or text in _WORDS["what"]:
-        return "what"
-    if re.fullmatch(r"\d{1,2}(t|tesla)", text):
-        return "where"
-    known = next((role for role in (*_LABELS, "maybe where") if letters in _WORDS[role]), "")
-    return known if digits or known == "when" else ""
+    def covers(self, number: int) -> bool:
+        """Whether a part of the path is one of these."""
+        return self.start <= number < self.end
 
 
 class _Path:
     """The path of an image, taken apart."""
 
     def __init__(self, image: Any) -> None:
-        components = [*map(_read_parts, filter(None, image.folders.split("/"))), _read_parts(image.stem)]
+        components = [*map(names.read_parts, filter(None, image.folders.split("/")))]
+        components += [names.read_parts(image.stem)]
         self.image = image
+        self.name = "/".join(filter(None, [image.folders, image.stem]))
         self.parts = [part for parts in components for part in parts]
         self.texts = [part.text for part in self.parts]
-        self.joined = [_join(parts) for parts in components]
+        self.tails = _ends([names.join_parts(parts) for parts in components])
         self.stem_start = len(self.parts) - len(components[-1])
         self.places = [
             (depth, depth - len(components), index, index - len(parts))
@@ -209,7 +137,7 @@ class _Path:
         # a data set's own pattern (IXI, OASIS, ADNI): its ids are the same people wherever they stand
         self.is_known = bool(image.subject_hint) and "sub" not in self.texts
         if self.is_known:
-            hint = [part.text for part in _read_parts(image.subject_hint)]
+            hint = [part.text for part in names.read_parts(image.subject_hint)]
             starts = (n for n in range(len(self.texts)) if self.texts[n : n + len(hint)] == hint)
             self.stated = set([*starts][:1])
 
@@ -221,13 +149,13 @@ class _Path:
         if label := self.parts[number - 1].text if number in self.stated and number else part.letters:
             yield "label", label, part.shape
 
-    def tails(self) -> list[str]:
-        """The ends of the path, the longest first."""
-        return ["/".join(self.joined[start:]) for start in range(len(self.joined))]
-
     def write(self, own: _Candidate) -> str:
         """The parts of a candidate as the path writes them."""
         return "_".join(part.written for part in self.parts[own.start : own.end])
+
+    def outside(self, own: _Candidate) -> list[int]:
+        """Parts that are none of a candidate's."""
+        return [n for n in range(len(self.parts)) if not own.covers(n)]
 
     def others(self, own: _Candidate, roles: Iterable[str] = ("",)) -> list[int]:
         """Parts outside of a candidate with a number that might be the subject as well."""
@@ -242,16 +170,14 @@ class _Path:
         """What must be the same in all images of a person, and the id as this one writes it."""
         mine = self.texts[own.start : own.end]
         end = len(self.parts) if self.is_known and mine else own.end  # the rest tells of the picture
-        rest = (
-            part.text
-            for n, part in enumerate(self.parts)
-            if not (own.start <= n < end or n in later or part.role in _PASSING or part.text in mine)
-        )
+        free = {*later, *range(own.start, end)}
+        parts = [part for n, part in enumerate(self.parts) if n not in free and part.text not in mine]
+        rest = (part.text for part in parts if part.role not in _PASSING)
         return (*sorted(rest), "", *mine)
 
     def session(self, own: _Candidate, labels: Iterable[str] = ()) -> str:
         """The session that the name states outside of the id, or the one of `labels` that stands there."""
-        others = [*self.parts[: own.start], *self.parts[own.end :]]
+        others = [self.parts[n] for n in self.outside(own)]
         found = (re.fullmatch(r"(?:v|vis|visit|ses|tp)(\d{1,2})", part.text) for part in others)
         if known := self.image.session_hint or next((match[1] for match in found if match), ""):
             return known
@@ -261,10 +187,8 @@ class _Path:
 
     def is_other_contrast(self, own: _Candidate) -> bool:
         """Whether the name, less the id (`PD_001`), says that this is no T1-weighted scan."""
-        words = (
-            self.texts[n] for n in range(self.stem_start, len(self.texts)) if not own.start <= n < own.end
-        )
-        return self.image.contrast == "other" and read_contrast(words) == "other"
+        words = [self.texts[n] for n in self.outside(own) if n >= self.stem_start]
+        return self.image.contrast == "other" and names.read_contrast(words) == "other"
 
 
 # --- people ---------------------------------------------------------------------------------------------
@@ -275,7 +199,7 @@ class _People:
 
     def __init__(self, rows: pd.DataFrame) -> None:
         subjects = list(dict.fromkeys(rows["subject_id"]))
-        self.forms = {one: _find_forms(_read_id(one)) for one in subjects}
+        self.forms = {one: names.find_forms(names.read_id(one)) for one in subjects}
         self.written = {forms[1] for forms in self.forms.values()}
         self.plain = _index((forms[-1], one) for one, forms in self.forms.items())
         prefixes = {match[1] for key in self.plain if (match := re.fullmatch(r"(\D*)\d+", key))}
@@ -291,13 +215,10 @@ class _People:
         self.listed = _index((tail, row) for row, cell in listed.items() for tail in _tails(cell))
         ids = rows["table_id"].str.replace(r"^sub-", "", case=False, regex=True)
         ids = ids[ids.str.len() > rows["subject_id"].str.len()]  # they carry a session
-        names = [
-            *((row, image_stem(re.split(r"[/\\]", cell)[-1])) for row, cell in listed.items()),
-            *ids.items(),
-        ]
+        stems = ((row, image_stem(re.split(r"[/\\]", cell)[-1])) for row, cell in listed.items())
         # a bare number is ADNI's image id, before which file names write an I
-        names = [(row, f"i{name}" if name.isdigit() else name) for row, name in names]
-        self.images = _index((_join(_read_parts(name)), row) for row, name in names if is_telling(name))
+        named = [(row, f"i{name}" if name.isdigit() else name) for row, name in [*stems, *ids.items()]]
+        self.images = _index((_compared(name), row) for row, name in named if names.is_telling(name))
 
     def find_rows(self, path: _Path) -> set[int]:
         """Rows whose image id is the end of the path, or a run of parts in the file name."""
@@ -314,13 +235,13 @@ class _People:
         found = [one for start in range(len(path.parts)) if (one := self._find_longest(path, start))]
         if subjects := _look_up(self.files, path):
             stem = _Candidate(path.stem_start, len(path.parts))
-            subjects, _ = self._nearest(subjects, _find_forms(path.parts[path.stem_start :]))
+            subjects, _ = self._nearest(subjects, names.find_forms(path.parts[path.stem_start :]))
             inside = (one for one in found if one.start >= path.stem_start and {*one.subjects} >= {*subjects})
             return [next(inside, stem)._replace(subjects=subjects, strength=_LISTED)]
         found = _outermost(found)
         if not path.stated:
             return found
-        stated = [one for one in found if any(one.start <= number < one.end for number in path.stated)]
+        stated = [one for one in found if any(map(one.covers, path.stated))]
         if stated or path.is_known:
             return [one._replace(strength=_STATED) for one in stated]
         return [one for one in found if one.strength >= _TELLING]
@@ -344,7 +265,7 @@ class _People:
             part = path.parts[end - 1]
             if part.role == "who" and end > start + 1:
                 continue
-            plain = _unpadded(part.text)
+            plain = names.unpadded(part.text)
             key += "_" * (key[-1:].isdecimal() and plain[:1].isdecimal()) + plain
             if key in self.plain:
                 best = self._weigh(path, start, end, key, None) or best
@@ -357,10 +278,10 @@ class _People:
     def _weigh(self, path: _Path, start: int, end: int, key: str, prefix: str | None) -> _Candidate | None:
         """A run that is an id in some form, with how much it says, or None where it cannot be a subject."""
         run = [part for n, part in enumerate(path.parts[start:end]) if n == 0 or part.role != "who"]
-        forms = [form.removeprefix(prefix or "") for form in _find_forms(run)]
+        forms = [form.removeprefix(prefix or "") for form in names.find_forms(run)]
         subjects, level = self._nearest(self.plain[key], forms, self.prefix if prefix == "" else "")
         text, is_same = forms[1], level < 2
-        telling = is_telling(text if prefix is None else re.sub(r"\D", " ", text))
+        telling = names.is_telling(text if prefix is None else re.sub(r"\D", " ", text))
         roles = {part.role for part in run} - {"", "who"}
         is_year = text.isdecimal() and len(text) == 4
         found = _Candidate(start, end, subjects, _NUMBER, prefix, prefix is None and level < 3)
@@ -385,49 +306,27 @@ class _People:
         return tuple(sorted(subjects)), len(self.forms)
 
 
-def _read_id(name: str) -> list[_Part]:
-    """The parts of a table's id, without the words that announce it."""
-    parts = _read_parts(name)
-    return [part for part in parts if part.text not in _WORDS["who"]] or list(parts)
-
-
-def _find_forms(parts: Iterable[_Part]) -> tuple[str, ...]:
-    """A run of parts as written, in lower case, without punctuation (but `1_23` is not `12_3`), unpadded."""
-    written, text = "_".join(part.written for part in parts), _join(parts)
-    together = re.sub(r"(?<!\d)_|_(?!\d)", "", text)
-    return written, text, together, _unpadded(together)
-
-
-def _join(parts: Iterable[_Part]) -> str:
-    return "_".join(part.text for part in parts)
-
-
-def _unpadded(text: str) -> str:
-    return re.sub(r"(?<!\d)0+(?=\d)", "", text) if "0" in text else text
-
-
-@lru_cache(maxsize=100_000)
-def is_telling(name: str) -> bool:
-    """Whether a name may identify someone by itself, wherever in a path it stands."""
-    parts = parts_of(name)
-    if all(is_contrast_word(part) or part.casefold() in _WORDS["who"] for part in parts):
-        return False
-    longest = max(map(len, re.findall(r"\d+", name)), default=0)
-    return longest >= _ENOUGH_DIGITS or (len(name) > 1 and bool(re.search(r"[^\W\d_]", name)))
-
-
 def _tails(cell: str) -> list[str]:
     """The ends of a cell that is a file name or path, as they are compared with the ends of images' paths."""
     path = PurePosixPath(cell.replace("\\", "/"))
-    names = [*(part for part in path.parent.parts if part not in ("/", ".", "..")), image_stem(path.name)]
-    joined = [_join(_read_parts(name)) for name in names]
-    tails = ["/".join(joined[start:]) for start in range(len(joined))]
-    return tails if is_telling(names[-1]) else tails[:-1]
+    folders = [part for part in path.parent.parts if part not in ("/", ".", "..")]
+    tails = _ends([_compared(name) for name in (*folders, image_stem(path.name))])
+    return tails if names.is_telling(image_stem(path.name)) else tails[:-1]
+
+
+def _compared(name: str) -> str:
+    """A name in the form in which it is compared."""
+    return names.join_parts(names.read_parts(name))
+
+
+def _ends(components: list[str]) -> list[str]:
+    """The ends of a path, the longest first."""
+    return ["/".join(components[start:]) for start in range(len(components))]
 
 
 def _look_up(index: dict[str, set], path: _Path) -> set:
     """What a table of files says of an image: the entry that agrees with most of its path."""
-    return next((index[tail] for tail in path.tails() if tail in index), set()) if index else set()
+    return next((index[tail] for tail in path.tails if tail in index), set()) if index else set()
 
 
 def _outermost(runs: list[tuple]) -> list[tuple]:
@@ -469,28 +368,29 @@ class _Cohort:
         self.taken: dict[int, _Candidate] = {}
         self.reasons: dict[int, str] = {}
         self.rests: dict[tuple, tuple[str, ...]] = {}
-        self.open: set[int] = set()
         for n, path in enumerate(paths):
             best = max(self.found[n], key=lambda one: one.strength, default=_Candidate(0, 0))
             if best.strength == _LISTED:
                 self.taken[n] = best
             elif not _look_up(people.listed, path) and path.is_other_contrast(best):
                 self.reasons[n] = "its name says that it is no T1-weighted scan"
-            else:
-                self.open.add(n)
+        self.open = set(range(len(paths))) - self.taken.keys() - self.reasons.keys()
         self.slots: dict[Hashable, dict[int, _Candidate]] = defaultdict(dict)
+        self.at: dict[Hashable, dict[int, int]] = defaultdict(dict)
+        self._find_slots()
+
+    def _find_slots(self) -> None:
+        """Fill `slots` (slot and prefix -> image -> candidate) and `at` (slot -> image -> its part there)."""
         for n in self.open:
             for one in self.found[n]:
-                for slot in paths[n].slots(one.start):
+                for slot in self.paths[n].slots(one.start):
                     if not (one.prefix and slot[0] == "label"):  # those letters must be of nearly all images
                         self.slots[(*slot, one.prefix)].setdefault(n, one)
         wanted = {slot[:-1] for slot in self.slots}
-        self.at: dict[Hashable, dict[int, int]] = defaultdict(dict)
         for n in self.open:
-            for number, part in enumerate(paths[n].parts):
-                if part.role != "who":
-                    for slot in wanted.intersection(paths[n].slots(number)):
-                        self.at[slot].setdefault(n, number)
+            for number, part in enumerate(self.paths[n].parts):
+                for slot in wanted.intersection(self.paths[n].slots(number)) if part.role != "who" else ():
+                    self.at[slot].setdefault(n, number)
 
     def settle_slots(self) -> None:
         """Read all images by the slots that explain them, the best first; then what only one part can be."""
@@ -613,15 +513,12 @@ class _Cohort:
                 nobody = _Candidate(len(self.paths[n].parts), len(self.paths[n].parts))
                 groups[f"row {row + 1}"][self._rest(n, nobody)].append(n)
         for what, alike in groups.items():
-            first, second = [*alike.values(), [None]][:2]
-            for n in (n for own in alike.values() for n in own if len(alike) > 1):
-                one, other = (
-                    "/".join(filter(None, [self.paths[m].image.folders, self.paths[m].image.stem]))
-                    for m in (n, second[0] if n in first else first[0])
-                )
+            first, second = [*alike.values(), []][:2]
+            for n in chain(*alike.values()) if second else ():
+                other = self.paths[(second if n in first else first)[0]]
                 self.reasons[n] = (
-                    f"{one} and {other} differ in more than session, run and contrast, and both would be "
-                    f"{what}: none taken"
+                    f"{self.paths[n].name} and {other.name} differ in more than session, run and contrast, "
+                    f"and both would be {what}: none taken"
                 )
 
     def match(self, n: int) -> Match:
@@ -637,14 +534,7 @@ class _Cohort:
         if own.strength == _LISTED:  # by file name, which says whose file it is
             label = path.image.subject_hint
         later = self.people.find_later(path, own)
-        outside = [m for m in range(len(path.parts)) if not own.start <= m < own.end]
-        visit = [
-            path.texts[m]
-            for m in outside
-            if m in later
-            or _DATE.fullmatch(path.texts[m])
-            or re.fullmatch(r"(fu|followup)\d*", path.texts[m])
-        ]
+        visit = [path.texts[m] for m in path.outside(own) if m in later or _VISIT.fullmatch(path.texts[m])]
         labels = [self.people.session_of[one].casefold() for one in self.people.rows_of[own.subjects[0]]]
         return Match(row, reason, own.subjects, label, path.session(own, labels), "_".join(visit))
 

@@ -12,25 +12,13 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from brainage_nb.cohort.names import WORDS
 from brainage_nb.parameters import check_fields
 
-DROPPED_COLUMNS = ["scan_id", "subject_id", "session_id", "rule", "detail"]
-# What tables call people without a diagnosis, whole words or joined, with or without the words for people.
-# Bare numbers are not among them: 1 is a patient in one table and a control in the next.
-_CONTROL = """
-    controls? controle?s? controll[oi] kontrol(le?|la|len|lgruppen?) comparisonsubjects? healthy normals?
-    unaffected unimpaired neurotypical typicallydeveloping typicaldevelopment (non|not|un)demented
-    nonpatients? noknowndisorder no(mental|psychiatric|neurological)?(disorder|disease) healthyvolunteers?
-    gesunde?[rns]? temoins? sain(e?s?) san[oais]s? saludables? saudave(l|is) gezonde? friska? zdrow[aey]
-    zdrav[aey] контрол[а-я]* здоров[а-я]* 健康 健常 正常 対照 对照 對照 대조(군)? 정상(군)?"""
-_PEOPLE = """
-    subjects? volunteers? participants? individuals? people persons? groups? gr(o?u)pp?[eo] sujetos? sujets?
-    soggett[oi] proband(en)? adults? old(er)? elder(ly|s)? seniors? young(er)? middle aged? ag(e?)ing age
-    sex gender matched and child(ren)? adolescents? teen(ager)?s? youth infants? females? males? wom[ae]n
-    m[ae]n boys? girls? cogniti(on|ve|vely) clinically mentally medically neurologically psychiatrically
-    physically community study d[ei]l? группа 者 組 组 人 群 被験者 志愿者"""
-_ABBREVIATED = "ctls? ctrls? cntr?ls? ctr con n?hcs? ncs? cn cu nl tdc? n?hvs?"
-_FIRST_VISITS = {"bl", "sc", "baseline", "screening", "m00", "init"}
+_CONTROL, _PEOPLE, _ABBREVIATED = (
+    "|".join(unicodedata.normalize("NFKD", term) for term in terms) for terms in WORDS["diagnoses"].values()
+)
+_FIRST_VISITS = set(WORDS["visits"]["first"])
 
 
 @dataclass(frozen=True)
@@ -102,18 +90,19 @@ def apply_rules(cohort: pd.DataFrame, rules: CohortRules) -> Ruled:
     left, dropped, summary = cohort, [], []
     for rule, setting, judge in steps:
         details, remark = judge(left, rules)
-        out = left[details != ""]
+        stays = details == ""
         # plain values: a Series would be aligned, and an empty frame would grow to its length
-        told = details[out.index].to_numpy()
-        dropped.append(out[["scan_id", "subject_id", "session_id"]].assign(rule=rule, detail=told))
+        told = details[~stays].to_numpy()
+        out = left.loc[~stays, ["scan_id", "subject_id", "session_id"]].assign(rule=rule, detail=told)
+        dropped.append(out)
         summary.append((rule, str(setting), len(out), out["subject_id"].nunique(), remark))
-        left = left[details == ""]
+        left = left[stays]
     if "diagnosis" in cohort or "cdr" in cohort:
         left = left.assign(control=judge_controls(cohort, rules.control_words)[left.index])
     columns = ["rule", "setting", "scans left out", "people left out", "remark"]
     return Ruled(
         left.reset_index(drop=True),
-        pd.concat(dropped, ignore_index=True)[DROPPED_COLUMNS],
+        pd.concat(dropped, ignore_index=True),
         pd.DataFrame(summary, columns=columns),
     )
 
@@ -184,13 +173,10 @@ def _by_diagnosis(cohort: pd.DataFrame, rules: CohortRules) -> tuple[pd.Series, 
     known = count_diagnoses(cohort)
     control = judge_controls(cohort.drop(columns="cdr", errors="ignore"), rules.control_words)
     if (control == "").all():
-        return (
-            _nobody(cohort),
-            f"NOT APPLIED: none of the diagnoses is a word for controls ({known}); set control_words",
-        )
-    details = cohort["diagnosis"].map(
-        lambda name: f"diagnosis '{name}', not a control" if name else "no diagnosis given"
-    )
+        remark = f"NOT APPLIED: none of the diagnoses is a word for controls ({known}); set control_words"
+        return _nobody(cohort), remark
+    named = cohort["diagnosis"].fillna("").astype(str)
+    details = ("diagnosis '" + named + "', not a control").where(named != "", "no diagnosis given")
     return details.where(control != "yes", ""), f"diagnoses: {known}"
 
 
@@ -199,18 +185,12 @@ def _by_repeat(cohort: pd.DataFrame, rules: CohortRules) -> tuple[pd.Series, str
     repeated = f"{scans} scans of {people} people; all scans of a person stay in one split"
     if rules.retests == "all" or cohort.empty:
         return _nobody(cohort), repeated
-    order = pd.DataFrame(
-        {
-            "subject": cohort["subject_id"],
-            "session": cohort["session_id"],
-            "age": pd.to_numeric(cohort["age"], errors="coerce").fillna(math.inf),
-            "visit": cohort["session_id"].map(_visit_order),
-            "scan": cohort["scan_id"],
-        },
-        index=cohort.index,
-    ).sort_values(["age", "visit", "scan"], kind="stable")
-    key = ["subject", "session"] if rules.retests == "per_session" else ["subject"]
-    first = order.groupby(key, sort=False)["scan"].transform("first").reindex(cohort.index)
+    order = cohort.assign(
+        age=pd.to_numeric(cohort["age"], errors="coerce").fillna(math.inf),
+        visit=cohort["session_id"].map(_visit_order),
+    ).sort_values(["age", "visit", "scan_id"], kind="stable")
+    key = ["subject_id", "session_id"] if rules.retests == "per_session" else ["subject_id"]
+    first = order.groupby(key, sort=False)["scan_id"].transform("first").reindex(cohort.index)
     details = "a repeat of " + first
     return details.where(first != cohort["scan_id"], ""), repeated
 
@@ -231,11 +211,8 @@ def _is_control_word(diagnosis: str) -> bool:
     """Whether every word of it is a word for controls or for people, and at least one for controls."""
     if "+" in diagnosis:  # `CU+` is another diagnosis than `CU`
         return False
-    control, people, short = (
-        "|".join(unicodedata.normalize("NFKD", terms).split()) for terms in (_CONTROL, _PEOPLE, _ABBREVIATED)
-    )
     words = [_plain(word) for word in re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", diagnosis))]
-    long = re.sub(r"\d", "", "".join(word for word in words if not re.fullmatch(short, word)))
-    if not re.fullmatch(f"(?:{control}|{people})*", long):
+    long = re.sub(r"\d", "", "".join(word for word in words if not re.fullmatch(_ABBREVIATED, word)))
+    if not re.fullmatch(f"(?:{_CONTROL}|{_PEOPLE})*", long):
         return False
-    return bool(re.search(control, long)) or any(re.fullmatch(short, word) for word in words)
+    return bool(re.search(_CONTROL, long)) or any(re.fullmatch(_ABBREVIATED, word) for word in words)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
+from brainage_nb.drawing import PALETTE, label_axes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SPLITS = ("train", "val", "test")
 COLUMNS = ("scan_id", "subject_id", "session_id", "image", "age", "sex", "site", "split", "fold")
-COLOURS = {"train": "#0072B2", "val": "#E69F00", "test": "#009E73"}  # Okabe-Ito
-MARKERS = {"train": "o", "val": "s", "test": "^"}
 
 
 def deal_splits(
@@ -140,10 +140,11 @@ def check_splits(
     --------
     >>> splits = check_splits(ws.read("splits.csv"), [*store.scan_ids, *without_volume["scan_id"]])
     """
-    is_dealt = PurePath(source).name == "splits.csv"
-    again = f"Put it right, or delete it and run from 02_data_cleaning: {source} is made there."
-    if not is_dealt:
-        again = f"Run the training notebook (04 or 05) again: {source} is made there."
+    again = f"Run the training notebook (04 or 05) again: {source} is made there."
+    rerun = again
+    if PurePath(source).name == "splits.csv":
+        again = f"Put it right, or delete it and run from 02_data_cleaning: {source} is made there."
+        rerun = "Run from 03_preprocessing_preview."
     missing = [name for name in ("scan_id", "subject_id", "split", "fold") if name not in splits]
     if missing:
         raise ValueError(f"{source} lacks the columns {missing}; it has {list(splits)}. {again}")
@@ -155,7 +156,6 @@ def check_splits(
         return splits
     strangers = splits.loc[~splits["scan_id"].astype(str).isin({str(scan) for scan in scans}), "scan_id"]
     if len(strangers):
-        rerun = "Run from 03_preprocessing_preview." if is_dealt else again
         raise ValueError(
             f"{source} does not fit the scans at hand: it names {len(strangers)} of {len(splits)} that are "
             f"not among them: {_some(strangers)}. {rerun}"
@@ -206,16 +206,14 @@ def plot_splits(ax: Axes, splits: pd.DataFrame) -> Axes:
     """Draw every subject's age (years) as a point in the row of its split; returns `ax`."""
     subjects = splits.groupby("subject_id").agg(age=("age", "mean"), split=("split", "first"))
     rng = np.random.default_rng(0)
-    for row, split in enumerate(SPLITS):
+    for row, (split, colour, marker) in enumerate(zip(SPLITS, PALETTE, "os^", strict=False)):
         ages = subjects.loc[subjects["split"] == split, "age"]
         height = row + rng.uniform(-0.28, 0.28, len(ages))
-        ax.scatter(ages, height, s=14, alpha=0.75, color=COLOURS[split], marker=MARKERS[split], linewidths=0)
+        ax.scatter(ages, height, s=14, alpha=0.75, color=colour, marker=marker, linewidths=0)
     counts = subjects["split"].value_counts().reindex(SPLITS, fill_value=0)
     ax.set_yticks(range(len(SPLITS)), [f"{split} (n = {counts[split]})" for split in SPLITS])
     ax.invert_yaxis()
-    ax.set_xlabel("age [years]")
-    ax.set_title(f"Ages in each split (n = {len(subjects)} subjects)")
-    return ax
+    return label_axes(ax, f"Ages in each split (n = {len(subjects)} subjects)", "age [years]", "")
 
 
 def _age_of_subjects(scans: pd.DataFrame) -> pd.Series:

@@ -6,8 +6,9 @@ A test object for the whole kit. How well a model does on it says nothing about 
 from __future__ import annotations
 
 import gzip
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import nibabel as nib
 import numpy as np
@@ -32,6 +33,7 @@ from brainage_nb.demo.scans import (
     sample_head,
     scan_head,
 )
+from brainage_nb.drawing import BLUE
 from brainage_nb.platforms import n_workers
 from brainage_nb.workspace import read_json, write_csv, write_json, write_text, writing
 
@@ -43,36 +45,10 @@ DESCRIPTION, TRUTH, PARTICIPANTS = "dataset_description.json", "truth.csv", "par
 AGEING_MAP = "derivatives/ageing_map.nii.gz"
 FEWEST_ATTAINABLE = 20  # subjects: two in each fold
 SHOWN_MM = (4.0, -14.0, 14.0)  # MNI152 point whose three slices are shown: they cut the lateral ventricles
-README = """\
-The known-answer cohort of brainage_nb: invented heads, no people.
-
-The brain is the MNI152 template that nilearn ships; skull, scalp, face and neck are drawn around it.
-Each subject has an age and a planted brain age (age + gap). The brain age drives four things, each with
-the subject's own departure from the mean:
-
-  ventricle_mm          the ventricles' wall moves outward (mm), faster after 60
-  sulcal_opening        cortex next to CSF gives way to CSF (share, 0 to 1)
-  grey_white_contrast   (white - grey) / their mean falls
-  lesions               dark periventricular lesions grow (extent, 0 to 1)
-
-Head size and pose, smooth differences of shape, field of view, bias field, noise and the scanner site do
-not depend on age.
-
-participants.tsv    one row per subject and session: age (years), sex, site
-truth.csv           one row per scan: brain age, gap (years), every planted parameter and nuisance
-derivatives/ageing_map.nii.gz
-                    where ageing was planted, 0 to 1, in MNI152 space: the mean change of intensity from
-                    brain age 20 to 86 without nuisances, smoothed by 2 mm
-"""
 
 
 def make_demo_cohort(
-    folder: Path | str,
-    n_subjects: int = 200,
-    seed: int = 1,
-    *,
-    voxel_mm: float = 1.0,
-    n_jobs: int = 0,
+    folder: Path | str, n_subjects: int = 200, seed: int = 1, *, voxel_mm: float = 1.0, n_jobs: int = 0
 ) -> Path:
     """Write the known-answer cohort, or finish one that was begun with the same settings.
 
@@ -168,30 +144,26 @@ def _without_nuisance(anatomy: Anatomy, planted: dict[str, float]) -> np.ndarray
 
 def _begin(folder: Path, settings: dict[str, int], n_subjects: int) -> None:
     """Claim the folder for these settings, or say what differs from the cohort that lies there."""
+    there = settings
     if (folder / DESCRIPTION).exists():
         there = read_json(folder / DESCRIPTION).get("GeneratedBy", [{}])[0].get("Settings", {})
-        differs = ", ".join(
-            f"{name} is {there.get(name)}, asked for {value}"
-            for name, value in settings.items()
-            if there.get(name) != value
-        )
-        if differs:
-            raise ValueError(
-                f"{folder} holds another cohort ({differs}). Choose another folder or remove it."
-            )
-        if (present := len(list(folder.glob("sub-*")))) > n_subjects:
-            raise ValueError(
-                f"{folder} already holds {present} subjects of this cohort, asked for {n_subjects}. "
-                "Choose another folder, or ask for at least as many."
-            )
     elif folder.exists() and any(folder.iterdir()):
         raise ValueError(
             f"{folder} is not empty and holds no known-answer cohort. Choose an empty or new folder."
         )
+    differing = [name for name in settings if there.get(name) != settings[name]]
+    if differing:
+        differs = ", ".join(f"{one} is {there.get(one)}, asked for {settings[one]}" for one in differing)
+        raise ValueError(f"{folder} holds another cohort ({differs}). Choose another folder or remove it.")
+    if (present := len(list(folder.glob("sub-*")))) > n_subjects:
+        raise ValueError(
+            f"{folder} already holds {present} subjects of this cohort, asked for {n_subjects}. "
+            "Choose another folder, or ask for at least as many."
+        )
     made_by = {"Name": "brainage_nb.demo.cohort", "Settings": settings}
     description = {"Name": "brainage_nb known-answer cohort", "BIDSVersion": "1.10.0", "DatasetType": "raw"}
     write_json(description | {"GeneratedBy": [made_by]}, folder / DESCRIPTION)
-    write_text(README, folder / "README")
+    write_text((files(__package__) / "README.txt").read_text(encoding="utf-8"), folder / "README")
 
 
 def _write_scan(anatomy: Anatomy, row: dict[str, object], seed: int, path: Path) -> None:
@@ -280,8 +252,10 @@ def attainable_ages(truth: pd.DataFrame) -> np.ndarray:
 # --- pictures -------------------------------------------------------------------------------------------
 
 
-def draw_heads(folder: Path | str, truth: pd.DataFrame, figure: Figure, n: int = 5) -> Figure:
-    """Draw n heads of the cohort, youngest to oldest, in three planes, in mm, front or crown upwards.
+def draw_planted(folder: Path | str, truth: pd.DataFrame, figure: Figure, n: int = 5) -> Figure:
+    """Draw heads of the cohort, youngest to oldest, over what each planted parameter does with age.
+
+    The heads are cut in three planes, in mm, front or crown upwards.
 
     Parameters
     ----------
@@ -289,52 +263,42 @@ def draw_heads(folder: Path | str, truth: pd.DataFrame, figure: Figure, n: int =
         Where `make_demo_cohort` wrote.
     truth : DataFrame
         Its `truth.csv`.
-    figure : Figure or SubFigure
-        Empty; it is filled and returned.
-    n : int
-        Number of heads, evenly spread over the scans.
-    """
-    ordered = truth.sort_values("age")
-    chosen = ordered.iloc[np.linspace(0, len(ordered) - 1, min(n, len(ordered))).round().astype(int)]
-    columns = figure.subplots(3, len(chosen), squeeze=False).T
-    for row, column in zip(chosen.to_dict("records"), columns, strict=True):
-        image = nib.as_closest_canonical(nib.load(Path(folder) / image_path(row)))
-        head, edges = np.asanyarray(image.dataobj), image.header.get_zooms()
-        centre = np.linalg.solve(place_scan(row)[2], [*SHOWN_MM, 1.0])[:3].round().astype(int)
-        column[0].set_title(
-            f"age {row['age']:.0f}, brain age {row['brain_age']:.0f}\nsite {row['site']}", fontsize=9
-        )
-        for ax, across in zip(column, (2, 1, 0), strict=True):
-            width, height = (head.shape[axis] * edges[axis] for axis in range(3) if axis != across)
-            shown = np.take(head, centre[across], axis=across).T
-            brightest = np.percentile(head, 99.5)
-            ax.imshow(shown, "gray", origin="lower", vmin=0, vmax=brightest, extent=(0, width, 0, height))
-            ax.set_axis_off()
-    return figure
-
-
-def draw_planted(folder: Path | str, truth: pd.DataFrame, figure: Figure, n: int = 5) -> Figure:
-    """`draw_heads` over what each planted parameter does with age.
-
-    Parameters
-    ----------
-    folder, truth, n
-        As for `draw_heads`.
     figure : Figure
         Empty, about 11 x 10 inches, with `layout="constrained"`; it is filled and returned.
+    n : int
+        Number of heads, evenly spread over the scans.
 
     Examples
     --------
     >>> figure = plt.figure(figsize=(11, 10), layout="constrained")  # doctest: +SKIP
     >>> draw_planted("demo", read_csv("demo/truth.csv"), figure)  # doctest: +SKIP
     """
+    n = min(n, len(truth))
     above, below = figure.subfigures(2, 1, height_ratios=(3, 1))
-    draw_heads(folder, truth, above, n)
-    above.suptitle(f"Known-answer cohort: {min(n, len(truth))} of {len(truth)} invented heads, by age")
+    above.suptitle(f"Known-answer cohort: {n} of {len(truth)} invented heads, by age")
     below.suptitle(f"What is planted (points: n = {len(truth)} scans; line: mean at brain age = age)")
+    chosen = truth.sort_values("age").iloc[np.linspace(0, len(truth) - 1, n).round().astype(int)]
+    columns = above.subplots(3, n, squeeze=False).T
+    for row, column in zip(chosen.to_dict("records"), columns, strict=True):
+        _draw_head(column, row, Path(folder) / image_path(row))
     ages = np.linspace(YOUNGEST, OLDEST, 100)
-    for (parameter, label), ax in zip(ANATOMY.items(), below.subplots(1, len(ANATOMY)), strict=True):
-        ax.scatter(truth["age"], truth[parameter], s=8, alpha=0.6, color="#0072B2", linewidths=0)
+    for parameter, ax in zip(ANATOMY, below.subplots(1, len(ANATOMY)), strict=True):
+        ax.scatter(truth["age"], truth[parameter], s=8, alpha=0.6, color=BLUE, linewidths=0)
         ax.plot(ages, planted_anatomy(ages)[parameter], color="black", linewidth=1.5)
-        ax.set(xlabel="age [years]", ylabel=label.replace(" [", "\n["))
+        ax.set(xlabel="age [years]", ylabel=ANATOMY[parameter].label.replace(" [", "\n["))
     return figure
+
+
+def _draw_head(column: np.ndarray, row: dict[str, Any], path: Path) -> None:
+    """Three planes of one head through `SHOWN_MM`, one in each Axes of the column."""
+    image = nib.as_closest_canonical(nib.load(path))
+    head, edges = np.asanyarray(image.dataobj), image.header.get_zooms()
+    extent, brightest = np.array(head.shape) * edges, np.percentile(head, 99.5)
+    centre = np.linalg.solve(place_scan(row)[2], [*SHOWN_MM, 1.0])[:3].round().astype(int)
+    title = f"age {row['age']:.0f}, brain age {row['brain_age']:.0f}\nsite {row['site']}"
+    column[0].set_title(title, fontsize=9)
+    for ax, across in zip(column, (2, 1, 0), strict=True):
+        width, height = np.delete(extent, across)
+        shown = np.take(head, centre[across], axis=across).T
+        ax.imshow(shown, "gray", origin="lower", vmin=0, vmax=brightest, extent=(0, width, 0, height))
+        ax.set_axis_off()

@@ -6,6 +6,7 @@ Seeded draws make the rows of `truth.csv`, and arrays are made of those rows; fi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from nibabel.affines import from_matvec
@@ -16,18 +17,20 @@ from brainage_nb.demo.anatomy import CSF, FAT, GREY, WHITE, Anatomy
 
 YOUNGEST, OLDEST = 20.0, 86.0  # years
 GAP_SD = 3.75  # years; the mean absolute gap, which is the oracle's MAE, is 0.8 of it
-# How far a person of a given brain age departs from the planted curve, in the parameter's own unit.
-INDIVIDUAL_SD = {
-    "ventricle_mm": 0.38,
-    "sulcal_opening": 0.045,
-    "grey_white_contrast": 0.0120,
-    "lesions": 0.045,
-}
-ANATOMY = {  # the columns of truth.csv that ageing drives
-    "ventricle_mm": "ventricle widening [mm]",
-    "sulcal_opening": "sulcal opening [share]",
-    "grey_white_contrast": "grey-white contrast [ratio]",
-    "lesions": "lesion extent [share]",
+
+
+class Planted(NamedTuple):
+    """What ageing drives: an axis label, and how far people of one brain age depart from the mean."""
+
+    label: str
+    departure_sd: float  # in the parameter's own unit
+
+
+ANATOMY = {  # columns of truth.csv
+    "ventricle_mm": Planted("ventricle widening [mm]", 0.38),
+    "sulcal_opening": Planted("sulcal opening [share]", 0.045),
+    "grey_white_contrast": Planted("grey-white contrast [ratio]", 0.0120),
+    "lesions": Planted("lesion extent [share]", 0.045),
 }
 
 
@@ -87,16 +90,16 @@ def draw_subject(seed: int, index: int) -> list[dict[str, object]]:
     gap = random.normal(0, GAP_SD)
     sex = str(random.choice(["F", "M"]))
     site = str(random.choice(list(SITES), p=[0.45, 0.33, 0.22]))
-    departure = {name: random.normal(0, sd) for name, sd in INDIVIDUAL_SD.items()}
+    departure = {name: random.normal(0, planted.departure_sd) for name, planted in ANATOMY.items()}
     size = random.normal(1.02 if sex == "M" else 0.985, 0.018)
     stretch = random.normal(1, 0.012, 3)
-    sessions = 2 if random.random() < 0.15 else 1
-    rows = []
-    for session in range(1, sessions + 1):
-        now = age + (random.uniform(0.8, 4.0) if session == 2 else 0.0)
-        gap_now = gap + (random.normal(0, 0.5) if session == 2 else 0.0)
-        anatomy = _at_session(now + gap_now, departure, random if session == 2 else None)
-        subject_id, session_id = f"{index:04d}", f"{session:02d}" if sessions == 2 else ""
+    sessions = ("01", "02") if random.random() < 0.15 else ("",)
+    subject_id, rows = f"{index:04d}", []
+    for session_id in sessions:
+        again = random if session_id == "02" else None
+        now = age + (again.uniform(0.8, 4.0) if again else 0.0)
+        gap_now = gap + (again.normal(0, 0.5) if again else 0.0)
+        anatomy = _at_session(now + gap_now, departure, again)
         rows.append(
             {
                 "scan_id": f"{subject_id}_{session_id}" if session_id else subject_id,
@@ -118,13 +121,12 @@ def _at_session(
     brain_age: float, departure: dict[str, float], random: np.random.Generator | None
 ) -> dict[str, float]:
     """Planted mean plus the subject's own departure, which varies a little from session to session."""
-    mean = planted_anatomy(brain_age)
-    jitter = {name: random.normal(0, 0.15 * sd) if random else 0.0 for name, sd in INDIVIDUAL_SD.items()}
-    lowest = {"grey_white_contrast": 0.05}
-    return {
-        name: round(max(float(mean[name] + departure[name] + jitter[name]), lowest.get(name, 0.0)), 5)
-        for name in ANATOMY
-    }
+    mean, now = planted_anatomy(brain_age), {}
+    for name, (_, sd) in ANATOMY.items():
+        jitter = random.normal(0, 0.15 * sd) if random else 0.0
+        least = 0.05 if name == "grey_white_contrast" else 0.0
+        now[name] = round(max(float(mean[name] + departure[name] + jitter), least), 5)
+    return now
 
 
 def draw_acquisition(seed: int, index: int, session: int, site: Site, voxel_mm: float) -> dict[str, object]:

@@ -102,7 +102,7 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
     Raises
     ------
     ScanError
-        With a code of `SCAN_ERRORS`, whatever goes wrong (but MemoryError stays what it is).
+        With a code of `SCAN_ERRORS`, whatever goes wrong.
 
     Examples
     --------
@@ -113,7 +113,7 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
     import nibabel as nib
 
     path = Path(path)
-    with _any_error_as_reason(path):
+    with errors_as_reason(path):
         header, flags = read_header(path)
         _check_header(header, path, max_voxels)
         affine = placement(header, path, flags)
@@ -137,7 +137,7 @@ def voxel_file(path: str | Path) -> Path:
     """The file whose content tells one scan from another: of a pair the `.img`, as many headers are alike."""
     try:
         voxels = _halves(Path(path))[1]
-    except (ScanError, OSError, EOFError, zlib.error):  # load_scan says what is wrong
+    except Exception:  # load_scan says what is wrong
         return Path(path)
     return voxels if voxels.is_file() else Path(path)
 
@@ -151,7 +151,7 @@ def read_header(path: str | Path) -> tuple[Any, dict[str, str]]:
         As `load_scan`.
     """
     path = Path(path)
-    with _any_error_as_reason(path):
+    with errors_as_reason(path):
         if not path.is_file():
             raise ScanError("missing", f"{path} does not exist or is not a file.")
         first, second = _halves(path)
@@ -199,17 +199,23 @@ def placement(header: Any, path: Path, flags: dict[str, str]) -> np.ndarray:
 
 
 @contextmanager
-def _any_error_as_reason(path: Path) -> Iterator[None]:
-    """Whatever is raised while a file is read becomes its ScanError."""
+def errors_as_reason(path: Path, done: str = "read as an image") -> Iterator[None]:
+    """Whatever is raised while a scan is read, measured or preprocessed becomes its `ScanError`, so that one
+    scan never ends a cohort; `done` is what cannot be done to it."""
     try:
         yield
-    except (ScanError, MemoryError):
+    except ScanError:
         raise
+    except FileNotFoundError as error:
+        raise ScanError("missing", f"{path} does not exist or is not a file.") from error
+    except MemoryError as error:
+        raise ScanError("too_large", f"{path.name} does not fit into memory.") from error
     except (EOFError, zlib.error) as error:
         sentence = f"{path.name}: the compressed data end early or are damaged; copy the file again."
         raise ScanError("truncated", sentence) from error
     except Exception as error:  # nibabel raises many kinds on broken files
-        sentence = f"{path.name} cannot be read as an image ({_first_line(error)})."
+        kind = type(error).__name__
+        sentence = f"{path.name} cannot be {done} ({kind}: {_first_line(error)})."
         raise ScanError("unreadable", sentence) from error
 
 

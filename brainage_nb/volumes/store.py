@@ -21,7 +21,7 @@ import numpy as np
 from brainage_nb.cluster import ClusterError, in_order, open_cluster
 from brainage_nb.platforms import n_workers
 from brainage_nb.volumes.preprocessing import as_stored, build_transforms, preprocess
-from brainage_nb.volumes.scans import ScanError, load_scan, voxel_file
+from brainage_nb.volumes.scans import ScanError, errors_as_reason, load_scan, voxel_file
 from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.workspace import (
     copy_verified,
@@ -480,18 +480,15 @@ def _preprocessed(
 def _row(path: Path, settings: PreprocessingSettings) -> tuple[np.ndarray, dict, str] | ScanError:
     """One scan's row, what its file was and a note on it, or why there is none."""
     try:
-        found = path.stat()
-        image = load_scan(path)
-        volume = as_stored(preprocess(image, settings))
-        source = {"source_bytes": found.st_size, "source_mtime_ns": found.st_mtime_ns}
-        note = image.extra["flags"].get("mask_not_taken", "")
-        return volume, source | {"source_sha256": sha256_of(path)}, note
+        with errors_as_reason(path, "preprocessed"):
+            found = path.stat()
+            image = load_scan(path)
+            volume = as_stored(preprocess(image, settings))
+            source = {"source_bytes": found.st_size, "source_mtime_ns": found.st_mtime_ns}
+            note = image.extra["flags"].get("mask_not_taken", "")
+            return volume, source | {"source_sha256": sha256_of(path)}, note
     except ScanError as error:
         return error
-    except MemoryError:
-        return ScanError("too_large", f"{path.name} does not fit into memory.")
-    except OSError as error:
-        return ScanError("missing", f"{path} cannot be read ({error.strerror or error}).")
 
 
 def _changes(folder: Path, settings: PreprocessingSettings) -> str:

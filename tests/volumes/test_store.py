@@ -134,6 +134,22 @@ def test_a_scan_that_fails_is_reported_and_leaves_no_row(scans, tmp_path):
         report.store.locate(["001", "002"])
 
 
+@pytest.mark.parametrize(
+    "fault", [OverflowError("cannot convert float infinity"), MemoryError(), KeyError(7)]
+)
+def test_whatever_preprocessing_raises_is_that_scans_reason(scans, tmp_path, monkeypatch, fault):
+    def broken(path, plain=store_module.load_scan):
+        if path.name == "002.nii.gz":
+            raise fault
+        return plain(path)
+
+    monkeypatch.setattr(store_module, "load_scan", broken)
+    report = build_store(scans, tmp_path / "volumes", SMALL, n_jobs=1)
+    assert report.failed["scan_id"].tolist() == ["002"]
+    assert report.failed["reason"].str.contains("002.nii.gz (?:cannot be preprocessed|does not fit)").all()
+    assert len(report.store) == 6
+
+
 def test_a_scan_whose_content_changed_is_made_again_and_a_new_date_alone_is_not(scans, tmp_path):
     build_store(scans, tmp_path / "volumes", SMALL, n_jobs=1)
     os.utime(tmp_path / "001.nii.gz", (1, 1))
