@@ -1,4 +1,4 @@
-"""Work spread over a Dask cluster: workers on this machine, a lab's servers, or jobs under SLURM.
+"""Work spread over processes: a pool on this machine, or a Dask cluster of a lab's servers or SLURM jobs.
 
 Knows tasks, workers and their files only; what a task does is its caller's business. Dask (the extra
 `cluster`) is imported where a cluster is asked for, never before.
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from brainage_nb.platforms import n_workers, version_of
 
 if TYPE_CHECKING:
     from distributed import Client
+    from joblib import Parallel
 
 CONNECT_SECONDS = 30
 LOOPBACK = "127.0.0.1:0"  # Dask serves its state over HTTP even without a dashboard: not to the network
@@ -28,6 +31,38 @@ WAITING_PER_THREAD = 3  # results kept ahead of the one that is asked for
 
 class ClusterError(RuntimeError):
     """A cluster that cannot be used as asked; the message says why and what to do."""
+
+
+def process_pool(n_jobs: int, **how: Any) -> Parallel:
+    """joblib's pool of `n_jobs` processes, which end with this one, however it ends.
+
+    Left alone, joblib's workers wait for more work for five minutes after this process was killed.
+
+    >>> list(process_pool(2, return_as="generator")(delayed(abs)(x) for x in (-1, -2)))  # doctest: +SKIP
+    [1, 2]
+    """
+    from joblib import Parallel
+
+    return Parallel(n_jobs, backend="loky", initializer=end_with, initargs=(os.getpid(),), **how)
+
+
+def end_with(process: int) -> None:
+    """End this process by SIGTERM soon after another has ended, however that ended.
+
+    Parameters
+    ----------
+    process : int
+        The other's process id.
+    """
+    import psutil
+
+    def watch() -> None:
+        with suppress(psutil.NoSuchProcess):
+            while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+                time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @contextmanager

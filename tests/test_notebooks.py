@@ -34,7 +34,7 @@ SHARED = {  # the same names mean the same thing, with the same type, in every n
     "workspace": str, "run": str, "source": str, "data_dir": str, "table": str,
     "spacing_mm": float, "size": int,
     "seed": int, "seeds": str, "epochs": int, "batch_size": int, "learning_rate": float, "folds": int,
-    "max_minutes": float, "cluster": str, "require_gpu": bool, "init_from": str, "recipe": str,
+    "max_minutes": float, "cluster": str, "init_from": str, "recipe": str,
 }  # fmt: skip
 
 COLAB_FORM = re.compile(r"^\w+ = .+  # @param (\{type:\"\w+\"\}|\[.+\]( \{.+\})?)$")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from brainage_nb.cluster import process_pool
 from brainage_nb.platforms import n_workers
 from brainage_nb.volumes.heads import coarse_picture, find_head, head_mask
 from brainage_nb.volumes.scans import (
@@ -108,11 +109,11 @@ def each_in_parallel(
     A dead worker takes all others with it, so whatever is then unfinished is done again one by one, which
     shows who did it.
     """
-    from joblib import Parallel, delayed
+    from joblib import delayed
     from tqdm import tqdm
 
     # At least two: with one, joblib works in this very process, and a crash would end the session.
-    parallel = Parallel(n_jobs=max(2, n_workers(n_jobs)), return_as="generator_unordered")
+    parallel = process_pool(max(2, n_workers(n_jobs)), return_as="generator_unordered")
     waiting = set(range(len(tasks)))
     groups = [sorted(waiting)]
     with tqdm(total=len(tasks), desc=title, unit="scan") as bar:

@@ -18,21 +18,20 @@ from brainage_nb.models.settings import TrainingRefused, TrainingSettings
 
 
 def choose_device(settings: TrainingSettings) -> torch.device:
-    """The device to train on, proved by a real operation; on a CPU a loud warning, with `require_gpu` an
-    error.
+    """The device to train on, proved by a real operation; on a CPU a loud warning.
 
     Raises
     ------
     TrainingRefused
-        Where a GPU is required or asked for and none works, with the reason.
+        Where a GPU is asked for and none works, with the reason.
     """
     reason = "device='cpu' was asked for" if settings.device == "cpu" else why_no_gpu()
     if not reason:
         return torch.device("cuda", torch.cuda.current_device())
-    if settings.require_gpu or settings.device == "cuda":
+    if settings.device == "cuda":
         raise TrainingRefused(
             f"No usable GPU: {reason}. Choose a GPU runtime (Colab: Runtime > Change runtime type; Kaggle: "
-            "Settings > Accelerator > GPU T4 x2), or set require_gpu=False and device='auto' for the CPU."
+            "Settings > Accelerator > GPU T4 x2), or set device='auto' for the CPU."
         )
     warnings.warn(
         f"TRAINING ON THE CPU ({reason}): some fifty times slower than a GPU. Meant for small volumes "
@@ -174,7 +173,7 @@ class Placed(Generic[Model]):
         On the CPU, float32. It stays there, for what is not computed by `run`.
     device : torch.device or str
     copied : callable
-        From (model, device) to a copy on the device; the default suits a module or a list of them.
+        From (model, device) to a copy on the device; the default suits a list of modules.
     """
 
     _turn = threading.Lock()  # of all models: see `full_float32`
@@ -186,7 +185,7 @@ class Placed(Generic[Model]):
         copied: Callable[[Model, torch.device], Model] | None = None,
     ):
         self.model, self.device = model, torch.device(device)
-        self._there = model if self.device.type == "cpu" else (copied or _copied)(model, self.device)
+        self._there = model if self.device.type == "cpu" else (copied or _copy_modules)(model, self.device)
 
     def run(self, compute: Callable[[Model], Result]) -> Result:
         """What `compute(model)` gives on the device; what is wrong there is PyTorch's own error."""
@@ -196,7 +195,5 @@ class Placed(Generic[Model]):
             return compute(self._there)
 
 
-def _copied(model: Model, device: torch.device) -> Model:
-    if isinstance(model, list):
-        return [_copied(part, device) for part in model]
-    return copy.deepcopy(model).to(device)
+def _copy_modules(modules: list[torch.nn.Module], device: torch.device) -> list[torch.nn.Module]:
+    return [copy.deepcopy(module).to(device) for module in modules]

@@ -8,11 +8,9 @@ does what the uninterrupted run would have done, bit for bit on a CPU.
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import math
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,13 +25,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from brainage_nb.models.compute import full_float32
-from brainage_nb.models.network import (
-    MOST_SCANS,
-    AgeOutput,
-    build_network,
-    fit_linear,
-    load_pretrained,
-)
+from brainage_nb.models.network import MOST_SCANS, AgeOutput, build_network, fit_linear, load_pretrained
 from brainage_nb.models.resume import Checkpoints, StopRequests, halve_weights, write_weights
 from brainage_nb.models.settings import (
     Member,
@@ -53,7 +45,7 @@ LABEL_SD = 3.0  # years, of the curve around a true age that a distribution is t
 WARMUP_EPOCHS = 5  # of linear rise before the cosine; at most a fifth of all epochs
 GRADIENT_CLIP = 20.0  # largest norm
 PRECISE_SCANS = 64  # enough for BatchNorm's means
-AHEAD = 2  # batches read before they are asked for
+AHEAD = 3  # batches read before they are asked for
 HISTORY = [
     "fold", "seed", "epoch", "train_loss", "train_mae",
     "val_loss", "val_mae", "learning_rate", "gradient_norm", "seconds",
@@ -68,14 +60,17 @@ class VolumeDataset(torch.utils.data.Dataset):
     store : VolumeStore
     scans : DataFrame
         `scan_id, age` (years); item k is row k.
+    device : torch.device or str
+        Where `batches` brings them.
 
     >>> volume, age = VolumeDataset(store, splits)[0]  # doctest: +SKIP
     >>> volume.shape, volume.dtype  # (channel, right, anterior, superior)
     (torch.Size([1, 96, 96, 96]), torch.float32)
     """
 
-    def __init__(self, store: VolumeStore, scans: pd.DataFrame):
+    def __init__(self, store: VolumeStore, scans: pd.DataFrame, device: torch.device | str = "cpu"):
         self.size, self.spacing_mm, self._shards = store.size, store.spacing_mm, store.shards
+        self.device = torch.device(device)
         self._places = np.stack(store.locate(list(scans["scan_id"])), axis=1)
         self._age = scans["age"].to_numpy(np.float32)
 
@@ -85,62 +80,26 @@ class VolumeDataset(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         return self.read([row])[0].float(), torch.tensor(self._age[row])
 
-    def read(self, rows: Sequence[int] | np.ndarray, *, pin: bool = False) -> Tensor:
-        """Several volumes, float16 (n, 1, size, size, size), in memory."""
-        batch = torch.empty((len(rows), 1, *(self.size,) * 3), dtype=torch.float16, pin_memory=pin)
+    def read(self, rows: Sequence[int] | np.ndarray) -> Tensor:
+        """Several volumes, float16 (n, 1, size, size, size), in memory, pinned for a GPU."""
+        shape, pin = (len(rows), 1, *(self.size,) * 3), self.device.type == "cuda"
+        batch = torch.empty(shape, dtype=torch.float16, pin_memory=pin)
         for target, (shard, place) in zip(batch.numpy(), self._places[rows], strict=True):
             target[0] = self._shards[shard][place]
         return batch
 
+    def batches(self, wanted: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        """Float32 batches (n, 1, size, size, size) on the device, one for each array of n positions.
 
-class DeviceVolumes(VolumeDataset):
-    """Volumes in batches on a device, held there where they fit, else read ahead; the same values.
-
-    Parameters
-    ----------
-    store, scans
-        As for `VolumeDataset`.
-    device : torch.device
-    share : float
-        Largest share of the device's free memory to take, 0 to 1; 0 always streams.
-    """
-
-    def __init__(self, store: VolumeStore, scans: pd.DataFrame, device: torch.device, share: float):
-        super().__init__(store, scans)
-        self.device, shape = device, (len(self), 1, *(self.size,) * 3)
-        self.where = "resident" if 2 * math.prod(shape) <= share * free_memory(device) else "streamed"
-        if self.where == "resident":
-            self._held = torch.empty(shape, dtype=torch.float16, device=device)
-            for row in range(len(self)):
-                self._held[row] = self.read([row])[0]
-
-    def batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Tensor]:
-        """Float32 batches (n, 1, size, size, size), one for each array of n positions."""
-        if self.where == "resident":
-            for rows in wanted:
-                yield self._held[torch.as_tensor(rows, device=self.device)].float()
-            return
-        pin = self.device.type == "cuda"
+        They are read ahead, while the device computes.
+        """
         with ThreadPoolExecutor(1, thread_name_prefix="volumes") as reader:
-            waiting: deque = deque()
-            for rows in wanted:
-                waiting.append(reader.submit(self.read, rows, pin=pin))
-                if len(waiting) > AHEAD:
-                    yield self._send(waiting.popleft())
-            while waiting:
-                yield self._send(waiting.popleft())
-
-    def _send(self, pending) -> Tensor:
-        return pending.result().to(self.device, non_blocking=True).float()
-
-
-def free_memory(device: torch.device) -> int:
-    """Free memory of the device in bytes (of the system for the CPU)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
+            waiting = deque(reader.submit(self.read, rows) for rows in wanted[:AHEAD])
+            for following in [*wanted[AHEAD:], *[None] * len(waiting)]:
+                batch = waiting.popleft().result()
+                if following is not None:
+                    waiting.append(reader.submit(self.read, following))
+                yield batch.to(self.device, non_blocking=True).float()
 
 
 def huber_loss(predicted: Tensor, age: Tensor) -> Tensor:
@@ -232,7 +191,7 @@ class Trainer:
 
     Parameters
     ----------
-    volumes : DeviceVolumes
+    volumes : VolumeDataset
         By row position in `scans`.
     scans : DataFrame
         `scan_id, subject_id, session_id, split, age`.
@@ -248,11 +207,11 @@ class Trainer:
     """
 
     # What a checkpoint holds beside the states of `_stateful` and of the random numbers.
-    PROGRESS = ("epoch", "position", "step", "seconds", "history", "best", "sums", "piece")
+    PROGRESS = ("epoch", "position", "step", "seconds", "history", "best", "sums")
 
     def __init__(
         self,
-        volumes: DeviceVolumes,
+        volumes: VolumeDataset,
         scans: pd.DataFrame,
         member: Member,
         settings: TrainingSettings,
@@ -274,9 +233,7 @@ class Trainer:
         self.best: dict[str, Any] = {"val_mae": float("inf"), "epoch": -1, "weights": {}}
         self.sums = torch.zeros(3, dtype=torch.float64, device=accelerator.device)
         self._build(network)
-        run, scratch = folder.parent.parent.name, settings.scratch
-        own = Path(scratch) / run / folder.name if scratch else folder
-        self.checkpoints = Checkpoints(own, mirror=folder if scratch else None)
+        self.checkpoints = Checkpoints(folder)
         self._saved = time.monotonic()
 
     def _build(self, network) -> None:
@@ -289,10 +246,7 @@ class Trainer:
         steps = settings.ema_epochs * self.steps_per_epoch
         decay = get_ema_multi_avg_fn(math.exp(-1 / steps) if steps else 0.0)
         self.average = AveragedModel(model, multi_avg_fn=decay).eval().requires_grad_(False)
-        self.piece = 0  # volumes computed at once; 0 for the whole batch
         if self.accelerator.num_processes > 1:
-            share = -(-settings.batch_size // self.accelerator.num_processes)
-            self.piece = find_piece(model, self.volumes.size, share, self.accelerator)
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         optimiser = make_optimiser(model, settings)
         self.schedule = make_schedule(optimiser, settings, self.steps_per_epoch)
@@ -309,7 +263,6 @@ class Trainer:
         while self.epoch < self.settings.epochs:
             if not self.train_epoch(stop, on_step):
                 self.save()
-                self.checkpoints.wait()
                 self.accelerator.wait_for_everyone()
                 return False
             self._end_epoch()
@@ -363,7 +316,13 @@ class Trainer:
         if self.settings.augmentation is not None:
             streams = [(self.member.seed, self.epoch, int(row)) for row in rows]
             volumes = augment(volumes, self.settings.augmentation, self.volumes.spacing_mm, streams)
-        self.sums[:2] += self._add_gradients(volumes, self.age[torch.as_tensor(rows)], batch_total)
+        try:
+            self.sums[:2] += self.compute_gradients(volumes, self.age[torch.as_tensor(rows)], batch_total)
+        except torch.OutOfMemoryError as error:
+            raise TrainingFailed(
+                f"{len(volumes)} volume(s) at once do not fit the memory of {self.accelerator.device}. Set a "
+                "smaller batch_size or narrower widths, or preprocess to a coarser spacing_mm."
+            ) from error
         self.sums[2] += self.accelerator.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         self.optimiser.step()
         self.optimiser.zero_grad()
@@ -388,43 +347,13 @@ class Trainer:
             seconds.append(time.monotonic() - started)
         return min(seconds[1:])
 
-    def _add_gradients(self, volumes: Tensor, age: Tensor, batch_total: int) -> Tensor:
-        """`compute_gradients`, its pieces halved until they fit the device; the batch stays what it was."""
-        while True:
-            try:
-                return self.compute_gradients(volumes, age, batch_total)
-            except torch.OutOfMemoryError:
-                size = min(self.piece or len(volumes), len(volumes))
-                if size == 1 or self.accelerator.num_processes > 1:
-                    raise torch.OutOfMemoryError(
-                        f"{size} volume(s) at once do not fit the memory of {self.accelerator.device}. Set a "
-                        "smaller batch_size or narrower widths, or preprocess to a coarser spacing_mm."
-                    ) from None
-            self.piece = (size + 1) // 2
-            self.optimiser.zero_grad()
-            if self.accelerator.device.type == "cuda":
-                torch.cuda.empty_cache()
-            warnings.warn(
-                f"{size} volumes at once do not fit the device: computing {self.piece} at a time (which is "
-                f"what BatchNorm sees) and adding gradients up. The batch of {len(volumes)} stays.",
-                stacklevel=2,
-            )
-
     def compute_gradients(self, volumes: Tensor, age: Tensor, batch_total: int) -> Tensor:
-        """Add up gradients piece by piece; gives (sum of losses, sum of absolute errors), float64."""
-        piece = self.piece or len(volumes)
+        """Add up gradients; gives (sum of losses, sum of absolute errors), float64."""
+        predicted, losses = self._compute_losses(volumes, age)
         # Accelerate averages gradients over processes; the loss is a mean over the whole batch.
-        weight = self.accelerator.num_processes / batch_total
-        sums = torch.zeros(2, dtype=torch.float64, device=volumes.device)
-        for start in range(0, len(volumes), piece):
-            part = slice(start, start + piece)
-            last = start + piece >= len(volumes)  # processes exchange gradients with it only
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                predicted, losses = self._compute_losses(volumes[part], age[part])
-                self.accelerator.backward(losses.sum() * weight)
-            error = (predicted.detach() - age[part]).abs()
-            sums += torch.stack([losses.detach().double().sum(), error.double().sum()])
-        return sums
+        self.accelerator.backward(losses.sum() * (self.accelerator.num_processes / batch_total))
+        error = (predicted.detach() - age).abs()
+        return torch.stack([losses.detach().double().sum(), error.double().sum()])
 
     def _compute_losses(self, volumes: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted ages (years) and what is minimised, both (batch,)."""
@@ -485,7 +414,7 @@ class Trainer:
 
     def _predict(self, rows: np.ndarray, autocast: Callable, *, flip_averaging: bool) -> np.ndarray:
         """Ages in years of the scans at `rows`, every process doing its share and receiving all."""
-        size = self.piece or self.settings.batch_size
+        size = self.settings.batch_size
         share = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         batches = self.volumes.batches([share[start : start + size] for start in range(0, len(share), size)])
         ages = predict_ages(self.average.module, batches, autocast, flip_averaging=flip_averaging)
@@ -508,7 +437,7 @@ class Trainer:
             flip = self.settings.flip_averaging
             predicted = self._predict(self.member.predicted, contextlib.nullcontext, flip_averaging=flip)
         if self.accelerator.is_main_process:
-            write_weights(weights, self.folder / "weights.safetensors")
+            write_weights(weights, self.folder / "weights.safetensors", self.identity)
             write_csv(pd.DataFrame(self.history, columns=HISTORY), self.folder / "history.csv")
             rows = tabulate_predictions(self.scans, self.member, predicted)
             write_csv(rows, self.folder / "predictions.csv")
@@ -564,31 +493,3 @@ class Trainer:
 
 def _load(model: nn.Module, weights: dict[str, Tensor]) -> None:
     model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-
-
-def find_piece(model: nn.Module, size: int, share: int, accelerator) -> int:
-    """How many volumes of edge `size` every process can compute at once, at most `share`; 0 means all.
-
-    Several processes must know before they start: one that runs out of memory in a step leaves the others
-    waiting.
-    """
-    from accelerate.utils import gather_object
-
-    trial, piece = copy.deepcopy(model), share
-    while piece > 1 and not _fits(trial, size, piece, accelerator):
-        piece = (piece + 1) // 2
-    piece = min(gather_object([piece]))
-    return 0 if piece == share else piece
-
-
-def _fits(model: nn.Module, size: int, piece: int, accelerator) -> bool:
-    try:
-        with accelerator.autocast():
-            ages = model(torch.zeros(piece, 1, size, size, size, device=accelerator.device))
-        ages.sum().backward()
-    except torch.OutOfMemoryError:
-        torch.cuda.empty_cache()
-        return False
-    finally:
-        model.zero_grad()
-    return True

@@ -31,7 +31,6 @@ def resnet18_regressor(
     *,
     widths: Sequence[int] = (64, 128, 256, 512),
     blocks: Sequence[int] = (2, 2, 2, 2),
-    norm: str = "batch",
     shortcut: str = "B",
     outputs: int = 1,
     linear_edge: int = 0,
@@ -44,8 +43,6 @@ def resnet18_regressor(
     ----------
     widths, blocks : sequence of int
         Channels and residual blocks of the four stages; blocks of (1, 1, 1, 1) make a ResNet-10.
-    norm : {"batch"}
-        Only batch normalisation is left; bundles name it.
     shortcut : {"A", "B"}
         Where the resolution halves: "B" is a strided 1x1x1 convolution, "A" subsamples and pads with zero
         channels, as MedicalNet does.
@@ -68,8 +65,6 @@ def resnet18_regressor(
     >>> resnet18_regressor(age_mean=50.0, age_sd=15.0)(torch.zeros(2, 1, 48, 48, 48)).shape
     torch.Size([2])
     """
-    if norm != "batch":
-        raise ValueError(f"norm={norm!r}: networks with another norm than 'batch' are no longer computed.")
     if shortcut not in ("A", "B"):
         raise ValueError(f"shortcut={shortcut!r} is unknown. Available: ['A', 'B']")
     if len(widths) != 4 or len(blocks) != 4:
@@ -184,19 +179,15 @@ def build_network(
     """
     start = {"age_mean": float(np.mean(age)), "age_sd": max(1.0, float(np.std(age)))}
     if network is not None:
-        made = copy.deepcopy(network) if isinstance(network, nn.Module) else network()
-        return OwnNetwork(made, **start)
+        return OwnNetwork(copy.deepcopy(network) if isinstance(network, nn.Module) else network(), **start)
+    shape = {name: getattr(settings, name) for name in ("widths", "blocks", "shortcut")}
     return resnet18_regressor(
-        widths=settings.widths,
-        blocks=settings.blocks,
-        shortcut=settings.shortcut,
-        outputs=DISTRIBUTION_POINTS if settings.loss == "distribution" else 1,
-        **start,
+        **shape, outputs=DISTRIBUTION_POINTS if settings.loss == "distribution" else 1, **start
     )
 
 
 def describe_network(network: AgeOutput, size: int) -> pd.DataFrame:
-    """One row per part of a network, in order of computation.
+    """One row per part of a network.
 
     Parameters
     ----------
@@ -215,23 +206,25 @@ def describe_network(network: AgeOutput, size: int) -> pd.DataFrame:
     """
     import pandas as pd
 
-    rows: list[dict[str, Any]] = []
+    shapes: dict[nn.Module, tuple] = {}  # in order of computation
 
-    def note(name: str, part: nn.Module, given: Tensor) -> None:
-        weights = sum(weight.numel() for weight in part.parameters())
-        rows.append({"part": name, "kind": type(part).__name__, "gives": tuple(given.shape[1:]),
-                     "parameters": weights})  # fmt: skip
+    def note(part: nn.Module, _, given: Tensor) -> None:
+        shapes[part] = tuple(given.shape[1:])
 
-    own = isinstance(network, OwnNetwork)
-    hooks = [
-        part.register_forward_hook(lambda part, _, given, name=name: note(name, part, given))
-        for name, part in (network.network if own else network).named_children()
-    ]
+    inner = network.network if isinstance(network, OwnNetwork) else network
+    hooks = [part.register_forward_hook(note) for part in inner.children()]
     with torch.inference_mode():
         network.eval()(torch.zeros(1, 1, size, size, size))
     for hook in hooks:
         hook.remove()
-    return pd.DataFrame(rows).set_index("part")
+    names = {part: name for name, part in inner.named_children()}
+    rows = [(names[part], type(part).__name__, gives, count_weights(part)) for part, gives in shapes.items()]
+    return pd.DataFrame(rows, columns=["part", "kind", "gives", "parameters"]).set_index("part")
+
+
+def count_weights(module: nn.Module) -> int:
+    """Number of a module's weights."""
+    return sum(weight.numel() for weight in module.parameters())
 
 
 # --- the linear regression beside a network: what hundreds of scans say in a straight line ----------------
@@ -298,9 +291,9 @@ def fit_linear(
     """
     smooth, sd, total = [], 0.0, 0.0
     for batch in volumes:
-        size = batch.shape[-1]
-        edge = max(1, min(size, round(size * spacing_mm / EDGE_MM)))
-        sd = SMOOTH_MM / FWHM_PER_SD / (size * spacing_mm / edge)  # in cubes
+        width_mm = batch.shape[-1] * spacing_mm
+        edge = max(1, min(batch.shape[-1], round(width_mm / EDGE_MM)))
+        sd = SMOOTH_MM / FWHM_PER_SD / (width_mm / edge)  # in cubes
         means = cubes(batch, edge)
         means = (means + means.flip(1)) / 2  # left and right count alike
         total = total + means.sum(dim=0)

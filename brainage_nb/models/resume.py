@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 import signal
@@ -15,7 +16,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 
 from brainage_nb.models.settings import TrainingFailed
-from brainage_nb.workspace import copy_verified, sha256_of, writing
+from brainage_nb.workspace import sha256_of, writing
 
 KEEP = 2
 NAME = re.compile(r"step-(\d+)-([0-9a-f]{32})\.pt")
@@ -36,21 +36,13 @@ class Checkpoints:
     ----------
     folder : path
         Made where it is missing.
-    mirror : path, optional
-        A second folder (on Drive, say) that receives a verified copy of each in the background; slow or
-        unsafe file systems belong here.
     """
 
-    def __init__(self, folder: str | Path, mirror: str | Path | None = None):
-        self.folder, self.mirror = Path(folder), Path(mirror) if mirror else None
-        self._places = [place for place in (self.folder, self.mirror) if place]
-        self._good: list[Path] = []
-        self._copying: Future | None = None
-        self._copier = ThreadPoolExecutor(1, thread_name_prefix="mirror") if mirror else None
-        for place in self._places:
-            place.mkdir(parents=True, exist_ok=True)
-            for leftover in place.glob(".step-*.tmp"):  # of a process that was killed while writing
-                leftover.unlink(missing_ok=True)
+    def __init__(self, folder: str | Path):
+        self.folder, self._good = Path(folder), []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".step-*.tmp"):  # of a process that was killed while writing
+            leftover.unlink(missing_ok=True)
 
     def save(self, state: dict[str, Any], step: int) -> Path:
         """Write a state (tensors, numbers, text, lists and dicts of them) as the checkpoint of `step`.
@@ -64,32 +56,28 @@ class Checkpoints:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         content = buffer.getbuffer()
-        path = self.folder / f"step-{step:09d}-{hashlib.sha256(content).hexdigest()[:32]}.pt"
+        digest = hashlib.sha256(content).hexdigest()
+        path = self.folder / f"step-{step:09d}-{digest[:32]}.pt"
         try:
-            _write_whole(content, path)
-        except OSError as first:
-            _prune(self.folder, self._good[-1:])  # once more, with the space of the older checkpoint
+            _write_whole(content, digest, path)
+        except OSError:
+            self._keep(self._good[-1:])  # once more, with the space of the older checkpoint
             try:
-                _write_whole(content, path)
+                _write_whole(content, digest, path)
             except OSError as error:
                 safe = self._good[-1].name if self._good else "nothing yet"
                 raise TrainingFailed(
-                    f"The checkpoint of step {step} cannot be written to {self.folder}: {first}. Safe: "
+                    f"The checkpoint of step {step} cannot be written to {self.folder}: {error}. Safe: "
                     f"{safe}. Free some disk space and run again: training goes on from what is safe."
                 ) from error
-        self._good = [*(good for good in self._good if good != path), path][-KEEP:]
-        _prune(self.folder, self._good)
-        if self._copier is not None:
-            self.wait()
-            self._copying = self._copier.submit(self._copy, path, list(self._good))
+        self._keep([*(good for good in self._good if good != path), path][-KEEP:])
         return path
 
     def load(self) -> dict[str, Any] | None:
         """The newest whole state, on the CPU, or None; a damaged one is passed over with a warning."""
-        found = [path for place in self._places for path in place.iterdir() if NAME.fullmatch(path.name)]
-        for path in sorted(found, key=lambda path: (path.name, path.parent == self.folder), reverse=True):
+        for path in sorted(self._list(), reverse=True):
             if _is_whole(path):
-                self._good = [self.folder / path.name]
+                self._good = [path]
                 return torch.load(path, map_location="cpu", weights_only=True)
             warnings.warn(
                 f"Checkpoint {path} is damaged (content and hash disagree); using the one before.",
@@ -98,36 +86,15 @@ class Checkpoints:
         return None
 
     def delete(self) -> None:
-        """Remove all checkpoints, the mirror's too."""
-        self.wait()
-        for place in self._places:
-            _prune(place, [])
-        self._good = []
+        """Remove all checkpoints."""
+        self._keep([])
 
-    def wait(self) -> None:
-        """Wait until the mirror has what the folder has."""
-        if self._copying is not None:
-            self._copying.result()
+    def _list(self) -> list[Path]:
+        return [path for path in self.folder.iterdir() if NAME.fullmatch(path.name)]
 
-    def _copy(self, path: Path, keep: list[Path]) -> None:
-        """Copy to the mirror; one that fails is reported and training goes on."""
-        try:
-            if not _is_whole(path):
-                raise OSError("it is not what was written")
-            copy_verified(path, self.mirror / path.name)
-            _prune(self.mirror, [self.mirror / good.name for good in keep])
-        except OSError as error:
-            warnings.warn(f"{path.name} could not be copied to {self.mirror}: {error}", stacklevel=2)
-
-
-def _write_whole(content: bytes | memoryview, path: Path) -> None:
-    with writing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def _prune(folder: Path, keep: list[Path]) -> None:
-    for path in folder.iterdir():
-        if NAME.fullmatch(path.name) and path not in keep:
+    def _keep(self, good: list[Path]) -> None:
+        self._good = good
+        for path in set(self._list()) - set(good):
             path.unlink(missing_ok=True)
 
 
@@ -138,6 +105,14 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
+def _write_whole(content: bytes | memoryview, digest: str, path: Path) -> None:
+    """Write a file that counts only once it was read back as it should be."""
+    with writing(path) as temporary:
+        temporary.write_bytes(content)
+        if sha256_of(temporary) != digest:
+            raise OSError(f"{path} reads back with another content; is the disk full or Drive disconnected?")
+
+
 def halve_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Weights on the CPU: convolutions and the head in float16, norms, biases and statistics as they are."""
     return {
@@ -146,19 +121,30 @@ def halve_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def write_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
-    """Write weights as safetensors, whole and read back before they count."""
+def write_weights(weights: dict[str, torch.Tensor], path: Path, identity: dict[str, Any]) -> None:
+    """Write weights as safetensors, together with what decided them, see `read_identity`."""
     from safetensors.torch import save
 
-    content = save({name: tensor.contiguous() for name, tensor in weights.items()})
-    with writing(path) as temporary:
-        temporary.write_bytes(content)
-        if sha256_of(temporary) != hashlib.sha256(content).hexdigest():
-            raise OSError(f"{path} reads back with another content; is the disk full or Drive disconnected?")
+    tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
+    content = save(tensors, metadata={"identity": json.dumps(identity)})
+    _write_whole(content, hashlib.sha256(content).hexdigest(), path)
+
+
+def read_identity(path: Path) -> dict[str, Any] | None:
+    """What decided a model's weights, None where the file does not say; ValueError where it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get("identity", "null"))
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} holds no weights: {error}") from error
 
 
 class StopRequests:
     """Watches for reasons to stop while the `with` block runs: time used up, SIGTERM, or *interrupt*.
+
+    An interrupt or signal is passed on at the end of the block, when all is saved.
 
     Parameters
     ----------
@@ -179,15 +165,20 @@ class StopRequests:
     def __enter__(self) -> StopRequests:
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+                self._before[number] = signal.signal(number, self.note)
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, error: type | None, *_) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.reason == "interrupt" and error is None:
+            raise KeyboardInterrupt("Training was interrupted; all is saved. Run again to go on.")
+        if self.reason == "terminate" and error is None:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    def _note(self, number, _frame) -> None:
-        if self.reason in ("interrupt", "terminate"):  # the second time: at once
+    def note(self, number: int, _frame) -> None:
+        """Take in a signal; the second one ends the block at once."""
+        if self.reason in ("interrupt", "terminate"):
             raise KeyboardInterrupt
         self.reason = "interrupt" if number == signal.SIGINT else "terminate"
 
@@ -201,13 +192,6 @@ class StopRequests:
         if votes.item() and not self.reason:
             self.reason = "time"  # another process's reason; that one passes it on
         return bool(self.reason)
-
-    def pass_on(self) -> None:
-        """Give the interrupt or signal on, now that all is saved; call after the `with` block."""
-        if self.reason == "interrupt":
-            raise KeyboardInterrupt("Training was interrupted; all is saved. Run again to go on.")
-        if self.reason == "terminate":
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Progress:

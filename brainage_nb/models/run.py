@@ -19,15 +19,23 @@ from torch import Tensor, nn
 from brainage_nb.cohort.splits import check_splits
 from brainage_nb.evaluation.runs import digest_predictions, is_as_written
 from brainage_nb.models.compute import check_disk, choose_device, choose_precision
-from brainage_nb.models.fit import HISTORY, DeviceVolumes, Trainer
-from brainage_nb.models.network import build_network, list_training_people, refuse_training_people
-from brainage_nb.models.resume import StopRequests
+from brainage_nb.models.fit import HISTORY, Trainer, VolumeDataset
+from brainage_nb.models.network import (
+    build_network,
+    count_weights,
+    list_training_people,
+    refuse_training_people,
+)
+from brainage_nb.models.resume import StopRequests, read_identity
 from brainage_nb.models.settings import (
+    COLUMNS,
     Member,
     TrainingRefused,
     TrainingSettings,
     add_means,
     list_members,
+    read_settings,
+    read_table,
     refuse_difference,
     tabulate_predictions,
 )
@@ -37,11 +45,7 @@ from brainage_nb.workspace import read_csv, read_json, write_csv, write_json
 if TYPE_CHECKING:
     from brainage_nb.volumes.store import VolumeStore
 
-STOPPED = {
-    "time": "max_minutes is used up",
-    "interrupt": "interrupted",
-    "terminate": "asked to terminate",
-}
+STOPPED = {"time": "max_minutes is used up", "interrupt": "interrupted", "terminate": "asked to terminate"}
 
 
 class Job:
@@ -62,13 +66,13 @@ class Job:
         self._check_own()
         self.scans = _select_scans(check_splits(splits), store)
         self.members = list_members(self.scans, self.settings)
+        self.own = {"network": _name_of(network), "loss": _name_of(loss)}
         self.identity = self.settings.identity() | {
             "fingerprint": store.fingerprint,
             "scans_ages_splits": _digest(self.scans),
             "scan_files": _digest_files(self.scans, store),
+            **{f"own_{name}": value for name, value in self.own.items() if value},
         }
-        self.own = {"network": _name_of(network), "loss": _name_of(loss)}
-        self.identity |= {f"own_{name}": value for name, value in self.own.items() if value}
         self.notes: list[str] = []
 
     def _check_own(self) -> None:
@@ -98,21 +102,28 @@ class Job:
             (self.run_folder / name).unlink(missing_ok=True)
         for name in ("checkpoints", "bundle"):
             shutil.rmtree(self.run_folder / name, ignore_errors=True)
-        if self.settings.scratch:
-            shutil.rmtree(Path(self.settings.scratch) / self.run_folder.name, ignore_errors=True)
 
     def is_done(self) -> bool:
-        """True for a finished run of the same settings; other settings raise `TrainingRefused`."""
-        path = self.run_folder / "settings.json"
-        if not path.exists():
+        """True for a finished run of the same settings; other settings raise `TrainingRefused`.
+
+        What is damaged counts as not done, with a warning that names the file. Models that were thrown away
+        once the run was complete are not missed.
+        """
+        before = read_settings(self.run_folder)
+        if not before:
             return False
-        before = read_json(path)
         if "identity" not in before:
             raise TrainingRefused(
                 f"{self.run_folder} holds a run of another kind. Choose another run name, or set fresh=True."
             )
         refuse_difference(before["identity"], self.identity, self.run_folder)
-        return is_as_written(self.run_folder, before)
+        history = read_table(self.run_folder / "history.csv", HISTORY)
+        predictions = read_table(self.run_folder / "predictions.csv", COLUMNS)
+        rows = sum(len(member.predicted) for member in self.members)
+        means = predictions["scan_id"].nunique() if len(self.members) > 1 else 0
+        whole = len(history) > 0 and len(predictions) == rows + means
+        whole = whole and is_as_written(self.run_folder, before)
+        return whole and not ((self.run_folder / "checkpoints").exists() and self.unfinished())
 
     def run(self, stop: StopRequests, progress, *, fresh: bool = False, only: str = "") -> None:
         """Fit the models that are not finished, or the one named `only`; write the tables once all are."""
@@ -122,7 +133,7 @@ class Job:
         accelerator.wait_for_everyone()
         volumes = self._prepare(accelerator)
         for number, member in enumerate(self.members):
-            if self._has(member) or only not in ("", member.name):
+            if only not in ("", member.name) or self._is_finished(member):
                 continue
             trainer = self.make_trainer(volumes, member, accelerator, self._folder(member))
             trainer.resume()
@@ -137,37 +148,35 @@ class Job:
             self.write_tables()
         accelerator.wait_for_everyone()
 
-    def make_trainer(self, volumes: DeviceVolumes, member: Member, accelerator, folder: Path) -> Trainer:
+    def make_trainer(self, volumes: VolumeDataset, member: Member, accelerator, folder: Path) -> Trainer:
         """What fits one model of the run."""
-        folder.mkdir(parents=True, exist_ok=True)
         arguments = (volumes, self.scans, member, self.settings, accelerator, folder, self.identity)
         return Trainer(*arguments, network=self.network, loss=self.loss)
 
-    def count_parameters(self) -> int:
+    def count_weights(self) -> int:
         """Weights of one model."""
         with torch.random.fork_rng():
-            network = build_network(self.settings, self.scans["age"].to_numpy(), self.network)
-        return sum(weight.numel() for weight in network.parameters())
+            return count_weights(build_network(self.settings, self.scans["age"].to_numpy(), self.network))
 
-    def _prepare(self, accelerator) -> DeviceVolumes:
+    def _prepare(self, accelerator) -> VolumeDataset:
         """Check the disk, open the volumes, write settings.json."""
-        n_parameters = self.count_parameters()
+        n_parameters = self.count_weights()
         self.run_folder.mkdir(parents=True, exist_ok=True)
         disk = check_disk(self.run_folder, n_parameters, len(self.members))
-        volumes = DeviceVolumes(self.store, self.scans, accelerator.device, self.settings.resident_share)
-        facts = _describe_device(accelerator)
+        facts = _describe_device(accelerator) | {"n_parameters": n_parameters}
         self.notes = [
             f"{facts['processes']} process(es) on {facts['device']}, {facts['precision']}",
-            f"{len(volumes)} volumes {volumes.where}",
+            f"{len(self.scans)} volumes",
             disk,
         ]
         if accelerator.is_main_process:
-            self._write_settings(facts | {"n_parameters": n_parameters, "volumes": volumes.where})
-        return volumes
+            (self.run_folder / "predictions.csv").unlink(missing_ok=True)  # it would say that all is done
+            self._write_settings(facts)
+        return VolumeDataset(self.store, self.scans, accelerator.device)
 
     def _note_stop(self, trainer: Trainer, reason: str) -> None:
         if trainer.accelerator.is_main_process:
-            write_csv(self.history(trainer), self.run_folder / "history.csv")
+            write_csv(self.history(trainer.history), self.run_folder / "history.csv")
         self.notes.append(
             f"Stopped in epoch {trainer.epoch + 1} of {self.settings.epochs} of {trainer.member.name}: "
             f"{STOPPED[reason]}; all is saved. Run again with the same settings to go on."
@@ -178,17 +187,28 @@ class Job:
 
     def unfinished(self) -> list[Member]:
         """The models that have no predictions yet."""
-        return [member for member in self.members if not self._has(member)]
+        return [member for member in self.members if not self._is_finished(member)]
 
-    def _has(self, member: Member) -> bool:
-        return (self._folder(member) / "predictions.csv").exists()
+    def _is_finished(self, member: Member) -> bool:
+        """Whether all that a model leaves is there and whole; `TrainingRefused` for other settings' model."""
+        folder = self._folder(member)
+        predictions = read_table(folder / "predictions.csv", COLUMNS)
+        if list(predictions["scan_id"]) != list(self.scans["scan_id"].iloc[member.predicted]):
+            return False
+        try:
+            identity = read_identity(folder / "weights.safetensors")
+        except ValueError as error:
+            warnings.warn(f"{error}. The model {member.name} is trained again.", stacklevel=1)
+            return False
+        if identity is not None:  # models of earlier releases do not say
+            refuse_difference(identity, self.identity | {"model": member.name}, folder)
+        return len(read_table(folder / "history.csv", HISTORY)) > 0
 
-    def history(self, unfinished: Trainer | None = None) -> pd.DataFrame:
-        """History of the finished models, and of one that is not."""
-        done = [read_csv(self._folder(m) / "history.csv") for m in self.members if self._has(m)]
-        if unfinished is not None and unfinished.history:
-            done.append(pd.DataFrame(unfinished.history))
-        return pd.concat(done, ignore_index=True) if done else pd.DataFrame(columns=HISTORY)
+    def history(self, unfinished: Sequence[dict] = ()) -> pd.DataFrame:
+        """History of the finished models, and the epochs of one that is not."""
+        tables = [read_csv(self._folder(m) / "history.csv") for m in self.members if self._is_finished(m)]
+        tables += [pd.DataFrame(unfinished)] if unfinished else []
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=HISTORY)
 
     def _write_settings(self, facts: dict) -> None:
         content = {
@@ -212,10 +232,11 @@ class Job:
         """settings.json, then history, then predictions, whose presence says that the run is complete."""
         history = self.history()
         write_csv(history, self.run_folder / "history.csv")
-        content = read_json(self.run_folder / "settings.json")
-        content["seconds_per_epoch"] = round(float(history["seconds"].median()), 3)
         best = history.loc[history.groupby(["fold", "seed"])["val_mae"].idxmin()]
-        content["best_epochs"] = best[["fold", "seed", "epoch", "val_mae"]].to_dict("records")
+        content = read_json(self.run_folder / "settings.json") | {
+            "seconds_per_epoch": round(float(history["seconds"].median()), 3),
+            "best_epochs": best[["fold", "seed", "epoch", "val_mae"]].to_dict("records"),
+        }
         rows = [read_csv(self._folder(member) / "predictions.csv") for member in self.members]
         predictions = add_means(pd.concat(rows, ignore_index=True))
         content["predictions_sha256"] = digest_predictions(predictions)

@@ -6,6 +6,8 @@ Checks and counts only; nothing is trained here.
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,10 @@ import pandas as pd
 from brainage_nb.cohort.splits import deal_folds
 from brainage_nb.parameters import check_fields
 from brainage_nb.volumes.settings import AugmentationSettings, name_recipe, recipe_defaults
+from brainage_nb.workspace import read_csv, read_json
 
 # How and where a run is computed. These may differ when a run is continued; all others decide its result.
-RUNTIME = [
-    "precision", "device", "processes", "resident_share", "max_minutes",
-    "checkpoint_minutes", "require_gpu", "scratch", "cluster",
-]  # fmt: skip
+RUNTIME = {"precision", "device", "processes", "max_minutes", "checkpoint_minutes", "cluster"}
 # How each named recipe is learned, beside how its scans are prepared (`volumes.settings`): `reference` is the
 # published method, `best` is what the ablation on real scans chose (`benchmarks/accuracy.py`).
 RECIPES: dict[str, dict[str, Any]] = {
@@ -32,6 +32,7 @@ COLUMNS = [
     "scan_id", "subject_id", "session_id", "split", "fold",
     "seed", "variant", "age", "predicted_age",
 ]  # fmt: skip
+TEXT = {"scan_id", "subject_id", "session_id", "split", "variant", "reason"}
 
 
 class TrainingRefused(ValueError):
@@ -51,7 +52,7 @@ class TrainingSettings:
     epochs : int
         Passes over the training set.
     batch_size : int
-        Volumes per step, all processes together; kept when memory forces smaller pieces.
+        Volumes per step, all processes together.
     learning_rate : float
         Peak of AdamW's learning rate, after the warm-up.
     weight_decay : float
@@ -91,20 +92,13 @@ class TrainingSettings:
     precision : {"auto", "fp32", "fp16", "bf16"}
         "auto" is what the device does natively: bf16 from compute capability 8.0, else fp16; fp32 on a CPU.
     device : {"auto", "cpu", "cuda"}
-        Where to train; "auto" is a GPU where there is one.
+        Where to train; "auto" is a GPU where there is one, "cuda" refuses to train without.
     processes : int
         Processes, one for each GPU; 0 for all GPUs.
-    resident_share : float
-        Volumes stay on the device where they take at most this share of its free memory.
     max_minutes : float
         Save and end cleanly after so many minutes; 0 for no limit.
     checkpoint_minutes : float
         Time between checkpoints, minutes; 0 for every step.
-    require_gpu : bool
-        Refuse to train without a GPU.
-    scratch : str
-        A fast local folder where checkpoints are written first, for a run folder on a slow or unsafe file
-        system such as Drive: the run folder then receives verified copies. Empty to write there directly.
     cluster : str
         Dask workers that train the models of a run side by side, see `open_cluster`; empty for one after
         the other here.
@@ -130,11 +124,8 @@ class TrainingSettings:
     precision: str = "auto"
     device: str = "auto"
     processes: int = 0
-    resident_share: float = 0.5
     max_minutes: float = 0.0
     checkpoint_minutes: float = 5.0
-    require_gpu: bool = False
-    scratch: str = ""
     cluster: str = ""
 
     def __post_init__(self):
@@ -327,3 +318,46 @@ def add_means(rows: pd.DataFrame) -> pd.DataFrame:
     )
     mean.loc[mean["split"] == "test", "fold"] = -1
     return pd.concat([rows, mean.assign(seed=-1, variant="mean")[COLUMNS]], ignore_index=True)
+
+
+def load_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """A table of a run; ValueError where it is absent or not whole.
+
+    Parameters
+    ----------
+    path : path
+    columns : sequence of str
+        What it must have; those not in `TEXT` are numbers, and the last is never empty.
+    """
+    try:
+        table = read_csv(path)[list(columns)]
+        table[[name for name in columns if name not in TEXT]].astype(float)
+        if table[columns[-1]].isna().any() or not path.read_bytes().endswith(b"\n"):
+            raise ValueError("it ends too early")
+        return table
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """As `load_table`, but empty where the table is absent, or, with a warning, damaged."""
+    try:
+        return load_table(path, columns)
+    except ValueError as error:
+        if path.exists():
+            warnings.warn(f"{error}: it is made again.", stacklevel=1)
+        return pd.DataFrame(columns=columns)
+
+
+def read_settings(run_folder: Path) -> dict[str, Any]:
+    """A run's settings.json, empty where it is absent, or, with a warning, damaged."""
+    path = run_folder / "settings.json"
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        content = None
+    if isinstance(content, dict) and content:
+        return content
+    if path.exists():
+        warnings.warn(f"{path} is damaged: it is made again.", stacklevel=1)
+    return {}

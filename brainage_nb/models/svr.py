@@ -7,6 +7,7 @@ rows.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.optimize import nnls
 from sklearn.base import BaseEstimator, RegressorMixin, TransformerMixin
 from sklearn.model_selection import GroupKFold, ParameterGrid
@@ -24,25 +26,27 @@ from sklearn.svm import SVR
 from brainage_nb.cohort.splits import check_splits
 from brainage_nb.evaluation.metrics import mean_training_age, regression_metrics
 from brainage_nb.evaluation.runs import digest_predictions, is_as_written
+from brainage_nb.models.settings import COLUMNS, load_table, read_settings
 from brainage_nb.models.vgg16 import (
-    IMAGENET,
     SLICES,
     Features,
     FeatureSettings,
     Vgg16Features,
     WeightsError,
     empty_layers,
-    vgg16_features,
     volume_features,
 )
-from brainage_nb.workspace import read_csv, read_json, write_csv, write_json, writing
+from brainage_nb.workspace import read_json, write_csv, write_json, writing
 
-COLUMNS = ("scan_id", "subject_id", "session_id", "split", "fold", "seed", "variant", "age", "predicted_age")
 INNER_FOLDS = 5
 # Both are in years, since ages are not scaled: C bounds a scan's pull on the fit (the kernel's mean diagonal
 # is 1), and an error below epsilon costs nothing.
 PUBLISHED = {"C": 98.0, "epsilon": 0.064}
 GRID = {"C": (0.1, 1.0, 10.0, PUBLISHED["C"], 1000.0), "epsilon": (PUBLISHED["epsilon"], 1.0, 3.0)}
+# A feature's standard deviation counts as at least this share of the root mean square over all. Behind a ReLU
+# some features are active in one or two scans only; divided by their tiny deviation, such a feature of a new
+# scan throws its prediction off by decades.
+LEAST_SD = 0.3
 MIN_SHARE = 0.5  # a position is used where at least this share of the training scans shows brain
 # Neighbouring positions say nearly the same, so plain least squares gives all weight to a few, by luck.
 # A pull towards equal weights, as strong as this many typical scans, keeps them together where data are few.
@@ -58,13 +62,6 @@ class LinearKernel(TransformerMixin, BaseEstimator):
     Without the division the kernel of 25,088 standardised features has a diagonal near 25,088, every C from
     0.01 to 1000 gives the same fit, and a grid chooses nothing.
 
-    Parameters
-    ----------
-    floor : float
-        A feature's standard deviation counts as at least this share of the root mean square over all. Behind
-        a ReLU some features are active in one or two scans only; divided by their tiny deviation, such a
-        feature of a new scan throws its prediction off by decades.
-
     Attributes
     ----------
     mean_, scale_ : float32 arrays (features,)
@@ -74,13 +71,10 @@ class LinearKernel(TransformerMixin, BaseEstimator):
         The divisor.
     """
 
-    def __init__(self, floor: float = 0.3):
-        self.floor = floor
-
     def fit(self, X: np.ndarray, y: Any = None) -> LinearKernel:
         """Learn from (n, features); `ValueError` where all features are constant."""
         scaler = StandardScaler().fit(X)
-        least = self.floor * np.sqrt(scaler.var_.mean())
+        least = LEAST_SD * np.sqrt(scaler.var_.mean())
         if least == 0:
             raise ValueError("All features are constant over the training scans: nothing can be learned.")
         self.mean_ = scaler.mean_.astype(np.float32)
@@ -268,6 +262,21 @@ class _Fusion(RegressorMixin, BaseEstimator):
         self._weigh(np.stack([ages[best] for ages in inner], axis=-1), y, np.asarray(groups), centres)
         return self
 
+    def to_arrays(self) -> dict[str, Any]:
+        """All that `predict` needs; `from_arrays` reads it back."""
+        known = {"positions": self.positions_, "coef": self.coef_, "intercept": self.intercept_}
+        return known | self.weighting_._asdict()
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> _Fusion:
+        """A fitted model that predicts, from what `to_arrays` gave."""
+        fusion = cls()
+        fusion.positions_, fusion.coef_ = arrays["positions"], arrays["coef"]
+        fusion.intercept_ = arrays["intercept"]
+        centre, slope = (float(np.squeeze(arrays[key])) for key in ("centre", "slope"))
+        fusion.weighting_ = Weighting(arrays["weights"], centre, slope)
+        return fusion
+
     def predict(self, X: Sequence[np.ndarray]) -> np.ndarray:
         """Ages in years of scans, each (positions, features); NaN for one without usable triplet."""
         return self.weighting_.combine(self._predict_triplets(X))
@@ -419,73 +428,55 @@ class VggSvr:
         columns = {"position": fusion.positions_, "first_slice": first, "last_slice": first + SLICES - 1}
         return pd.DataFrame({**columns, "years": fusion.contributions([self.features(volume)])[0]})
 
-    def save(self, folder: Path | str, *, with_network: bool = False) -> None:
-        """Write arrays and JSON; `with_network` adds VGG16's convolutions (59 MB): no download is needed."""
+    def save(self, folder: Path | str) -> None:
+        """Write arrays and JSON; VGG16's convolutions go along (59 MB), so that no download is needed."""
         from safetensors.numpy import save_file
 
-        network, arrays = self.network, {}
-        for name in FUSIONS:
-            fusion = self.fusion(name)
-            known = {"positions": fusion.positions_, "coef": fusion.coef_, "intercept": fusion.intercept_}
-            known |= fusion.weighting_._asdict()
-            arrays |= {f"{name}.{key}": np.ascontiguousarray(value) for key, value in known.items()}
-        with writing(Path(folder) / ARRAYS) as temporary:
-            save_file(arrays, temporary)
-        if with_network:
-            tensors = network.layers.state_dict().items()
-            with writing(Path(folder) / NETWORK) as temporary:
-                save_file({name: tensor.cpu().contiguous().numpy() for name, tensor in tensors}, temporary)
-        described = {
-            "weights": network.mode,
-            **{name: getattr(network, name) for name in ("weights_sha256", "pooling", "seed")},
-        }
+        folder, network = Path(folder), self.network
+        fusions = {f"{name}.{key}": a for name in FUSIONS for key, a in self.fusion(name).to_arrays().items()}
+        layers = {name: tensor.cpu().numpy() for name, tensor in network.layers.state_dict().items()}
+        for name, arrays in ((ARRAYS, fusions), (NETWORK, layers)):
+            with writing(folder / name) as temporary:
+                save_file({key: np.ascontiguousarray(array) for key, array in arrays.items()}, temporary)
         facts = {name: getattr(self, name) for name in ("variant", "spacing_mm", "facts")}
-        write_json(facts | {"settings": asdict(self.settings), "network": described}, Path(folder) / FACTS)
+        facts["settings"], facts["network"] = asdict(self.settings), {"weights": network.mode}
+        facts["network"] |= {name: getattr(network, name) for name in ("weights_sha256", "pooling", "seed")}
+        write_json(facts, folder / FACTS)
 
     @classmethod
     def load(cls, folder: Path | str, device: str = "cpu") -> VggSvr:
-        """Read what `save` wrote. Without a copy of the network in the folder, a random projection is drawn
-        again and ImageNet weights are fetched.
-
-        Raises
-        ------
-        WeightsError
-            The network at hand is not the one this model was fitted with.
-        """
+        """Read what `save` wrote; `WeightsError` where the network is not the one it was fitted with."""
         from safetensors.numpy import load_file
 
-        network = Path(folder) / NETWORK
-        return cls.from_parts(
-            read_json(Path(folder) / FACTS),
-            load_file(Path(folder) / ARRAYS),
-            load_file(network) if network.exists() else None,
-            device,
-        )
+        arrays = (load_file(Path(folder) / name) for name in (ARRAYS, NETWORK))
+        return cls.from_parts(read_json(Path(folder) / FACTS), *arrays, device)
 
     @classmethod
     def from_parts(
         cls,
         facts: Mapping[str, Any],
         arrays: Mapping[str, np.ndarray],
-        network: Mapping[str, np.ndarray] | None,
+        network: Mapping[str, np.ndarray],
         device: str = "cpu",
     ) -> VggSvr:
         """The model from the contents of the files that `save` wrote; see `load`."""
         fusions = []
-        for name, fusion in FUSIONS.items():
-            known = {
-                key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(name)
-            }
-            if "scale" in known:
-                known = _fold_standardisation(known, facts[name])
-            fusions.append(fusion())
-            fusions[-1].positions_, fusions[-1].coef_ = known["positions"], known["coef"]
-            fusions[-1].intercept_ = known["intercept"]
-            centre, slope = (float(np.squeeze(known[key])) for key in ("centre", "slope"))
-            fusions[-1].weighting_ = Weighting(known["weights"], centre, slope)
-        placed = _build_network(network, facts["network"]).place(device)
+        for name, kind in FUSIONS.items():
+            own = {key.removeprefix(f"{name}."): a for key, a in arrays.items() if key.startswith(f"{name}.")}
+            own = _fold_standardisation(own, facts[name]) if "scale" in own else own
+            fusions.append(kind.from_arrays(own))
+        layers, known = empty_layers(), facts["network"]
+        layers.load_state_dict({name: torch.tensor(array) for name, array in network.items()})
+        vgg16 = Vgg16Features(layers, known["weights"], known["pooling"], known["seed"])
+        if vgg16.weights_sha256 != known["weights_sha256"]:
+            raise WeightsError(
+                f"The VGG16 weights found have hash {vgg16.weights_sha256[:8]}…, this model was fitted with "
+                f"{known['weights_sha256'][:8]}…. Save the model again where it was fitted."
+            )
         settings = FeatureSettings(**facts["settings"])
-        return cls(*fusions, placed, settings, facts["spacing_mm"], facts["variant"], facts["facts"])
+        return cls(
+            *fusions, vgg16.place(device), settings, facts["spacing_mm"], facts["variant"], facts["facts"]
+        )
 
 
 def _fold_standardisation(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -501,28 +492,14 @@ def _fold_standardisation(arrays: Mapping[str, np.ndarray], facts: Mapping[str, 
     }
 
 
-def _build_network(weights: Mapping[str, np.ndarray] | None, facts: Mapping[str, Any]) -> Vgg16Features:
-    mode, known = facts["weights"], {"pooling": facts["pooling"], "seed": facts["seed"]}
-    if weights is None:
-        network = vgg16_features(mode, **known)
-    else:
-        import torch
-
-        layers = empty_layers()
-        layers.load_state_dict({name: torch.tensor(array) for name, array in weights.items()})
-        network = Vgg16Features(layers, mode, **known)
-    if network.weights_sha256 != facts["weights_sha256"]:
-        raise WeightsError(
-            f"The VGG16 weights found have hash {network.weights_sha256[:8]}…, this model was fitted with "
-            f"{facts['weights_sha256'][:8]}…. Save the model again where it was fitted, "
-            "with its network: `save(folder, with_network=True)`."
-        )
-    return network
-
-
 # --- the run --------------------------------------------------------------------------------------------
 
-TABLES = ("predictions", "grid", "positions", "left_out")
+TABLES = {
+    "predictions": COLUMNS,
+    "grid": ["variant", "C", "epsilon", "mae"],
+    "positions": ["position", "first_slice", "n_scans", "mae", "weight"],
+    "left_out": ["scan_id", "split", "reason"],
+}
 
 
 @dataclass
@@ -597,9 +574,10 @@ def train_vgg_svr(
     >>> run.accuracy("test")["late"]["mae"]
     """
     folder, inputs = Path(run_folder), _inputs(features, check_splits(splits), network)
-    before = read_json(folder / "settings.json") if (folder / "settings.json").exists() else {}
-    if before.get("inputs") == inputs and is_as_written(folder, before):
-        return VggRun(folder, *(read_csv(folder / f"{name}.csv") for name in TABLES), before, reused=True)
+    before = read_settings(folder)
+    is_ours = is_as_written(folder, before)
+    if before.get("inputs") == inputs and is_ours and (found := _read_run(folder, before)):
+        return found
     if network.weights_sha256 != features.facts["weights_sha256"]:
         raise ValueError("The features come from other weights than this network's: extract them again.")
     known = splits["scan_id"].isin(list(features.files))
@@ -607,19 +585,36 @@ def train_vgg_svr(
     fusions, rows = _fit_and_predict(features, scans, network.seed)
     lost = rows["predicted_age"].isna()
     left_out = _left_out(splits[~known], features.failed, rows[lost])
-    settings = _settings(features, network, fusions, inputs)
-    settings["n_scans"] = {name: int(n) for name, n in scans["split"].value_counts().items()}
-    settings["n_left_out"] = int(left_out["scan_id"].nunique())
+    settings = _settings(features, network, fusions, inputs) | {
+        "n_scans": {name: int(n) for name, n in scans["split"].value_counts().items()},
+        "n_left_out": int(left_out["scan_id"].nunique()),
+    }
     grid = pd.concat([fusion.grid_.assign(variant=name) for name, fusion in fusions.items()])
-    changes = {name: (before.get("inputs", {}).get(name, new), new) for name, new in inputs.items()}
-    changed = [f"{name}: {old} -> {new}" for name, (old, new) in changes.items() if old != new]
-    if before and not is_as_written(folder, before):
-        changed.append("predictions.csv: not as this run wrote it")
-    run = VggRun(folder, rows[~lost], grid, fusions["late"].by_position_, left_out, settings, False, changed)
+    was = before.get("inputs", inputs)
+    changed = [f"{name}: {was.get(name)} -> {new}" for name, new in inputs.items() if was.get(name) != new]
+    changed += ["predictions.csv: not as this run wrote it"] * bool(before and not is_ours)
+    positions = fusions["late"].by_position_
+    run = VggRun(folder, rows[~lost], grid, positions, left_out, settings, changed=changed)
     spacing_mm, variant = features.facts["spacing_mm"], settings["variant"]
     model = VggSvr(*fusions.values(), network, features.settings, spacing_mm, variant, settings)
-    _write(run, model)
+    (folder / "settings.json").unlink(missing_ok=True)  # comes last: it is the sign that the rest is whole
+    model.save(folder / "model")
+    for name, columns in TABLES.items():
+        write_csv(getattr(run, name)[columns], folder / f"{name}.csv")
+    settings["predictions_sha256"] = digest_predictions(run.predictions[TABLES["predictions"]])
+    write_json(settings, folder / "settings.json")
     return run
+
+
+def _read_run(folder: Path, settings: dict[str, Any]) -> VggRun | None:
+    """A run as it was written; None, with a warning, where something of it is absent or damaged."""
+    try:
+        VggSvr.load(folder / "model")
+        tables = [load_table(folder / f"{name}.csv", columns) for name, columns in TABLES.items()]
+        return VggRun(folder, *tables, settings, reused=True)
+    except Exception as error:
+        warnings.warn(f"The run {folder} is not whole and fitted again: {error}", stacklevel=1)
+        return None
 
 
 def _fit_and_predict(features: Features, scans: pd.DataFrame, seed: int) -> tuple[Fusions, pd.DataFrame]:
@@ -692,14 +687,3 @@ def _settings(
         known = {"inner_cv_mae_years": fusion.inner_mae_, "n_triplets": len(fusion.positions_)}
         settings[name] = {**fusion.choice_, **known, "slope": fusion.weighting_.slope}
     return settings
-
-
-def _write(run: VggRun, model: VggSvr) -> None:
-    """Tables and model first, settings.json last: it is the sign that the rest is whole."""
-    (run.folder / "settings.json").unlink(missing_ok=True)
-    run.settings["predictions_sha256"] = digest_predictions(run.predictions)
-    # A drawn network can be drawn again; ImageNet's weights go along, so that predicting needs no internet.
-    model.save(run.folder / "model", with_network=model.network.mode == IMAGENET)
-    for name in TABLES:
-        write_csv(getattr(run, name), run.folder / f"{name}.csv")
-    write_json(run.settings, run.folder / "settings.json")

@@ -6,36 +6,41 @@ Here, in one process per GPU, or spread over the workers of a Dask cluster; `for
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
 import warnings
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
 
-from brainage_nb.cluster import in_order, open_cluster
+from brainage_nb.cluster import end_with, in_order, open_cluster
 from brainage_nb.models.compute import count_processes, space_needed
-from brainage_nb.models.fit import HISTORY, PRECISE_SCANS, WARMUP_EPOCHS, DeviceVolumes
+from brainage_nb.models.fit import HISTORY, PRECISE_SCANS, WARMUP_EPOCHS, VolumeDataset
 from brainage_nb.models.resume import Progress, StopRequests
 from brainage_nb.models.run import Job, make_accelerator
-from brainage_nb.models.settings import Member, TrainingFailed, TrainingRefused, TrainingSettings
+from brainage_nb.models.settings import (
+    COLUMNS,
+    Member,
+    TrainingFailed,
+    TrainingRefused,
+    TrainingSettings,
+    read_settings,
+    read_table,
+)
 from brainage_nb.platforms import session_hours
+from brainage_nb.volumes.store import VolumeStore
 from brainage_nb.workspace import read_csv, read_json, write_csv, write_json, write_text
-
-if TYPE_CHECKING:
-    from brainage_nb.volumes.store import VolumeStore
 
 
 @dataclass(frozen=True)
@@ -66,16 +71,9 @@ class RunResult:
     @classmethod
     def read(cls, run_folder: Path, notes: list[str]) -> RunResult:
         """What lies in a run folder."""
-        history, predictions, settings = (
-            run_folder / name for name in ("history.csv", "predictions.csv", "settings.json")
-        )
-        return cls(
-            complete=predictions.exists(),
-            history=read_csv(history) if history.exists() else pd.DataFrame(columns=HISTORY),
-            predictions=read_csv(predictions) if predictions.exists() else pd.DataFrame(),
-            settings=read_json(settings) if settings.exists() else {},
-            notes=notes,
-        )
+        predictions = read_table(run_folder / "predictions.csv", COLUMNS)
+        history = read_table(run_folder / "history.csv", HISTORY)
+        return cls(len(predictions) > 0, history, predictions, read_settings(run_folder), notes)
 
 
 def train(
@@ -138,46 +136,20 @@ def train(
         note = "This run is complete with these settings: nothing was trained again."
         return RunResult.read(run_folder, [note])
     job.check_start(fresh=fresh)
-    spread = bool(settings.cluster) and len(job.members) > 1
+    spread = bool(settings.cluster) and len(job.members) > 1 and bool(fresh or job.unfinished())
     processes = 1 if spread or in_worker() else count_processes(settings)
     if any(job.own.values()) and (spread or processes > 1):
         raise TrainingRefused(
             "A network or loss of your own trains in this process only: set processes=1 and cluster=''."
         )
     if spread:
-        return RunResult.read(run_folder, train_on_cluster(job, splits, fresh=fresh, on_epoch=on_epoch))
-    if processes > 1:
+        job.notes = train_on_cluster(job, splits, fresh=fresh, on_epoch=on_epoch)
+    elif processes > 1:
         launch(job, splits, processes, fresh=fresh)
-        return RunResult.read(run_folder, [])
-    with StopRequests(settings.max_minutes) as stop:
-        job.run(stop, Progress(on_epoch, lines=in_worker()), fresh=fresh)
-    stop.pass_on()
+    else:
+        with StopRequests(settings.max_minutes) as stop:
+            job.run(stop, Progress(on_epoch, lines=in_worker()), fresh=fresh)
     return RunResult.read(run_folder, job.notes)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Entry of one process; under `torchrun` there are several."""
-    from brainage_nb.volumes.store import VolumeStore
-
-    parser = argparse.ArgumentParser(prog="python -m brainage_nb.models.train", description=main.__doc__)
-    parser.add_argument("--volumes", required=True, help="folder of the volume store")
-    parser.add_argument("--splits", required=True, help="splits.csv")
-    parser.add_argument("--run-folder", required=True, help="folder of the run, as WORKSPACE/runs/resnet18")
-    parser.add_argument("--settings", help="JSON file of training settings; defaults where absent")
-    parser.add_argument("--fresh", action="store_true", help="delete an earlier run in that folder first")
-    given = parser.parse_args(arguments)
-    content = json.loads(Path(given.settings).read_text(encoding="utf-8")) if given.settings else {}
-    os.environ.setdefault("BRAINAGE_TRAINING_WORKER", "1")
-    result = train(
-        VolumeStore(given.volumes),
-        read_csv(given.splits),
-        given.run_folder,
-        TrainingSettings.from_json(content),
-        fresh=given.fresh,
-    )
-    if os.environ.get("RANK", "0") == "0":
-        print(*result.notes, sep="\n", flush=True)
-    return 0
 
 
 # --- several processes, one per GPU: a subprocess, since a notebook that has touched CUDA cannot fork ------
@@ -185,9 +157,41 @@ def main(arguments: list[str] | None = None) -> int:
 LAST_LINES = 100
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Entry of one process; under `torchrun` there are several."""
+    parser = argparse.ArgumentParser(prog="python -m brainage_nb.models.train", description=main.__doc__)
+    parser.add_argument("--volumes", required=True, help="folder of the volume store")
+    parser.add_argument("--splits", required=True, help="splits.csv")
+    parser.add_argument("--run-folder", required=True, help="folder of the run, as WORKSPACE/runs/resnet18")
+    parser.add_argument("--settings", help="JSON file of training settings; defaults where absent")
+    parser.add_argument("--fresh", action="store_true", help="delete an earlier run in that folder first")
+    parser.add_argument("--end-with", type=int, help="save and end when the process of this id has ended")
+    given = parser.parse_args(arguments)
+    if given.end_with:
+        end_with(given.end_with)
+    settings = TrainingSettings.from_json(read_json(given.settings) if given.settings else {})
+    store, splits = VolumeStore(given.volumes), read_csv(given.splits)
+    result = train(store, splits, given.run_folder, settings, fresh=given.fresh)
+    if os.environ.get("RANK", "0") == "0":
+        print(*result.notes, sep="\n", flush=True)
+
+
 def in_worker() -> bool:
-    """True inside a process that was started to train."""
-    return "BRAINAGE_TRAINING_WORKER" in os.environ or "WORLD_SIZE" in os.environ
+    """True inside a process that was started to train, by torchrun or accelerate."""
+    return "WORLD_SIZE" in os.environ
+
+
+class ForwardedStop(StopRequests):
+    """Hands an interrupt or SIGTERM on to a subprocess, which saves and ends."""
+
+    def __init__(self, process: subprocess.Popen):
+        super().__init__()
+        self.process = process
+
+    def note(self, number: int, frame) -> None:
+        """Take in a signal, here and there."""
+        self.process.send_signal(number)
+        super().note(number, frame)
 
 
 def launch(job: Job, splits: pd.DataFrame, processes: int, *, fresh: bool) -> None:
@@ -198,16 +202,28 @@ def launch(job: Job, splits: pd.DataFrame, processes: int, *, fresh: bool) -> No
     TrainingFailed
         Where the subprocess ends with an error; the message holds its last lines.
     """
-    folder = job.run_folder
-    folder.mkdir(parents=True, exist_ok=True)
-    settings_file = write_json(job.settings.to_json(), folder / "launch_settings.json")
-    splits_file = write_csv(splits, folder / "launch_splits.csv")
+    settings_file = write_json(job.settings.to_json(), job.run_folder / "launch_settings.json")
+    splits_file = write_csv(splits, job.run_folder / "launch_splits.csv")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes), "-m", "brainage_nb.models.train"]
-    command += ["--volumes", str(job.store.folder), "--splits", str(splits_file), "--run-folder", str(folder)]
-    command += ["--settings", str(settings_file)] + (["--fresh"] if fresh else [])
-    lines, status = _follow(command)
-    if status:
+    command += ["--volumes", job.store.folder, "--splits", splits_file, "--run-folder", job.run_folder]
+    command += ["--settings", settings_file, "--end-with", str(os.getpid()), *["--fresh"] * fresh]
+    # Its own session: an interrupt of this process's group would reach the processes twice, which is at once.
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    lines: deque[str] = deque(maxlen=LAST_LINES)
+    with process, ForwardedStop(process):
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip())
+        process.wait()
+    if process.returncode:
         # The launcher's own report comes last and says little; the first process's error says what happened.
         shown = [line for line in lines if line.startswith("[rank0]")] or lines
         raise TrainingFailed(f"Training in {processes} processes failed:\n" + "\n".join(shown))
@@ -215,46 +231,35 @@ def launch(job: Job, splits: pd.DataFrame, processes: int, *, fresh: bool) -> No
     splits_file.unlink()
 
 
-def _follow(command: list[str]) -> tuple[list[str], int]:
-    """Run a command and print its lines as they come; interrupts reach it. Gives last lines and status."""
-    environment = os.environ | {"BRAINAGE_TRAINING_WORKER": "1", "PYTHONUNBUFFERED": "1"}
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-    process = subprocess.Popen(command, env=environment, text=True, **pipe)
-    lines: list[str] = []
-    try:
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines = [*lines[1 - LAST_LINES :], line.rstrip()]
-        return lines, process.wait()
-    except KeyboardInterrupt:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        raise
-
-
 # --- the models of a run, spread over a Dask cluster that shares the run's folder ---------------------------
 
 MARK = ".started"  # in the run folder: which start of the run is the current one
 LOST_AGAIN = 10  # a preemptible machine may be taken away often; each time training goes on where it was
-STEPS_UNWATCHED = 20
 ONE_MODEL = Lock()  # a worker with several threads still trains one model at a time
 
 
-class Watched(Progress):
-    """Progress that ends a task whose run is no longer the current one: Dask cannot stop a running task."""
+class TaskStop(StopRequests):
+    """Also ends a task whose run is no longer the current one: Dask cannot stop a running task.
 
-    def __init__(self, mark: Path, token: str):
-        super().__init__(lines=True)
+    Parameters
+    ----------
+    mark : path
+        File in the run folder that holds the current start's token.
+    token : str
+        Of the start that handed the task out.
+    until : float
+        When to save and end, seconds since the epoch.
+    """
+
+    def __init__(self, mark: Path, token: str, until: float):
+        super().__init__((until - time.time()) / 60 if until < float("inf") else 0.0)
         self.mark, self.token = mark, token
-
-    def step(self, trainer) -> None:
-        if trainer.step % STEPS_UNWATCHED == 0:
-            self.check()
-        super().step(trainer)
-
-    def epoch(self, trainer) -> None:
         self.check()
-        super().epoch(trainer)
+
+    def asked(self, accelerator) -> bool:
+        """Whether to stop and save now; `TrainingFailed` where nothing may be saved."""
+        self.check()
+        return super().asked(accelerator)
 
     def check(self) -> None:
         """Raise `TrainingFailed` where the run's mark is not this start's."""
@@ -290,25 +295,22 @@ def train_on_cluster(
 
     if fresh:
         job.clear()
-    settings, todo, mark = job.settings, job.unfinished(), job.run_folder / MARK
+    settings, todo = job.settings, [member.name for member in job.unfinished()]
     until = time.time() + 60 * settings.max_minutes if settings.max_minutes else float("inf")
-    alone = replace(settings, cluster="", processes=1).to_json()
-    token = uuid.uuid4().hex
+    alone, token = replace(settings, cluster="", processes=1), uuid.uuid4().hex
     fixed = (job.store.folder.absolute(), splits, job.run_folder.absolute(), alone, token, until)
     gpus = 0 if settings.device == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
-    job.run_folder.mkdir(parents=True, exist_ok=True)
-    write_text(token, mark)
+    mark = write_text(token, job.run_folder / MARK)
     notes, failed = [], []
     try:
         with open_cluster(settings.cluster, job.store.folder, gpus=gpus) as client:
-            workers = len(client.nthreads())
-            tasks = [(*fixed, member.name) for member in todo]
-            results = in_order(client, train_member, tasks, again=LOST_AGAIN)
-            for member, result in zip(todo, tqdm(results, "models", len(todo), unit="model"), strict=True):
+            notes.append(f"{len(todo)} models on {len(client.nthreads())} workers of {settings.cluster}")
+            results = in_order(client, train_member, [(*fixed, name) for name in todo], again=LOST_AGAIN)
+            for name, result in zip(todo, tqdm(results, "models", len(todo), unit="model"), strict=True):
                 if isinstance(result, Exception):
-                    failed.append(f"{member.name}: {type(result).__name__}: {result}")
+                    failed.append(f"{name}: {type(result).__name__}: {result}")
                     continue
-                notes = [note for note in result if note not in notes] + notes
+                notes += [note for note in result if note not in notes]
                 if on_epoch is not None and len(history := job.history()):
                     on_epoch(history)
     finally:
@@ -320,14 +322,14 @@ def train_on_cluster(
         )
     if not job.unfinished():
         job.write_tables()
-    return [f"{len(todo)} models on {workers} workers of {settings.cluster}", *notes]
+    return notes
 
 
 def train_member(
     store_folder: Path,
     splits: pd.DataFrame,
     run_folder: Path,
-    settings: dict,
+    settings: TrainingSettings,
     token: str,
     until: float,
     name: str,
@@ -338,29 +340,19 @@ def train_member(
     ----------
     store_folder : path
         Of the volume store.
-    splits, run_folder
+    splits, run_folder, settings
         As `train` has them.
-    settings : dict
-        `TrainingSettings.to_json`.
-    token : str
-        Of the start that handed this out; the run folder's mark must hold it, or the task ends.
-    until : float
-        When to save and end, seconds since the epoch; infinite for no limit.
+    token, until
+        See `TaskStop`.
     name : str
         Of the member.
     """
-    from brainage_nb.volumes.store import VolumeStore
-
     with ONE_MODEL:
-        left = (until - time.time()) / 60
-        if left <= 0:
+        if time.time() >= until:
             return [f"{name} not begun: max_minutes is used up. Run again with the same settings to go on."]
-        timed = TrainingSettings.from_json(settings | {"max_minutes": left if left < float("inf") else 0.0})
-        job = Job(VolumeStore(store_folder), splits, run_folder, timed)
-        with StopRequests(timed.max_minutes) as stop:
-            watched = Watched(Path(run_folder) / MARK, token)
-            watched.check()
-            job.run(stop, watched, only=name)
+        job = Job(VolumeStore(store_folder), splits, run_folder, settings)
+        with TaskStop(run_folder / MARK, token, until) as stop:
+            job.run(stop, Progress(lines=True), only=name)
     return job.notes
 
 
@@ -401,20 +393,8 @@ def forecast(
     job = Job(store, splits, Path(run_folder), settings, network, loss)
     left = job.members if fresh else job.unfinished()
     facts = {"models to train": f"{len(left)} of {len(job.members)}"}
-    if not left:
-        return pd.DataFrame({"value": facts | {"time": "nothing is left to train"}})
-    step = _time_step(job, left[0]) / count_processes(settings)
-    epoch = _estimate_epoch(left[0], settings, step)
-    hours = epoch * settings.epochs * len(left) / 3600
-    session = settings.max_minutes / 60 or session_hours()
-    sessions = f"{math.ceil(hours / session)} of {session:.3g} h" if math.isfinite(session) else "1, no limit"
-    facts |= describe_loop(job, left[0]) | {
-        "one step": f"{step:.2g} s, measured",
-        "one epoch": f"about {format_duration(epoch)}",
-        "all": f"about {format_duration(3600 * hours)} ({settings.epochs} epochs a model)",
-        "sessions": sessions,
-        "disk": f"{space_needed(job.count_parameters(), len(job.members)) / 1e9:.2g} GB at most",
-    }
+    facts |= describe_loop(job, left[0]) if left else {"time": "nothing is left to train"}
+    facts |= _estimate_time(job, left) if left else {}
     return pd.DataFrame({"value": facts})
 
 
@@ -433,21 +413,33 @@ def describe_loop(job: Job, member: Member) -> dict[str, str]:
     }
 
 
+def _estimate_time(job: Job, left: list[Member]) -> dict[str, str]:
+    """Time and disk that the models `left` need."""
+    settings, member = job.settings, left[0]
+    step = _time_step(job, member) / count_processes(settings)
+    predicted = len(member.validation) + min(len(member.train), PRECISE_SCANS)  # and BatchNorm's statistics
+    epoch = (len(member.train) + FORWARD_SHARE * predicted) * step / settings.batch_size
+    seconds = epoch * settings.epochs * len(left)
+    session = settings.max_minutes / 60 or session_hours()
+    sessions = math.ceil(seconds / 3600 / session)
+    return {
+        "one step": f"{step:.2g} s, measured",
+        "one epoch": f"about {format_duration(epoch)}",
+        "all": f"about {format_duration(seconds)} ({settings.epochs} epochs a model)",
+        "sessions": f"{sessions} of {session:.3g} h" if math.isfinite(session) else "1, no limit",
+        "disk": f"{space_needed(job.count_weights(), len(job.members)) / 1e9:.2g} GB at most",
+    }
+
+
 def _time_step(job: Job, member: Member) -> float:
     """Seconds per step, from steps of one process that nobody keeps; random numbers stay as they were."""
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         warnings.simplefilter("ignore")  # training says the same in a moment
         accelerator = make_accelerator(job.settings)
-        volumes = DeviceVolumes(job.store, job.scans, accelerator.device, share=0)
+        volumes = VolumeDataset(job.store, job.scans, accelerator.device)
         seconds = job.make_trainer(volumes, member, accelerator, Path(folder)).time_step()
     accelerator.free_memory()
     return seconds
-
-
-def _estimate_epoch(member: Member, settings: TrainingSettings, step: float) -> float:
-    """Seconds of training steps, of predicting validation scans and of BatchNorm's statistics."""
-    predicted = len(member.validation) + min(len(member.train), PRECISE_SCANS)
-    return (len(member.train) + FORWARD_SHARE * predicted) * step / settings.batch_size
 
 
 def format_duration(seconds: float) -> str:
@@ -458,4 +450,4 @@ def format_duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from brainage_nb.cluster import ClusterError, in_order, open_cluster
+from brainage_nb.cluster import ClusterError, in_order, open_cluster, process_pool
 from brainage_nb.platforms import n_workers
 from brainage_nb.volumes.preprocessing import as_stored, build_transforms, preprocess
 from brainage_nb.volumes.scans import ScanError, errors_as_reason, load_scan, voxel_file
@@ -471,9 +471,9 @@ def _preprocessed(
     elif min(workers, len(paths)) < 2:
         yield (_row(*task) for task in tasks)
     else:
-        from joblib import Parallel, delayed
+        from joblib import delayed
 
-        pool = Parallel(n_jobs=workers, return_as="generator", pre_dispatch="3*n_jobs")
+        pool = process_pool(workers, return_as="generator", pre_dispatch="3*n_jobs")
         yield pool(delayed(_row)(*task) for task in tasks)
 
 

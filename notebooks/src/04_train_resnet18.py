@@ -116,7 +116,7 @@ splits.groupby("split").agg(
 
 # %%
 augmentation = AugmentationSettings(**pick_fields(parameters, AugmentationSettings))
-chosen = {"scratch": str(scratch or "")} | pick_fields(parameters, TrainingSettings)
+chosen = pick_fields(parameters, TrainingSettings)
 settings = TrainingSettings.of_recipe(recipe, **chosen, augmentation=augmentation)
 print(f"Other than recipe {recipe}: {list_changes(settings, recipe)}")
 

@@ -78,8 +78,6 @@ def test_weights_of_another_network_are_refused(tmp_path):
 
 
 def test_unknown_options_say_so():
-    with pytest.raises(ValueError, match=r"norm='group'.*no longer"):
-        resnet18_regressor(norm="group")
     with pytest.raises(ValueError, match=r"Available: \['A', 'B'\]"):
         resnet18_regressor(shortcut="C")
     with pytest.raises(ValueError, match="four stages"):

@@ -63,32 +63,6 @@ def test_leftovers_of_a_killed_writer_are_no_checkpoints_and_go(tmp_path):
     assert len(names(tmp_path)) == 1
 
 
-def test_mirror_receives_verified_copies_and_serves_a_new_machine(tmp_path):
-    local, drive = tmp_path / "local", tmp_path / "drive"
-    checkpoints = Checkpoints(local, drive)
-    for step in range(4):
-        checkpoints.save(state(step), step)
-    checkpoints.wait()
-    assert names(local) == names(drive)
-    assert len(names(drive)) == 2
-    assert Checkpoints(tmp_path / "new machine", drive).load()["step"] == 3
-
-
-def test_a_mirror_that_is_gone_warns_and_local_checkpoints_stay(tmp_path):
-    local, drive = tmp_path / "local", tmp_path / "drive"
-    checkpoints = Checkpoints(local, drive)
-    checkpoints.save(state(1), 1)
-    checkpoints.wait()
-    for path in drive.iterdir():
-        path.unlink()
-    drive.rmdir()
-    drive.write_text("a file where the folder was")
-    with pytest.warns(UserWarning, match="could not be copied"):
-        checkpoints.save(state(2), 2)
-        checkpoints.wait()
-    assert len(names(local)) == 2
-
-
 def test_a_full_disk_stops_with_what_is_safe_and_leaves_no_broken_file(tmp_path):
     resource = pytest.importorskip("resource")
     checkpoints = Checkpoints(tmp_path)

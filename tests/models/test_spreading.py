@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from brainage_nb.models.settings import TrainingFailed
-from brainage_nb.models.train import MARK, Watched, train, train_member
+from brainage_nb.models.train import MARK, TaskStop, train, train_member
 
 distributed = pytest.importorskip("distributed", reason="Dask (the extra `cluster`) is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:TRAINING ON THE CPU")
@@ -92,12 +92,16 @@ def test_a_task_of_an_earlier_start_saves_nothing(tiny, tiny_settings, tmp_path,
     run.mkdir()
     (run / MARK).write_text("a newer start")
     with pytest.raises(TrainingFailed, match="started again or given up"):
-        train_member(
-            store.folder, splits, run, tiny_settings.to_json(), "an older one", float("inf"), "seed0"
-        )
+        train_member(store.folder, splits, run, tiny_settings, "an older one", float("inf"), "seed0")
     assert not list(run.glob("checkpoints/*/*"))
     (run / MARK).write_text("this start")
-    monkeypatch.setattr(Watched, "epoch", lambda self, fit: (run / MARK).write_text("newer") and self.check())
+    asked = TaskStop.asked
+
+    def ask_after_another_start(self, accelerator):
+        (run / MARK).write_text("newer")
+        return asked(self, accelerator)
+
+    monkeypatch.setattr(TaskStop, "asked", ask_after_another_start)
     with pytest.raises(TrainingFailed, match="started again or given up"):
-        train_member(store.folder, splits, run, tiny_settings.to_json(), "this start", float("inf"), "seed0")
+        train_member(store.folder, splits, run, tiny_settings, "this start", float("inf"), "seed0")
     assert not (run / "checkpoints" / "seed0" / "predictions.csv").exists()
