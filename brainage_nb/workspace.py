@@ -420,13 +420,17 @@ def locate_workspace(root: str | Path = "") -> Path:
 def find_stale(workspace: Workspace, up_to: str = "") -> dict[str, list[str]]:
     """The notebooks that read files which have changed since: name -> those files, in the notebooks' order.
 
-    A file of another time but the same content has not changed; one that is gone is for others to say.
+    A file of another time but the same content has not changed, and its new time is kept so that it is read
+    once only; one that is gone is for others to say.
     `up_to` names the last notebook that is looked at.
     """
     found = {}
     for name, result in workspace.results().items():
         read = result.get("read", []) if name <= (up_to or name) else []
+        times = [entry.get("mtime_ns") for entry in read]
         changed = [entry["path"] for entry in read if _has_changed(workspace.path(entry["path"]), entry)]
+        if times != [entry.get("mtime_ns") for entry in read]:
+            write_json(result, workspace.path("results", f"{name}.json"))
         if changed:
             found[name] = changed
     return found
@@ -456,10 +460,14 @@ def _stamp(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns}
 
 
-def _has_changed(path: Path, entry: Mapping[str, Any]) -> bool:
+def _has_changed(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether a file is another than its entry says; the entry takes the time of one that only looks so."""
     if not path.is_file() or _stamp(path).items() <= entry.items():
         return False
-    return path.stat().st_size != entry.get("bytes") or sha256_of(path) != entry.get("sha256")
+    if path.stat().st_size != entry.get("bytes") or sha256_of(path) != entry.get("sha256"):
+        return True
+    entry |= _stamp(path)
+    return False
 
 
 def open_workspace(root: str | Path = "") -> Workspace:

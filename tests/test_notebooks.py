@@ -133,6 +133,11 @@ def test_the_last_cell_leaves_the_result_file(path):
 
 
 @each_notebook
+def test_the_result_file_says_what_was_read_so_that_an_edit_is_noticed(path):
+    assert "read=" in cells(path)[-1].source or path.stem.startswith("07")  # which only shows
+
+
+@each_notebook
 def test_no_figure_is_typed_into_prose(path):
     for cell in cells(path, "markdown"):
         assert not re.search(r"\b(MAE|RMSE|r|R2)\s*(=|of|is)\s*\d", cell.source)

@@ -287,6 +287,26 @@ shown = display("first", display_id=True)
     assert "'second'" in texts and "'first'" not in texts
 
 
+def test_a_table_edited_after_a_notebook_read_it_runs_that_notebook_and_the_later_ones_again(tmp_path):
+    table, lines = tmp_path / "people.tsv", []
+    table.write_text("age\n50\n")
+    reading = ENDING.replace("used, ", f"used, read=[{str(table)!r}], ")
+    names = ("01_a", "02_b", "03_c")
+    notebooks = [
+        make_notebook(tmp_path, name, ending=reading if name == "02_b" else ENDING) for name in names
+    ]
+    ws = open_workspace(tmp_path / "ws")
+    run_notebooks(notebooks, ws, {})
+    table.write_text("age\n51\n")
+    run_notebooks(notebooks, ws, {}, say=lines.append)
+    assert lines[0] == f"Changed since: 02_b read {table}. Run from 02_b on."
+    assert [line.split(":")[1].split()[0] for line in lines[1:]] == [
+        "done", "running", "complete", "running", "complete"
+    ]  # fmt: skip
+    run_notebooks(notebooks, ws, {}, say=lines.append)
+    assert [line.split(":")[1].split()[0] for line in lines[-3:]] == ["done"] * 3
+
+
 def test_an_executed_notebook_keeps_the_last_state_of_a_progress_bar_only(tmp_path):
     body = """
 import sys, time

@@ -1,6 +1,7 @@
 """The workspace layer: files whole or absent, ids as text, platforms in the right order."""
 
 import errno
+import os
 from types import SimpleNamespace
 
 import pandas as pd
@@ -157,6 +158,31 @@ def test_finish_records_rows_and_parameters_and_begin_voids_them(tmp_path):
         {"scans": 3},
     )
     assert ws.begin("01_data_access").result("01_data_access") is None
+
+
+def test_files_that_changed_after_a_notebook_read_them_are_named_with_where_to_run_from(
+    tmp_path, capsys, monkeypatch
+):
+    ws = open_workspace(tmp_path / "ws")
+    table, scan, other = tmp_path / "people.tsv", ws.path("scan.nii"), ws.path("other.nii")
+    for path in (table, scan, other):
+        path.write_text("one")
+    ws.finish("01_data_access", {}, read=[table])
+    ws.finish("02_data_cleaning", {}, read={scan: workspace.sha256_of(scan), other: ""})
+    os.utime(scan, (1, 1))  # another time, the same content
+    ws.begin("03_preprocessing_preview")
+    assert workspace.find_stale(ws) == {} and not capsys.readouterr().out
+    monkeypatch.setattr(workspace, "sha256_of", lambda path: pytest.fail(f"{path} is read a second time"))
+    assert workspace.find_stale(ws) == {}
+    monkeypatch.undo()
+    scan.write_text("two")
+    table.write_text("three")
+    other.unlink()
+    assert workspace.find_stale(ws) == {"01_data_access": [str(table)], "02_data_cleaning": ["scan.nii"]}
+    assert list(workspace.find_stale(ws, "01_data_access")) == ["01_data_access"]
+    ws.begin("02_data_cleaning")
+    said = capsys.readouterr().out
+    assert f"01_data_access read {table}; 02_data_cleaning read scan.nii. Run from 01_data_access on" in said
 
 
 def test_a_copy_that_reads_back_differently_does_not_count(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ Frames in, frames out; predicting is the models' business."""
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -41,11 +41,11 @@ class ExternalEvaluation:
     """
 
     metrics: Metrics
-    offsets: pd.DataFrame
-    calibration: dict[str, Any]
-    rest: pd.DataFrame
     predictions: pd.DataFrame
-    warnings: list[str]
+    offsets: pd.DataFrame = field(default_factory=pd.DataFrame)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    rest: pd.DataFrame = field(default_factory=pd.DataFrame)
+    warnings: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
         """All but the predictions, for `results.json`; names of people are left out."""
@@ -118,32 +118,24 @@ def evaluate_external(
     rows = predictions.reset_index(drop=True).assign(gap=lambda table: table["predicted_age"] - table["age"])
     rows["control"] = judge_controls(rows)
     rows["calibrates"] = rows["subject_id"].isin(set(calibrate_on))
-    calibration, rest, offsets = {}, pd.DataFrame(), pd.DataFrame()
-    options = {"reference_age": reference_age} | bootstrap
-    (low, high), warnings = trained_ages, []
+    options, (low, high) = {"reference_age": reference_age} | bootstrap, trained_ages
+    found = ExternalEvaluation(measure_rows(rows, **options), rows)
     if outside := int((~rows["age"].between(low, high)).sum()):
-        warnings.append(
+        found.warnings.append(
             f"{outside} of {len(rows)} scans are of people outside the ages the model was trained on "
             f"({low:.0f} to {high:.0f} years); its predictions there are extrapolations."
         )
     try:
-        offsets = site_offsets(rows, **bootstrap)
-        if lost := sorted(set(_sites(rows)) - set(offsets.get("site", ()))):
-            warnings.append(f"No offset of {', '.join(lost)}: there are no controls.")
+        found.offsets = site_offsets(rows, **bootstrap)
+        if lost := sorted(set(_sites(rows)) - set(found.offsets.get("site", ()))):
+            found.warnings.append(f"No offset of {', '.join(lost)}: there are no controls.")
         if len(calibrate_on):
-            calibration = _calibrate(rows, calibrate_on)
-            rest = _rest_figures(rows[~rows["calibrates"]], options)
+            found.calibration = _calibrate(rows, calibrate_on)
+            found.rest = _measure_rest(rows[~rows["calibrates"]], options)
     except CorrectionRefused as refused:
-        lost = ["site offset"] * offsets.empty + ["calibration"] * bool(len(calibrate_on))
-        warnings.append(f"No {' and no '.join(lost)}. {refused}")
-    return ExternalEvaluation(
-        metrics=measure_rows(rows, **options),
-        offsets=offsets,
-        calibration=calibration,
-        rest=rest,
-        predictions=rows,
-        warnings=warnings,
-    )
+        lost = ["site offset"] * found.offsets.empty + ["calibration"] * bool(len(calibrate_on))
+        found.warnings.append(f"No {' and no '.join(lost)}. {refused}")
+    return found
 
 
 def site_offsets(rows: pd.DataFrame, **bootstrap: int) -> pd.DataFrame:
@@ -190,7 +182,7 @@ def _calibrate(rows: pd.DataFrame, names: Collection[str]) -> dict[str, Any]:
     return fitted
 
 
-def _rest_figures(rest: pd.DataFrame, options: dict[str, Any]) -> pd.DataFrame:
+def _measure_rest(rest: pd.DataFrame, options: dict[str, Any]) -> pd.DataFrame:
     if not len(rest):
         raise ValueError(
             "Every subject of this cohort was named for calibration; nobody is left to report on."

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from brainage_nb.evaluation.cautions import TEST_OBJECT
-from brainage_nb.evaluation.evaluate import HEADLINE, Evaluation, headline_table
+from brainage_nb.evaluation.evaluate import HEADLINE, TEST_OBJECT, Evaluation, headline_table
 from brainage_nb.evaluation.external import ExternalEvaluation
 from brainage_nb.evaluation.metrics import flat, text_table, with_interval
 from brainage_nb.evaluation.plots import ReportFigure, draw_figures
@@ -41,6 +40,9 @@ KNOWN_WORDS = {
     "attainable": "attainable: best regression on the planted anatomy",
     "oracle": "oracle: knows the planted brain age",
 }
+KNOWN_COLUMNS = (
+    "who predicts", "MAE on test [years]", "MAE on the whole cohort, as in notebook 01 [years]",
+)  # fmt: skip
 PACKAGES = (
     "brainage-nb", "torch", "monai", "numpy", "pandas", "scikit-learn", "scipy", "statsmodels", "matplotlib",
 )  # fmt: skip
@@ -118,25 +120,16 @@ def known_tables(evaluation: Evaluation) -> dict[str, dict[str, pd.DataFrame]]:
     """Known-answer checks of each run: the `errors` side by side, and how much of the planted gap was
     `recovered`."""
     tables = {}
-    columns = (
-        "who predicts",
-        "MAE on test [years]",
-        "MAE on the whole cohort, as in notebook 01 [years]",
-    )
     for name, found in evaluation.runs.items():
-        if not (known := found.known):
-            continue
-        errors = known["mae"] | {"mean": found.metrics["test"]["mean_predictor_mae"]}
-        rows = [
-            flat(
-                dict(zip(columns, (words, errors[who], known["mae_whole_cohort"].get(who, "–")), strict=True))
-            )
-            for who, words in KNOWN_WORDS.items()
-            if who in errors
-        ]
-        recovered = text_table(known["recovered"], ("kind", "n", "r", "slope"))
-        recovered = recovered.rename(columns={"r": "r with planted", "slope": "slope on planted"})
-        tables[name] = {"errors": text_table(rows, columns), "recovered": recovered}
+        if known := found.known:
+            errors = known["mae"] | {"mean": found.metrics["test"]["mean_predictor_mae"]}
+            shown = [who for who in KNOWN_WORDS if who in errors]
+            parts = [errors, known["mae_whole_cohort"]]
+            cells = [[with_interval(part[who]) if who in part else "–" for part in parts] for who in shown]
+            rows = [(KNOWN_WORDS[who], *row) for who, row in zip(shown, cells, strict=True)]
+            recovered = text_table(known["recovered"], ("kind", "n", "r", "slope"))
+            recovered = recovered.rename(columns={"r": "r with planted", "slope": "slope on planted"})
+            tables[name] = {"errors": pd.DataFrame(rows, columns=KNOWN_COLUMNS), "recovered": recovered}
     return tables
 
 
@@ -275,14 +268,12 @@ def _card_content(evaluation: Evaluation, name: str) -> dict[str, Any]:
         "name": name,
         "when": datetime.now(UTC).strftime("%Y-%m-%d"),
         "version": version_of("brainage-nb"),
-        "workspace": evaluation.workspace,
+        "evaluation": evaluation,
         "found": found,
         "figures": figures.set_axis(["figure", "value [95 % interval]"], axis=1),
         "sources": sorted(set(cohort.get("source", ())) - {""}),
         "sites": sorted(set(cohort.get("site", ())) - {""}),
-        "recipe": "" if evaluation.is_test_object else measured_recipe(found.run.settings),
-        "test_object": TEST_OBJECT if evaluation.is_test_object else "",
-        "warnings": [text for text in evaluation.warnings if text.startswith(f"{name}:")],
+        "test_object": evaluation.is_test_object and TEST_OBJECT,
     }
 
 

@@ -26,14 +26,7 @@ from brainage_nb.evaluation.correction import (
     CorrectionRefused,
     EvaluationError,
 )
-from brainage_nb.workspace import (
-    MissingInput,
-    Workspace,
-    open_workspace,
-    read_csv,
-    read_json,
-    sha256_of,
-)
+from brainage_nb.workspace import MissingInput, Workspace, read_csv, read_json, sha256_of
 
 KEYS = ["scan_id", "subject_id", "session_id", "split"]
 COLUMNS = [*KEYS, "fold", "seed", "variant", "age", "predicted_age"]  # of predictions.csv
@@ -147,7 +140,7 @@ class RunEvaluation:
         return self.rows[self.rows["split"] == "test"]
 
 
-def read_run(workspace: Workspace | Path | str, name: str) -> Run:
+def read_run(ws: Workspace, name: str) -> Run:
     """Read `runs/<name>` and check it against what it was trained on.
 
     Raises
@@ -158,7 +151,6 @@ def read_run(workspace: Workspace | Path | str, name: str) -> Run:
         `predictions.csv` is not as the run wrote it, holds what is no prediction, puts a subject into two
         splits, or differs from `splits.csv` or `cohort.csv`; `splits.csv` contradicts itself.
     """
-    ws = workspace if isinstance(workspace, Workspace) else open_workspace(workspace)
     source, history = f"runs/{name}/predictions.csv", ws.path("runs", name, "history.csv")
     members, settings = read_csv(ws.need(source)), read_json(ws.need(f"runs/{name}/settings.json"))
     if not is_as_written(ws.path(source).parent, settings):
@@ -244,13 +236,12 @@ def _check_members(members: pd.DataFrame, source: str) -> None:
     again = "Run the training notebook (04 or 05) again."
     if missing := [name for name in COLUMNS if name not in members]:
         raise EvaluationError(f"{source} lacks the columns {missing}; it has {list(members)}. {again}")
-    age, predicted = (pd.to_numeric(members[name], errors="coerce") for name in ("age", "predicted_age"))
-    low, high = PREDICTED
-    ages = members.assign(age=age).groupby("scan_id")["age"].transform("nunique")
+    predicted, (low, high) = members["predicted_age"], PREDICTED
+    ages = members.groupby("scan_id")["age"].transform("nunique")
     for wrong, what in (
         (predicted.isna(), "scans have no predicted age"),
         (~predicted.between(low, high), f"scans have a predicted age beyond {low:g} to {high:g} years"),
-        (~np.isfinite(age), "scans have no age"),
+        (~np.isfinite(members["age"]), "scans have no age"),
         (ages > 1, "scans have two ages"),
         (members.duplicated([*KEYS, "fold", "seed", "variant"]), "scans have the same row twice"),
     ):
@@ -294,8 +285,8 @@ def read_splits(workspace: Workspace, with_volume: Sequence[str] | None = None) 
 
 def _differs(rows: pd.DataFrame, others: pd.DataFrame) -> np.ndarray:
     """Whether each scan is absent from another table, or has another age there."""
-    age = pd.to_numeric(others.set_index("scan_id")["age"], errors="coerce").reindex(rows["scan_id"])
-    return ~np.isclose(age, rows["age"].astype(float), rtol=0, atol=0.01)
+    age = others.set_index("scan_id")["age"].reindex(rows["scan_id"])
+    return ~np.isclose(age, rows["age"], rtol=0, atol=0.01)
 
 
 def _compare(rows: pd.DataFrame, splits: pd.DataFrame, source: str) -> None:
@@ -374,12 +365,12 @@ def read_truth(workspace: Workspace, path: str | Path = "") -> pd.DataFrame | No
 
     With `attainable` (years, see `attainable_ages`) where there are people enough to fit it on.
     """
-    at = [workspace.path("demo", "truth.csv"), workspace.path("truth.csv")]
-    at += sorted(workspace.root.glob("*/truth.csv"))
-    found = Path(path) if str(path) else next((place for place in at if place.exists()), None)
-    if found is None:
+    places = [
+        place for name in ("demo/", "", "*/") for place in sorted(workspace.root.glob(f"{name}truth.csv"))
+    ]
+    if not (str(path) or places):
         return None
-    truth = read_csv(found)
+    truth = read_csv(path or places[0])
     if truth["subject_id"].nunique() >= FEWEST_ATTAINABLE:
         truth["attainable"] = attainable_ages(truth)
     return truth

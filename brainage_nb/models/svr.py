@@ -587,6 +587,7 @@ def train_vgg_svr(
     grid = pd.concat([fusion.grid_.assign(variant=name) for name, fusion in fusions.items()])
     was = before.get("inputs", inputs)
     changed = [f"{name}: {was.get(name)} -> {new}" for name, new in inputs.items() if was.get(name) != new]
+    changed += ["predictions.csv: not as this run wrote it"] * bool(before and not is_ours)
     positions = fusions["late"].by_position_
     run = VggRun(folder, rows[~lost], grid, positions, left_out, settings, changed=changed)
     spacing_mm, variant = features.facts["spacing_mm"], settings["variant"]
@@ -596,6 +597,7 @@ def train_vgg_svr(
     model.save(folder / "model")
     for name, columns in TABLES.items():
         write_csv(getattr(run, name)[columns], folder / f"{name}.csv")
+    settings["predictions_sha256"] = digest_predictions(run.predictions[TABLES["predictions"]])
     write_json(settings, folder / "settings.json")
     return run
 

@@ -389,6 +389,11 @@ def test_a_second_run_fits_nothing_and_other_splits_say_what_changed(cohort, fea
     assert not changed.reused
     assert len(changed.changed) == 1
     assert changed.changed[0].startswith("splits:")
+    path = tmp_path / "predictions.csv"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rstrip().rindex(b"\n") + 1])  # the last row taken out
+    mended = train_vgg_svr(features, permuted(cohort, ["test"]), tmp_path, network)
+    assert mended.changed == ["predictions.csv: not as this run wrote it"] and path.read_bytes() == whole
 
 
 @pytest.mark.parametrize("file", ["settings.json", "positions.csv", "model/vgg_svr.safetensors"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,36 @@ def test_other_settings_are_named_and_refused_unless_fresh(tiny, tiny_settings, 
         train(store, splits.assign(age=splits["age"] + 1), tmp_path / "run", tiny_settings)
     changed_place = replace(tiny_settings, precision="fp32", checkpoint_minutes=1.0)
     assert "complete" in train(store, splits, tmp_path / "run", changed_place).notes[0]
+
+
+def test_predictions_edited_by_hand_are_written_anew_without_training(tiny, tiny_settings, tmp_path):
+    train(*tiny, tmp_path / "run", tiny_settings)
+    path, calls = tmp_path / "run" / "predictions.csv", []
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"S029", b"S030", 1))
+    train(*tiny, tmp_path / "run", tiny_settings, on_epoch=calls.append)
+    assert not calls and path.read_bytes() == whole
+
+
+def test_replaced_scan_files_are_named_and_a_run_that_recorded_none_goes_on(tiny, tiny_settings, tmp_path):
+    store, splits = tiny
+    train(store, splits, tmp_path / "run", tiny_settings)
+    store.index["source_sha256"] = "another"
+    with pytest.raises(TrainingRefused, match="scan_files behind the volumes: was"):
+        train(store, splits, tmp_path / "run", tiny_settings)
+    path = tmp_path / "run" / "settings.json"
+    content = read_json(path)
+    del content["identity"]["scan_files"]
+    write_json(content, path)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # they recorded it too
+    assert "complete" in train(store, splits, tmp_path / "run", tiny_settings).notes[0]
+
+
+def test_splits_with_a_subject_in_two_of_them_are_refused(tiny, tiny_settings, tmp_path):
+    store, splits = tiny
+    splits.loc[5, "subject_id"] = splits.loc[0, "subject_id"]
+    with pytest.raises(ValueError, match="1 subjects are in two splits"):
+        train(store, splits, tmp_path / "run", tiny_settings)
 
 
 def test_a_run_older_than_a_setting_goes_on_where_that_is_left_at_its_default(tiny, tiny_settings, tmp_path):
