@@ -570,8 +570,8 @@ def train_vgg_svr(
     """
     folder, inputs = Path(run_folder), _inputs(features, check_splits(splits), network)
     before = read_settings(folder)
-    same = before.get("inputs") == inputs and is_as_written(folder, before)
-    if same and (found := _read_run(folder, before)):
+    is_ours = is_as_written(folder, before)
+    if before.get("inputs") == inputs and is_ours and (found := _read_run(folder, before)):
         return found
     if network.weights_sha256 != features.facts["weights_sha256"]:
         raise ValueError("The features come from other weights than this network's: extract them again.")
