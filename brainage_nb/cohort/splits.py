@@ -116,6 +116,15 @@ def deal_folds(
     return fold
 
 
+def deal_everybody(splits: pd.DataFrame, folds: int) -> pd.DataFrame:
+    """The table with every scan in train and dealt to folds, the test split too: nobody is set aside.
+
+    For models that are judged by cross-validation alone. Dealt by subject and age, always alike.
+    """
+    ages = splits.groupby("subject_id", sort=True)["age"].mean()
+    return splits.assign(split="train", fold=splits["subject_id"].map(deal_folds(ages, folds, seed=0)))
+
+
 def check_splits(
     splits: pd.DataFrame, scans: Iterable[str] | None = None, source: str = "splits.csv"
 ) -> pd.DataFrame:

@@ -180,25 +180,26 @@ class AgeBiasCorrector(_Fitted):
 class ConformalInterval(_Fitted):
     """Split-conformal interval around a predicted age (Vovk 2005; Lei et al. 2018): one width for everybody.
 
-    Half-width: the k-th smallest absolute error of the calibration scans, k = ceil((n + 1) * level); infinite
-    where k > n. With `kind` out-of-fold, each error is that of the one fold's model that had not seen the
-    scan, while the interval stands around the mean of all folds' models. That mean errs no more on average,
-    so the interval tends to hold at least `level`; no theorem promises it. (MAPIE gives the same interval
-    from validation scans, but would train the folds' models again.)
+    Half-width: the least error below which (n + 1) * level of the n calibration subjects lie, each subject's
+    scans sharing one vote; infinite where there are too few. With one scan each, the k-th smallest absolute
+    error, k = ceil((n + 1) * level). With `kind` out-of-fold, each error is that of the one fold's model
+    that had not seen the scan, while the interval stands around the mean of all folds' models. That mean errs
+    no more on average, so the interval tends to hold at least `level`; no theorem promises it. (MAPIE gives
+    the same interval from validation scans, but would train the folds' models again.)
 
     Parameters
     ----------
     level : float
         Share of people whose true age the interval should hold.
-    kind : {"validation", "out-of-fold"}
-        Which scans calibrate it.
+    kind : str
+        Who calibrates it: "validation", "out-of-fold", and whether they also chose the epoch.
 
     Attributes
     ----------
     quantile_ : float
         Half the width, years.
     n_calibration_ : int
-        Scans behind it.
+        Subjects behind it.
     support_ : str
         Why the interval is infinite; empty where it is not.
     """
@@ -212,11 +213,23 @@ class ConformalInterval(_Fitted):
 
     @property
     def title(self) -> str:
-        """Level and kind in words."""
-        return f"{self.level:.0%} conformal interval, calibrated on {self.n_calibration_} {self.kind} scans"
+        """Level, who calibrated it, and what so many subjects can promise (95 %, by chance alone), in
+        words."""
+        from scipy.stats import beta
+
+        n, k = self.n_calibration_, conformal_rank(self.n_calibration_, self.level)
+        words = f"{self.level:.0%} conformal interval, calibrated on {n} subjects ({self.kind})"
+        if k > n:
+            return words
+        low, high = beta.ppf([0.025, 0.975], k, n + 1 - k)
+        return f"{words}; by chance alone it may hold {low:.0%} to {high:.0%} of new people"
 
     def fit(
-        self, predicted: np.ndarray, age: np.ndarray, split: np.ndarray | str | None = None
+        self,
+        predicted: np.ndarray,
+        age: np.ndarray,
+        split: np.ndarray | str | None = None,
+        subject_id: np.ndarray | None = None,
     ) -> ConformalInterval:
         """Calibrate on scans the model did not train on.
 
@@ -226,6 +239,8 @@ class ConformalInterval(_Fitted):
             Years.
         split : array (n,) or str, optional
             Part of each scan; any `test` is refused.
+        subject_id : array (n,), optional
+            Whose scans they are; by default each is another person's.
 
         Raises
         ------
@@ -234,13 +249,14 @@ class ConformalInterval(_Fitted):
         """
         _refuse_test_rows(split)
         error = np.abs(np.asarray(age, dtype=float) - np.asarray(predicted, dtype=float))
-        self.n_calibration_, self.support_ = len(error), ""
-        self.quantile_ = conformal_quantile(error, self.level)
+        subjects = np.arange(len(error)) if subject_id is None else np.asarray(subject_id)
+        self.n_calibration_, self.support_ = len(np.unique(subjects)), ""
+        self.quantile_ = conformal_quantile(error, self.level, subjects)
         if np.isinf(self.quantile_):
             needed = int(np.ceil(self.level / (1 - self.level) - 1e-9))
             self.support_ = (
-                f"{len(error)} calibration scans cannot support a {self.level:.0%} interval (at least "
-                f"{needed} are needed), so it is infinite: nothing is promised. Use more validation "
+                f"{self.n_calibration_} calibration subjects cannot support a {self.level:.0%} interval (at "
+                f"least {needed} are needed), so it is infinite: nothing is promised. Use more validation "
                 "subjects, or folds."
             )
         return self
@@ -304,9 +320,17 @@ def conformal_rank(n: int, level: float) -> int:
     return int(np.ceil((n + 1) * level - 1e-9))
 
 
-def conformal_quantile(error: np.ndarray, level: float = LEVEL) -> float:
-    """The ceil((n + 1) * level)-th smallest error; infinite where there are not that many."""
-    return float(np.sort([*error, np.inf])[min(conformal_rank(len(error), level) - 1, len(error))])
+def conformal_quantile(
+    error: np.ndarray, level: float = LEVEL, subject_id: np.ndarray | None = None
+) -> float:
+    """The least error below which (n + 1) * level of n subjects lie; infinite where there are too few.
+
+    A subject's scans share one vote: two scans of one person are not two people.
+    """
+    people = np.arange(len(error)) if subject_id is None else np.unique(subject_id, return_inverse=True)[1]
+    votes, order = 1 / np.bincount(people)[people], np.argsort(error)
+    enough = np.cumsum(votes[order]) >= conformal_rank(people.max(initial=-1) + 1, level) - 1e-9
+    return float(np.asarray(error)[order][enough.argmax()]) if enough.any() else np.inf
 
 
 def coverage(age: np.ndarray, low: np.ndarray, high: np.ndarray) -> pd.DataFrame:

@@ -24,8 +24,10 @@ from brainage_nb.evaluation.correction import (
 )
 from brainage_nb.evaluation.external import ExternalEvaluation
 from brainage_nb.evaluation.runs import (
+    OUT_OF_FOLD,
     Run,
     RunEvaluation,
+    add_gaps,
     add_truth,
     calibrate,
     check_known_answers,
@@ -161,13 +163,14 @@ def evaluate_run(
     **bootstrap: int,
 ) -> RunEvaluation:
     """Evaluate one run; see `evaluate_runs` for the parameters."""
-    if not len(run.part("test")):
+    if not len(run.part(run.judged_on)):
         raise EvaluationError(
-            f"{run.name} has no test predictions, so there is nothing to evaluate honestly."
+            f"{run.name} has no test predictions and none out of fold, so there is nothing to evaluate "
+            "honestly. Train it on more subjects, or with final = True."
         )
     calibration = calibrate(run, level)
-    corrector, rows = calibration.corrector, calibration.add_gaps(run.predictions)
-    test, options = rows[rows["split"] == "test"], {"reference_age": run.reference_age} | bootstrap
+    corrector, rows = calibration.corrector, add_gaps(run, calibration, level)
+    test, options = rows.loc[run.part(run.judged_on).index], {"reference_age": run.reference_age} | bootstrap
 
     def measure(column: str) -> dict[str, metrics.Metrics]:
         parts = {split: rows.loc[run.part(split).index] for split in run.splits()}
@@ -193,6 +196,7 @@ def evaluate_run(
 
 def _bias_before_and_after(run: Run, corrector: AgeBiasCorrector) -> pd.DataFrame:
     parts = {f"{run.calibrated_on} (fitted on)": run.calibration_rows(), "test": run.part("test")}
+    parts = {name: part for name, part in parts.items() if len(part)}
     tables = {name: corrector.summary(part["predicted_age"], part["age"]) for name, part in parts.items()}
     return pd.concat(tables, names=["split", "kind"]).reset_index()
 
@@ -269,9 +273,9 @@ def compare_runs(found: dict[str, RunEvaluation], **bootstrap: int) -> pd.DataFr
     """
     rows, pairs = [], [*((name, "mean predictor") for name in found), *combinations(found, 2)]
     for a, b in pairs:
-        both = found[a].test.assign(other=found[a].run.reference_age)
+        both = found[a].judged.assign(other=found[a].run.reference_age)
         if b in found:
-            other = found[b].test.set_index("scan_id")["predicted_age"]
+            other = found[b].judged.set_index("scan_id")["predicted_age"]
             both = both.assign(other=both["scan_id"].map(other)).dropna(subset=["other"])
         if len(both):
             ages = (both[name] for name in ("age", "predicted_age", "other", "subject_id"))
@@ -279,16 +283,18 @@ def compare_runs(found: dict[str, RunEvaluation], **bootstrap: int) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
-def headline_table(results: dict[str, Any], split: str = "test") -> pd.DataFrame:
-    """The raw figures of one split as text, one row per run: `7.10 [6.20, 8.00]`, each MAE beside the mean
-    predictor's."""
-    rows = {
-        name: metrics.flat(parts[split])
-        for name, parts in results.items()
-        if not name.startswith("_") and split in parts
+def headline_table(results: dict[str, Any]) -> pd.DataFrame:
+    """The raw figures that judge, one row per run: `7.10 [6.20, 8.00]`, each MAE beside the mean predictor's.
+
+    On test; out of fold, and named so, where everybody taught.
+    """
+    runs = {name: parts for name, parts in results.items() if not name.startswith("_")}
+    judged = {f"{name}, test": parts["test"] for name, parts in runs.items() if "test" in parts}
+    judged |= {
+        f"{name}, out of fold": parts[OUT_OF_FOLD] for name, parts in runs.items() if "test" not in parts
     }
-    table = metrics.text_table(rows.values(), ("n", "n_subjects", *HEADLINE))
-    return table.set_axis(list(rows)).rename_axis(f"run, {split}")
+    table = metrics.text_table(map(metrics.flat, judged.values()), ("n", "n_subjects", *HEADLINE))
+    return table.set_axis(list(judged)).rename_axis("run")
 
 
 # --- what a reader must be told first -----------------------------------------------------------------------
@@ -310,18 +316,18 @@ def find_cautions(
 
 def _of_figures(one: RunEvaluation, difference: pd.Series) -> list[str | bool]:
     """Sentences, and something false in place of each that does not hold."""
-    test, bias = one.metrics["test"], one.metrics["test"]["gap_age_r"]
-    chosen_on_val = one.run.settings.get("settings", {}).get("keep", "best") == "best"
+    test, bias, words = one.figures, one.figures["gap_age_r"], one.judged_words
     return [
         not difference["high"] < 0
         and "not shown to be better than predicting the mean training age for everyone (MAE difference in "
         f"years, with its 95 % interval where there is one: {metrics.with_interval(difference)}).",
         test["n_subjects"] < FEW_TEST_SUBJECTS
-        and f"only {test['n_subjects']} test subjects, so every figure is uncertain; read the intervals.",
+        and f"only {test['n_subjects']} subjects judge ({words}), so every figure is uncertain; read the "
+        "intervals.",
         (bias["high"] < 0 or bias["low"] > 0)
-        and f"the raw gap depends on age (r {metrics.with_interval(bias)} on test): do not compare raw gaps "
+        and f"the raw gap depends on age (r {metrics.with_interval(bias)}, {words}): do not compare raw gaps "
         "between people or groups of different age.",
-        (not one.run.folds and "val_mae" in one.run.history and chosen_on_val)
+        one.run.chose_epoch
         and "validation figures are a little too good, since the best epoch was chosen on them; quote test.",
     ]
 
@@ -341,9 +347,10 @@ def _of_calibration(one: RunEvaluation) -> Iterator[str]:
     k, inside = conformal_rank(n, level), round(row["coverage"] * row["n"])
     if k <= n and stats.betabinom.cdf(inside, row["n"], k, n + 1 - k) < 0.025:
         yield (
-            f"prediction intervals hold {row['coverage']:.0%} of the test ages [{row['coverage_low']:.0%}, "
-            f"{row['coverage_high']:.0%}], fewer than the {level:.0%} they promise and than chance explains: "
-            "calibration and test subjects differ."
+            f"prediction intervals hold {row['coverage']:.0%} of the true ages ({one.judged_words}) "
+            f"[{row['coverage_low']:.0%}, {row['coverage_high']:.0%}], fewer than the {level:.0%} they "
+            "promise and than chance explains: "
+            "calibration subjects and those who judge differ."
         )
 
 
@@ -381,7 +388,7 @@ def _of_workspace(
             "The runs were trained on differently preprocessed volumes; differences between them may come "
             "from that."
         )
-    if len({frozenset(one.test["scan_id"]) for one in found.values()}) > 1:
+    if len({frozenset(one.judged["scan_id"]) for one in found.values()}) > 1:
         yield "The runs were tested on different scans; compare them only by the paired differences below."
     kept = True if cleaning is None else cleaning["kept"].astype(str).str.lower().isin(["true", "1"]).mean()
     if kept < 0.8:

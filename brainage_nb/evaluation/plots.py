@@ -255,10 +255,10 @@ def draw_external(name: str, found: ExternalEvaluation) -> ReportFigure:
 
 
 def _draw_models(runs: dict[str, RunEvaluation]) -> Figure:
-    """MAE on test with 95 % subject bootstrap, and the mean predictor's on the same scans. Further left is
-    better."""
-    table = pd.DataFrame([flat(found.metrics["test"]) for found in runs.values()])
-    labels = ("Error of each model on its test scans, raw", "MAE [years]")
+    """MAE on the scans that judge with 95 % subject bootstrap, and the mean predictor's on the same scans.
+    Further left is better."""
+    table = pd.DataFrame([flat(found.figures) for found in runs.values()])
+    labels = ("Error of each model on the scans that judge it, raw", "MAE [years]")
     return _draw_table(table, "mae", pd.Series(list(runs)), labels=labels, reference="mean_predictor_mae")
 
 
@@ -293,15 +293,15 @@ def _draw_training(found: RunEvaluation) -> Figure | None:
 
 
 def _draw_predicted(found: RunEvaluation) -> Figure | None:
-    """Raw predicted age of test scans against true age. Dots on the black line are right; the dashed line is
+    """Raw predicted age against true age. Dots on the black line are right; the dashed line is
     what predicting the mean training age for everyone gives."""
-    rows, interval = found.test, found.calibration.interval
+    rows, interval = found.judged, found.calibration.interval
     figure, ax = drawing.new_figure(width=5.0, height=5.2)
     draw_predicted_vs_true(
         rows["age"],
         rows["predicted_age"],
-        found.metrics["test"],
-        name="test, raw",
+        found.figures,
+        name=f"{found.judged_words}, raw",
         reference_age=found.run.reference_age,
         interval=(rows["low"], rows["high"]),
         level=interval.level if interval else 0.0,
@@ -311,17 +311,17 @@ def _draw_predicted(found: RunEvaluation) -> Figure | None:
 
 
 def _draw_correction(found: RunEvaluation) -> Figure | None:
-    """Left, the line of the correction on the points that it was fitted on; right, test scans after the
-    correction that needs no true age, with the line through them. The nearer red is to black, the less age
-    bias there is."""
+    """Left, the line of the correction on the points that it was fitted on; right, the scans that judge,
+    after the correction that needs no true age, with the line through them. The nearer red is to black, the
+    less age bias there is."""
     corrector = found.calibration.corrector
     if corrector is None:
         return None
-    rows, test = found.run.calibration_rows(), found.test
+    rows, test = found.run.calibration_rows(), found.judged
     line = (corrector.intercept_, corrector.slope_)
     titles = (
         f"fitted on {found.run.calibrated_on} controls, n = {len(rows)} scans",
-        f"test, corrected without true age, n = {len(test)} scans",
+        f"{found.judged_words}, corrected without true age, n = {len(test)} scans",
     )
     axes = (TRUE_AGE, "predicted age [years]"), (TRUE_AGE, "corrected age [years]")
     panels = [
@@ -333,11 +333,11 @@ def _draw_correction(found: RunEvaluation) -> Figure | None:
 
 
 def _draw_gaps(found: RunEvaluation) -> Figure | None:
-    """Predicted minus true age of test scans against true age. A sloping red line is age bias of the model.
+    """Predicted minus true age against true age. A sloping red line is age bias of the model.
     Where the correction was refused, only the raw gap is shown."""
-    age, corrected, panels = found.test["age"], found.calibration.corrector is not None, []
+    age, corrected, panels = found.judged["age"], found.calibration.corrector is not None, []
     for column, title, colour in GAPS if corrected else GAPS[:1]:
-        gap = found.test[column]
+        gap = found.judged[column]
         bias = with_interval(regression_metrics(age, age + gap, n_bootstrap=0)["gap_age_r"])
         labels = (f"{title}\nr with age {bias}, n = {len(gap)}", TRUE_AGE, "gap [years]")
         panels.append({"x": age, "y": gap, "labels": labels, "colour": colour, "zero": True})
@@ -350,7 +350,7 @@ def _draw_gaps(found: RunEvaluation) -> Figure | None:
 
 
 def _draw_intervals(found: RunEvaluation) -> Figure | None:
-    """The share of test scans whose true age lies in its interval, by age, with the uncertainty of that
+    """The share of scans whose true age lies in its interval, by age, with the uncertainty of that
     share. The line is the share that was promised."""
     interval, table = found.calibration.interval, found.coverage
     if interval is None or interval.support_:
@@ -360,14 +360,14 @@ def _draw_intervals(found: RunEvaluation) -> Figure | None:
 
 
 def _draw_groups(found: RunEvaluation) -> Figure | None:
-    """Raw error within groups of test scans, 95 % subject bootstrap; n counts scans."""
+    """Raw error within groups, 95 % subject bootstrap; n counts scans."""
     names = found.groups["by"].replace("age_bin", "age") + " " + found.groups["group"]
-    labels = ("Raw MAE on test by group", "MAE [years]")
+    labels = ("Raw MAE by group", "MAE [years]")
     return _draw_table(found.groups, "mae", names, labels=labels, reference="mean_predictor_mae")
 
 
 def _draw_diagnosis(found: RunEvaluation) -> Figure | None:
-    """Mean gap of each diagnosis minus that of controls, test subjects, 95 % interval."""
+    """Mean gap of each diagnosis minus that of controls, 95 % interval."""
     table = found.diagnosis
     if table.empty:
         return None
@@ -378,7 +378,7 @@ def _draw_diagnosis(found: RunEvaluation) -> Figure | None:
 
 
 def _draw_planted(found: RunEvaluation) -> Figure | None:
-    """The gap that was planted in each test scan against the gap the model found. Black: found as planted;
+    """The gap that was planted in each scan against the gap the model found. Black: found as planted;
     red: straight line through the dots."""
     panels, planted = [], found.planted
     for row in found.known.get("recovered", ()):

@@ -41,7 +41,7 @@ KNOWN_WORDS = {
     "oracle": "oracle: knows the planted brain age",
 }
 KNOWN_COLUMNS = (
-    "who predicts", "MAE on test [years]", "MAE on the whole cohort, as in notebook 01 [years]",
+    "who predicts", "MAE on the judging scans [years]", "MAE on the whole cohort, as in notebook 01 [years]",
 )  # fmt: skip
 PACKAGES = (
     "brainage-nb", "torch", "monai", "numpy", "pandas", "scikit-learn", "scipy", "statsmodels", "matplotlib",
@@ -101,7 +101,7 @@ def other_splits(evaluation: Evaluation) -> pd.DataFrame:
         for name, found in evaluation.runs.items()
         for split, figures in found.metrics.items()
         # With folds, train and validation rows are out-of-fold too: one row says all of it.
-        if split != "test" and (split == OUT_OF_FOLD or not found.run.folds)
+        if split != found.run.judged_on and (split == OUT_OF_FOLD or not found.run.folds)
     ]
     return text_table(rows, ("run", "split", "n", "mae", "mean_predictor_mae", "r", "gap_age_r"))
 
@@ -113,7 +113,7 @@ def comparison_table(evaluation: Evaluation) -> pd.DataFrame:
     reads = np.select([rows["high"] < 0, rows["low"] > 0], nearer, "no difference shown")
     rows = rows.assign(compared=rows["a"] + " minus " + rows["b"], reads=reads).to_dict("records")
     table = text_table(rows, ("compared", "value", "n", "reads"))
-    return table.rename(columns={"value": "MAE difference [years]", "scans": "test scans"})
+    return table.rename(columns={"value": "MAE difference [years]", "scans": "shared scans"})
 
 
 def known_tables(evaluation: Evaluation) -> dict[str, dict[str, pd.DataFrame]]:
@@ -122,7 +122,7 @@ def known_tables(evaluation: Evaluation) -> dict[str, dict[str, pd.DataFrame]]:
     tables = {}
     for name, found in evaluation.runs.items():
         if known := found.known:
-            errors = known["mae"] | {"mean": found.metrics["test"]["mean_predictor_mae"]}
+            errors = known["mae"] | {"mean": found.figures["mean_predictor_mae"]}
             shown = [who for who in KNOWN_WORDS if who in errors]
             parts = [errors, known["mae_whole_cohort"]]
             cells = [[with_interval(part[who]) if who in part else "–" for part in parts] for who in shown]
@@ -232,7 +232,7 @@ def write_report(
 
 
 def _report_html(evaluation: Evaluation, figures: list[tuple[ReportFigure, str]], title: str) -> str:
-    headline = headline_table(evaluation.results).T.rename_axis(index="test, raw", columns=None)
+    headline = headline_table(evaluation.results).T.rename_axis(index="raw", columns=None)
     template = load_templates().get_template("report.html.j2")
     return template.render(
         title=title,
@@ -263,7 +263,7 @@ def model_card(evaluation: Evaluation, run: str = "") -> str:
 
 def _card_content(evaluation: Evaluation, name: str) -> dict[str, Any]:
     found, cohort = evaluation.runs[name], evaluation.workspace.read("cohort.csv")
-    figures = text_table([flat(found.metrics["test"])], HEADLINE).T.reset_index()
+    figures = text_table([flat(found.figures)], HEADLINE).T.reset_index()
     return {
         "name": name,
         "when": datetime.now(UTC).strftime("%Y-%m-%d"),

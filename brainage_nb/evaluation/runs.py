@@ -7,7 +7,7 @@ import hashlib
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ KEYS = ["scan_id", "subject_id", "session_id", "split"]
 COLUMNS = [*KEYS, "fold", "seed", "variant", "age", "predicted_age"]  # of predictions.csv
 PREDICTED = (-100.0, 250.0)  # years; a number beyond is a mistake in the file, however bad the model
 OUT_OF_FOLD = "out_of_fold"
+CHOSE = ", who also chose the epoch"
 RECOVERED_KINDS = {
     "raw gap": "gap",
     "gap of the age-free corrected prediction": "corrected_gap",
@@ -67,9 +68,20 @@ class Run:
         return metrics.has_folds(self.predictions)
 
     @property
+    def judged_on(self) -> str:
+        """The part that the run is judged by: `test`, or `out_of_fold` where everybody taught."""
+        return "test" if len(self.part("test")) else OUT_OF_FOLD
+
+    @property
     def calibrated_on(self) -> str:
         """Which scans may calibrate, in words."""
         return "out-of-fold" if self.folds else "validation"
+
+    @property
+    def chose_epoch(self) -> bool:
+        """Whether those who calibrate also chose the epoch that was kept."""
+        keep = self.settings.get("settings", {}).get("keep", "last")
+        return keep == "best" and not self.folds and "val_mae" in self.history
 
     @property
     def reference_age(self) -> float:
@@ -110,16 +122,16 @@ class RunEvaluation:
         split -> figures (`regression_metrics`) of the raw and, kept apart, of the age-free corrected
         prediction (empty where the correction was refused).
     bias : DataFrame
-        Slope and gap-age r before and after, on calibration and test scans.
+        Slope and gap-age r before and after, on calibration and judging scans.
     coverage : DataFrame
-        Of that interval on test, by age bin.
+        Of that interval on the scans that judge, by age bin.
     groups, diagnosis : DataFrame
-        Test figures by age bin, sex, site and diagnosis; gap differences between diagnoses (empty without
-        them).
+        Figures of the judging scans by age bin, sex, site and diagnosis; gap differences between diagnoses
+        (empty without them).
     known : dict
         Known-answer checks (`check_known_answers`); empty where no truth was planted.
     planted : DataFrame
-        The test rows behind them.
+        The judging rows behind them.
     """
 
     run: Run
@@ -135,9 +147,19 @@ class RunEvaluation:
     planted: pd.DataFrame
 
     @property
-    def test(self) -> pd.DataFrame:
-        """The rows of test scans."""
-        return self.rows[self.rows["split"] == "test"]
+    def judged(self) -> pd.DataFrame:
+        """The rows that the run is judged by (`Run.judged_on`)."""
+        return self.rows.loc[self.run.part(self.run.judged_on).index]
+
+    @property
+    def figures(self) -> metrics.Metrics:
+        """Raw figures of those rows."""
+        return self.metrics[self.run.judged_on]
+
+    @property
+    def judged_words(self) -> str:
+        """Those scans in words, for a title."""
+        return "test" if self.run.judged_on == "test" else "out of fold"
 
 
 def read_run(ws: Workspace, name: str) -> Run:
@@ -159,7 +181,10 @@ def read_run(ws: Workspace, name: str) -> Run:
             "training notebook (04 or 05) again, with the same parameters; it writes the table anew."
         )
     rows = check_splits(headline_rows(members, settings.get("variant", ""), source), source=source)
-    _compare(rows, read_splits(ws), source)
+    splits = read_splits(ws)
+    if settings.get("final"):
+        splits = splits.assign(split="train", fold=-1)  # training dealt everybody to folds
+    _compare(rows, splits, source)
     cohort = ws.read("cohort.csv")
     cohort["control"] = judge_controls(cohort)
     about = cohort.filter(["scan_id", "sex", "site", "diagnosis", "source", "control"])
@@ -351,9 +376,25 @@ def calibrate(run: Run, level: float = LEVEL) -> Calibration:
     except CorrectionRefused as refused:
         reason = str(refused)
     if len(everybody):
-        interval = ConformalInterval(level, run.calibrated_on)
-        interval.fit(*(everybody[name] for name in ("predicted_age", "age", "split")))
+        interval = ConformalInterval(level, run.calibrated_on + CHOSE * run.chose_epoch)
+        interval.fit(*(everybody[name] for name in ("predicted_age", "age", "split", "subject_id")))
     return Calibration(corrector, reason, interval)
+
+
+def add_gaps(run: Run, calibration: Calibration, level: float = LEVEL) -> pd.DataFrame:
+    """The run's rows with gaps, corrected ages and intervals (`Calibration.add_gaps`).
+
+    Where the run is judged out of fold, each fold's rows are corrected by what the other folds say, since the
+    calibration of the bundle has seen them all.
+    """
+    if run.judged_on == "test":
+        return calibration.add_gaps(run.predictions)
+    rows = run.predictions
+    parts = []
+    for fold, held_out in rows.groupby("fold"):
+        others = replace(run, predictions=rows[rows["fold"] != fold])
+        parts.append(calibrate(others, level).add_gaps(held_out))
+    return pd.concat(parts).loc[rows.index]
 
 
 # --- known answers: only meaningful where the truth was planted; nothing here is accuracy on people ------

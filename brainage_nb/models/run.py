@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from brainage_nb.cohort.splits import check_splits
+from brainage_nb.cohort.splits import check_splits, deal_everybody
 from brainage_nb.evaluation.runs import digest_predictions, is_as_written
 from brainage_nb.models.compute import check_disk, choose_device, choose_precision
 from brainage_nb.models.fit import HISTORY, Trainer, VolumeDataset
@@ -65,6 +65,8 @@ class Job:
         self.settings = replace(settings, loss="own") if loss is not None else settings
         self._check_own()
         self.scans = _select_scans(check_splits(splits), store)
+        if self.settings.final:
+            self.scans = deal_everybody(self.scans, self.settings.folds)
         self.members = list_members(self.scans, self.settings)
         self.own = {"network": _name_of(network), "loss": _name_of(loss)}
         self.identity = self.settings.identity() | {
@@ -216,6 +218,7 @@ class Job:
             "fingerprint": self.store.fingerprint,
             "preprocessing": self.store.settings.to_json(),
             "recipe": self.settings.recipe,
+            "final": self.settings.final,
             "own": self.own,
             "seen_before": list_training_people(self.settings.init_from),
             "settings": self.settings.to_json(),

@@ -28,6 +28,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "reference": {"loss": "huber", "keep": "best", "inner_fraction": 0.15, "linear": False},
     "best": {"loss": "distribution", "keep": "last", "inner_fraction": 0.0, "linear": True},
 }
+FINAL_FOLDS = 5
 COLUMNS = [
     "scan_id", "subject_id", "session_id", "split", "fold",
     "seed", "variant", "age", "predicted_age",
@@ -86,6 +87,9 @@ class TrainingSettings:
         One model for each seed; several are an ensemble.
     folds : int
         Cross-validation folds over train and validation; 0 for none.
+    final : bool
+        Everybody teaches: the folds (5 unless `folds` is set) go over all subjects, the test split too, and
+        their models are used together. Such a run is judged out of fold, everybody once.
     inner_fraction : float
         With folds, the share of each fold's training subjects that chooses the best epoch. 0 with
         `keep="last"`: all are trained on, and the held-out fold is only watched.
@@ -120,6 +124,7 @@ class TrainingSettings:
     init_from: str = ""
     seeds: tuple[int, ...] = (0,)
     folds: int = 0
+    final: bool = False
     inner_fraction: float = 0.15
     precision: str = "auto"
     device: str = "auto"
@@ -130,6 +135,8 @@ class TrainingSettings:
 
     def __post_init__(self):
         check_fields(self)  # JSON brings lists
+        if self.final and not self.folds:
+            object.__setattr__(self, "folds", FINAL_FOLDS)
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
         share = 0 <= self.inner_fraction < 1 and (self.inner_fraction > 0 or self.keep == "last")
         checks = [

@@ -23,10 +23,10 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVR
 
-from brainage_nb.cohort.splits import check_splits
+from brainage_nb.cohort.splits import check_splits, deal_everybody
 from brainage_nb.evaluation.metrics import mean_training_age, regression_metrics
 from brainage_nb.evaluation.runs import digest_predictions, is_as_written
-from brainage_nb.models.settings import COLUMNS, load_table, read_settings
+from brainage_nb.models.settings import COLUMNS, FINAL_FOLDS, load_table, read_settings
 from brainage_nb.models.vgg16 import (
     SLICES,
     Features,
@@ -543,7 +543,12 @@ class VggRun:
 
 
 def train_vgg_svr(
-    features: Features, splits: pd.DataFrame, run_folder: Path | str, network: Vgg16Features
+    features: Features,
+    splits: pd.DataFrame,
+    run_folder: Path | str,
+    network: Vgg16Features,
+    *,
+    final: bool = False,
 ) -> VggRun:
     """Fit both fusions on training subjects, predict every scan, write the run.
 
@@ -562,13 +567,16 @@ def train_vgg_svr(
         model/. A run with equal settings is read, not fitted again.
     network : Vgg16Features
         The one the features were extracted with.
+    final : bool
+        Everybody teaches, the test split too (`deal_everybody`); the run is judged out of fold.
 
     Examples
     --------
     >>> run = train_vgg_svr(features, splits, ws.run("vgg16_svr"), network)
     >>> run.accuracy("test")["late"]["mae"]
     """
-    folder, inputs = Path(run_folder), _inputs(features, check_splits(splits), network)
+    splits = deal_everybody(check_splits(splits), FINAL_FOLDS) if final else check_splits(splits)
+    folder, inputs = Path(run_folder), _inputs(features, splits, network)
     before = read_settings(folder)
     is_ours = is_as_written(folder, before)
     if before.get("inputs") == inputs and is_ours and (found := _read_run(folder, before)):
@@ -583,6 +591,7 @@ def train_vgg_svr(
     settings = _settings(features, network, fusions, inputs) | {
         "n_scans": {name: int(n) for name, n in scans["split"].value_counts().items()},
         "n_left_out": int(left_out["scan_id"].nunique()),
+        "final": final,
     }
     grid = pd.concat([fusion.grid_.assign(variant=name) for name, fusion in fusions.items()])
     was = before.get("inputs", inputs)
@@ -593,7 +602,6 @@ def train_vgg_svr(
     spacing_mm, variant = features.facts["spacing_mm"], settings["variant"]
     model = VggSvr(*fusions.values(), network, features.settings, spacing_mm, variant, settings)
     (folder / "settings.json").unlink(missing_ok=True)  # comes last: it is the sign that the rest is whole
-    settings["predictions_sha256"] = digest_predictions(run.predictions)
     model.save(folder / "model")
     for name, columns in TABLES.items():
         write_csv(getattr(run, name)[columns], folder / f"{name}.csv")

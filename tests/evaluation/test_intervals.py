@@ -63,6 +63,19 @@ def test_nine_of_ten_unseen_ages_lie_inside():
     assert np.mean(inside) == pytest.approx(0.9, abs=0.025)
 
 
+@pytest.mark.parametrize("n_subjects", [20, 100])
+def test_two_scans_of_a_person_are_one_vote(n_subjects):
+    rng, inside = np.random.default_rng(3), []
+    for _ in range(400):
+        errors = np.repeat(rng.normal(0, 5, n_subjects), 2) + rng.normal(0, 0.5, 2 * n_subjects)
+        people = np.repeat(np.arange(n_subjects), 2)
+        interval = ConformalInterval(0.9).fit(errors, np.zeros(2 * n_subjects), "val", people)
+        new = rng.normal(0, 5, 50) + rng.normal(0, 0.5, 50)
+        inside.append((np.abs(new) <= interval.quantile_).mean())
+    assert interval.n_calibration_ == n_subjects
+    assert np.mean(inside) == pytest.approx(0.9, abs=0.02)
+
+
 def test_too_few_subjects_give_an_infinite_interval_that_says_so():
     rng = np.random.default_rng(5)
     assert conformal_quantile(np.ones(18), 0.95) == np.inf
@@ -83,7 +96,11 @@ def test_an_interval_survives_json(n):
     again = ConformalInterval.from_dict(json.loads(json.dumps(interval.to_dict(), allow_nan=False)))
     new = np.array([30.0, 70.0])
     assert np.array_equal(again.predict(new), interval.predict(new))
-    assert again.title == f"80% conformal interval, calibrated on {n} out-of-fold scans"
+    reach = {5: "48% to 100%", 50: "68% to 90%"}[n]
+    assert again.title == (
+        f"80% conformal interval, calibrated on {n} subjects (out-of-fold); by chance alone it may hold "
+        f"{reach} of new people"
+    )
 
 
 def test_an_interval_of_the_first_release_is_read():
