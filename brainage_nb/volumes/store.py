@@ -557,17 +557,16 @@ def build_store(
     }
     mirror = StoreMirror(home, scratch) if scratch else None
     writer = StoreWriter(mirror.fetch() if mirror else home, settings.size, mirror)
-    todo = [scan for scan in paths if not writer.has(scan, paths[scan])]
+    todo = {scan: path for scan, path in paths.items() if not writer.has(scan, path)}
     notes += _say_repairs(writer, todo)
-    with _preprocessed([paths[scan] for scan in todo], settings, n_workers(n_jobs), cluster) as results:
+    with _preprocessed(list(todo.values()), settings, n_workers(n_jobs), cluster) as results:
         failed, masks = _fill(writer, todo, results)
     new, present = len(todo) - len(failed), len(paths) - len(todo)
     made = f"{settings.fingerprint}: {new} volumes made, {present} were there, {len(failed)} failed."
     notes = [made, *notes, _say_changes(Path(folder), settings)]
     notes += [f"Masks beside {len(masks)} scans were not taken, such as {masks[0]}"] if masks else []
     write_text(settings.fingerprint + "\n", Path(folder) / "current")
-    rows = [(scan, str(paths[scan]), code, reason) for scan, code, reason in failed]
-    table = pd.DataFrame(rows, columns=FAILED_COLUMNS)
+    table = pd.DataFrame(failed, columns=FAILED_COLUMNS)
     return StoreReport(VolumeStore(writer.folder), table, new, present, " ".join(filter(None, notes)))
 
 
@@ -586,7 +585,7 @@ def _claim(home: Path, settings: PreprocessingSettings) -> str:
     return note
 
 
-def _say_repairs(writer: StoreWriter, todo: list[str]) -> list[str]:
+def _say_repairs(writer: StoreWriter, todo: Iterable[str]) -> list[str]:
     """Sentences on the volumes that were there and are made again."""
     sentences = {
         "index.csv was damaged": [writer.lost] if writer.lost else [],
@@ -597,12 +596,8 @@ def _say_repairs(writer: StoreWriter, todo: list[str]) -> list[str]:
     return [f"{what}: {_name_some(which)}." for what, which in sentences.items() if which]
 
 
-def _fill(
-    writer: StoreWriter, todo: list[str], results: Iterable
-) -> tuple[list[tuple[str, str, str]], list[str]]:
-    """Write what was preprocessed, in the table's order; give (scan_id, code, reason) of what failed, and the
-    notes on the others.
-    """
+def _fill(writer: StoreWriter, todo: dict[str, Path], results: Iterable) -> tuple[list[tuple], list[str]]:
+    """Write what was preprocessed, in the table's order; give rows of `FAILED_COLUMNS` and notes."""
     from tqdm import tqdm
 
     failed, notes = [], []
@@ -612,7 +607,7 @@ def _fill(
             if isinstance(result, ClusterError):
                 result = ScanError("lost", f"Not preprocessed: {result}. Run this again.")
             if isinstance(result, ScanError):
-                failed.append((scan, result.code, result.sentence))
+                failed.append((scan, str(todo[scan]), result.code, result.sentence))
                 writer.drop(scan)
                 continue
             *row, note = result
