@@ -24,9 +24,7 @@ from brainage_nb.volumes.store import INDEX_COLUMNS, SHARD_BYTES, VolumeStore, s
 from brainage_nb.workspace import write_csv, write_json
 
 BAR, SIZE = 1.2, 48
-SETTINGS = TrainingSettings(
-    epochs=1, batch_size=8, widths=(4, 4, 8, 8), blocks=(1, 1, 1, 1), device="cpu", resident_share=0.0
-)
+SETTINGS = TrainingSettings(epochs=1, batch_size=8, widths=(4, 4, 8, 8), blocks=(1, 1, 1, 1), device="cpu")
 
 
 def sparse_store(folder: Path, n: int) -> tuple[VolumeStore, pd.DataFrame]:

@@ -46,7 +46,7 @@ LABEL_SD = 3.0  # years, of the curve around a true age that a distribution is t
 WARMUP_EPOCHS = 5  # of linear rise before the cosine; at most a fifth of all epochs
 GRADIENT_CLIP = 20.0  # largest norm
 PRECISE_SCANS = 64  # enough for BatchNorm's means
-AHEAD = 2  # batches read before they are asked for
+AHEAD = 3  # batches read before they are asked for
 HISTORY = [
     "fold", "seed", "epoch", "train_loss", "train_mae",
     "val_loss", "val_mae", "learning_rate", "gradient_norm", "seconds",
@@ -61,14 +61,17 @@ class VolumeDataset(torch.utils.data.Dataset):
     store : VolumeStore
     scans : DataFrame
         `scan_id, age` (years); item k is row k.
+    device : torch.device or str
+        Where `batches` brings them.
 
     >>> volume, age = VolumeDataset(store, splits)[0]  # doctest: +SKIP
     >>> volume.shape, volume.dtype  # (channel, right, anterior, superior)
     (torch.Size([1, 96, 96, 96]), torch.float32)
     """
 
-    def __init__(self, store: VolumeStore, scans: pd.DataFrame):
+    def __init__(self, store: VolumeStore, scans: pd.DataFrame, device: torch.device | str = "cpu"):
         self.size, self.spacing_mm, self._shards = store.size, store.spacing_mm, store.shards
+        self.device = torch.device(device)
         self._places = np.stack(store.locate(list(scans["scan_id"])), axis=1)
         self._age = scans["age"].to_numpy(np.float32)
 
@@ -78,57 +81,26 @@ class VolumeDataset(torch.utils.data.Dataset):
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         return self.read([row])[0].float(), torch.tensor(self._age[row])
 
-    def read(self, rows: Sequence[int] | np.ndarray, *, pin: bool = False) -> Tensor:
-        """Several volumes, float16 (n, 1, size, size, size), in memory."""
-        batch = torch.empty((len(rows), 1, *(self.size,) * 3), dtype=torch.float16, pin_memory=pin)
+    def read(self, rows: Sequence[int] | np.ndarray) -> Tensor:
+        """Several volumes, float16 (n, 1, size, size, size), in memory, pinned for a GPU."""
+        shape, pin = (len(rows), 1, *(self.size,) * 3), self.device.type == "cuda"
+        batch = torch.empty(shape, dtype=torch.float16, pin_memory=pin)
         for target, (shard, place) in zip(batch.numpy(), self._places[rows], strict=True):
             target[0] = self._shards[shard][place]
         return batch
 
+    def batches(self, wanted: Sequence[np.ndarray]) -> Iterator[Tensor]:
+        """Float32 batches (n, 1, size, size, size) on the device, one for each array of n positions.
 
-class DeviceVolumes(VolumeDataset):
-    """Volumes in batches on a device, held there where they fit, else read ahead; the same values.
-
-    Parameters
-    ----------
-    store, scans
-        As for `VolumeDataset`.
-    device : torch.device
-    share : float
-        Largest share of the device's free memory to take, 0 to 1; 0 always streams.
-    """
-
-    def __init__(self, store: VolumeStore, scans: pd.DataFrame, device: torch.device, share: float):
-        super().__init__(store, scans)
-        self.device, shape = device, (len(self), 1, *(self.size,) * 3)
-        self.where = "resident" if 2 * math.prod(shape) <= share * free_memory(device) else "streamed"
-        if self.where == "resident":
-            self._held = torch.empty(shape, dtype=torch.float16, device=device)
-            for row, held in enumerate(self._held):
-                held.copy_(self.read([row])[0])
-
-    def batches(self, wanted: Iterable[np.ndarray]) -> Iterator[Tensor]:
-        """Float32 batches (n, 1, size, size, size), one for each array of n positions."""
-        if self.where == "resident":
-            for rows in wanted:
-                yield self._held[torch.as_tensor(rows, device=self.device)].float()
-            return
+        They are read ahead, while the device computes.
+        """
         with ThreadPoolExecutor(1, thread_name_prefix="volumes") as reader:
-            waiting: deque = deque()
-            for rows in (*wanted, *[None] * AHEAD):  # at the end what was read ahead is left
-                if rows is not None:
-                    waiting.append(reader.submit(self.read, rows, pin=self.device.type == "cuda"))
-                if len(waiting) > AHEAD or (rows is None and waiting):
-                    yield waiting.popleft().result().to(self.device, non_blocking=True).float()
-
-
-def free_memory(device: torch.device) -> int:
-    """Free memory of the device in bytes (of the system for the CPU)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
+            waiting = deque(reader.submit(self.read, rows) for rows in wanted[:AHEAD])
+            for following in [*wanted[AHEAD:], *[None] * len(waiting)]:
+                batch = waiting.popleft().result()
+                if following is not None:
+                    waiting.append(reader.submit(self.read, following))
+                yield batch.to(self.device, non_blocking=True).float()
 
 
 def huber_loss(predicted: Tensor, age: Tensor) -> Tensor:
@@ -220,7 +192,7 @@ class Trainer:
 
     Parameters
     ----------
-    volumes : DeviceVolumes
+    volumes : VolumeDataset
         By row position in `scans`.
     scans : DataFrame
         `scan_id, subject_id, session_id, split, age`.
@@ -240,7 +212,7 @@ class Trainer:
 
     def __init__(
         self,
-        volumes: DeviceVolumes,
+        volumes: VolumeDataset,
         scans: pd.DataFrame,
         member: Member,
         settings: TrainingSettings,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from brainage_nb.models.compute import check_disk, choose_device, choose_precision
-from brainage_nb.models.fit import HISTORY, DeviceVolumes, Trainer
+from brainage_nb.models.fit import HISTORY, Trainer, VolumeDataset
 from brainage_nb.models.network import (
     build_network,
     count_weights,
@@ -43,11 +43,7 @@ from brainage_nb.workspace import read_csv, read_json, write_csv, write_json
 if TYPE_CHECKING:
     from brainage_nb.volumes.store import VolumeStore
 
-STOPPED = {
-    "time": "max_minutes is used up",
-    "interrupt": "interrupted",
-    "terminate": "asked to terminate",
-}
+STOPPED = {"time": "max_minutes is used up", "interrupt": "interrupted", "terminate": "asked to terminate"}
 
 
 class Job:
@@ -107,7 +103,8 @@ class Job:
     def is_done(self) -> bool:
         """True for a finished run of the same settings; other settings raise `TrainingRefused`.
 
-        What is damaged counts as not done, with a warning that names the file.
+        What is damaged counts as not done, with a warning that names the file. Models that were thrown away
+        once the run was complete are not missed.
         """
         before = read_settings(self.run_folder)
         if not before:
@@ -121,7 +118,8 @@ class Job:
         predictions = read_table(self.run_folder / "predictions.csv", COLUMNS)
         rows = sum(len(member.predicted) for member in self.members)
         means = predictions["scan_id"].nunique() if len(self.members) > 1 else 0
-        return bool(len(history)) and len(predictions) == rows + means > 0
+        whole = len(history) > 0 and len(predictions) == rows + means
+        return whole and not ((self.run_folder / "checkpoints").exists() and self.unfinished())
 
     def run(self, stop: StopRequests, progress, *, fresh: bool = False, only: str = "") -> None:
         """Fit the models that are not finished, or the one named `only`; write the tables once all are."""
@@ -146,7 +144,7 @@ class Job:
             self.write_tables()
         accelerator.wait_for_everyone()
 
-    def make_trainer(self, volumes: DeviceVolumes, member: Member, accelerator, folder: Path) -> Trainer:
+    def make_trainer(self, volumes: VolumeDataset, member: Member, accelerator, folder: Path) -> Trainer:
         """What fits one model of the run."""
         arguments = (volumes, self.scans, member, self.settings, accelerator, folder, self.identity)
         return Trainer(*arguments, network=self.network, loss=self.loss)
@@ -156,22 +154,21 @@ class Job:
         with torch.random.fork_rng():
             return count_weights(build_network(self.settings, self.scans["age"].to_numpy(), self.network))
 
-    def _prepare(self, accelerator) -> DeviceVolumes:
+    def _prepare(self, accelerator) -> VolumeDataset:
         """Check the disk, open the volumes, write settings.json."""
         n_parameters = self.count_weights()
         self.run_folder.mkdir(parents=True, exist_ok=True)
         disk = check_disk(self.run_folder, n_parameters, len(self.members))
-        volumes = DeviceVolumes(self.store, self.scans, accelerator.device, self.settings.resident_share)
-        facts = _describe_device(accelerator) | {"n_parameters": n_parameters, "volumes": volumes.where}
+        facts = _describe_device(accelerator) | {"n_parameters": n_parameters}
         self.notes = [
             f"{facts['processes']} process(es) on {facts['device']}, {facts['precision']}",
-            f"{len(volumes)} volumes {volumes.where}",
+            f"{len(self.scans)} volumes",
             disk,
         ]
         if accelerator.is_main_process:
             (self.run_folder / "predictions.csv").unlink(missing_ok=True)  # it would say that all is done
             self._write_settings(facts)
-        return volumes
+        return VolumeDataset(self.store, self.scans, accelerator.device)
 
     def _note_stop(self, trainer: Trainer, reason: str) -> None:
         if trainer.accelerator.is_main_process:
@@ -197,7 +194,7 @@ class Job:
         try:
             identity = read_identity(folder / "weights.safetensors")
         except ValueError as error:
-            warnings.warn(f"{error}. The model {member.name} is trained again.", stacklevel=2)
+            warnings.warn(f"{error}. The model {member.name} is trained again.", stacklevel=1)
             return False
         if identity is not None:  # models of earlier releases do not say
             refuse_difference(identity, self.identity | {"model": member.name}, folder)

@@ -21,9 +21,7 @@ from brainage_nb.volumes.settings import AugmentationSettings, name_recipe, reci
 from brainage_nb.workspace import read_csv, read_json
 
 # How and where a run is computed. These may differ when a run is continued; all others decide its result.
-RUNTIME = {
-    "precision", "device", "processes", "resident_share", "max_minutes", "checkpoint_minutes", "cluster",
-}  # fmt: skip
+RUNTIME = {"precision", "device", "processes", "max_minutes", "checkpoint_minutes", "cluster"}
 # How each named recipe is learned, beside how its scans are prepared (`volumes.settings`): `reference` is the
 # published method, `best` is what the ablation on real scans chose (`benchmarks/accuracy.py`).
 RECIPES: dict[str, dict[str, Any]] = {
@@ -97,8 +95,6 @@ class TrainingSettings:
         Where to train; "auto" is a GPU where there is one, "cuda" refuses to train without.
     processes : int
         Processes, one for each GPU; 0 for all GPUs.
-    resident_share : float
-        Volumes stay on the device where they take at most this share of its free memory.
     max_minutes : float
         Save and end cleanly after so many minutes; 0 for no limit.
     checkpoint_minutes : float
@@ -128,7 +124,6 @@ class TrainingSettings:
     precision: str = "auto"
     device: str = "auto"
     processes: int = 0
-    resident_share: float = 0.5
     max_minutes: float = 0.0
     checkpoint_minutes: float = 5.0
     cluster: str = ""
@@ -345,7 +340,7 @@ def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         return load_table(path, columns)
     except ValueError as error:
         if path.exists():
-            warnings.warn(f"{error}: it is made again.", stacklevel=2)
+            warnings.warn(f"{error}: it is made again.", stacklevel=1)
         return pd.DataFrame(columns=columns)
 
 
@@ -359,5 +354,5 @@ def read_settings(run_folder: Path) -> dict[str, Any]:
     if isinstance(content, dict) and content:
         return content
     if path.exists():
-        warnings.warn(f"{path} is damaged: it is made again.", stacklevel=2)
+        warnings.warn(f"{path} is damaged: it is made again.", stacklevel=1)
     return {}

@@ -608,7 +608,7 @@ def _read_run(folder: Path, settings: dict[str, Any]) -> VggRun | None:
         tables = [load_table(folder / f"{name}.csv", columns) for name, columns in TABLES.items()]
         return VggRun(folder, *tables, settings, reused=True)
     except Exception as error:
-        warnings.warn(f"The run {folder} is not whole and fitted again: {error}", stacklevel=3)
+        warnings.warn(f"The run {folder} is not whole and fitted again: {error}", stacklevel=1)
         return None
 
 

@@ -26,7 +26,7 @@ import torch
 
 from brainage_nb.cluster import end_with, in_order, open_cluster
 from brainage_nb.models.compute import count_processes, space_needed
-from brainage_nb.models.fit import HISTORY, PRECISE_SCANS, WARMUP_EPOCHS, DeviceVolumes
+from brainage_nb.models.fit import HISTORY, PRECISE_SCANS, WARMUP_EPOCHS, VolumeDataset
 from brainage_nb.models.resume import Progress, StopRequests
 from brainage_nb.models.run import Job, make_accelerator
 from brainage_nb.models.settings import (
@@ -436,7 +436,7 @@ def _time_step(job: Job, member: Member) -> float:
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         warnings.simplefilter("ignore")  # training says the same in a moment
         accelerator = make_accelerator(job.settings)
-        volumes = DeviceVolumes(job.store, job.scans, accelerator.device, share=0)
+        volumes = VolumeDataset(job.store, job.scans, accelerator.device)
         seconds = job.make_trainer(volumes, member, accelerator, Path(folder)).time_step()
     accelerator.free_memory()
     return seconds

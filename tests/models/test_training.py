@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from brainage_nb.evaluation.runs import read_run
 from brainage_nb.models import compute as preflight
-from brainage_nb.models.fit import DeviceVolumes, Trainer, VolumeDataset, huber_loss
+from brainage_nb.models.fit import Trainer, VolumeDataset, huber_loss
 from brainage_nb.models.network import OwnNetwork
 from brainage_nb.models.resume import StopRequests
 from brainage_nb.models.run import Job, make_accelerator, write_predictions
@@ -65,7 +65,7 @@ def steady_network():
 def make_trainer(tiny, settings, folder):
     job = Job(*tiny, folder, settings)
     accelerator = make_accelerator(settings)
-    volumes = DeviceVolumes(job.store, job.scans, accelerator.device, 0.5)
+    volumes = VolumeDataset(job.store, job.scans, accelerator.device)
     return job.make_trainer(volumes, job.members[0], accelerator, folder)
 
 
@@ -133,7 +133,7 @@ def test_other_settings_are_named_and_refused_unless_fresh(tiny, tiny_settings, 
         train(store, splits, tmp_path / "run", replace(tiny_settings, learning_rate=0.1))
     with pytest.raises(TrainingRefused, match="scans_ages_splits"):
         train(store, splits.assign(age=splits["age"] + 1), tmp_path / "run", tiny_settings)
-    changed_place = replace(tiny_settings, resident_share=0.0, checkpoint_minutes=1.0)
+    changed_place = replace(tiny_settings, precision="fp32", checkpoint_minutes=1.0)
     assert "complete" in train(store, splits, tmp_path / "run", changed_place).notes[0]
 
 
@@ -217,23 +217,12 @@ def test_max_minutes_ends_cleanly(tiny, tiny_settings, tmp_path):
     assert train(store, splits, tmp_path / "run", replace(tiny_settings, max_minutes=60)).complete
 
 
-def test_resident_and_streamed_volumes_give_the_same_run(tiny, tiny_settings, tmp_path):
-    store, splits = tiny
-    resident = train(store, splits, tmp_path / "resident", tiny_settings)
-    streamed = train(store, splits, tmp_path / "streamed", replace(tiny_settings, resident_share=0.0))
-    assert resident.settings["volumes"] == "resident" and streamed.settings["volumes"] == "streamed"
-    same(resident, streamed)
-
-
-def test_volumes_stay_on_the_device_where_they_fit(tiny):
+@pytest.mark.parametrize("n", [0, 1, 3, 8])
+def test_batches_that_are_read_ahead_are_those_asked_for(tiny, n):
     store, _ = tiny
-    device = torch.device("cpu")
-    scans = pd.DataFrame({"scan_id": store.scan_ids, "age": 50.0})
-    assert DeviceVolumes(store, scans, device, 0.5).where == "resident"
-    streamed = DeviceVolumes(store, scans, device, 0.0)
-    assert streamed.where == "streamed"
-    rows = [np.array([29, 0]), np.array([3]), np.array([17, 16, 15]), np.array([5])]
-    for batch, wanted in zip(streamed.batches(rows), rows, strict=True):
+    volumes = VolumeDataset(store, pd.DataFrame({"scan_id": store.scan_ids, "age": 50.0}))
+    rows = [np.array([29, 0]), np.array([3]), np.array([17, 16, 15]), *np.arange(5)[:, None]][:n]
+    for batch, wanted in zip(volumes.batches(rows), rows, strict=True):
         expected = store.read([store.scan_ids[row] for row in wanted]).astype(np.float32)
         assert np.array_equal(batch[:, 0].numpy(), expected)
 
