@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -208,7 +207,7 @@ class Trainer:
     """
 
     # What a checkpoint holds beside the states of `_stateful` and of the random numbers.
-    PROGRESS = ("epoch", "position", "step", "seconds", "history", "best", "sums", "piece")
+    PROGRESS = ("epoch", "position", "step", "seconds", "history", "best", "sums")
 
     def __init__(
         self,
@@ -247,7 +246,6 @@ class Trainer:
         steps = settings.ema_epochs * self.steps_per_epoch
         decay = get_ema_multi_avg_fn(math.exp(-1 / steps) if steps else 0.0)
         self.average = AveragedModel(model, multi_avg_fn=decay).eval().requires_grad_(False)
-        self.piece = 0  # volumes computed at once; 0 for the whole batch
         if self.accelerator.num_processes > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         optimiser = make_optimiser(model, settings)
@@ -318,7 +316,13 @@ class Trainer:
         if self.settings.augmentation is not None:
             streams = [(self.member.seed, self.epoch, int(row)) for row in rows]
             volumes = augment(volumes, self.settings.augmentation, self.volumes.spacing_mm, streams)
-        self.sums[:2] += self._add_gradients(volumes, self.age[torch.as_tensor(rows)], batch_total)
+        try:
+            self.sums[:2] += self.compute_gradients(volumes, self.age[torch.as_tensor(rows)], batch_total)
+        except torch.OutOfMemoryError as error:
+            raise TrainingFailed(
+                f"{len(volumes)} volume(s) at once do not fit the memory of {self.accelerator.device}. Set a "
+                "smaller batch_size or narrower widths, or preprocess to a coarser spacing_mm."
+            ) from error
         self.sums[2] += self.accelerator.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         self.optimiser.step()
         self.optimiser.zero_grad()
@@ -343,43 +347,13 @@ class Trainer:
             seconds.append(time.monotonic() - started)
         return min(seconds[1:])
 
-    def _add_gradients(self, volumes: Tensor, age: Tensor, batch_total: int) -> Tensor:
-        """`compute_gradients`, its pieces halved until they fit the device; the batch stays what it was."""
-        while True:
-            try:
-                return self.compute_gradients(volumes, age, batch_total)
-            except torch.OutOfMemoryError:
-                size = min(self.piece or len(volumes), len(volumes))
-                if size == 1 or self.accelerator.num_processes > 1:
-                    raise torch.OutOfMemoryError(
-                        f"{size} volume(s) at once do not fit the memory of {self.accelerator.device}. Set a "
-                        "smaller batch_size or narrower widths, or preprocess to a coarser spacing_mm."
-                    ) from None
-            self.piece = (size + 1) // 2
-            self.optimiser.zero_grad()
-            if self.accelerator.device.type == "cuda":
-                torch.cuda.empty_cache()
-            warnings.warn(
-                f"{size} volumes at once do not fit the device: computing {self.piece} at a time (which is "
-                f"what BatchNorm sees) and adding gradients up. The batch of {len(volumes)} stays.",
-                stacklevel=2,
-            )
-
     def compute_gradients(self, volumes: Tensor, age: Tensor, batch_total: int) -> Tensor:
-        """Add up gradients piece by piece; gives (sum of losses, sum of absolute errors), float64."""
-        piece = self.piece or len(volumes)
+        """Add up gradients; gives (sum of losses, sum of absolute errors), float64."""
+        predicted, losses = self._compute_losses(volumes, age)
         # Accelerate averages gradients over processes; the loss is a mean over the whole batch.
-        weight = self.accelerator.num_processes / batch_total
-        sums = torch.zeros(2, dtype=torch.float64, device=volumes.device)
-        for start in range(0, len(volumes), piece):
-            part = slice(start, start + piece)
-            last = start + piece >= len(volumes)  # processes exchange gradients with it only
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
-                predicted, losses = self._compute_losses(volumes[part], age[part])
-                self.accelerator.backward(losses.sum() * weight)
-            error = (predicted.detach() - age[part]).abs()
-            sums += torch.stack([losses.detach().double().sum(), error.double().sum()])
-        return sums
+        self.accelerator.backward(losses.sum() * (self.accelerator.num_processes / batch_total))
+        error = (predicted.detach() - age).abs()
+        return torch.stack([losses.detach().double().sum(), error.double().sum()])
 
     def _compute_losses(self, volumes: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted ages (years) and what is minimised, both (batch,)."""
@@ -440,7 +414,7 @@ class Trainer:
 
     def _predict(self, rows: np.ndarray, autocast: Callable, *, flip_averaging: bool) -> np.ndarray:
         """Ages in years of the scans at `rows`, every process doing its share and receiving all."""
-        size = self.piece or self.settings.batch_size
+        size = self.settings.batch_size
         share = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         batches = self.volumes.batches([share[start : start + size] for start in range(0, len(share), size)])
         ages = predict_ages(self.average.module, batches, autocast, flip_averaging=flip_averaging)

@@ -52,7 +52,7 @@ class TrainingSettings:
     epochs : int
         Passes over the training set.
     batch_size : int
-        Volumes per step, all processes together; kept when memory forces smaller pieces.
+        Volumes per step, all processes together.
     learning_rate : float
         Peak of AdamW's learning rate, after the warm-up.
     weight_decay : float

@@ -136,7 +136,7 @@ def train(
         note = "This run is complete with these settings: nothing was trained again."
         return RunResult.read(run_folder, [note])
     job.check_start(fresh=fresh)
-    spread = bool(settings.cluster) and len(job.members if fresh else job.unfinished()) > 1
+    spread = bool(settings.cluster) and len(job.members) > 1 and bool(fresh or job.unfinished())
     processes = 1 if spread or in_worker() else count_processes(settings)
     if any(job.own.values()) and (spread or processes > 1):
         raise TrainingRefused(

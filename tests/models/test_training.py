@@ -227,32 +227,12 @@ def test_batches_that_are_read_ahead_are_those_asked_for(tiny, n):
         assert np.array_equal(batch[:, 0].numpy(), expected)
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_keeps_its_size(tiny, tiny_settings, tmp_path, monkeypatch):
-    store, splits = tiny
-    settings, own = replace(tiny_settings, augmentation=None), {"network": steady_network}
-    whole = train(store, splits, tmp_path / "whole", settings, **own)
-    true_gradient = Trainer.compute_gradients
-
-    def small_device(self, volumes, age, batch_total):
-        if (self.piece or len(volumes)) > 2:
-            raise torch.OutOfMemoryError("out of memory")
-        return true_gradient(self, volumes, age, batch_total)
-
-    monkeypatch.setattr(Trainer, "compute_gradients", small_device)
-    with pytest.warns(UserWarning, match="The batch of 5 stays"):
-        pieces = train(store, splits, tmp_path / "pieces", settings, **own)
-    np.testing.assert_allclose(pieces.history["train_loss"], whole.history["train_loss"], rtol=1e-3)
-
-
-def test_one_volume_that_does_not_fit_is_an_error_with_advice(tiny, tiny_settings, tmp_path, monkeypatch):
+def test_a_batch_that_does_not_fit_is_an_error_with_advice(tiny, tiny_settings, tmp_path, monkeypatch):
     def no_room(self, volumes, age, batch_total):
         raise torch.OutOfMemoryError("out of memory")
 
     monkeypatch.setattr(Trainer, "compute_gradients", no_room)
-    with (
-        pytest.warns(UserWarning, match="do not fit"),
-        pytest.raises(torch.OutOfMemoryError, match="spacing_mm"),
-    ):
+    with pytest.raises(TrainingFailed, match=r"5 volume\(s\) at once do not fit.*batch_size.*spacing_mm"):
         train(*tiny, tmp_path / "run", tiny_settings)
 
 
