@@ -1,8 +1,8 @@
 """Training: right, resumable at any step, and honest about where it runs."""
 
-import shutil
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
