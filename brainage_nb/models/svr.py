@@ -349,14 +349,11 @@ class LateFusion(_Fusion):
         some = np.isfinite(ages).any(axis=1)
         self.weighting_ = learn_weights(ages[some], age[some])
         self.inner_mae_ = score_weights(ages[some], age[some], groups[some])
-        self.by_position_ = pd.DataFrame(
-            {
-                "position": self.positions_,
-                "first_slice": self.positions_ * SLICES,
-                "n_scans": np.isfinite(ages).sum(axis=0),
-                "mae": np.nanmean(np.abs(ages - age[:, None]), axis=0),
-                "weight": self.weighting_.weights,
-            }
+        self.by_position_ = pd.DataFrame({"position": self.positions_}).assign(
+            first_slice=self.positions_ * SLICES,
+            n_scans=np.isfinite(ages).sum(axis=0),
+            mae=np.nanmean(np.abs(ages - age[:, None]), axis=0),
+            weight=self.weighting_.weights,
         )
 
 
@@ -473,10 +470,8 @@ class VggSvr:
                 f"The VGG16 weights found have hash {vgg16.weights_sha256[:8]}…, this model was fitted with "
                 f"{known['weights_sha256'][:8]}…. Save the model again where it was fitted."
             )
-        settings = FeatureSettings(**facts["settings"])
-        return cls(
-            *fusions, vgg16.place(device), settings, facts["spacing_mm"], facts["variant"], facts["facts"]
-        )
+        rest = (facts[name] for name in ("spacing_mm", "variant", "facts"))
+        return cls(*fusions, vgg16.place(device), FeatureSettings(**facts["settings"]), *rest)
 
 
 def _fold_standardisation(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -625,9 +620,9 @@ def _fit_and_predict(features: Features, scans: pd.DataFrame, seed: int) -> tupl
     for fold in folds:
         held_out = scans["fold"] == fold
         parts.append(_predict(features, scans[held_out], _fit(features, scans[learning & ~held_out])))
-    rest = scans[~learning] if folds else scans
-    parts.append(_predict(features, rest.assign(fold=-1), fusions))
-    return fusions, pd.concat(parts, ignore_index=True).assign(seed=seed)[list(COLUMNS)]
+    rest = (scans[~learning] if folds else scans).assign(fold=-1)
+    parts += [_predict(features, rest, fusions)] if len(rest) else []
+    return fusions, pd.concat(parts, ignore_index=True).assign(seed=seed)[COLUMNS]
 
 
 def _fit(features: Features, training: pd.DataFrame) -> Fusions:
@@ -637,8 +632,6 @@ def _fit(features: Features, training: pd.DataFrame) -> Fusions:
 
 
 def _predict(features: Features, scans: pd.DataFrame, fusions: Fusions) -> pd.DataFrame:
-    if scans.empty:
-        return pd.DataFrame(columns=[*scans.columns, "variant", "predicted_age"])
     rows = [features[scan_id] for scan_id in scans["scan_id"]]
     return pd.concat(
         scans.assign(variant=name, predicted_age=fusion.predict(rows)) for name, fusion in fusions.items()
@@ -650,7 +643,7 @@ def _left_out(absent: pd.DataFrame, failed: pd.DataFrame, lost: pd.DataFrame) ->
     reason = absent["scan_id"].map(reasons).fillna("no features: run the extraction for this scan")
     lost = lost.assign(reason=lost["variant"] + ": none of the triplets the model uses shows brain")
     left_out = pd.concat([absent.assign(reason=reason), lost], ignore_index=True)
-    return left_out[["scan_id", "split", "reason"]]
+    return left_out[TABLES["left_out"]]
 
 
 def _inputs(features: Features, splits: pd.DataFrame, network: Vgg16Features) -> dict[str, Any]:
@@ -666,12 +659,7 @@ def _inputs(features: Features, splits: pd.DataFrame, network: Vgg16Features) ->
     }
 
 
-def _settings(
-    features: Features,
-    network: Vgg16Features,
-    fusions: Fusions,
-    inputs: dict[str, Any],
-) -> dict[str, Any]:
+def _settings(features: Features, network: Vgg16Features, fusions: Fusions, inputs: dict) -> dict[str, Any]:
     settings = {
         "method": "vgg16_svr",
         "title": network.title,
