@@ -48,21 +48,32 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="command")
+    for add_command in (_add_run, _add_list, _add_predict, _add_app):
+        add_command(commands)
+    return parser
 
-    def add(name: str, call: Callable[..., int], told: str, *examples: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(
-            name,
-            help=told,
-            description=f"{told[0].upper()}{told[1:]}.",
-            epilog="examples:\n" + "\n".join(f"  brainage-nb {name} {example}" for example in examples),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        command.set_defaults(command=call)
-        return command
 
-    run = add(
-        "run",
+def _add(commands: Any, call: Callable[..., int], name: str, told: str, *examples: str) -> Any:
+    """Add a command whose help ends with examples."""
+    command = commands.add_parser(
+        name,
+        help=told,
+        description=f"{told[0].upper()}{told[1:]}.",
+        epilog="examples:\n" + "\n".join(f"  brainage-nb {name} {example}" for example in examples),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(command=call)
+    return command
+
+
+# --- run and list ---------------------------------------------------------------------------------------
+
+
+def _add_run(commands: Any) -> None:
+    run = _add(
+        commands,
         run_command,
+        "run",
         "run the notebooks in order, skipping what is done",
         "--workspace workspace/demo",
         "-p source=folder -p data_dir=scans -p table=ages.csv --dry-run",
@@ -77,39 +88,11 @@ def _make_parser() -> argparse.ArgumentParser:
     told = "anything that `brainage-nb list` names (repeatable)"
     run.add_argument("-p", dest="parameters", action="append", default=[], metavar="name=value", help=told)
 
+
+def _add_list(commands: Any) -> None:
     told = "show the notebooks and everything that can be set in them"
-    listing = add("list", list_command, told, "", "04")
+    listing = _add(commands, list_command, "list", told, "", "04")
     listing.add_argument("notebook", nargs="?", default="", metavar="NN", help="one notebook, as 04")
-
-    predict = add(
-        "predict",
-        predict_command,
-        "predict the age of scans with a saved model",
-        "head.nii.gz",
-        "scans/ --table ages.csv --out results.csv",
-        "head.nii.gz --bundle workspace/runs/resnet18/bundle --explain",
-    )
-    told = "bundle folder or .zip (default: the newest in the workspace)"
-    predict.add_argument("--bundle", default="", help=told)
-    predict.add_argument("scans", nargs="+", metavar="SCAN", help="NIfTI or MGH file, or a folder of them")
-    told = "table with true ages (CSV, TSV, XLS, XLSX), for the gaps"
-    predict.add_argument("--table", default="", help=told)
-    predict.add_argument("--out", default="", help="write the results to this CSV file")
-    told = "write a heat map (NIfTI, PNG) of each scan beside the results"
-    predict.add_argument("--explain", action="store_true", help=told)
-    predict.add_argument("--jobs", type=int, default=0, help="scans prepared at once (default: processors)")
-    told = "where the model computes (default auto: a GPU where one works and there are many scans)"
-    predict.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=told)
-
-    told = "open the prediction app in a browser"
-    app = add("app", app_command, told, "", "--bundle model.zip --port 8600 --no-browser")
-    app.add_argument("--bundle", default="", help="bundle to offer first (default: those of the workspace)")
-    app.add_argument("--port", type=int, default=8501, help="port (default: 8501)")
-    app.add_argument("--no-browser", action="store_true", help="only serve; do not open a browser")
-    return parser
-
-
-# --- run and list ---------------------------------------------------------------------------------------
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -155,6 +138,29 @@ def list_command(options: argparse.Namespace) -> int:
 
 
 # --- predict --------------------------------------------------------------------------------------------
+
+
+def _add_predict(commands: Any) -> None:
+    predict = _add(
+        commands,
+        predict_command,
+        "predict",
+        "predict the age of scans with a saved model",
+        "head.nii.gz",
+        "scans/ --table ages.csv --out results.csv",
+        "head.nii.gz --bundle workspace/runs/resnet18/bundle --explain",
+    )
+    predict.add_argument("scans", nargs="+", metavar="SCAN", help="NIfTI or MGH file, or a folder of them")
+    told = "bundle folder or .zip (default: the newest in the workspace)"
+    predict.add_argument("--bundle", default="", help=told)
+    told = "table with true ages (CSV, TSV, XLS, XLSX), for the gaps"
+    predict.add_argument("--table", default="", help=told)
+    predict.add_argument("--out", default="", help="write the results to this CSV file")
+    told = "write a heat map (NIfTI, PNG) of each scan beside the results"
+    predict.add_argument("--explain", action="store_true", help=told)
+    predict.add_argument("--jobs", type=int, default=0, help="scans prepared at once (default: processors)")
+    told = "where the model computes (default auto: a GPU where one works and there are many scans)"
+    predict.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=told)
 
 
 def predict_command(options: argparse.Namespace) -> int:
@@ -267,6 +273,14 @@ def _report(bundle: Bundle, results: list[Prediction | Failure], out: str, maps:
 
 
 # --- app ------------------------------------------------------------------------------------------------
+
+
+def _add_app(commands: Any) -> None:
+    told = "open the prediction app in a browser"
+    app = _add(commands, app_command, "app", told, "", "--bundle model.zip --port 8600 --no-browser")
+    app.add_argument("--bundle", default="", help="bundle to offer first (default: those of the workspace)")
+    app.add_argument("--port", type=int, default=8501, help="port (default: 8501)")
+    app.add_argument("--no-browser", action="store_true", help="only serve; do not open a browser")
 
 
 def app_command(options: argparse.Namespace) -> int:

@@ -94,6 +94,9 @@ class Use:
                     stream.write(self._text())
             except FileExistsError:
                 continue  # another process was quicker
+            except OSError:  # the disk is full
+                path.unlink(missing_ok=True)
+                raise
             if _find_newest(self.root) == path and (before is None or before.exists()):
                 break
             path.unlink(missing_ok=True)  # what was seen before was over already

@@ -321,6 +321,11 @@ def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
     finally:
         _keep_last_lines(output)
     use.check()
+    return _read_ending(notebook, workspace, output)
+
+
+def _read_ending(notebook: Notebook, workspace: Workspace, output: Path) -> dict[str, Any]:
+    """The result that the notebook left; an exception where it left none or stopped early."""
     result = workspace.result(notebook.name)
     if result is None:
         raise NotebookFailed(

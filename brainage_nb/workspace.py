@@ -116,8 +116,10 @@ def explain_write_errors(path: Path | str) -> Iterator[None]:
         yield
     except Exception as error:
         number, refused = getattr(error, "errno", None), Path(getattr(error, "filename", None) or path)
-        if number is None and path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20:
-            number = errno.ENOSPC  # torch and NumPy say it in words of their own
+        if number is None and path.parent.is_dir():  # torch, NumPy and safetensors have words of their own
+            little_left = shutil.disk_usage(path.parent).free < 2**20
+            if "os error 28" in str(error) or (little_left and isinstance(error, OSError | RuntimeError)):
+                number = errno.ENOSPC
         ours = path.is_relative_to(refused) or refused.is_relative_to(path.parent)
         if isinstance(error, CannotWrite) or number not in UNWRITABLE or not ours:
             raise
@@ -163,8 +165,8 @@ def read_json(path: Path | str, *keys: str, kind: type = dict) -> Any:
         makes it.
     """
     with _name_damage(Path(path)):
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, kind) or not set(keys) <= set(content):
+        content = json.loads(_read_bytes(Path(path)))
+        if not isinstance(content, kind) or any(key not in content for key in keys):
             wanted = "an object" if kind is dict else "a list"
             raise ValueError(f"it should hold {wanted}{' with ' * bool(keys)}{', '.join(keys)}")
         return content
@@ -182,7 +184,7 @@ def read_csv(path: Path | str) -> pd.DataFrame:
 
     path = Path(path)
     with _name_damage(path):
-        content = path.read_bytes()
+        content = _read_bytes(path)
         if not content.endswith(b"\n"):
             raise ValueError("its last line has no end, as in a file that was cut off")
         if content == b"\n":
@@ -201,6 +203,12 @@ def read_csv(path: Path | str) -> pd.DataFrame:
     return frame
 
 
+def _read_bytes(path: Path) -> bytes:
+    if not (content := path.read_bytes()):
+        raise ValueError("it is empty")
+    return content
+
+
 @contextmanager
 def _name_damage(path: Path) -> Iterator[None]:
     """Say of a file that cannot be read which it is, and what makes it."""
@@ -211,8 +219,8 @@ def _name_damage(path: Path) -> Iterator[None]:
         raise MissingInput(f"{path} is not there.{maker and f' Run notebook {maker} first.'}") from error
     except (ValueError, RecursionError, IsADirectoryError, NotADirectoryError) as error:
         why = getattr(error, "strerror", None) or str(error).strip().rstrip(".")
-        anew = f" Delete it, or put back a whole copy, and run notebook {maker}: it makes this file."
-        raise DamagedInput(f"{path} is damaged: {why}.{maker and anew}") from error
+        anew = f", then run notebook {maker}: it makes this file" if maker else ""
+        raise DamagedInput(f"{path} is damaged: {why}. Delete it or put back a whole copy{anew}.") from error
 
 
 def _name_maker(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Who uses a workspace: one at a time, by name; the dead, the silent and the idle make way."""
 
+import errno
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from brainage_nb import in_use
 from brainage_nb.in_use import Use, WorkspaceInUse
-from brainage_nb.workspace import open_workspace
+from brainage_nb.workspace import CannotWrite, open_workspace
 
 RUN = """
 import sys, time
@@ -110,6 +111,16 @@ def test_a_later_process_of_that_number_and_an_idle_notebook_keep_nobody_out(tmp
 def test_a_record_cut_while_it_was_written_keeps_nobody_out(tmp_path, quick):
     leave_record(tmp_path).write_text("")
     Use(tmp_path, "brainage-nb run", lambda line: None).end()
+
+
+def test_no_record_is_left_where_it_could_not_be_written(tmp_path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Use, "_text", refuse)
+    with pytest.raises(CannotWrite, match="the disk is full"):
+        open_workspace(tmp_path).begin("01_data_access")
+    assert not list(tmp_path.glob(in_use.RECORDS))
 
 
 def test_who_was_displaced_is_told_and_leaves_the_other_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -55,6 +56,13 @@ def test_json_holds_numpy_numbers_and_turns_nan_into_null(tmp_path):
     assert read_json(path) == {"a": 1.5, "b": None, "c": [2, str(tmp_path)]}
 
 
+def test_json_may_hold_a_list_where_that_is_said(tmp_path):
+    path = workspace.write_json([{"a": 1}], tmp_path / "x.json")
+    assert read_json(path, kind=list) == [{"a": 1}]
+    with pytest.raises(DamagedInput, match="it should hold an object"):
+        read_json(path)
+
+
 def test_a_missing_input_names_the_notebook_that_makes_it(tmp_path):
     with pytest.raises(MissingInput, match="02_data_cleaning"):
         open_workspace(tmp_path).read("splits.csv")
@@ -102,19 +110,23 @@ def test_a_damaged_result_is_none(tmp_path, content):
         (OSError(errno.EROFS, "Read-only file system"), "this place is read-only"),
         (PermissionError(errno.EACCES, "Permission denied"), "this place is read-only"),
         (RuntimeError("PytorchStreamWriter failed writing file"), "the disk is full"),
+        (Exception("I/O error: No space left on device (os error 28)"), "the disk is full"),
     ],
 )
 def test_a_full_or_read_only_disk_is_said_with_place_and_remedy(tmp_path, monkeypatch, refusal, told):
-    class Usage:
-        free = 100
-
     path = write_text("old", tmp_path / "cohort.csv")
-    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda _: Usage)
+    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     said = pytest.raises(CannotWrite, match=rf"cohort.csv cannot be written: {told}.*BRAINAGE_WORKSPACE")
     with said, writing(path) as temporary:
         temporary.write_text("half")
         raise refusal
     assert [item.read_text() for item in tmp_path.iterdir()] == ["old"]
+
+
+def test_an_error_of_another_kind_is_not_laid_to_a_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(workspace.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(KeyError, match="age"), writing(tmp_path / "a"):
+        raise KeyError("age")
 
 
 def test_a_file_that_cannot_be_read_is_not_said_to_be_unwritable(tmp_path):

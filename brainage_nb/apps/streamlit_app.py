@@ -82,8 +82,12 @@ def choose_bundle(offered: Sequence[Path]) -> Bundle | None:
     except BundleError as error:
         st.error(str(error))
         return None
-    if bundle is None:
-        return None
+    if bundle is not None:
+        _describe(bundle)
+    return bundle
+
+
+def _describe(bundle: Bundle) -> None:
     facts = model_facts(bundle)
     told = [f"{name}: {facts[name]}" for name in facts if name.startswith(("training ages", "mean absolute"))]
     st.caption(as_text("; ".join([bundle.title, *told])))
@@ -93,7 +97,6 @@ def choose_bundle(offered: Sequence[Path]) -> Bundle | None:
             "nothing for people.",
             icon=":material/science:",
         )
-    return bundle
 
 
 def _label(path: Path) -> str:
@@ -131,7 +134,11 @@ def predict_scans(bundle: Bundle) -> None:
         accept_multiple_files=True,
         key=f"scans-{turn}",
     )
-    ages = _true_ages(uploads)
+    _act(bundle, uploads, _true_ages(uploads))
+
+
+def _act(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -> None:
+    """The buttons and what they do."""
     example = _demo_head()
     wanted = {"predict": "Predict"}
     wanted |= {"demo": "Try a demo head"} if example else {}
