@@ -1,24 +1,24 @@
-"""The models that `accuracy.py` compares: out-of-fold ages of every scan, each fold kept once computed.
+"""What `accuracy.py` compares: models that learn from some scans and predict others.
 
-A network is written as how its scans are prepared and what is added to it, joined by `+`, such as
-`best+last+soft`; `linear` takes the mean with the regression beside it, as a run with `linear` and `last`
-does, without training again; `x3` at the end averages three seeds. Every choice (penalty, scaling, best
-epoch) is made inside the training folds.
+A model is one of `NETWORKS`, `RIDGES` or the baselines; a recipe is a model or the mean of two. Each choice
+within a model (penalty, C, best epoch) is made among the scans that it learns from. A prediction is kept in
+one small file once it is made, so that a run of hours can be cut and goes on.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import replace
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
-from scipy.ndimage import gaussian_filter
-from sklearn.linear_model import RidgeCV
+from joblib import Parallel, delayed
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -28,115 +28,162 @@ from brainage_nb.cohort.splits import deal_folds
 from brainage_nb.models.network import fit_linear
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.train import train
-from brainage_nb.volumes.settings import AugmentationSettings, PreprocessingSettings
+from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.volumes.store import VolumeStore, build_store
 from brainage_nb.workspace import read_json, write_json
 
-FOLDS = 5
-SMOOTH_MM = 6.0
-WIDE = AugmentationSettings(rotation_deg=15.0, shift_mm=10.0, scale=0.12, deformation_mm=5.0, deformation=0.6)
-GENTLE = AugmentationSettings(rotation_deg=4.0, shift_mm=3.0, scale=0.03)
-PREPARED: dict[str, dict] = {  # beside the named recipes
-    "registered": {"brain_only": True, "to_mni": True},
+LAST = {"keep": "last", "inner_fraction": 0.0}
+BRIGHTNESS, GREY = "registered", "best"  # what a network is shown
+NETWORKS: dict[str, tuple[str, dict]] = {  # how its scans are prepared, how it learns
+    "network on brightness": (BRIGHTNESS, LAST),
+    "network on grey matter": (GREY, LAST),
+    "network on grey matter, age distribution": (GREY, LAST | {"loss": "distribution"}),
+    "reference": ("reference", {}),
 }
-INGREDIENTS: dict[str, dict] = {
-    "last": {"keep": "last", "inner_fraction": 0.0},
-    "soft": {"loss": "distribution"},
-    "half": {"widths": (32, 64, 128, 256)},
-    "quarter": {"widths": (16, 32, 64, 128)},
-    "shallow": {"blocks": (1, 1, 1, 1)},
-    "unaveraged": {"ema_epochs": 0.0},
-    "ema3": {"ema_epochs": 3.0},
-    "plain": {"augmentation": None},
-    "gentle": {"augmentation": GENTLE},
-    "wide": {"augmentation": WIDE},
-    "noflip": {"flip_averaging": False},
-    "brisk": {"learning_rate": 1e-3},
-    "fours": {"batch_size": 4},
-    "decay": {"weight_decay": 0.01},
-    "started": {},  # from the bundle given by --start
-}
+RIDGES = {"ridge on brightness": BRIGHTNESS, "ridge on grey matter": GREY}
+MEAN, REGIONS, VGG = "mean predictor", "SVR on DLMUSE volumes", "VGG16 + SVR on grey matter"
+VALIDATION = 0.15  # of the scans to learn from, where the best epoch is kept
 
 
-def fold_of(cohort: pd.DataFrame, repeat: int) -> np.ndarray:
-    """Fold (n,) of each scan: subjects sorted by age, each five in a row dealt to the folds at random."""
-    ages = cohort.groupby("subject_id")["age"].mean()
-    return cohort["subject_id"].map(deal_folds(ages, FOLDS, seed=repeat)).to_numpy()
+@dataclass(frozen=True)
+class Task:
+    """One model to fit: on whom, for whom, with which seed. Scans are rows of the cohort."""
+
+    model: str
+    learn: tuple[int, ...]
+    judged: tuple[int, ...]
+    seed: int = 0
 
 
-# --- networks --------------------------------------------------------------------------------------------
-
-
-class Networks:
-    """Cross-validated ResNets, trained as notebook 04 does with folds.
+class Models:
+    """Fits and remembers.
 
     Parameters
     ----------
     cohort : DataFrame
         `scan_id, subject_id, session_id, image, age`.
+    data : path
+        Folder with `dlmuse/NAME_DLMUSE.nii.gz`.
     cache : path
-        Receives volumes and runs; what is there already is not computed again.
+        Receives volumes and predictions.
     epochs : int
-    start : str
-        The bundle that `started` means.
+        Of the networks.
+    widths : ints
+        Channels of their four stages.
+    vgg_weights : str
+        `random_projection` or `imagenet`.
     spacing_mm, size
         Of the volumes.
     """
 
     def __init__(
-        self, cohort: pd.DataFrame, cache: Path, epochs: int, start: str, spacing_mm: float, size: int
+        self,
+        cohort: pd.DataFrame,
+        data: Path,
+        cache: Path,
+        *,
+        epochs: int = 60,
+        widths: tuple[int, ...] = (32, 64, 128, 256),
+        vgg_weights: str = "random_projection",
+        spacing_mm: float = 4.0,
+        size: int = 48,
     ):
-        self.cohort, self.cache, self.epochs, self.start = cohort, cache, epochs, start
+        self.cohort, self.data, self.cache = cohort, data, cache
+        self.epochs, self.widths, self.vgg_weights = epochs, widths, vgg_weights
         self.spacing_mm, self.size = spacing_mm, size
-        self.minutes: dict[str, float] = {}
+        self.age = cohort["age"].to_numpy(dtype=float)
+        self.subjects = cohort["subject_id"].to_numpy()
 
-    def predictions(self, variant: str, repeats: int) -> np.ndarray:
-        """Out-of-fold ages (repeats, n) in years of a variant such as `best+last+softx3`."""
-        name, _, seeds = variant.partition("x")
-        seeds = int(seeds or 1)
-        made, self.minutes[variant] = [], 0.0
-        for repeat in range(repeats):
-            rows = [self._one_run(name, repeat, seed, variant) for seed in range(seeds)]
-            made.append(np.mean(rows, axis=0))
-        return np.array(made)
+    def run(self, tasks: Sequence[Task], jobs: int = 1) -> None:
+        """Fit what is not kept yet, `jobs` models side by side."""
+        missing = [task for task in dict.fromkeys(tasks) if not self._file(task).is_file()]
+        for prepared in {self._prepared(task.model) for task in missing} - {""}:
+            self.store(prepared)  # once, before several processes ask for it
+        Parallel(n_jobs=jobs)(delayed(self.predict)(task) for task in missing)
 
-    def _one_run(self, name: str, repeat: int, seed: int, variant: str) -> np.ndarray:
-        prepared, *added = name.split("+")
-        if "linear" in added:
-            alone = "+".join(part for part in name.split("+") if part != "linear")
-            return (self._one_run(alone, repeat, seed, variant) + self.linear(prepared, repeat)) / 2
-        settings = self._settings(added, 100 * repeat + seed)
-        splits = self.cohort.assign(split="train", fold=fold_of(self.cohort, repeat))
-        grid = f"{self.spacing_mm:g}mm"
-        folder = self.cache / "runs" / grid / f"{name}-{settings.epochs}-{repeat}-{seed}"
-        result = train(self.store(prepared), splits, folder, settings)
-        self.minutes[variant] += result.history["seconds"].sum() / 60
-        rows = result.predictions[result.predictions["variant"] == "single"]
-        return rows.set_index("scan_id")["predicted_age"].loc[self.cohort["scan_id"]].to_numpy()
+    def predict(self, task: Task) -> np.ndarray:
+        """Ages (n,) in years of the scans `task.judged`."""
+        file = self._file(task)
+        if not file.is_file():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            ages = self._fit(task)
+            write_json(dict(zip(self._names(task.judged), map(float, ages), strict=True)), file)
+        kept = read_json(file)
+        return np.array([kept[name] for name in self._names(task.judged)])
 
-    def _settings(self, added: list[str], seed: int) -> TrainingSettings:
-        base = TrainingSettings(epochs=self.epochs, folds=FOLDS, seeds=(seed,), checkpoint_minutes=2.0)
-        for name in added:
-            base = replace(base, **({"init_from": self.start} if name == "started" else INGREDIENTS[name]))
-        return base
+    def _names(self, rows: Sequence[int]) -> list[str]:
+        return list(self.cohort["scan_id"].iloc[list(rows)])
 
-    def linear(self, prepared: str, repeat: int) -> np.ndarray:
-        """Out-of-fold ages (n,) of the regression that `linear` puts beside a network, alone."""
-        store, folds = self.store(prepared), fold_of(self.cohort, repeat)
+    def _file(self, task: Task) -> Path:
+        learned = (self.epochs, self.widths, task.seed) if task.model in NETWORKS else ()
+        content = repr((self._names(task.learn), self._names(task.judged), learned, self.spacing_mm))
+        digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+        return self.cache / "predictions" / task.model.replace(" ", "_") / f"{digest}.json"
+
+    def _prepared(self, model: str) -> str:
+        return NETWORKS[model][0] if model in NETWORKS else RIDGES.get(model, GREY if model == VGG else "")
+
+    def _fit(self, task: Task) -> np.ndarray:
+        learn, judged = list(task.learn), list(task.judged)
+        if task.model == MEAN:
+            return np.full(len(judged), self.age[learn].mean())
+        if task.model == REGIONS:
+            regions = self.regions()
+            return fit_svr(regions[learn], self.age[learn]).predict(regions[judged])
+        if task.model in RIDGES:
+            return self._fit_ridge(RIDGES[task.model], learn, judged)
+        with tempfile.TemporaryDirectory() as folder:
+            splits = self._splits(task)
+            run = (self._fit_vgg if task.model == VGG else self._fit_network)(task, splits, Path(folder))
+        return run.set_index("scan_id")["predicted_age"].loc[self._names(judged)].to_numpy(float)
+
+    def _splits(self, task: Task) -> pd.DataFrame:
+        """Splits in which the judged scans are the test part."""
+        scans = self.cohort.assign(split="")
+        split = scans.columns.get_loc("split")
+        scans.iloc[list(task.learn), split], scans.iloc[list(task.judged), split] = "train", "test"
+        scans = scans[scans["split"] != ""]
+        ages = scans[scans["split"] == "train"].groupby("subject_id")["age"].mean()
+        folds = deal_folds(ages, round(1 / VALIDATION), seed=task.seed)
+        if "keep" not in NETWORKS.get(task.model, ("", {}))[1]:  # the best epoch is chosen by these
+            scans.loc[scans["subject_id"].isin(folds.index[folds == 0]), "split"] = "val"
+        else:  # only watched, and nobody who learns may be spared
+            scans.loc[scans["split"] == "test", "split"] = "val"
+        return scans
+
+    def _fit_network(self, task: Task, splits: pd.DataFrame, folder: Path) -> pd.DataFrame:
+        prepared, learned = NETWORKS[task.model]
+        settings = TrainingSettings(
+            epochs=self.epochs, widths=self.widths, seeds=(task.seed,), checkpoint_minutes=60.0, **learned
+        )
+        return train(self.store(prepared), splits, folder / "run", settings).predictions
+
+    def _fit_vgg(self, task: Task, splits: pd.DataFrame, folder: Path) -> pd.DataFrame:
+        """VGG16 features and SVR, late fusion, as notebook 05 fits them."""
+        from brainage_nb.models.svr import train_vgg_svr
+        from brainage_nb.models.vgg16 import FeatureSettings, extract_features, vgg16_features
+
+        store, network = self.store(GREY), vgg16_features(self.vgg_weights).place()
+        settings = FeatureSettings.for_volumes(store.settings, image_size=64)
+        features = extract_features(
+            store, self.cache / "features", network, settings=settings, scan_ids=self.cohort["scan_id"]
+        )
+        splits = splits.assign(split=splits["split"].where(splits["split"] == "test", "train"), fold=-1)
+        rows = train_vgg_svr(features, splits, folder / "run", network).predictions
+        return rows[rows["variant"] == "late"]
+
+    def _fit_ridge(self, prepared: str, learn: list[int], judged: list[int]) -> np.ndarray:
+        """The regression that `best` puts beside its network, alone."""
+        store = self.store(prepared)
         volumes = torch.from_numpy(store.read(self.cohort["scan_id"]).astype(np.float32))[:, None]
-        age, subjects = self.cohort["age"].to_numpy(float), self.cohort["subject_id"].to_numpy()
-        made = np.full(len(age), np.nan)
-        for fold in range(FOLDS):
-            test = folds == fold
-            batches = volumes[~test].split(16)
-            fitted = fit_linear(batches, age[~test], subjects[~test], store.spacing_mm)
-            made[test] = fitted(volumes[test]).numpy()
-        return made
+        batches = volumes[learn].split(16)
+        fitted = fit_linear(batches, self.age[learn], self.subjects[learn], store.spacing_mm)
+        return fitted(volumes[judged]).numpy()
 
     def store(self, prepared: str) -> VolumeStore:
-        """Volumes of a preprocessing recipe or of one of `PREPARED`."""
-        recipe = "reference" if prepared in PREPARED else prepared
-        switches = PREPARED.get(prepared, {})
+        """Volumes of a preprocessing recipe, or `registered`: `reference` with the brain on the template."""
+        switches = {"brain_only": True, "to_mni": True} if prepared == BRIGHTNESS else {}
+        recipe = "reference" if prepared == BRIGHTNESS else prepared
         settings = PreprocessingSettings.of_recipe(
             recipe, spacing_mm=self.spacing_mm, size=self.size, **switches
         )
@@ -145,82 +192,28 @@ class Networks:
             raise SystemExit(f"{len(report.failed)} scans gave no volume:\n{report.failed.to_string()}")
         return report.store
 
-
-# --- baselines -------------------------------------------------------------------------------------------
-
-
-def region_volumes(cohort: pd.DataFrame, masks: Path) -> np.ndarray:
-    """Voxels of each region, (n, n_regions)."""
-    rows = []
-    for name in cohort["image"].map(lambda image: Path(image).name.removesuffix(".nii.gz")):
-        labels = np.asarray(nib.load(masks / f"{name}_DLMUSE.nii.gz").dataobj).astype(int)
-        rows.append(np.bincount(labels.ravel(), minlength=208)[1:208])
-    counts = np.array(rows, dtype=float)
-    return counts[:, counts.any(axis=0)]
+    @cache  # noqa: B019 - one for a process
+    def regions(self) -> np.ndarray:
+        """Voxels of each DLMUSE region, (n, n_regions)."""
+        rows = []
+        for name in self.cohort["image"].map(lambda image: Path(image).name.removesuffix(".nii.gz")):
+            labels = np.asarray(nib.load(self.data / "dlmuse" / f"{name}_DLMUSE.nii.gz").dataobj).astype(int)
+            rows.append(np.bincount(labels.ravel(), minlength=208)[1:208])
+        counts = np.array(rows, dtype=float)
+        return counts[:, counts.any(axis=0)]
 
 
-def smoothed_voxels(store: VolumeStore, cohort: pd.DataFrame) -> np.ndarray:
-    """Brain-only registered volumes, smoothed, at every voxel inside of most brains, (n, n_voxels)."""
-    volumes = store.read(cohort["scan_id"]).astype(np.float32)
-    inside = (volumes != 0).mean(axis=0) > 0.5
-    smooth = [gaussian_filter(volume, SMOOTH_MM / 2.355 / store.spacing_mm)[inside] for volume in volumes]
-    return np.array(smooth)
-
-
-def mean_predictor(features: np.ndarray, age: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """The mean training age for everybody."""
-    return np.full(len(test), age.mean())
-
-
-def ridge(features: np.ndarray, age: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Ridge on standardised features, penalty by leave-one-out error within the training folds."""
-    model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(2, 7, 11)))
-    return model.fit(features, age).predict(test)
-
-
-def svr(features: np.ndarray, age: np.ndarray, test: np.ndarray) -> np.ndarray:
-    """Linear SVR on standardised features, C by cross-validation within the training folds."""
+def fit_svr(features: np.ndarray, age: np.ndarray) -> GridSearchCV:
+    """Linear SVR on standardised features (n, n_features), C by cross-validation."""
     model = make_pipeline(StandardScaler(), SVR(kernel="linear", epsilon=1.0))
     grid = {"svr__C": [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]}
     search = GridSearchCV(model, grid, scoring="neg_mean_absolute_error", cv=5)
     order = np.random.default_rng(0).permutation(len(age))
-    return search.fit(features[order], age[order]).predict(test)
+    return search.fit(features[order], age[order])
 
 
-def cross_validated(
-    name: str, fit: Callable, features: np.ndarray, cohort: pd.DataFrame, repeats: int, cache: Path
-) -> np.ndarray:
-    """Out-of-fold ages (repeats, n), each fold from the cache where it was computed before."""
-    age = cohort["age"].to_numpy(dtype=float)
-    content = hashlib.sha256(np.ascontiguousarray(features).tobytes() + age.tobytes()).hexdigest()[:12]
-    made = np.full((repeats, len(age)), np.nan)
-    for repeat in range(repeats):
-        folds = fold_of(cohort, repeat)
-        for fold in range(FOLDS):
-            test = folds == fold
-            file = cache / name.replace(" ", "_") / f"{content}-{repeat}-{fold}.json"
-            if not file.is_file():
-                file.parent.mkdir(parents=True, exist_ok=True)
-                predicted = fit(features[~test], age[~test], features[test])
-                write_json({"predicted_age": predicted.tolist()}, file)
-            made[repeat, test] = read_json(file)["predicted_age"]
-    return made
-
-
-def vgg_svr(store: VolumeStore, cohort: pd.DataFrame, weights: str, repeats: int, cache: Path) -> np.ndarray:
-    """Out-of-fold ages (repeats, n) of VGG16 features and SVR, late fusion, as notebook 05 gives them."""
-    from brainage_nb.models.svr import train_vgg_svr
-    from brainage_nb.models.vgg16 import FeatureSettings, extract_features, vgg16_features
-
-    network = vgg16_features(weights).place()
-    settings = FeatureSettings.for_volumes(store.settings, image_size=64)
-    features = extract_features(
-        store, cache / "features", network, settings=settings, scan_ids=cohort["scan_id"]
-    )
-    made = []
-    for repeat in range(repeats):
-        splits = cohort.assign(split="train", fold=fold_of(cohort, repeat))
-        run = train_vgg_svr(features, splits, cache / "runs" / f"vgg-{weights}-{repeat}", network)
-        rows = run.predictions[run.predictions["variant"] == "late"].set_index("scan_id")
-        made.append(rows["predicted_age"].loc[cohort["scan_id"]].to_numpy(float))
-    return np.array(made)
+def fold_of(cohort: pd.DataFrame, rows: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Fold (n,) of each of `rows`: subjects sorted by age, so many in a row dealt to the folds at random."""
+    scans = cohort.iloc[rows]
+    dealt = deal_folds(scans.groupby("subject_id")["age"].mean(), folds, seed=seed)
+    return scans["subject_id"].map(dealt).to_numpy()

@@ -12,6 +12,7 @@ import os
 import tempfile
 import time
 import warnings
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ def sparse_store(folder: Path, n: int) -> tuple[VolumeStore, pd.DataFrame]:
     capacity = SHARD_BYTES // (2 * SIZE**3)
     ids = [f"S{row:05d}" for row in range(n)]
     index = pd.DataFrame({"scan_id": ids, "shard": np.arange(n) // capacity, "row": np.arange(n) % capacity})
+    index["sha256"] = sha256(bytes(2 * SIZE**3)).hexdigest()
+    index["source_sha256"] = ""
     write_csv(index.reindex(columns=INDEX_COLUMNS, fill_value=0), folder / "index.csv")
     for shard, rows in index.groupby("shard").size().items():
         np.lib.format.open_memmap(shard_path(folder, shard), "w+", np.float16, (rows, *(SIZE,) * 3))

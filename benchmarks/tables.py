@@ -49,7 +49,7 @@ def examine(path: Path) -> dict[str, object]:
 def invented(frame: pd.DataFrame, path: Path) -> int:
     """Ages that no number of their own row gives, in any unit, but for rows that a rule combined."""
     written: dict[str, set[float]] = {}
-    for cells in read_cells(path)[0].values():
+    for cells in read_cells(path).values():
         for row in cells.itertuples(index=False):
             for cell in set(row):
                 written.setdefault(cell, set()).update(ages_in(row))

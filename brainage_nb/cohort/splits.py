@@ -68,7 +68,8 @@ def deal_splits(
             f"fractions = {tuple(fractions)}: expected shares of train, val, test that sum to 1, train > 0."
         )
     rng = np.random.default_rng(seed)
-    known = _known(existing, age.index)
+    known = check_splits(scans.head(0).assign(split="", fold=-1) if existing is None else existing)
+    known = known[known["subject_id"].isin(age.index)].groupby("subject_id")[["split", "fold"]].first()
     split = _deal_new(age.drop(known.index), known["split"], shares, rng)
     split = pd.concat([known["split"], split]).reindex(age.index)
     _require_every_split(split, shares)
@@ -77,9 +78,8 @@ def deal_splits(
         split=scans["subject_id"].map(split).to_numpy(),
         fold=scans["subject_id"].map(fold).fillna(-1).astype(int).to_numpy(),
     )
-    for column in ("session_id", "sex", "site"):
-        dealt[column] = dealt[column].fillna("") if column in dealt else ""
-    return check_splits(dealt[list(COLUMNS)])
+    texts = dict.fromkeys(("session_id", "sex", "site"), "")
+    return check_splits(dealt.reindex(columns=COLUMNS).fillna(texts))
 
 
 def deal_folds(
@@ -224,14 +224,6 @@ def _age_of_subjects(scans: pd.DataFrame) -> pd.Series:
             f"{len(missing)} scans have no age: {_some(missing)}. Deal only scans that cleaning kept."
         )
     return scans.groupby("subject_id", sort=False)["age"].mean()
-
-
-def _known(existing: pd.DataFrame | None, subjects: pd.Index) -> pd.DataFrame:
-    """Split and fold of the subjects that were dealt before and are still here."""
-    if existing is None or existing.empty:
-        return pd.DataFrame({"split": pd.Series(dtype=object), "fold": pd.Series(dtype=int)})
-    known = check_splits(existing).groupby("subject_id")[["split", "fold"]].first()
-    return known.loc[known.index.isin(subjects)]
 
 
 def _deal_new(age: pd.Series, known: pd.Series, shares: pd.Series, rng: np.random.Generator) -> pd.Series:

@@ -323,10 +323,13 @@ class Trainer:
                 f"{len(volumes)} volume(s) at once do not fit the memory of {self.accelerator.device}. Set a "
                 "smaller batch_size or narrower widths, or preprocess to a coarser spacing_mm."
             ) from error
-        self.sums[2] += self.accelerator.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
+        if self.accelerator.scaler is not None:  # fp16 skips a step whose gradient overflows
+            norm = norm.nan_to_num(nan=0.0, posinf=0.0)
+        self.sums[2] += norm
         self.optimiser.step()
         self.optimiser.zero_grad()
-        if not self.optimiser.step_was_skipped:  # as fp16 skips a step whose gradient overflows
+        if not self.optimiser.step_was_skipped:
             self.schedule.step()
         self.average.update_parameters(self.network)
         self.step, self.position = self.step + 1, self.position + 1

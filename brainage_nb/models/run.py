@@ -122,8 +122,8 @@ class Job:
         rows = sum(len(member.predicted) for member in self.members)
         means = predictions["scan_id"].nunique() if len(self.members) > 1 else 0
         whole = len(history) > 0 and len(predictions) == rows + means
-        whole = whole and is_as_written(self.run_folder, before)
-        return whole and not ((self.run_folder / "checkpoints").exists() and self.unfinished())
+        unfinished = (self.run_folder / "checkpoints").exists() and self.unfinished()
+        return whole and not unfinished and is_as_written(self.run_folder, before)
 
     def run(self, stop: StopRequests, progress, *, fresh: bool = False, only: str = "") -> None:
         """Fit the models that are not finished, or the one named `only`; write the tables once all are."""

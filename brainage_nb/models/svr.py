@@ -593,6 +593,7 @@ def train_vgg_svr(
     spacing_mm, variant = features.facts["spacing_mm"], settings["variant"]
     model = VggSvr(*fusions.values(), network, features.settings, spacing_mm, variant, settings)
     (folder / "settings.json").unlink(missing_ok=True)  # comes last: it is the sign that the rest is whole
+    settings["predictions_sha256"] = digest_predictions(run.predictions)
     model.save(folder / "model")
     for name, columns in TABLES.items():
         write_csv(getattr(run, name)[columns], folder / f"{name}.csv")

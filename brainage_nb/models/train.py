@@ -126,6 +126,8 @@ def train(
         process failed.
     ClusterError
         A cluster was asked for and cannot be used.
+    StoreError
+        Volumes are not what was written into the store.
 
     >>> result = train(store, splits, "runs/resnet18", TrainingSettings(epochs=2))  # doctest: +SKIP
     >>> result.predictions.query("split == 'test'")[["age", "predicted_age"]]  # doctest: +SKIP
@@ -136,6 +138,8 @@ def train(
         note = "This run is complete with these settings: nothing was trained again."
         return RunResult.read(run_folder, [note])
     job.check_start(fresh=fresh)
+    if not in_worker():  # whoever started a worker has verified
+        store.verify()
     spread = bool(settings.cluster) and len(job.members) > 1 and bool(fresh or job.unfinished())
     processes = 1 if spread or in_worker() else count_processes(settings)
     if any(job.own.values()) and (spread or processes > 1):

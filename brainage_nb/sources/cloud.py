@@ -14,6 +14,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,64 +25,71 @@ from tqdm import tqdm
 
 from brainage_nb.platforms import attached_dataset
 from brainage_nb.sources.fetch import (
-    FREE_SOME,
     PASSING,
     TIMEOUT_S,
     DownloadError,
+    explain_disk,
     fetch,
     find_target,
     find_unpacked,
     hide_secrets,
     is_archive,
-    is_full_disk,
     open_session,
+    read_notes,
     refuse_full_disk,
     split_addresses,
     unpack,
 )
 from brainage_nb.sources.folder import TERMS, SourceError, Terms
 from brainage_nb.tables.participants import read_participants
-from brainage_nb.workspace import read_json, write_json
+from brainage_nb.workspace import write_json
 
-WAITS_S = (1, 4, 16, 60)
-"""Pauses [s] between tries of gdown and kagglehub, which go on where the last try ended."""
+WAITS_S = (1, 4, 16, 60)  # pauses [s] between tries of gdown and kagglehub, which go on where the last ended
 BUCKET = "https://s3.amazonaws.com/openneuro.org"
 
 _SHARE = "In Drive choose Share > 'Anyone with the link', or download by hand and use source = folder"
+_DRIVE_ADVICE = {
+    "MaximumLimit": "this gdown lists folders of up to 50 files: put the scans into one archive, share that",
+    "too many|quota": "its download quota is used up: wait some hours (up to a day, says Google), or make a "
+    "copy in your own Drive",
+    "byte range": "the file has changed: delete the folder .{identity} in the downloads, run the cell again",
+}
 _REMEDIES = {
     401: "Kaggle does not know you: make a token on kaggle.com (Settings > API) and put it into the "
     "platform's store, or into the file it is offered as",
     403: "you have no permission: open its page while logged in, accept its terms, or ask its owner",
     404: "there is no such data set: take owner/name from the address of its page",
 }
+# Of an OpenNeuro data set its tables are downloaded and, with their subject, its T1-weighted scans.
 _WANTED = re.compile(
     r"participants\.(tsv|json)|dataset_description\.json|sessions\.json|sub-[^/]+/sub-[^/]+_sessions\.(tsv|json)"
     r"|(?P<who>sub-[^/]+)/(ses-[^/]+/)?anat/sub-[^/]+_T1w\.nii(\.gz)?"
 )
-"""What is downloaded of an OpenNeuro data set: its tables and, with their subject, its T1-weighted scans."""
 
 
-def _try_again(call: Callable[[], Any], explain: Callable[[Exception], tuple[str, bool]]) -> Any:
-    """Call until it returns; `explain` gives an error in words, and whether another try may help."""
-    for wait in (*WAITS_S, None):
-        try:
-            return call()
-        except Exception as error:  # the clients raise many kinds, whose words may quote a request
-            told, passing = explain(error)
-            full = is_full_disk(error)
-        if full:
-            raise DownloadError(f"The disk is full. {FREE_SOME}")
-        if wait is None or not passing:
-            raise DownloadError(told)
-        time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
+def _call_client(
+    name: str, work: Callable[[Any], Any], folder: Path, explain: Callable[[Exception], tuple[str, bool]]
+) -> Any:
+    """Give a client's module to `work` until that returns.
 
-
-def _import_client(name: str) -> Any:
+    `explain` gives an error in words, and whether another try may help. Errors are not chained: the clients'
+    own words may quote a request with a key.
+    """
     try:
-        return importlib.import_module(name)
+        client = importlib.import_module(name)
     except ImportError:
         raise DownloadError(f"{name} is not installed: pip install {name} (or brainage-nb[data]).") from None
+    for wait in (*WAITS_S, None):
+        try:
+            with explain_disk(folder):
+                return work(client)
+        except DownloadError:
+            raise
+        except Exception as error:
+            told, may_pass = explain(error)
+        if wait is None or not may_pass:
+            raise DownloadError(told)
+        time.sleep(wait)
 
 
 # --- Google Drive -----------------------------------------------------------------------------------------
@@ -149,11 +157,9 @@ def parse_drive_link(text: str) -> tuple[str, str]:
 
 def _list_drive_folder(identity: str, folder: Path) -> list[tuple[str, str]]:
     """Id and path of each file in a shared folder."""
-    gdown, how = _import_client("gdown"), {"skip_download": True, "quiet": True, "use_cookies": False}
-    listed = _try_again(
-        lambda: gdown.download_folder(id=identity, output=str(folder), **how),
-        partial(_explain_drive, identity),
-    )
+    how = {"id": identity, "output": str(folder), "skip_download": True, "quiet": True, "use_cookies": False}
+    explain = partial(_explain_drive, identity)
+    listed = _call_client("gdown", lambda gdown: gdown.download_folder(**how), folder, explain)
     if not listed:
         raise DownloadError(f"The Drive folder {identity} is empty or not shared. {_SHARE}.")
     return [(item.id, item.path) for item in listed]
@@ -161,52 +167,39 @@ def _list_drive_folder(identity: str, folder: Path) -> list[tuple[str, str]]:
 
 def _fetch_drive_file(identity: str, place: str, folder: Path) -> Path:
     """Fetch one file, unless an earlier run did; `.drive.json` remembers the names of ids."""
-    notes = folder / ".drive.json"
-    names: dict[str, str] = read_json(notes) if notes.exists() else {}
+    names: dict[str, str] = read_notes(folder / ".drive.json")
     if known := names.get(identity):
         path = folder / known
         if path.is_file() or find_unpacked(_unpack_place(path), path.name):
             return path
     incoming = folder / f".{identity}"  # one for each file: gdown goes on with the partial file it finds
-    incoming.mkdir(parents=True, exist_ok=True)
-    gdown = _import_client("gdown")
     how = {"resume": True, "quiet": bool(place), "use_cookies": False, "timeout": TIMEOUT_S}
-    how = {name: value for name, value in how.items() if name in inspect.signature(gdown.download).parameters}
-    came = _try_again(
-        lambda: gdown.download(id=identity, output=f"{incoming}{os.sep}", **how),
-        partial(_explain_drive, identity),
-    )
+
+    def download(gdown: Any) -> str:
+        incoming.mkdir(parents=True, exist_ok=True)
+        known = {name: how[name] for name in how.keys() & inspect.signature(gdown.download).parameters.keys()}
+        return gdown.download(id=identity, output=f"{incoming}{os.sep}", **known)
+
+    came = _call_client("gdown", download, folder, partial(_explain_drive, identity))
     name = place or Path(came).name
     path = find_target(folder, f"{identity}_{name}" if name in names.values() else name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(came, path)
-    incoming.rmdir()
-    write_json(names | {identity: path.relative_to(folder.resolve()).as_posix()}, notes)
+    with explain_disk(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(came, path)
+        incoming.rmdir()
+        write_json(names | {identity: path.relative_to(folder.resolve()).as_posix()}, folder / ".drive.json")
     return path
 
 
 def _explain_drive(identity: str, error: Exception) -> tuple[str, bool]:
-    kind, told = type(error).__name__, str(error)
-    if "MaximumLimit" in kind:  # gdown 5
-        advice = (
-            "this gdown lists folders of up to 50 files only: put the scans into one archive and share that"
-        )
-    elif re.search(r"too many|quota", told, re.IGNORECASE):
-        advice = (
-            "its download quota is used up: wait some hours (up to a day, says Google), or make a copy in "
-            "your own Drive"
-        )
-    elif "byte range" in told:  # gdown 6
-        advice = (
-            f"the file has changed: delete the folder .{identity} in the downloads, then run the cell again"
-        )
-    else:
-        advice = f"it is not shared, not there, or Drive is out of reach ({kind}). {_SHARE}"
+    said = f"{type(error).__name__}: {error}"
+    advice = f"it is not shared, not there, or Drive is out of reach ({type(error).__name__}). {_SHARE}"
+    for words, known in _DRIVE_ADVICE.items():
+        if re.search(words, said, re.IGNORECASE):
+            advice = known.format(identity=identity)
     network = isinstance(error, requests.exceptions.RequestException) and error.response is None
-    return (
-        f"Drive does not give {identity}: {advice}. What was received is kept for the next run.",
-        network or "incomplete" in told,
-    )
+    told = f"Drive does not give {identity}: {advice}. What was received is kept for the next run."
+    return told, network or "incomplete" in said
 
 
 def _unpack_place(path: Path) -> Path:
@@ -236,15 +229,12 @@ def fetch_kaggle(handle: str, folder: Path | str) -> Path:
     """
     handle = re.sub(r"^https://(www\.)?kaggle\.com/(datasets/)?", "", handle.strip()).strip("/")
     if not re.fullmatch(r"[\w-]+/[\w-]+(/versions/\d+)?", handle):
-        raise DownloadError(
-            f"kaggle_dataset = {handle!r}: expected owner/name, the end of its page's address."
-        )
+        raise DownloadError(f"kaggle_dataset = {handle!r}: expected owner/name, the end of its address.")
     if (attached := attached_dataset(handle)) is not None:
         return attached
-    kagglehub = _import_client("kagglehub")
-
-    with _kaggle_cache(Path(folder)):
-        return Path(_try_again(lambda: kagglehub.dataset_download(handle), partial(_explain_kaggle, handle)))
+    folder, explain = Path(folder), partial(_explain_kaggle, handle)
+    with _kaggle_cache(folder):
+        return Path(_call_client("kagglehub", lambda hub: hub.dataset_download(handle), folder, explain))
 
 
 def _explain_kaggle(handle: str, error: Exception) -> tuple[str, bool]:
@@ -310,17 +300,14 @@ def fetch_openneuro(
         raise SourceError(f"openneuro_id = {accession!r}: expected a number such as ds000001.")
     folder = Path(folder) / accession
     files = _list_once(folder, base, accession)
-    subjects = {file["path"]: _WANTED.fullmatch(file["path"])["who"] for file in files}
-    if not any(subjects.values()) or "participants.tsv" not in subjects:
-        raise SourceError(
-            f"{accession} lacks T1-weighted scans or participants.tsv in the bucket: both are needed. Choose "
-            "another data set."
-        )
-    taken = sorted(set(filter(None, subjects.values())))[: max_subjects if max_subjects > 0 else None]
-    scans = [file for file in files if subjects[file["path"]] in taken]
-    _fetch_keys([file for file in files if not subjects[file["path"]]], folder, base)
+    tables = [file for file in files if not file["subject"]]
+    scans = [file for file in files if file["subject"]]
+    if not scans or not any(table["path"] == "participants.tsv" for table in tables):
+        raise SourceError(f"{accession} lacks T1-weighted scans or participants.tsv: choose another one.")
+    _fetch_keys(tables, folder, base)
     read_participants(folder / "participants.tsv", folder, columns or {})  # no ages, no download of scans
-    missing = [scan for scan in scans if not (folder / scan["path"]).is_file()]
+    taken = sorted({scan["subject"] for scan in scans})[: max_subjects if max_subjects > 0 else None]
+    missing = [scan for scan in scans if scan["subject"] in taken and not (folder / scan["path"]).is_file()]
     refuse_full_disk(folder, sum(scan["size"] for scan in missing), f"{accession} ({len(missing)} scans)")
     _fetch_keys(tqdm(missing, accession, unit="scan", disable=not missing), folder, base)
     return folder
@@ -332,54 +319,52 @@ def read_openneuro_terms(folder: Path) -> Terms:
         stated = json.loads((folder / "dataset_description.json").read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         stated = {}
-    name, licence, doi, how = (
-        str(stated.get(key, "")).strip(" .") for key in ("Name", "License", "DatasetDOI", "HowToAcknowledge")
-    )
+    keys = ("Name", "License", "DatasetDOI", "HowToAcknowledge")
+    name, licence, doi, how = (str(stated.get(key, "")).strip(" .") for key in keys)
     own = TERMS["openneuro"].cite.removeprefix("the data set by its DOI, and ")
-    return TERMS["openneuro"].with_facts(
-        name=f"OpenNeuro {folder.name}: {name}" if name else "",
-        licence=f"{licence} (dataset_description.json)" if licence else "",
-        cite=". ".join(filter(None, (doi, how, own))) if doi or how else "",
-        url=f"https://openneuro.org/datasets/{folder.name}",
-    )
+    facts = {
+        "name": f"OpenNeuro {folder.name}: {name}" if name else "",
+        "licence": f"{licence} (dataset_description.json)" if licence else "",
+        "cite": ". ".join(filter(None, (doi, how, own))) if doi or how else "",
+        "url": f"https://openneuro.org/datasets/{folder.name}",
+    }
+    return replace(TERMS["openneuro"], **{fact: text for fact, text in facts.items() if text})
 
 
 def _list_once(folder: Path, base: str, accession: str) -> list[dict[str, Any]]:
     """Tables and scans, kept beside the data: a second run asks nothing and sees the same snapshot."""
     kept = folder / ".listing.json"
-    if kept.exists():
-        return read_json(kept, kind=list)
-    files = list(_list_bucket(base, accession, folder))
-    if not files:
-        raise SourceError(f"There is nothing under {accession} in the bucket {base}: check openneuro_id.")
-    wanted = [file for file in files if _WANTED.fullmatch(file["path"])]
-    write_json(wanted, kept)
-    return wanted
+    files = read_notes(kept).get("files")
+    if files is None:
+        files = list(_list_bucket(base, accession, folder))
+        if not files:
+            raise SourceError(f"There is nothing under {accession} in the bucket {base}: check openneuro_id.")
+        wanted = [(file, _WANTED.fullmatch(file["path"])) for file in files]
+        files = [file | {"subject": match["who"] or ""} for file, match in wanted if match]
+        with explain_disk(folder):
+            write_json({"files": files}, kept)
+    return files
 
 
 def _list_bucket(base: str, accession: str, folder: Path) -> Iterator[dict[str, Any]]:
     """Path, size [bytes] and md5 of all files of a data set, by pages of a thousand keys."""
     address, page = f"{base}?list-type=2&prefix={accession}/&max-keys=1000", folder / ".listing.xml"
-    token = ""
-    while True:
+    token, more = "", True
+    while more:
         page.unlink(missing_ok=True)
         fetch(f"{address}{token}", page, progress=False)
         try:
             root = ET.fromstring(page.read_bytes())
         except ET.ParseError as error:
-            raise DownloadError(
-                f"The bucket {base} does not answer with a listing ({error}): check it, or try later."
-            ) from None
+            raise DownloadError(f"{base} answers no listing ({error}): check it, or try later.") from None
         finally:
             page.unlink()
         for entry in root.findall("{*}Contents"):
             path = entry.findtext("{*}Key", "").removeprefix(f"{accession}/")
             etag = entry.findtext("{*}ETag", "").strip('"')
-            if path and not path.endswith("/"):
-                md5 = etag if re.fullmatch(r"[0-9a-f]{32}", etag) else ""  # of a file in pieces it is no md5
-                yield {"path": path, "size": int(entry.findtext("{*}Size", "0")), "md5": md5}
-        if root.findtext("{*}IsTruncated") != "true":
-            return
+            md5 = etag if re.fullmatch(r"[0-9a-f]{32}", etag) else ""  # of a file in pieces it is no md5
+            yield {"path": path, "size": int(entry.findtext("{*}Size", "0")), "md5": md5}
+        more = root.findtext("{*}IsTruncated") == "true"
         token = f"&continuation-token={quote(root.findtext('{*}NextContinuationToken', ''), safe='')}"
 
 
@@ -391,6 +376,5 @@ def _fetch_keys(files: Any, folder: Path, base: str) -> None:
         try:
             fetch(url, target, session=session, progress=False, **how)
         except DownloadError as error:
-            raise DownloadError(
-                f"{error} If {folder.name} was revised meanwhile, delete {folder / '.listing.json'} first."
-            ) from None
+            told = f"If it was revised meanwhile, delete {folder / '.listing.json'} first."
+            raise DownloadError(f"{error} {told}") from None

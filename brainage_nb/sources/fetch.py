@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import requests
 import urllib3
@@ -27,12 +27,10 @@ from tqdm import tqdm
 
 from brainage_nb.workspace import hash_of, read_json, write_json, writing
 
-TIMEOUT_S = (20.0, 60.0)
-"""Longest wait [s] for a connection and for the next bytes."""
-LONGEST_WAIT_S = 300.0
-"""A server that asks for a longer pause [s] is not waited for."""
+TIMEOUT_S = (20.0, 60.0)  # longest wait [s] for a connection and for the next bytes
+LONGEST_WAIT_S = 300.0  # a server that asks for a longer pause [s] is not waited for
+# Status codes after which the same request may succeed later.
 PASSING = (408, 425, 429, 500, 502, 503, 504, 509, 520, 521, 522, 523, 524)
-"""Status codes after which the same request may succeed later."""
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz", ".tar", ".zip", ".tar.bz2", ".tar.xz")
 MOST_FILES = 500_000
 MOST_TIMES_LARGER = 200  # NIfTI files shrink to a half or a tenth; a bomb to a thousandth
@@ -41,9 +39,7 @@ SMALL_BYTES = 256 << 20  # below this no ratio is judged: an empty label map may
 _BINARY = (*ARCHIVE_SUFFIXES, ".nii.gz", ".nii", ".mgz", ".mgh", ".xls", ".xlsx", ".xlsm", ".ods")
 _CHUNK = 1 << 16
 _SPARE_BYTES = 64 << 20
-_DAMAGED = (
-    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, OSError,
-)  # fmt: skip
+_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
 _REMEDIES = {
     401: "it asks for a login: download in a browser and use source = folder",
     403: "it gives no permission: accept the data set's terms on its site, or wait if a quota is used up",
@@ -51,9 +47,14 @@ _REMEDIES = {
     410: "the file was taken away: name another mirror",
     **dict.fromkeys(PASSING, "run the cell again later, or name another mirror"),
 }
-FREE_SOME = (
-    "Free some space or set download_dir to a larger disk, then run the cell again: what came is kept."
+_PAGE = (
+    "instead of the file came a web page or an error message. Probably a download quota is used up (wait "
+    "some hours, or make a copy of your own), the server asks for a login or consent to terms, or the file "
+    "is gone. Open the address in a browser, name another mirror, or use source = folder."
 )
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+_ELSEWHERE = "set download_dir (source = folder: workspace) to another disk and run again: what came is kept."
 
 
 class DownloadError(RuntimeError):
@@ -138,24 +139,26 @@ def fetch(
     PosixPath('downloads/IXI.xls')
     """
     path = Path(path)
-    if path.is_file():
+    if path.is_file() and (have := path.stat().st_size):  # one without content counts as not there
+        if size not in (None, have):
+            told = f"{path} has {have} bytes, the server's {size}: edited or torn"
+            print(f"{told}. It is used as it is; delete it, and the next run downloads it again.")
         return path
     mirrors = [urls] if isinstance(urls, str) else list(urls)
     if any(re.match(r"\w+://[^/]*@", url) for url in mirrors):
-        raise DownloadError(
-            f"The address of {path.name} holds a user or password, which would be kept in the executed "
-            "notebook and in logs. Download the file by hand and use source = folder."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
+        problem = f"The address of {path.name} holds a user or password, which notebook and logs would keep"
+        raise DownloadError(f"{problem}. Download the file by hand and use source = folder.")
     part, failures = PartialDownload(path, size, checksum, progress), []
     for url in mirrors:
         try:
-            _receive_all(url, part, session or open_session())
-            return part.finish()
+            with explain_disk(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _receive_all(url, part, session or open_session())
+                return part.finish()
         except DownloadError as error:
             failures.append(f"{path.name} from {hide_secrets(url)}: {error}")
         finally:
-            if not part.received:
+            if part.part.exists() and not part.received:
                 part.discard()
     if part.received:
         failures.append(f"{part.received / 2**20:.1f} MiB are kept and it goes on from there.")
@@ -178,20 +181,31 @@ class PartialDownload:
     def request_headers(self) -> dict[str, str]:
         """Ask for the rest, if the server vouches that it belongs to what is here, else for all."""
         headers = {"Accept-Encoding": "identity"}  # ranges count stored bytes
-        validator = _read_if_there(self.notes).get("validator")
+        validator = read_notes(self.notes).get("validator")
         if self.received and validator:
             headers |= {"Range": f"bytes={self.received}-", "If-Range": validator}
         return headers
 
     def continues(self, response: requests.Response) -> bool:
         """Whether an answer of 206 goes on with the bytes that are here: some servers ignore If-Range."""
-        known, validator = _read_if_there(self.notes), _read_validator(response)
-        same = validator in ("", known["validator"])
-        return same and _read_range(response) == (self.received, known["total"])
+        known, rest = read_notes(self.notes), response.headers.get("Content-Range")
+        same = _read_validator(response) in ("", known["validator"])
+        return same and rest == f"bytes {self.received}-{(known['total'] or 0) - 1}/{known['total']}"
 
     def finish(self) -> Path:
         """Give it its name, or refuse it and start from the beginning next time."""
-        if problem := self._find_problem():
+        kind, _, expected = self.checksum.partition(":")
+        problem = ""
+        if self.received and _is_page(self.part, self.path.name):
+            problem = _PAGE
+        elif not self.received or self.received != (self.size or self.received):
+            problem = f"{self.received} bytes came, expected were {self.size or 'some'}. It was not taken."
+        elif kind and (found := hash_of(self.part, kind)) != expected.strip().lower():
+            problem = (
+                f"its {kind} is {found}, expected was {expected}. It was not taken: the publisher has "
+                "replaced it, or it is another file. Compare with their page, name a mirror or the new hash."
+            )
+        if problem:
             self.discard()
             raise DownloadError(problem)
         os.replace(self.part, self.path)
@@ -203,36 +217,15 @@ class PartialDownload:
         self.part.unlink(missing_ok=True)
         self.notes.unlink(missing_ok=True)
 
-    def _find_problem(self) -> str:
-        """What is wrong with the complete file and what to do, or ""."""
-        if self.received and _is_page(self.part, self.path.name):
-            return (
-                "instead of the file came a web page or an error message. Probably a download quota is used "
-                "up (wait some hours, or make a copy of your own), the server asks for a login or consent to "
-                "terms, or the file is not there. Open the address in a browser, name another mirror, or "
-                "download by hand and use source = folder."
-            )
-        if not self.received or self.received != (self.size or self.received):
-            return f"{self.received} bytes came, expected were {self.size or 'some'}. It was not taken."
-        kind, _, expected = self.checksum.partition(":")
-        if kind and (found := hash_of(self.part, kind)) != expected.strip().lower():
-            return (
-                f"its {kind} is {found}, expected was {expected}. It was not taken: the publisher has "
-                "replaced the file, or it is another one. Compare with the publisher's page, then name "
-                "another mirror or the new hash."
-            )
-        return ""
-
 
 def _receive_all(url: str, part: PartialDownload, session: requests.Session) -> None:
     """Connect until all has come; give up after several tries that brought no new byte."""
-    broken = (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError)
     retry = fresh = RETRY.new(connect=None, read=None)
     while True:
         before = part.received
         try:
             return _receive(url, part, session)
-        except broken as error:
+        except (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError) as error:
             told = f"no connection ({type(error).__name__})"  # its own words hold the whole address
             try:
                 retry = (fresh if part.received > before else retry).increment("GET", "", error=error)
@@ -250,8 +243,7 @@ def _receive(url: str, part: PartialDownload, session: requests.Session) -> None
     headers = part.request_headers()
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT_S) as response:
         status, have = response.status_code, part.received if "Range" in headers else 0
-        total = _read_range(response)[1]
-        if have and status == 416 and total == have:
+        if have and status == 416 and response.headers.get("Content-Range") == f"bytes */{have}":
             return
         if have and (status == 416 or (status == 206 and not part.continues(response))):
             part.discard()
@@ -259,25 +251,19 @@ def _receive(url: str, part: PartialDownload, session: requests.Session) -> None
         if status not in (200, 206):
             remedy = _REMEDIES.get(status, "check the address, or name another mirror")
             raise DownloadError(f"the server answers {status}: {remedy}.")
-        if status == 200:  # the whole file: it changed, or this server knows no ranges
-            have, length = 0, response.headers.get("Content-Length", "")
-            total = int(length) if length.isdigit() else None
+        have = have if status == 206 else 0  # 200 is the whole file: it changed, or there are no ranges here
+        length = response.headers.get("Content-Length", "")
+        total = have + int(length) if length.isdigit() else None
         if part.size and total not in (None, part.size):
-            raise DownloadError(
-                f"it has {total} bytes on the server, {part.size} were expected: it is another file. Check "
-                "the address, or name another mirror."
-            )
+            problem = f"it has {total} bytes on the server, {part.size} were expected: it is another file"
+            raise DownloadError(f"{problem}. Check the address, or name another mirror.")
         refuse_full_disk(part.path.parent, (total or 0) - have, part.path.name)
         write_json({"validator": _read_validator(response), "total": total}, part.notes)
-        _write(response, part, have, total)
-
-
-def _write(response: requests.Response, part: PartialDownload, have: int, total: int | None) -> None:
-    how = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": not part.progress}
-    bar = tqdm(total=total, initial=have, desc=part.path.name, **how)
-    with bar, _explain_full_disk(part.path.parent), open(part.part, "ab" if have else "wb") as stream:
-        for chunk in response.raw.stream(_CHUNK, decode_content=False):
-            bar.update(stream.write(chunk))
+        how = {"unit": "B", "unit_scale": True, "unit_divisor": 1024, "disable": not part.progress}
+        bar = tqdm(total=total, initial=have, desc=part.path.name, **how)
+        with bar, open(part.part, "ab" if have else "wb") as stream:
+            for chunk in response.raw.stream(_CHUNK, decode_content=False):
+                bar.update(stream.write(chunk))
     if total is not None and part.received != total:  # urllib3 before 2.0 lets a short body pass
         raise urllib3.exceptions.ProtocolError("the connection ended early")
 
@@ -294,12 +280,6 @@ def _is_page(path: Path, name: str) -> bool:
     return head.startswith((b"<!doctype html", b"<html", b"<head"))
 
 
-def _read_range(response: requests.Response) -> tuple[int | None, int | None]:
-    """First byte and total length that `Content-Range` states (`bytes 5-9/10`, `bytes */10`), else None."""
-    match = re.match(r"bytes (?:(\d+)-\d+|\*)/(\d+)?", response.headers.get("Content-Range", ""))
-    return tuple(int(number) if number else None for number in match.groups()) if match else (None, None)
-
-
 def _read_validator(response: requests.Response) -> str:
     """What vouches that a file is still the same: its strong ETag, else its date, else ""."""
     etag = response.headers.get("ETag", "")
@@ -307,11 +287,13 @@ def _read_validator(response: requests.Response) -> str:
     return etag if etag.startswith('"') else response.headers.get("Last-Modified", "")
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
+def read_notes(path: Path) -> dict[str, Any]:
+    """What an earlier run noted beside a download; {} where nothing is, or what is there is torn."""
     try:
-        return read_json(path)
+        noted = read_json(path)
     except (OSError, ValueError):
         return {}
+    return noted if isinstance(noted, dict) else {}
 
 
 # --- disk -------------------------------------------------------------------------------------------------
@@ -322,23 +304,21 @@ def refuse_full_disk(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed + _SPARE_BYTES > free:
         sizes = f"needs {needed / 2**30:.1f} GiB more, but {folder} has {free / 2**30:.1f} GiB left"
-        raise DownloadError(f"{what} {sizes}. {FREE_SOME}")
-
-
-def is_full_disk(error: Exception) -> bool:
-    """Whether the system refused to write more."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        raise DownloadError(f"{what} {sizes}. Free some space or {_ELSEWHERE}")
 
 
 @contextmanager
-def _explain_full_disk(folder: Path) -> Iterator[None]:
-    """Turn the system's error about a full disk into what to do."""
+def explain_disk(folder: Path | str) -> Iterator[None]:
+    """Turn the system's error about a disk that is full or cannot be written into what to do."""
     try:
         yield
     except OSError as error:
-        if not is_full_disk(error):
-            raise
-        raise DownloadError(f"The disk of {folder} is full. {FREE_SOME}") from None
+        if error.errno in _FULL:
+            raise DownloadError(f"The disk of {folder} is full. Free some space or {_ELSEWHERE}") from None
+        if error.errno in _FORBIDDEN:
+            place = f"{error.filename or folder} cannot be written ({error.strerror})"
+            raise DownloadError(f"{place}. Make it writable or {_ELSEWHERE}") from None
+        raise
 
 
 # --- archives ---------------------------------------------------------------------------------------------
@@ -349,9 +329,7 @@ def is_archive(name: str) -> bool:
     return name.lower().endswith(ARCHIVE_SUFFIXES)
 
 
-def unpack(
-    archive: Path | str, folder: Path | str, *, delete: bool = False, progress: bool = True
-) -> list[str]:
+def unpack(archive: Path | str, folder: Path | str, *, delete: bool = False) -> list[str]:
     """Unpack all regular files of a tar or zip, each whole or not at all; a killed run is continued.
 
     Parameters
@@ -362,8 +340,6 @@ def unpack(
         Where its files go; made where it is missing. `.NAME.unpacked.json` in it says what is done.
     delete : bool
         Delete the archive in the end.
-    progress : bool
-        Show a bar.
 
     Returns
     -------
@@ -382,7 +358,8 @@ def unpack(
         found = archive.stat()  # tells two archives of one name apart
         identity = f"{found.st_size}-{found.st_mtime_ns}"
         if done is None or done["identity"] != identity:
-            done = _unpack(archive, folder, identity, progress)
+            with explain_disk(folder):
+                done = _unpack(archive, folder, identity)
         if delete:
             archive.unlink()
     return done["left_out"]
@@ -390,7 +367,7 @@ def unpack(
 
 def find_unpacked(folder: Path | str, archive: str) -> dict[str, Any] | None:
     """What an archive of this name left in `folder`, if it was unpacked to the end and nothing is missing."""
-    done = _read_if_there(_mark(Path(folder), archive))
+    done = read_notes(_mark(Path(folder), archive))
     whole = "files" in done and all((Path(folder) / name).is_file() for name in done["files"])
     return done if whole else None
 
@@ -406,63 +383,44 @@ def find_target(folder: Path, name: str) -> Path:
     except (tarfile.FilterError, ValueError):
         inside = ".."
     if ".." in Path(inside).parts or not Path(inside).parts:
-        raise DownloadError(
-            f"'{name}' was not taken: it leads outside the folder {root}. Such an archive is broken or "
-            "hostile: get it from its publisher."
-        )
+        problem = f"'{name}' was not taken: it leads outside the folder {root}"
+        raise DownloadError(f"{problem}. It is broken or hostile: get it from its publisher.")
     return root / inside
 
 
-def _unpack(archive: Path, folder: Path, identity: str, progress: bool) -> dict[str, Any]:
-    mark = _mark(folder, archive.name)
-    begun = _read_if_there(mark).get("identity") == identity
+def _unpack(archive: Path, folder: Path, identity: str) -> dict[str, Any]:
+    mark, names, left_out, total = _mark(folder, archive.name), [], [], 0
+    begun = read_notes(mark).get("identity") == identity
     write_json({"identity": identity}, mark)
     try:
-        names, left_out = _unpack_members(archive, folder, begun, progress)
-    except _DAMAGED as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        for name, size, reason, open_member in tqdm(_read_members(archive), archive.name, unit="file"):
+            if reason:
+                left_out.append(f"{name}: {reason}, not unpacked")
+                continue
+            target = find_target(folder, name)
+            total += size
+            _refuse_bomb(archive, total, len(names))
+            # a file gets its name only when it is whole, so one of this size from the same archive is done
+            if not (begun and target.is_file() and target.stat().st_size == size):
+                refuse_full_disk(folder, size, f"{name} of {archive.name}")
+                with writing(target) as temporary, open_member() as source, open(temporary, "wb") as sink:
+                    shutil.copyfileobj(source, sink, 1 << 20)
+            names.append(target.relative_to(folder.resolve()).as_posix())
+    except (*_DAMAGED, OSError) as error:
+        if getattr(error, "errno", None) is not None:
             raise  # the disk, not the content
-        raise DownloadError(
-            f"{archive.name} is damaged ({type(error).__name__}: {error}). Delete it and run the cell again; "
-            "files already unpacked are kept."
-        ) from None
+        problem = f"{archive} is damaged ({type(error).__name__}: {error})"
+        raise DownloadError(f"{problem}. Delete it and run the cell again; what is unpacked stays.") from None
     done = {"identity": identity, "files": names, "left_out": left_out}
     write_json(done, mark)
     return done
 
 
-def _unpack_members(archive: Path, folder: Path, begun: bool, progress: bool) -> tuple[list[str], list[str]]:
-    names, left_out, total = [], [], 0
-    for member in tqdm(_read_members(archive), f"unpack {archive.name}", unit="file", disable=not progress):
-        if member.reason:
-            left_out.append(f"{member.name}: {member.reason}, not unpacked")
-            continue
-        target = find_target(folder, member.name)
-        total += member.size
-        _refuse_bomb(archive, total, len(names))
-        # a file gets its name only when it is whole, so one of this size from the same archive is done
-        if not (begun and target.is_file() and target.stat().st_size == member.size):
-            refuse_full_disk(folder, member.size, f"{member.name} of {archive.name}")
-            with (
-                _explain_full_disk(folder), writing(target) as temporary,
-                member.open() as source, open(temporary, "wb") as sink,
-            ):  # fmt: skip
-                shutil.copyfileobj(source, sink, 1 << 20)
-        names.append(target.relative_to(folder.resolve()).as_posix())
-    return names, left_out
+def _read_members(path: Path) -> Iterator[tuple[str, int, str, Callable[[], IO[bytes]]]]:
+    """Files of a tar or zip as stored: name, size, why it is left out or "", and what opens it.
 
-
-class _Member(NamedTuple):
-    """A file in an archive; `reason` says why it is left out, or ""."""
-
-    name: str
-    size: int
-    reason: str
-    open: Callable[[], IO[bytes]]
-
-
-def _read_members(path: Path) -> Iterator[_Member]:
-    """Files of a tar or zip in the order they are stored; the content decides which of the two it is."""
+    The content decides which of the two it is, not the name.
+    """
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
@@ -470,13 +428,13 @@ def _read_members(path: Path) -> Iterator[_Member]:
                     raise DownloadError(f"{path.name} needs a password: unpack by hand, use source = folder.")
                 link = "a link" if stat.S_ISLNK(info.external_attr >> 16) else ""
                 if not info.is_dir() and not _is_litter(info.filename):
-                    yield _Member(info.filename, info.file_size, link, partial(archive.open, info))
+                    yield info.filename, info.file_size, link, partial(archive.open, info)
         return
     with tarfile.open(path, "r:*") as archive:
         for info in archive:
             kind = "" if info.isreg() else "a link" if info.issym() or info.islnk() else "no regular file"
             if not info.isdir() and not _is_litter(info.name):
-                yield _Member(info.name, info.size, kind, partial(archive.extractfile, info))
+                yield info.name, info.size, kind, partial(archive.extractfile, info)
         # tarfile takes one that was cut between two files for a shorter one
         archive.fileobj.seek(archive.offset)
         if len(archive.fileobj.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:

@@ -8,7 +8,7 @@ import tomllib
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import chain, count
 from pathlib import Path
@@ -197,10 +197,8 @@ def _join_sets(sets: list[Path], images: pd.DataFrame, columns: Any, root: Any, 
     cohort = pd.concat([one.cohort for one in found.values()], ignore_index=True)
     cohort["scan_id"] = _make_distinct(cohort["scan_id"])
     refused[None] = "no participants.tsv lies in its data set"
-    owners = [
-        next((one for one in sets if Path(image).is_relative_to(one)), None) for image in images["image"]
-    ]
-    aside = images[["image"]].assign(reason=[refused.get(owner, "") for owner in owners])
+    within = [[one for one in sets if Path(image).is_relative_to(one)] for image in images["image"]]
+    aside = images[["image"]].assign(reason=[refused.get((*own, None)[0], "") for own in within])
     aside = _write_relative(aside[aside["reason"] != ""], root)
     names = ", ".join(f"{name}_…" for name in found)
     return FolderCohort(
@@ -222,9 +220,7 @@ def _match_own_images(images: pd.DataFrame, rows: pd.DataFrame, path: Path, data
         above = [one for one in (folder, *folder.parents) if one.is_relative_to(data_dir) and one != data_dir]
         owner = next((one for one in above if _has_participants(one)), None)
         if owner and not path.is_relative_to(owner) and not folder.is_relative_to(path.parent):
-            foreign[folder] = (
-                f"it belongs to the data set of {owner / 'participants.tsv'}, not to {path.name}"
-            )
+            foreign[folder] = f"it belongs to the data set of {owner}/participants.tsv, not to {path.name}"
     reasons = [foreign.get(Path(image).parent, "") for image in images["image"]]
     own = images[[not reason for reason in reasons]].reset_index(drop=True)
     matches = iter(match_images(own, rows))
@@ -256,13 +252,9 @@ def find_table(data_dir: Path | str, table: Path | str = "") -> Path:
 
 def list_tables(folder: Path) -> list[Path]:
     """Tables in a folder and one below that may hold participants: none of sessions, scans or events."""
-    aside = re.compile(
-        r"[.~]|readme|license|changes|.*_(sessions|scans|events|channels)\.tsv$", re.IGNORECASE
-    )
-    found = [*folder.glob("*"), *folder.glob("*/*")]
-    return sorted(
-        path for path in found if path.suffix.lower() in TABLE_SUFFIXES and not aside.match(path.name)
-    )
+    aside = re.compile(r"(?i)[.~]|readme|license|changes|.*_(sessions|scans|events|channels)\.tsv$")
+    found = [path for path in [*folder.glob("*"), *folder.glob("*/*")] if not aside.match(path.name)]
+    return sorted(path for path in found if path.suffix.lower() in TABLE_SUFFIXES)
 
 
 def _all_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -348,16 +340,12 @@ def _notes_on_matching(rows: pd.DataFrame, matches: list[Match]) -> list[str]:
     if padded := [match for match in joined if match.label]:
         example = f"'{padded[0].label}' is the table's '{padded[0].subjects[0]}'"
         notes.append(f"Ids matched by number: {len(padded)}; {example}.")
-    visits = {
-        (match.row, match.session, match.visit) for match in joined if not rows["session_id"][match.row]
-    }
+    visits = {(one.row, one.session, one.visit) for one in joined if not rows["session_id"][one.row]}
     scans = Counter(row for row, _, _ in visits)
     if several := sum(number > 1 for number in scans.values()):
         told = "" if any(session for _, session, _ in visits) else " (or dates, or numbers after the id)"
-        notes.append(
-            f"Subjects with several sessions{told} on disk and one age in the table: {several}; all "
-            "sessions take this age, which is probably that at the first."
-        )
+        problem = f"Subjects with several sessions{told} on disk and one age in the table: {several}"
+        notes.append(f"{problem}; all sessions take this age, which is probably that at the first.")
     if missing := int(rows["age"][[match.row for match in joined]].isna().sum()):
         notes.append(f"Images whose row gives no usable age: {missing}; cleaning drops them with the reason.")
     return notes
@@ -411,14 +399,6 @@ class Terms:
     url: str = ""
     caution: str = ""
 
-    def with_facts(self, **facts: str) -> Terms:
-        """The same terms with what the data set itself says, where it says something."""
-        return replace(self, **{name: text for name, text in facts.items() if text})
-
-    def line(self) -> str:
-        """The terms as one line, for a log."""
-        return f"{self.name}. Terms of use: {self.licence}. Cite: {self.cite}."
-
     def markdown(self) -> str:
         """The terms as a short list, for a notebook or a terminal."""
         lines = [f"**{self.name}**", "", f"- **Terms of use:** {self.licence}", f"- **Cite:** {self.cite}"]
@@ -427,8 +407,5 @@ class Terms:
         return "\n".join(lines)
 
 
-TERMS = {
-    name: Terms(**entry)
-    for name, entry in tomllib.loads((files(__package__) / "terms.toml").read_text(encoding="utf-8")).items()
-}
-"""By the name of the source."""
+_ENTRIES = tomllib.loads((files(__package__) / "terms.toml").read_text(encoding="utf-8"))
+TERMS = {source: Terms(**entry) for source, entry in _ENTRIES.items()}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import pandas as pd
@@ -34,6 +36,13 @@ _IXI_HOST = "biomedic.doc.ic.ac.uk/brain-development/downloads/IXI"
 IXI_IMAGES = tuple(f"{scheme}://{_IXI_HOST}/IXI-T1.tar" for scheme in ("https", "http"))
 IXI_TABLE = tuple(f"{scheme}://{_IXI_HOST}/IXI.xls" for scheme in ("https", "http"))
 IXI_MD5 = "34901a0593b41dd19c1a1f746eac2d58"
+
+SETS = tomllib.loads((files(__package__) / "sets.toml").read_text(encoding="utf-8"))
+READS = {
+    source: {*known["reads"], *(() if source == "demo" else COLUMN_PARAMETERS.values())}
+    for source, known in SETS.items()
+}
+"""Source -> the fields of `SourceSettings` that it reads; others are refused beside it."""
 
 
 @dataclass(frozen=True)
@@ -121,33 +130,35 @@ class SourceSettings:
     demo_voxel_mm: float = 2.0
     seed: int = 1
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """Names of columns by role, and `age_unit`, as `match_scans` takes them."""
+        return {role: getattr(self, name) for role, name in COLUMN_PARAMETERS.items()}
+
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise SourceError(f"source = {self.source!r}: it is one of {', '.join(SOURCES)}.")
         check_fields(self)
         for item in fields(self):
-            readers = [source for source, (_, names) in SOURCES.items() if item.name in names]
-            if readers and self.source not in readers and getattr(self, item.name) != item.default:
-                raise SourceError(
-                    f"{item.name} = {getattr(self, item.name)!r} is not read with source = {self.source!r}. "
-                    f"Set source to {' or '.join(readers)}, or leave {item.name} out."
-                )
-        if "data_dir" in SOURCES[self.source][1]:
+            readers = [source for source, names in READS.items() if item.name in names]
+            value = getattr(self, item.name)
+            if readers and self.source not in readers and value != item.default:
+                problem = f"{item.name} = {value!r} is not read with source = {self.source!r}"
+                remedy = f"Set source to {' or '.join(readers)}, or leave {item.name} out."
+                raise SourceError(f"{problem}. {remedy}")
+        if "data_dir" in READS[self.source]:
             self._check_places()
 
     def _check_places(self) -> None:
         if not self.data_dir.strip():
-            raise SourceError(
-                f"data_dir is empty: set it to the folder or archive of the scans (source {self.source})."
-            )
+            raise SourceError(f"data_dir is empty: set it to the folder or archive of scans ({self.source}).")
         folder = Path(self.data_dir).expanduser().absolute()
         if not folder.exists():
             raise FileNotFoundError(f"There is no folder {folder}. Set data_dir to the one with the scans.")
         table = find_table(folder, self.table) if self.table and folder.is_dir() else None
         if table and not (table.exists() or table.is_symlink()):  # a link may be an annex's, not fetched
-            raise FileNotFoundError(
-                f"There is no table {self.table}, neither here nor in {folder}. Set table to the ages."
-            )
+            problem = f"There is no table {self.table}, neither here nor in {folder}"
+            raise FileNotFoundError(f"{problem}. Set table to the ages.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,11 +201,19 @@ def open_source(source: str, parameters: Mapping[str, Any], root: Path | str) ->
     >>> found.cohort[["scan_id", "age"]]  # doctest: +SKIP
     """
     settings = SourceSettings(**pick_fields(parameters, SourceSettings) | {"source": source})
-    print(TERMS[source].line())  # before anything is fetched
+    terms = TERMS[source]
+    print(f"{terms.name}. Terms of use: {terms.licence}. Cite: {terms.cite}.")  # before anything is fetched
     rules, root = CohortRules(**pick_fields(parameters, CohortRules)), Path(root)
     downloads = Path(settings.download_dir or root / "downloads").expanduser().absolute()
-    columns = {role: getattr(settings, name) for role, name in COLUMN_PARAMETERS.items()}
-    found, terms = SOURCES[source][0](settings, downloads, {"columns": columns, "root": root})
+    try:
+        place, columns = SOURCES[source](settings, downloads, root), settings.columns
+        found = match_scans(place.data_dir, place.table, columns=columns, root=root, source=place.label)
+    except TableError as error:
+        if str(downloads) not in str(error):
+            raise
+        raise TableError(f"{error} If it came torn, delete it: the next run downloads it again.") from None
+    if "columns" in SETS[source]:
+        found = _take_one_per_session(found, SETS[source])
     ruled = apply_rules(found.cohort, rules)
     if ruled.cohort.empty:
         shown = ruled.summary[["rule", "scans left out", "remark"]].to_string(index=False)
@@ -202,53 +221,58 @@ def open_source(source: str, parameters: Mapping[str, Any], root: Path | str) ->
             f"The cohort rules left out all {len(found.cohort)} scans:\n{shown}\nSet max_cdr = -1, "
             "controls_only = False or control_words, if these people are wanted."
         )
-    kept = vars(replace(found, cohort=ruled.cohort))
-    return OpenedSource(**kept, dropped=ruled.dropped, rules=ruled.summary, terms=terms)
+    kept = vars(replace(found, cohort=ruled.cohort, notes=[*found.notes, *place.notes]))
+    return OpenedSource(**kept, dropped=ruled.dropped, rules=ruled.summary, terms=place.terms or terms)
 
 
-# --- one opener per source: settings, folder of downloads, keywords of `match_scans` ----------------------
-
-_Opened = tuple[FolderCohort, Terms]
-_Keywords = dict[str, Any]
+# --- one function per source brings scans and table here: settings, folder of downloads, workspace --------
 
 
-def _open_demo(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+class Place(NamedTuple):
+    """Where scans and table lie, what the cohort's column `source` says, and what else is to be told."""
+
+    data_dir: Path
+    table: Path | str
+    label: str
+    notes: Sequence[str] = ()
+    terms: Terms | None = None
+
+
+def _bring_demo(settings: SourceSettings, downloads: Path, root: Path) -> Place:
     from brainage_nb.demo.cohort import make_demo_cohort  # a second that no other source needs
 
-    folder, people = Path(how["root"]) / "demo", settings.n_subjects
-    made = make_demo_cohort(folder, n_subjects=people, seed=settings.seed, voxel_mm=settings.demo_voxel_mm)
-    return match_scans(made, Path(made) / "participants.tsv", **how, source="demo"), TERMS["demo"]
+    people, size = settings.n_subjects, settings.demo_voxel_mm
+    made = Path(make_demo_cohort(root / "demo", n_subjects=people, seed=settings.seed, voxel_mm=size))
+    return Place(made, made / "participants.tsv", "demo")
 
 
-def _open_folder(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
-    place, table, left_out = Path(settings.data_dir).expanduser(), settings.table, []
-    if place.is_file() and is_archive(place.name):
-        # One large file is read from Drive at full speed, a thousand small ones are not.
-        found = place.stat()  # another archive of the same name is another folder
-        name = f"{place.name}-{found.st_size}-{found.st_mtime_ns}"
-        folder = (local_disk_for(how["root"]) or how["root"]) / "unpacked" / name
-        left_out = unpack(place, folder)
-        table = str(place.parent / table) if table and (place.parent / table).is_file() else table
-        place = folder
-    found = match_scans(place, table, **how)
-    return replace(found, notes=[*left_out, *found.notes]), TERMS["folder"]
+def _bring_folder(settings: SourceSettings, downloads: Path, root: Path) -> Place:
+    place, table = Path(settings.data_dir).expanduser(), settings.table
+    if not (place.is_file() and is_archive(place.name)):
+        return Place(place, table, "folder")
+    # One large file is read from Drive at full speed, a thousand small ones are not.
+    found = place.stat()  # another archive of the same name is another folder
+    name = f"{place.name}-{found.st_size}-{found.st_mtime_ns}"
+    folder = (local_disk_for(root) or root) / "unpacked" / name
+    left_out = unpack(place, folder)
+    table = str(place.parent / table) if table and (place.parent / table).is_file() else table
+    return Place(folder, table, "folder", left_out)
 
 
-def _open_drive(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+def _bring_drive(settings: SourceSettings, downloads: Path, root: Path) -> Place:
     folder = downloads / "drive"
     left_out = fetch_drive(folder, settings.drive_links, keep_archives=settings.keep_archives)
-    found = match_scans(folder, settings.table, **how, source="gdown")
-    return replace(found, notes=[*found.notes, *left_out]), TERMS["gdown"]
+    return Place(folder, settings.table, "gdown", left_out)
 
 
-def _open_kaggle(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
-    handle = settings.kaggle_dataset
+def _bring_kaggle(settings: SourceSettings, downloads: Path, root: Path) -> Place:
+    handle = settings.kaggle_dataset.removeprefix("https://www.kaggle.com/datasets/")
     folder = fetch_kaggle(handle, downloads / "kaggle")
-    terms = TERMS["kaggle_dataset"].with_facts(url=f"https://www.kaggle.com/datasets/{handle}")
-    return match_scans(folder, settings.table, **how, source=f"kaggle {handle}"), terms
+    terms = replace(TERMS["kaggle_dataset"], url=f"https://www.kaggle.com/datasets/{handle}")
+    return Place(folder, settings.table, f"kaggle {handle}", terms=terms)
 
 
-def _open_ixi(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+def _bring_ixi(settings: SourceSettings, downloads: Path, root: Path) -> Place:
     folder = downloads / "ixi"
     # the table first: it is small, and without it the scans are of no use
     tables = split_addresses(settings.ixi_table_url) or IXI_TABLE
@@ -259,118 +283,52 @@ def _open_ixi(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Ope
     if not find_unpacked(images, archive.name):
         checksum = f"md5:{md5}" if md5 not in ("", "none") else ""
         fetch(split_addresses(settings.ixi_images_url) or IXI_IMAGES, archive, checksum=checksum)
-    left_out = unpack(archive, images, delete=not settings.keep_archives)
-    found = match_scans(images, table, **how, source="ixi")
-    return replace(found, notes=[*found.notes, *left_out]), TERMS["ixi"]
+    return Place(images, table, "ixi", unpack(archive, images, delete=not settings.keep_archives))
 
 
-def _open_openneuro(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
-    folder = fetch_openneuro(
-        downloads / "openneuro",
-        settings.openneuro_id,
-        max_subjects=settings.max_subjects,
-        base=settings.openneuro_url or BUCKET,
-        columns=how["columns"],
-    )
-    found = match_scans(folder, folder / "participants.tsv", **how, source=f"openneuro {folder.name}")
-    return found, read_openneuro_terms(folder)
+def _bring_openneuro(settings: SourceSettings, downloads: Path, root: Path) -> Place:
+    how = {"max_subjects": settings.max_subjects, "columns": settings.columns}
+    base = settings.openneuro_url or BUCKET
+    folder = fetch_openneuro(downloads / "openneuro", settings.openneuro_id, base=base, **how)
+    table, label = folder / "participants.tsv", f"openneuro {folder.name}"
+    return Place(folder, table, label, terms=read_openneuro_terms(folder))
 
 
 # --- data sets that a person downloads after agreeing to terms ----------------------------------------------
 
 
-@dataclass(frozen=True)
-class LocalSet:
-    """How to know a set's table, and which picture of a session to take.
-
-    Attributes
-    ----------
-    columns : tuple of str
-        Columns that its table has, in plain form, `|` between alternatives; where one is missing it is
-        another table.
-    table_name : str
-        Pattern of the table's file name, to find it among several.
-    preferred : tuple of str
-        Patterns of image paths, the best first; of one session only the best is taken.
-    refused, refusal : str
-        Pattern of image paths that are never taken, and why not.
-    """
-
-    columns: tuple[str, ...]
-    table_name: str
-    preferred: tuple[str, ...] = ()
-    refused: str = ""
-    refusal: str = ""
-
-
-LOCAL_SETS = {
-    "oasis1": LocalSet(
-        ("id", "age", "cdr"),
-        r"oasis.*cross",
-        # averaged, in Talairach space, with the skull; then what was converted to NIfTI; then without skull
-        (r"_t88_gfc\.(hdr|img)$", r"\.nii(\.gz)?$", r"_t88_masked_gfc\.(hdr|img)$"),
-        r"(?:_sbj_111|_mpr-\d+_anon)\.(?:hdr|img)$",
-        "stored in sagittal slices under a header that does not say so: take the T88_111 image, or convert "
-        "to NIfTI with the right affine (Clinica's oasis-to-bids)",
-    ),
-    "oasis2": LocalSet(
-        ("subject_id", "mri_id", "age", "cdr"),
-        r"oasis.*long",
-        tuple(rf"mpr-{number}[._]" for number in range(1, 8)),
-    ),
-    "openbhb": LocalSet(
-        ("participant_id", "age", "site"),
-        r"^participants\.tsv$",
-        (r"rawdata/.*_T1w\.nii(\.gz)?$", r"_T1w\.nii"),
-    ),
-    "adni": LocalSet(("subject|ptid", "age"), r"adni|idasearch|\d+_\d+_\d{4}"),
-}
-
-
-def _open_local_set(settings: SourceSettings, downloads: Path, how: _Keywords) -> _Opened:
+def _find_local_set(settings: SourceSettings, downloads: Path, root: Path) -> Place:
     source, data_dir = settings.source, Path(settings.data_dir).expanduser().absolute()
-    known = LOCAL_SETS[source]
-    by_name = [one for one in list_tables(data_dir) if re.search(known.table_name, one.name, re.IGNORECASE)]
-    named = by_name[0] if len(by_name) == 1 and not settings.table else settings.table
-    table = find_table(data_dir, named)
+    name = re.compile(SETS[source]["table_name"], re.IGNORECASE)
+    by_name = [table for table in list_tables(data_dir) if name.search(table.name)]
+    table = find_table(data_dir, settings.table or (by_name[0] if len(by_name) == 1 else ""))
     # whoever names columns knows the table
-    if not any(name for role, name in how["columns"].items() if role != "age_unit"):
-        _refuse_other_table(source, known, table)
+    if not any(name for role, name in settings.columns.items() if role != "age_unit"):
+        _refuse_other_table(source, SETS[source]["columns"], table)
     if source == "openbhb" and not any(data_dir.rglob("*_T1w.nii*")) and any(data_dir.rglob("*_T1w.npy")):
-        raise SourceError(
-            f"{data_dir} holds OpenBHB's preprocessed arrays (.npy), which have no orientation. Download the "
-            "folders rawdata (original T1-weighted scans, .nii.gz) as well."
-        )
-    found = match_scans(data_dir, table, **how, source=source)
-    return _take_one_per_session(found, known), TERMS[source]
+        problem = f"{data_dir} holds OpenBHB's preprocessed arrays (.npy), which have no orientation"
+        raise SourceError(f"{problem}. Download the original scans too (folders rawdata, .nii.gz).")
+    return Place(data_dir, table, source)
 
 
-def _refuse_other_table(source: str, known: LocalSet, path: Path) -> None:
-    names = {plain_name(name) for cells in read_cells(path)[0].values() for name in cells}
-    missing = [name for name in known.columns if not names & set(name.split("|"))]
-    if missing:
-        told = ", ".join(missing).replace("|", " or ")
-        raise TableError(
-            f"{path} is not the table of {source}: it has no column {told}. Set table to the publisher's, or "
-            "use source = folder for a table of your own."
-        )
+def _refuse_other_table(source: str, columns: list[str], path: Path) -> None:
+    names = {plain_name(name) for cells in read_cells(path).values() for name in cells}
+    if missing := [name.replace("|", " or ") for name in columns if not names & set(name.split("|"))]:
+        problem = f"{path} is not the table of {source}: it has no column {', '.join(missing)}"
+        raise TableError(f"{problem}. Set table to the publisher's, or use source = folder with your own.")
 
 
-def _take_one_per_session(found: FolderCohort, known: LocalSet) -> FolderCohort:
+def _take_one_per_session(found: FolderCohort, known: dict[str, Any]) -> FolderCohort:
     """Take the preferred picture of each session; list the others."""
-
-    def rank(image: str) -> int:
-        fits = (re.search(pattern, image, re.IGNORECASE) for pattern in known.preferred)
-        return next((number for number, match in enumerate(fits) if match), len(known.preferred))
-
-    cohort, reasons = found.cohort, pd.Series("", index=found.cohort.index, dtype=str)
+    cohort, preferred = found.cohort, known.get("preferred", [])
     images = cohort["image"].str.replace("\\", "/")
-    if known.refused:
-        reasons = reasons.mask(images.str.contains(known.refused, flags=re.IGNORECASE), known.refusal)
-    if known.preferred:
-        left = (
-            cohort[reasons == ""].assign(rank=images.map(rank)).sort_values(["rank", "image"], kind="stable")
-        )
+    reasons = pd.Series("", index=cohort.index, dtype=str)
+    if "refused" in known:
+        reasons = reasons.mask(images.str.contains(known["refused"], case=False), known["refusal"])
+    if preferred:
+        fits = {n: images.str.contains(pattern, case=False) for n, pattern in enumerate(preferred)}
+        rank = pd.DataFrame(fits | {len(fits): True}).idxmax(axis=1)
+        left = cohort.assign(rank=rank)[reasons == ""].sort_values(["rank", "image"], kind="stable")
         best = left.groupby(["subject_id", "session_id"])["image"].transform("first")
         for index in left.index[left["image"] != best]:
             reasons[index] = f"another picture of this session: {Path(best[index]).name} is taken"
@@ -390,24 +348,16 @@ def _take_one_per_session(found: FolderCohort, known: LocalSet) -> FolderCohort:
     )
 
 
-_COLUMNS = tuple(COLUMN_PARAMETERS.values())
-_OWN_DATA = ("data_dir", "table", *_COLUMNS)
-SOURCES: dict[str, tuple[Callable[[SourceSettings, Path, _Keywords], _Opened], tuple[str, ...]]] = {
-    "demo": (_open_demo, ("n_subjects", "demo_voxel_mm")),
-    "folder": (_open_folder, _OWN_DATA),
-    "gdown": (_open_drive, ("drive_links", "keep_archives", "download_dir", "table", *_COLUMNS)),
-    "kaggle_dataset": (_open_kaggle, ("kaggle_dataset", "download_dir", "table", *_COLUMNS)),
-    "ixi": (
-        _open_ixi,
-        ("ixi_images_url", "ixi_table_url", "ixi_md5", "keep_archives", "download_dir", *_COLUMNS),
-    ),
-    "oasis1": (_open_local_set, _OWN_DATA),
-    "oasis2": (_open_local_set, _OWN_DATA),
-    "openneuro": (
-        _open_openneuro,
-        ("openneuro_id", "max_subjects", "openneuro_url", "download_dir", *_COLUMNS),
-    ),
-    "openbhb": (_open_local_set, _OWN_DATA),
-    "adni": (_open_local_set, _OWN_DATA),
+SOURCES: dict[str, Callable[[SourceSettings, Path, Path], Place]] = {
+    "demo": _bring_demo,
+    "folder": _bring_folder,
+    "gdown": _bring_drive,
+    "kaggle_dataset": _bring_kaggle,
+    "ixi": _bring_ixi,
+    "oasis1": _find_local_set,
+    "oasis2": _find_local_set,
+    "openneuro": _bring_openneuro,
+    "openbhb": _find_local_set,
+    "adni": _find_local_set,
 }
-"""Source -> its opener, and the fields of `SourceSettings` that it reads; others are refused beside it."""
+"""Source -> what brings its scans and table here."""

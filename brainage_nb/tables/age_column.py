@@ -28,17 +28,17 @@ from brainage_nb.tables.columns import (
     plain_name,
     read_age_name,
 )
-from brainage_nb.tables.files import TableError, TextTable
+from brainage_nb.tables.files import TableError, TextTable, find_texts
+
+SAME_AGE_YEARS = 1.0
+"""Ages of one person that differ by no more than this are roundings or two dates of one visit."""
 
 _AGE_IN_WORDS = re.compile(rf"\b(?:{'|'.join(AGE_WORDS)}|old)\b")
 _UNIT_KEY = re.compile("unit|einheit|unidad")
 _OF_ALL = re.compile("description|notes?|comments?|remarks?|readme|info", re.IGNORECASE)
 _LONG_UNITS = {word for word in UNIT_OF if len(word) > 1}
-_YEARS = {word for word, unit in UNIT_OF.items() if unit == "years"}
+_NOT_YEARS = {word for word in _LONG_UNITS if UNIT_OF[word] != "years"}
 _TYPES = words_of("int integer float number numeric num real double decimal string text char continuous")
-
-SAME_AGE_YEARS = 1.0
-"""Ages of one person that differ by no more than this are roundings or two dates of one visit."""
 
 
 def find_age(table: TextTable, subject: str, age_unit: str) -> AgeColumn:
@@ -60,13 +60,14 @@ def find_age(table: TextTable, subject: str, age_unit: str) -> AgeColumn:
     found = [column for column in find_age_columns(table.cells.columns) if column.name != subject]
     at_scan = [column for column in found if column.kind in ("age", "wave")]
     at_scan = [column for column in at_scan if column.t1w] or at_scan
-    plain = [column for column in at_scan if column.kind == "age"]
-    waves = [column for column in at_scan if column.kind == "wave"]
-    if waves and len(plain) + len(waves) > 1:
-        raise _refuse_several(table, found, at_scan)
-    if not plain and not waves:
+    if not at_scan:
         raise _refuse_none(table, found)
-    chosen = _choose_agreeing(table, plain, age_unit) if len(plain) > 1 else (plain or waves)[0]
+    if len(at_scan) == 1:
+        chosen = at_scan[0]
+    elif any(column.kind == "wave" for column in at_scan):
+        raise _refuse_several(table, found, at_scan)
+    else:
+        chosen = _choose_agreeing(table, at_scan, age_unit)
     ignored = [column.name for column in found if column is not chosen]
     if plain_name(chosen.name) != "age" or ignored:
         rest = f"; not used: {', '.join(ignored)}" if ignored else ""
@@ -80,10 +81,8 @@ def find_named_column(table: TextTable, wanted: str, role: str) -> str:
         return wanted
     alike = [name for name in table.cells if plain_name(name) == plain_name(wanted)]
     if len(alike) != 1:
-        parameter = COLUMN_PARAMETERS[role]
-        raise table.error(
-            f"{parameter} = {wanted!r} is not a column", f"set {parameter} to one of the columns"
-        )
+        name = COLUMN_PARAMETERS[role]
+        raise table.error(f"{name} = {wanted!r} is not a column", f"set {name} to one of the columns")
     return alike[0]
 
 
@@ -97,15 +96,13 @@ def read_named_ages(table: TextTable, wanted: str) -> list[AgeColumn]:
         columns = [replace(columns[0], wave="")]
     waves = {column.wave for column in columns}
     if len(columns) > 1 and ("" in waves or len(waves) < len(columns)):
-        raise table.error(
-            f"the columns {', '.join(names)} do not each name another visit",
-            "set age_column to one column, or to one column a visit",
-        )
+        problem = f"the columns {', '.join(names)} do not each name another visit"
+        raise table.error(problem, "set age_column to one column, or to one column per visit")
     return columns
 
 
 def find_units(table: TextTable, column: AgeColumn, age_unit: str) -> list[str]:
-    """The unit of each row's bare numbers: what a column of units says there, else what `find_unit` finds.
+    """The unit of each row's bare numbers: what a column of units says there, else what `_find_unit` finds.
 
     "" or another word where the row's own unit is not said, or is none.
     """
@@ -118,17 +115,17 @@ def find_units(table: TextTable, column: AgeColumn, age_unit: str) -> list[str]:
         "age" not in plain_name(own or "") and set(units) <= {"", UNCLEAR} and "m" not in map(fold, told)
     )
     if of_hospital or not any(units):
-        unit = find_unit(table, column, age_unit)
+        unit = _find_unit(table, column, age_unit)
         if not unit:
             _check_years(table, column)
         return [unit or "years"] * len(table.cells)
     before = "" if age_unit == "auto" else f", before age_unit = {age_unit}"
     table.note(f"The unit of each age is read from column '{own}'{before}.")
-    other = find_unit(table, column, age_unit) if "" in units else ""
+    other = _find_unit(table, column, age_unit) if "" in units else ""
     return [text if unit == UNCLEAR else unit or other for text, unit in zip(told, units, strict=True)]
 
 
-def find_unit(table: TextTable, column: AgeColumn, age_unit: str) -> str:
+def _find_unit(table: TextTable, column: AgeColumn, age_unit: str) -> str:
     """Unit of a column's bare numbers: as set, else as its name, sidecar or line of labels says; else "".
 
     Raises
@@ -144,16 +141,12 @@ def find_unit(table: TextTable, column: AgeColumn, age_unit: str) -> str:
             table.note(f"age_unit = {age_unit} goes before what is said of '{column.name}' ({told}).")
         return age_unit
     if "" in said.values():
-        raise table.error(
-            f"'{column.name}' seems to count from conception, not from birth ({'; '.join(said)})",
-            "set age_column to a column with the age since birth, or age_unit if it is one",
-        )
+        problem = f"'{column.name}' seems to count from conception, not from birth ({'; '.join(said)})"
+        raise table.error(problem, "set age_column to the age since birth; if this is it, set age_unit")
     doubts = [] if units else _find_doubts(table, column)
     if doubts or len(units) > 1 or UNCLEAR in units:
-        raise table.error(
-            f"the unit of '{column.name}' is not clear ({'; '.join([*said, *doubts])})",
-            "set age_unit to years, months, weeks or days",
-        )
+        problem = f"the unit of '{column.name}' is not clear ({'; '.join([*said, *doubts])})"
+        raise table.error(problem, "set age_unit to years, months, weeks or days")
     return units.pop() if units else ""
 
 
@@ -178,24 +171,23 @@ def _find_doubts(table: TextTable, column: AgeColumn) -> list[str]:
     cells = table.cells
     alone = [row for row in cells.to_numpy() if sum(map(bool, row)) == 1 or row[0].startswith(("#", "%"))]
     lines = [*cells.attrs.get("above", []), *(" ".join(filter(None, row)) for row in alone)]
-    below = {cell for cell in cells[column.name] if fold(cell).strip("([.:])") in _LONG_UNITS - _YEARS}
+    below = {cell for cell in cells[column.name] if fold(cell).strip("([.:])") in _NOT_YEARS}
     told = {name: set(map(fold, cells[name])) - {""} for name in cells if name != column.name}
-    units = [name for name, words in told.items() if words and words <= _LONG_UNITS and words - _YEARS]
+    units = [name for name, words in told.items() if words <= _LONG_UNITS and words & _NOT_YEARS]
     doubts = [
         *(f"a line without an age: {line}" for line in lines if read_unit(line) not in ("", "years")),
         *(f"'{cell}' among the ages" for cell in sorted(below)),
         *(f"column '{name}': {cells[name].iloc[0]}" for name in units),
         table.sidecar.get("", ""),
     ]
-    own = {
-        text for entry in table.sidecar.values() if isinstance(entry, dict) for _, text in table.texts(entry)
-    }
+    entries = [entry for entry in table.sidecar.values() if isinstance(entry, dict)]
+    own = {text for entry in entries for _, text in find_texts(entry)}
     for name, entry in table.sidecar.items():
         # of an age that is no column, or a word on the whole table; of another column it is that one's
         named = [one for one in find_age_columns([name]) if one.kind in ("age", "wave")]
         if plain_name(name) in map(plain_name, cells) or not (named or _OF_ALL.fullmatch(name)):
             continue
-        for key, text in table.texts(entry):
+        for key, text in find_texts(entry):
             unit = read_unit(text, is_unit=bool(_UNIT_KEY.search(fold(key)))) or read_age_name(name).unit
             speaks = named or (text not in own and _AGE_IN_WORDS.search(fold(text)))
             if speaks and unit not in ("", "years"):
@@ -259,34 +251,30 @@ def _choose_agreeing(table: TextTable, columns: list[AgeColumn], age_unit: str) 
     """Of several columns with the age at the scan, the surest; refuses where they differ by over a year."""
     ranked = sorted(columns, key=lambda column: (not column.at_scan, column.unit not in ("", "years")))
     units = {c.name: find_units(table, c, age_unit if not c.unit else "auto") for c in ranked}
-    years = pd.DataFrame(
-        {
-            name: [parse_age(cell, unit).years for cell, unit in zip(table.cells[name], rows, strict=True)]
-            for name, rows in units.items()
-        },
-        dtype=float,
-    )
+    read = {name: map(parse_age, table.cells[name], rows) for name, rows in units.items()}
+    years = pd.DataFrame({name: [age.years for age in ages] for name, ages in read.items()}, dtype=float)
     if (years.max(axis=1) - years.min(axis=1)).max() > SAME_AGE_YEARS:
         raise _refuse_several(table, columns, columns)
     return ranked[0]
 
 
 def _refuse_several(table: TextTable, found: list[AgeColumn], at_scan: list[AgeColumn]) -> TableError:
-    names, waves = [column.name for column in found], [column for column in at_scan if column.kind == "wave"]
+    waves = [column for column in at_scan if column.kind == "wave"]
     remedy = f"set age_column to one of them, such as age_column={at_scan[0].name!r}"
     if len(waves) > 1 and len({column.wave for column in waves}) == len(waves):
         each = ",".join(column.name for column in waves)
         remedy = f"set age_column={waves[0].name!r} for one visit, or age_column={each!r} for a row per visit"
-    return table.error(f"there are several age columns ({', '.join(names)})", remedy)
+    names = ", ".join(column.name for column in found)
+    return table.error(f"there are several age columns ({names})", remedy)
 
 
 def _refuse_none(table: TextTable, found: list[AgeColumn]) -> TableError:
-    names = {kind: [column.name for column in found if column.kind == kind] for kind in ("group", "other")}
-    if others := names["other"]:
+    others = [column.name for column in found if column.kind == "other"]
+    if others:
         problem = f"no column is surely the age at the scan ({', '.join(others)} speak of age)"
         remedy = f"if one is, set age_column={others[0]!r} and, where it is not in years, age_unit"
-    elif names["group"]:
-        problem = f"'{names['group'][0]}' holds age groups, and a group is not an age"
+    elif found:
+        problem = f"'{found[0].name}' holds age groups, and a group is not an age"
         remedy = "set age_column to a column with ages, or table"
     else:
         problem = "no column of ages was found"

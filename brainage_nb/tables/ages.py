@@ -6,8 +6,10 @@ An age is read, never completed: a bound (`89+`), a range (`20-25`) or a guess (
 from __future__ import annotations
 
 import re
+import tomllib
 import unicodedata
 from dataclasses import dataclass
+from importlib.resources import files
 
 OLDEST = 120.0
 """Ages above this, in years, are codes or in other units (the longest documented life was 122 years)."""
@@ -28,33 +30,27 @@ def words_of(text: str) -> set[str]:
     return set(fold(text).split())
 
 
-UNIT_WORDS = {
-    "years": """years year yrs yr y yo y.o jahre jahr jahren ans annees annee anos ano anni anno jaar jaren ar
-        lebensjahre lebensjahren lat lata roku let лет год года годы годах 岁 歳""",
-    "months": """months month mos mo mths mth mon monate monat monaten mois meses mes mesi mese maanden maand
-        lebensmonate lebensmonaten maneder manader manad
-        miesiace miesiecy miesiacach mesice mesicu месяцы месяц месяца месяцев месяцах
-        月 月龄 个月 か月 ヶ月""",
-    "weeks": """weeks week wks wk wochen woche semaines semaine semanas semana settimane settimana weken
-        lebenswochen veckor uger uker tygodnie tygodni недели неделя недель неделях 周""",
-    "days": """days day dys tage tag tagen jours jour dias dia giorni giorno dagen dag dagar dage dni
-        lebenstage дни день дней днях 天""",
-}
-"""Words for each unit as people write them."""
+def kind_of_words(kinds: dict[str, str]) -> dict[str, str]:
+    """Word -> kind, from kind -> its words."""
+    return {word: kind for kind, words in kinds.items() for word in words_of(words)}
 
-UNIT_OF = {word: unit for unit, words in UNIT_WORDS.items() for word in words_of(words)}
 
+WORDS = tomllib.loads((files(__package__) / "words.toml").read_text(encoding="utf-8"))
+UNIT_OF = kind_of_words(WORDS["units"])
+MISSING_CODES = set(WORDS["missing_codes"])
 UNCLEAR = "unclear"
 """In place of a unit: something is said that is none of the units, or may be one of several."""
 
+# Letters that are a unit where nothing else stands (UCUM and others); `m` may be months, minutes or men.
 _CODES = {"a": "years", "d": "days", "w": "weeks"}
-"""Letters that are a unit where nothing else stands (UCUM and others); `m` may be months, minutes or men."""
+_ONE = words_of(WORDS["one"]["words"])
+_UNITS = "|".join(sorted((re.escape(word) for word in UNIT_OF), key=len, reverse=True))
+LONG_UNITS = "|".join(re.escape(word) for word in sorted(UNIT_OF, key=len, reverse=True) if len(word) > 1)
+"""Alternatives of a regular expression: the words for units that are longer than a letter."""
 
-_ONE = words_of("day week month tag woche monat jour dia giorno dag mes mese mon mo")
-"""One day in a text is a date, one month a rounding (`on the day of the scan`), unless `in` stands before."""
-_LONG_WORDS = "|".join(sorted((re.escape(word) for word in UNIT_OF if len(word) > 1), key=len, reverse=True))
-_MENTION = re.compile(rf"(?<![^\W_])(?:{_LONG_WORDS})(?![^\W_])")
+_MENTION = re.compile(rf"(?<![^\W_])(?:{LONG_UNITS})(?![^\W_])")
 _PARTS = r"\b(?:half|quarter|tenth|decade|trimest|semest|halb|quartal|hour|minute|second|lunar)\w*"
+# What stands beside the word for a unit: `in months` states it, `6 months after` is a duration, …
 _BEFORE = {
     "duration": r"(?:\d[\s-]*|\b(?:one|two|three|four|five|six|ten|twelve|few|several|some|many|over|within"
     r"|during)\s*)$",
@@ -64,18 +60,16 @@ _BEFORE = {
     "and": r"(?:\band|\bund|\bet|\by|\be|[&/+])\s*$",
     "opens": r"(?:^\W*|[(\[:;,=/]\s*(?:\w+ed\s+)?)$",
     "last": rf"\b(?:age|scan|mri|imaging|visit|session|test|study|birth|completed|full|whole|calendar|as"
-    rf"|{_LONG_WORDS})\W*$",
+    rf"|{LONG_UNITS})\W*$",
 }
 _AFTER = {
     "relative": r"\s*(?:after|before|later|apart|prior|ago|from|of follow|nach|vor|apres|avant)\b",
     "since": r"\s+(?:old|of age|since|seit|depuis|desde|dopo)\b",
     "end": r"\W*(?:$|[)\].;,])",
 }
-"""What stands beside the word for a unit: `in months` states it, `6 months after` is a duration, …"""
 _IN_PARTS = re.compile(
     rf"\b(?:in|en|em)\s+(?:\S+\s+)?(?:{_PARTS}|bins|groups|bands|categories)\b|[(\[]m\.?[)\]]|\bmonthly age"
 )
-
 FROM_CONCEPTION = re.compile(
     r"gesta[tcz]ion|menstrual|conception|amenorrh|schwangersch|\b(pma|lmp|ssw)\b|^ga\b|\bga (in|at|weeks)\b"
 )
@@ -88,7 +82,7 @@ def read_unit(text: str, *, is_unit: bool = False) -> str:
     Parameters
     ----------
     text : str
-        Plain words in any of the languages of `UNIT_WORDS`.
+        Plain words in any of the languages of `words.toml`.
     is_unit : bool
         The text is the entry of a field for units (`Months (rounded)`, `mo.`).
 
@@ -113,7 +107,7 @@ def _find_units_of_entry(text: str) -> set[str]:
     units = {UNIT_OF[word] for word in words & UNIT_OF.keys()}
     if len(words) == 1:
         units |= {_CODES[word] for word in words & _CODES.keys()}
-    has_parts = re.search(rf"{_PARTS}|\d[\s/-]*(?:{_LONG_WORDS})|/\s*\d", text)
+    has_parts = re.search(rf"{_PARTS}|\d[\s/-]*(?:{LONG_UNITS})|/\s*\d", text)
     return {UNCLEAR} if has_parts or not units else units
 
 
@@ -137,43 +131,31 @@ def _find_units_of_prose(text: str) -> set[str]:
     return surest or stated or passing
 
 
-DICOM_UNITS = {"y": "years", "m": "months", "w": "weeks", "d": "days"}
-"""Letters of a DICOM age string (VR `AS`), after three digits: `35M` may be a man of 35 and is not one."""
+# --- one cell -------------------------------------------------------------------------------------------
 
-_SAYS_NOTHING = "n/a na n.a n.a. nan nat none null nil #n/a <na> - -- . ? unknown unk missing tbd x"
-MISSING = {"", "not available", "not applicable", "not reported", *_SAYS_NOTHING.split()}
-"""Cells that say nothing, in lower case."""
-
-MISSING_CODES = {555, 777, 888, 995, 996, 997, 998, 999, 7777, 8888, 9998, 9999}
-"""Numbers that stand for 'missing' in many tables."""
-
-_NUMBER = r"\d+(?:[.,]\d*)?|[.,]\d+"
-_UNITS = "|".join(sorted((re.escape(word) for word in UNIT_OF), key=len, reverse=True))
+_NUMBER = r"(?:\d+(?:[.,]\d*)?|[.,]\d+)"
+_BARE = re.compile(rf"\+?{_NUMBER}(?:e[+-]?\d+)?")
 _WITH_UNIT = re.compile(rf"({_NUMBER})\s*({_UNITS})\.?(?:\s*old)?")
-_DICOM = re.compile(r"(\d{3})([ymwd])")
 _YEARS_MONTHS = re.compile(
     r"(\d+)\s*(?:years|year|yrs|yr|y)\.?,?\s*(?:and\s*)?(\d+)\s*(?:months|month|mos|mo|m)\.?"
 )
-_BOUND = re.compile(
-    rf"(?:[<>≤≥]=?|over|under|above|below|at least|up to)\s*(?:{_NUMBER}).*|(?:{_NUMBER})\s*(?:\+|>|<).*"
-    rf"|(?:{_NUMBER})\s*(?:{_UNITS})?\s*(?:and|or)\s*(?:older|over|above|more|younger|under|below|less).*"
-)
-_RANGE = re.compile(
-    rf"[\[(]?\s*(?:{_NUMBER})\s*(?:{_UNITS})?\s*(?:-|to|\.\.|…|;|,\s)\s*(?:{_NUMBER})\s*(?:{_UNITS})?\s*[\])]?"
-)
-_DATE = re.compile(
-    r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}(?:[ t]\d.*)?|\d{1,2}[-. ]?[a-z]{3,9}[-. ]?\d{0,4}|[a-z]{3}[-. ]\d{2,4}"
-)
+# A DICOM age string (VR `AS`) has three digits: `35M` may be a man of 35 and is not one.
+_DICOM = re.compile(r"(\d{3})([ymwd])")
+_DICOM_UNITS = {"y": "years", "m": "months", "w": "weeks", "d": "days"}
+_NO_AGE = {
+    rf"-{_NUMBER}": "is negative: a code for missing, not an age",
+    rf"(?:[<>≤≥]=?|over|under|above|below|at least|up to)\s*{_NUMBER}.*|{_NUMBER}\s*(?:\+|>|<).*"
+    rf"|{_NUMBER}\s*(?:{_UNITS})?\s*(?:and|or)\s*(?:older|over|above|more|younger|under|below|less).*": (
+        "is a bound, not an age"
+    ),
+    rf"[\[(]?\s*{_NUMBER}\s*(?:{_UNITS})?\s*(?:-|to|\.\.|…|;|,\s)\s*{_NUMBER}\s*(?:{_UNITS})?\s*[\])]?": (
+        "is a range, not an age"
+    ),
+    r"\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}(?:[ t]\d.*)?|\d{1,2}[-. ]?[a-z]{3,9}[-. ]?\d{0,4}"
+    r"|[a-z]{3}[-. ]\d{2,4}": "looks like a date, not an age",
+    r"(?s).*": "cannot be read as one age",
+}
 _DASHES = str.maketrans("‐‑‒–—−", "------")
-
-
-def bare_number(cell: str) -> float | None:
-    """The number in a cell that holds nothing else, unless it is a code for missing; None otherwise."""
-    text = clean_cell(cell)
-    if not re.fullmatch(_NUMBER, text):
-        return None
-    value = float(text.replace(",", "."))
-    return None if value == 0 or value in MISSING_CODES else value
 
 
 @dataclass(frozen=True)
@@ -200,7 +182,7 @@ class Age:
 
 def is_missing(cell: str) -> bool:
     """Whether a cell says nothing (`n/a`, blank, `NaN`, `unknown`, …)."""
-    return clean_cell(cell).lower() in MISSING
+    return clean_cell(cell).lower() in WORDS["missing"]
 
 
 def clean_cell(cell: str) -> str:
@@ -209,6 +191,13 @@ def clean_cell(cell: str) -> str:
     No Unicode normalisation: it would turn `8²`, an 8 with a footnote, into 82.
     """
     return cell.translate(_DASHES).strip().strip("'\"").strip()
+
+
+def bare_number(cell: str) -> float | None:
+    """The number in a cell that holds nothing else, unless it is a code for missing; None otherwise."""
+    text = clean_cell(cell)
+    value = float(text.replace(",", ".")) if re.fullmatch(_NUMBER, text) else 0
+    return None if value == 0 or value in MISSING_CODES else value
 
 
 def parse_age(cell: str, unit: str = "years") -> Age:
@@ -229,29 +218,19 @@ def parse_age(cell: str, unit: str = "years") -> Age:
         numbers, 0, codes for missing and ages above 120 years are not ages.
     """
     text = clean_cell(cell).lower()
-    if text in MISSING:
+    if text in WORDS["missing"]:
         return Age(reason="no age in the table", blank=True)
-    if re.fullmatch(rf"\+?(?:{_NUMBER})(?:e[+-]?\d+)?", text):
+    if _BARE.fullmatch(text):
         return _in_years(text, unit, stated=False)
     if match := _DICOM.fullmatch(text):
-        return _in_years(match[1], DICOM_UNITS[match[2]], stated=True)
+        return _in_years(match[1], _DICOM_UNITS[match[2]], stated=True)
     if match := _YEARS_MONTHS.fullmatch(text):
-        years, months = (int(part) for part in match.groups())
-        shown = f"{years} years {months} months"
-        return _check_plausible(years + months / 12, shown, shown)
+        shown = f"{int(match[1])} years {int(match[2])} months"
+        return _check_plausible(int(match[1]) + int(match[2]) / 12, shown, shown)
     if match := _WITH_UNIT.fullmatch(text):
         return _in_years(match[1], UNIT_OF[match[2]], stated=True)
-    return Age(reason=f"'{cell.strip()}' {_explain(text)}", blank=bool(re.fullmatch(r"-[\d.]+", text)))
-
-
-def _explain(text: str) -> str:
-    kinds = {
-        "is negative: a code for missing, not an age": rf"-(?:{_NUMBER})",
-        "is a bound, not an age": _BOUND,
-        "is a range, not an age": _RANGE,
-        "looks like a date, not an age": _DATE,
-    }
-    return next((why for why, rule in kinds.items() if re.fullmatch(rule, text)), "cannot be read as one age")
+    why = next(why for rule, why in _NO_AGE.items() if re.fullmatch(rule, text))
+    return Age(reason=f"'{cell.strip()}' {why}", blank=bool(re.fullmatch(r"-[\d.]+", text)))
 
 
 def _in_years(number: str, unit: str, *, stated: bool) -> Age:

@@ -9,8 +9,7 @@ import csv
 import io
 import json
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date, time
 from itertools import pairwise
@@ -23,26 +22,21 @@ from brainage_nb.tables.ages import parse_age
 from brainage_nb.tables.columns import find_age_columns, is_header, plain_name
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".xls", ".xlsx", ".xlsm", ".ods")
-_DELIMITERS = ("\t", ";", ",", "|", " ")
+_DELIMITERS = {"\t": "tab", ";": "semicolon", ",": "comma", "|": "bar", " ": "space"}
 _EXCEL_MAGIC = (b"\xd0\xcf\x11\xe0", b"PK\x03\x04")
-_LINES_ABOVE = 40
-"""How many lines above the header are passed over at most."""
-
+_LINES_ABOVE = 40  # so many lines above the header are passed over at most
+# How content begins that is no table, and what to do.
 _NO_TABLE = {
     # a pointer is one short line; a real table may well mention such words in a cell
     r"(?s)(?=.{1,999}\Z).*(?:version https://git-lfs|/annex/objects/|\.git/annex)": (
-        "is not the table but a pointer to it (git-annex or git-lfs). Run `datalad get {name}` or `git lfs "
-        "pull` beside it, then read it again."
+        "is a pointer to a table (git-annex, git-lfs). Run `datalad get {name}` or `git lfs pull` beside it."
     ),
-    r"(?i)\s*<(?:!doctype|html|\?xml)": (
-        "is a web page, not a table. Download it again; the site may ask for a login."
-    ),
+    r"(?i)\s*<(?:!doctype|html|\?xml)": "is a web page. Download it again; the site may ask for a login.",
     r"\s*\Z": "is empty. Set `table` to a table with one row per subject.",
     r"(?s)(?!\xff\xfe|\xfe\xff|PK\x03\x04|\xd0\xcf\x11\xe0).*\x00": (
         "is binary, not a table. Set `table` to a CSV, TSV, XLS or XLSX file."
     ),
 }
-"""How content begins that is no table, and what to do."""
 
 
 class TableError(ValueError):
@@ -78,15 +72,9 @@ class TextTable:
 
     def described(self, column: str) -> list[tuple[str, str]]:
         """What sidecar and labels say of a column, as (key, text); names may differ in case."""
-        named = [
-            entry for name, entry in self.sidecar.items() if name and plain_name(name) == plain_name(column)
-        ]
-        return [said for entry in named for said in self.texts(entry)]
-
-    @staticmethod
-    def texts(entry: Any) -> list[tuple[str, str]]:
-        """All texts in an entry of the sidecar, as (key, text)."""
-        return list(_texts("", entry))
+        plain = plain_name(column)
+        named = [entry for name, entry in self.sidecar.items() if name and plain_name(name) == plain]
+        return [said for entry in named for said in find_texts(entry)]
 
     def error(self, problem: str, remedy: str) -> TableError:
         """A refusal: what is wrong, what to set, and which columns there are."""
@@ -95,19 +83,19 @@ class TextTable:
         return TableError(f"{self.where}: {problem}. To go on, {remedy}. Columns: {shown}.")
 
 
-def _texts(key: str, entry: Any) -> Iterator[tuple[str, str]]:
-    """All texts in an entry of a sidecar with the key each stands under; `Levels` as `0: Men`."""
+def find_texts(entry: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """All texts in an entry of a sidecar, each after the key it stands under; `Levels` as `0: Men`."""
     if isinstance(entry, str) and ("unit" in key.lower() or not entry.startswith("http")):
         yield key, entry
     elif isinstance(entry, list):
         for item in entry:
-            yield from _texts(key, item)
+            yield from find_texts(item, key)
     elif isinstance(entry, dict):
         for inner, value in entry.items():
             if key == "Levels" and isinstance(value, dict):
                 value = value.get("Description", "")
             level = key and isinstance(value, str)
-            yield from _texts(key, f"{inner}: {value}") if level else _texts(inner, value)
+            yield from find_texts(f"{inner}: {value}", key) if level else find_texts(value, inner)
 
 
 def read_sidecar(path: Path | str) -> dict[str, Any]:
@@ -124,11 +112,7 @@ def read_sidecar(path: Path | str) -> dict[str, Any]:
     if not beside:
         return {}
     try:
-        raw = beside[0].read_bytes()
-        try:
-            text = raw.decode(json.detect_encoding(raw))
-        except UnicodeDecodeError:
-            text = raw.decode("cp1252", errors="replace")
+        text = _decode(beside[0].read_bytes())[0]
         # a comma before a closing bracket is what people leave behind
         level = [json.loads(re.sub(r",(?=\s*[]}])", "", text), strict=False)] if text.strip() else []
     except (OSError, ValueError) as error:
@@ -137,20 +121,18 @@ def read_sidecar(path: Path | str) -> dict[str, Any]:
     while level:
         for item in [item for item in level if isinstance(item, dict)]:
             lower = {key.lower(): value for key, value in item.items()}
-            named = next(
-                (lower[key] for key in ("name", "column", "field", "variable") if key in lower), None
-            )
-            found = {str(named): item} | found if isinstance(named, str) else found
+            names = [lower[key] for key in ("name", "column", "field", "variable") if key in lower]
+            found = {name: item for name in names[:1] if isinstance(name, str)} | found
             found = item | found
-        level = [inner for item in level for inner in _members(item)]
+        level = [inner for item in level for inner in _list_members(item)]
     return {name: entry for name, entry in found.items() if name}
 
 
-def _members(item: Any) -> list[Any]:
+def _list_members(item: Any) -> list[Any]:
     return list(item.values()) if isinstance(item, dict) else item if isinstance(item, list) else []
 
 
-def read_cells(path: Path | str) -> tuple[dict[str, pd.DataFrame], list[str]]:
+def read_cells(path: Path | str) -> dict[str, pd.DataFrame]:
     """Read a table file without interpreting a cell.
 
     Parameters
@@ -161,10 +143,9 @@ def read_cells(path: Path | str) -> tuple[dict[str, pd.DataFrame], list[str]]:
 
     Returns
     -------
-    sheets : dict of str to DataFrame
-        Cells as text, blank cells as "", by sheet (one, named "", for text files).
-    notes : list of str
-        What was assumed about encoding, delimiter and shape.
+    dict of str to DataFrame
+        Cells as text, blank cells as "", by sheet (one, named "", for text files). `attrs` of each hold
+        `above`, the lines above its header, and `notes`: what was assumed of encoding, delimiter and shape.
 
     Raises
     ------
@@ -175,16 +156,12 @@ def read_cells(path: Path | str) -> tuple[dict[str, pd.DataFrame], list[str]]:
     content = _read_content(path)
     if content.startswith(_EXCEL_MAGIC):
         return _read_workbook(path, content)
-    text, notes = _decode(content)
-    frame, more = _parse(text, path)
-    return {"": frame}, notes + more
+    return {"": _read_text(path, *_decode(content))}
 
 
 def _read_content(path: Path) -> bytes:
     if path.is_symlink() and not path.exists():
-        raise TableError(
-            f"{path} is a link whose file was not fetched. Run `datalad get {path.name}` beside it."
-        )
+        raise TableError(f"{path} is a link to a file not fetched. Run `datalad get {path.name}` beside it.")
     if not path.is_file():
         raise TableError(f"There is no table at {path}. Set `table` to a CSV, TSV, XLS or XLSX file.")
     content = path.read_bytes()
@@ -205,18 +182,15 @@ def _decode(content: bytes) -> tuple[str, list[str]]:
         return content.decode("cp1252", errors="replace"), ["Encoding: not UTF-8, read as Windows-1252."]
 
 
-def _parse(text: str, path: Path) -> tuple[pd.DataFrame, list[str]]:
+def _read_text(path: Path, text: str, notes: list[str]) -> pd.DataFrame:
     text, above = _cut_above_header(text.replace("\r\n", "\n").replace("\r", "\n"))
     tables = {mark: _split_rows(text, mark) for mark in _DELIMITERS}
-    mark = max(_DELIMITERS, key=lambda mark: _fit(tables[mark], mark))
+    mark = max(_DELIMITERS, key=lambda mark: _rate_fit(tables[mark], mark))
     _refuse_title(tables, path)
-    names = {"\t": "tab", ";": "semicolon", ",": "comma", "|": "bar", " ": "space"}
     expected = {".tsv": "\t", ".csv": ","}.get(path.suffix.lower(), mark)
-    wide = len(tables[mark][0]) > 1
-    notes = [f"The delimiter is a {names[mark]}."] if mark != expected and wide else []
-    frame, more = _make_frame(tables[mark], path)
-    frame.attrs["above"] = above
-    return frame, notes + more
+    if mark != expected and len(tables[mark][0]) > 1:
+        notes = [*notes, f"The delimiter is a {_DELIMITERS[mark]}."]
+    return _make_frame(tables[mark], path, above, notes)
 
 
 def _cut_above_header(text: str) -> tuple[str, list[str]]:
@@ -224,8 +198,8 @@ def _cut_above_header(text: str) -> tuple[str, list[str]]:
     lines = text.split("\n")
     filled = [number for number, line in enumerate(lines) if line.strip()][:_LINES_ABOVE]
     for mark in _DELIMITERS:
-        options = {"delimiter": mark, "skipinitialspace": mark != "\t"}
-        number = _find_header([next(csv.reader([lines[number][:9999]], **options)) for number in filled])
+        starts = [lines[number][:9999] for number in filled]
+        number = _find_header([next(_split(start, mark)) for start in starts])
         if number is not None:
             above = [lines[line].strip() for line in filled[:number]]
             return "\n".join(lines[filled[number] :]) if number else text, above
@@ -251,43 +225,43 @@ def _refuse_title(tables: dict[str, list[list[str]]], path: Path) -> None:
     for mark, rows in tables.items():
         wide = [len(row) for row in rows[1:] if len(row) > 1]
         if mark != " " and wide and len(set(wide)) == 1 and len(wide) > len(rows) / 3:
-            raise TableError(
-                f"{path}: the first row, {rows[0][0]!r}, is not a header of the {wide[0]} columns below it. "
-                "Remove the lines above the header."
-            )
+            problem = f"the first row, {rows[0][0]!r}, is not a header of the {wide[0]} columns below it"
+            raise TableError(f"{path}: {problem}. Remove the lines above the header.")
+
+
+def _split(text: str, delimiter: str, **how: Any) -> Iterator[list[str]]:
+    stream = io.StringIO(text, newline="")
+    return csv.reader(stream, delimiter=delimiter, skipinitialspace=delimiter != "\t", **how)
 
 
 def _split_rows(text: str, delimiter: str) -> list[list[str]]:
-    options = {"delimiter": delimiter, "skipinitialspace": delimiter != "\t"}
     try:
-        rows = list(csv.reader(io.StringIO(text, newline=""), strict=True, **options))
+        rows = list(_split(text, delimiter, strict=True))
         # A quote that is opened by accident swallows whole rows; the cell then holds their delimiters.
         if any("\n" in cell and delimiter in cell for row in rows for cell in row):
             raise csv.Error
     except csv.Error:
-        rows = list(csv.reader(text.splitlines(), quoting=csv.QUOTE_NONE, **options))
+        rows = list(_split(text, delimiter, quoting=csv.QUOTE_NONE))
     rows = [[cell.strip() for cell in row] for row in rows]
     return [row for row in rows if any(row)]
 
 
-def _fit(rows: list[list[str]], delimiter: str) -> tuple[float, int, int]:
-    """How well a delimiter explains a table: share of rows as wide as the header, columns, then habit."""
+def _rate_fit(rows: list[list[str]], delimiter: str) -> tuple[float, int]:
+    """How well a delimiter explains a table: share of rows as wide as the header, then columns."""
     width = len(rows[0])
-    if width == 1:
-        return 0.0, 1, 0
-    share = sum(len(row) == width for row in rows) / len(rows)
+    share = sum(len(row) == width for row in rows) / len(rows) if width > 1 else 0.0
     # Blanks inside cells often part a table evenly by accident: a space counts only where nothing else does.
-    return (share / 2 if delimiter == " " else share), width, -_DELIMITERS.index(delimiter)
+    return (share / 2 if delimiter == " " else share), width
 
 
-def _make_frame(rows: list[list[str]], where: Path | str) -> tuple[pd.DataFrame, list[str]]:
+def _make_frame(
+    rows: list[list[str]], where: Path | str, above: list[str], notes: Sequence[str] = ()
+) -> pd.DataFrame:
     """Rows of text, the first being the header, as a frame with distinct column names."""
     header, body = rows[0], rows[1:]
     if all(_is_number(cell) for cell in header if cell):
-        raise TableError(
-            f"{where} has no header: its first row is {header[:4]}. Add a first row that names the columns, "
-            "at least an id and an age."
-        )
+        problem = f"{where} has no header: its first row is {header[:4]}"
+        raise TableError(f"{problem}. Add a first row that names the columns, at least an id and an age.")
     if not body:
         raise TableError(f"{where} holds a header ({', '.join(header[:8])}) but no rows.")
     numbered = [row[0] for row in body] == [str(number) for number in range(1, len(body) + 1)]
@@ -303,10 +277,12 @@ def _make_frame(rows: list[list[str]], where: Path | str) -> tuple[pd.DataFrame,
             "cut it. Quote cells that hold the delimiter; with decimal commas, write ';' or tabs between "
             "columns; remove lines above the header."
         )
-    short = sum(len(row) < len(header) for row in body)
     cells = [(row + [""] * len(header))[: len(header)] for row in body]
-    notes = [f"Rows shorter than the header: {short}; their missing cells are blank."] if short else []
-    return pd.DataFrame(cells, columns=_make_distinct(header), dtype=str), notes
+    frame = pd.DataFrame(cells, columns=_make_distinct(header), dtype=str)
+    if short := sum(len(row) < len(header) for row in body):
+        notes = [*notes, f"Rows shorter than the header: {short}; their missing cells are blank."]
+    frame.attrs = {"above": above, "notes": list(notes)}
+    return frame
 
 
 def _ends_blank(header: list[str], body: list[list[str]]) -> bool:
@@ -325,41 +301,36 @@ def _is_shifted(header: list[str], body: list[list[str]]) -> bool:
 
 
 def _make_distinct(header: list[str]) -> list[str]:
-    seen: Counter[str] = Counter()
-    names = []
-    for column, cell in enumerate(header, start=1):
-        name = " ".join(cell.strip("'\" ").split()) or f"(column {column})"
-        seen[name] += 1
-        names.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return names
+    names = [" ".join(cell.strip("'\" ").split()) or f"(column {n})" for n, cell in enumerate(header, 1)]
+    before = [names[:n].count(name) for n, name in enumerate(names)]
+    return [f"{name} ({n + 1})" if n else name for name, n in zip(names, before, strict=True)]
 
 
 def _is_number(cell: str) -> bool:
     return bool(re.fullmatch(r"[+-]?(?:\d+[.,]?\d*|[.,]\d+)(?:e[+-]?\d+)?|nan|[+-]?inf", cell.lower()))
 
 
-def _read_workbook(path: Path, content: bytes) -> tuple[dict[str, pd.DataFrame], list[str]]:
+def _read_workbook(path: Path, content: bytes) -> dict[str, pd.DataFrame]:
     try:
         options = {"sheet_name": None, "header": None, "engine": "calamine", "keep_default_na": False}
         raw = pd.read_excel(io.BytesIO(content), dtype=object, **options)
     except Exception as error:  # calamine raises its own kinds; a password or a broken zip both end here
-        raise TableError(
-            f"{path} cannot be opened as a workbook ({error}). Save it as CSV, without a password."
-        ) from error
+        problem = f"{path} cannot be opened as a workbook ({error})"
+        raise TableError(f"{problem}. Save it as CSV, without a password.") from error
     sheets, problems = {}, []
     for name, cells in raw.items():
         rows = [[_cell_text(cell) for cell in row] for row in cells.itertuples(index=False)]
         rows = [row for row in rows if any(row)]
+        number = _find_header(rows[:_LINES_ABOVE]) or 0
+        above = [" ".join(filter(None, row)) for row in rows[:number]]
         try:
             if rows:
-                number = _find_header(rows[:_LINES_ABOVE]) or 0
-                sheets[str(name)] = _make_frame(rows[number:], f"{path}, sheet {name}")[0]
-                sheets[str(name)].attrs["above"] = [" ".join(filter(None, row)) for row in rows[:number]]
+                sheets[str(name)] = _make_frame(rows[number:], f"{path}, sheet {name}", above)
         except TableError as error:
             problems.append(str(error))
     if not sheets:
         raise TableError(" ".join(problems) or f"{path} holds no filled sheet.")
-    return sheets, []
+    return sheets
 
 
 def _cell_text(cell: object) -> str:

@@ -59,25 +59,22 @@ def merge_repeats(rows: pd.DataFrame, table: TextTable) -> pd.DataFrame:
     rows = rows.drop_duplicates()  # rows that say the same need no rule
     repeated = rows.duplicated(key, keep=False)
     merged = [_merge_rows(group, table) for _, group in rows[repeated].groupby(key, sort=False)]
-    if not merged:
-        return rows.reset_index(drop=True)
-    joined = pd.concat([rows[~repeated], pd.DataFrame(merged).set_index("_order")])
-    return joined.sort_index().reset_index(drop=True)
+    return pd.concat([rows[~repeated], pd.DataFrame(merged)]).sort_index().reset_index(drop=True)
 
 
-def _merge_rows(group: pd.DataFrame, table: TextTable) -> dict[str, Any]:
+def _merge_rows(group: pd.DataFrame, table: TextTable) -> pd.Series:
     name = " ".join(filter(None, group.iloc[0][["subject_id", "session_id"]]))
     age = _merge_ages(list(group["age"]))
     if age.rule or (age.reason and any(other.years is not None for other in group["age"])):
         table.note(f"{name}: {age.rule or f'{age.reason}; refused'}.")
-    row: dict[str, Any] = {"_order": group.index[0], "age": age}
+    row: dict[str, Any] = {"age": age}
     for column in group.columns.drop("age"):
-        values = list(dict.fromkeys(value for value in group[column] if value)) or [""]
+        values = [value for value in group[column].unique() if value]
         if len(values) > 1 and column != "table_id":
             table.note(f"{name}: its rows disagree on {column} ({', '.join(values)}): left blank.")
-            values = [""]
-        row[column] = values[0]
-    return row
+            values = []
+        row[column] = values[0] if values else ""
+    return pd.Series(row, name=group.index[0])
 
 
 def _merge_ages(ages: list[Age]) -> Age:
@@ -98,8 +95,7 @@ def _merge_ages(ages: list[Age]) -> Age:
 
 _KNOWN_TEXT = ("site", "diagnosis", "cdr", "image_id")
 _SESSION_IN_ID = re.compile(
-    r"^(.+?)[-_](ses-?[a-z0-9]+|MR\d+|MR_d\d+|baseline(?:_\d+)?|retest(?:_\d+)?|visit_?\d+)$",
-    re.IGNORECASE,
+    r"(?i)^(.+?)[-_](ses-?[a-z0-9]+|MR\d+|MR_d\d+|baseline(?:_\d+)?|retest(?:_\d+)?|visit_?\d+)$"
 )
 
 
@@ -134,14 +130,10 @@ def read_table(path: Path | str, *, age_unit: str = "auto", **columns: str | Non
         Where no age can be read safely; the message says what to set.
     """
     if unknown := columns.keys() - COLUMN_PARAMETERS:
-        raise TypeError(
-            f"read_table knows no {', '.join(unknown)}; roles are {', '.join(COLUMN_PARAMETERS)}."
-        )
+        roles = ", ".join(COLUMN_PARAMETERS)
+        raise TypeError(f"read_table knows no {', '.join(unknown)}; roles are {roles}.")
     named = {role: name for role, name in columns.items() if name}
-    sheets, notes = read_cells(path)
-    table = TextTable(next(iter(sheets.values())), str(path), read_sidecar(path), notes)
-    if len(sheets) > 1:
-        table = _choose_sheet(sheets, table, named)
+    table = _open_table(path, named)
     return _collect(*_read_rows(table, named, age_unit), table)
 
 
@@ -161,8 +153,8 @@ def bare_session(label: str) -> str:
 
 def _read_rows(
     table: TextTable, named: dict[str, str], age_unit: str = "auto"
-) -> tuple[pd.DataFrame, list[AgeColumn]]:
-    """The rows of a table of text cells, each with its `Age`; and the columns that the ages are from."""
+) -> tuple[pd.DataFrame, list[str]]:
+    """The rows of a table of text cells, each with its `Age`; and the names of the columns of ages."""
     if age_unit not in ("auto", *PER_YEAR):
         raise TableError(f"age_unit = {age_unit!r}: it is one of auto, {', '.join(PER_YEAR)}.")
     subject = _find_column(table, named, "subject_id")
@@ -176,25 +168,29 @@ def _read_rows(
     set_labels_aside(table, subject, [column.name for column in ages])
     ages = ages if "age" in named else [find_age(table, subject, age_unit)]
     if len(table.cells) > 2 and (table.cells[ages[0].name] == table.cells[subject]).all():
-        raise table.error(
-            f"'{ages[0].name}' is the same as '{subject}' in every row: the columns seem shifted",
-            "name each column in the header, or set age_column to another one",
-        )
+        problem = f"'{ages[0].name}' is the same as '{subject}' in every row: the columns seem shifted"
+        raise table.error(problem, "name each column in the header, or set age_column to another one")
     people = _read_people(table, named, subject)
     visits = [_read_visit(table, people, column, age_unit, several=len(ages) > 1) for column in ages]
-    return pd.concat(visits, ignore_index=True), ages
+    return pd.concat(visits, ignore_index=True), [column.name for column in ages]
 
 
-def _choose_sheet(sheets: dict[str, pd.DataFrame], first: TextTable, named: dict[str, str]) -> TextTable:
-    """The first sheet of a workbook that has a column of ids and one of ages."""
-    for name, cells in sheets.items():
-        has_id = named.get("subject_id") in cells or find_role("subject_id", cells.columns)
-        has_age = named.get("age") in cells or find_age_columns(cells.columns)
-        if has_id and has_age:
-            others = ", ".join(sheet for sheet in sheets if sheet != name)
-            note = f"Sheet '{name}' was read; other sheets were not: {others}."
-            return TextTable(cells, f"{first.where}, sheet '{name}'", first.sidecar, [*first.notes, note])
-    return first
+def _open_table(path: Path | str, named: Mapping[str, str]) -> TextTable:
+    """A table, of a workbook the first sheet that has a column of ids and one of ages."""
+    sheets = read_cells(path)
+    serving = [
+        name
+        for name, cells in sheets.items()
+        if named.get("subject_id") in cells or find_role("subject_id", cells)
+        if named.get("age") in cells or find_age_columns(cells)
+    ]
+    name = [*serving, *sheets][0]
+    table = TextTable(sheets[name], str(path), read_sidecar(path), sheets[name].attrs["notes"])
+    if len(sheets) > 1:
+        table.where = f"{path}, sheet '{name}'"
+        others = ", ".join(sheet for sheet in sheets if sheet != name)
+        table.note(f"Sheet '{name}' was read; other sheets were not: {others}.")
+    return table
 
 
 def _find_column(table: TextTable, named: dict[str, str], role: str) -> str | None:
@@ -241,10 +237,8 @@ def _read_ids(table: TextTable, written: pd.Series) -> tuple[pd.Series, pd.Serie
     sessions = carried[1].map(bare_session)
     if (found := sessions != "").any():
         first = found.idxmax()
-        table.note(
-            f"Ids that carry a session: {found.sum()}; '{ids[first]}' is session '{sessions[first]}' of "
-            f"subject '{carried[0][first]}'."
-        )
+        example = f"'{ids[first]}' is session '{sessions[first]}' of subject '{carried[0][first]}'"
+        table.note(f"Ids that carry a session: {found.sum()}; {example}.")
     return carried[0].where(found, ids), sessions
 
 
@@ -257,10 +251,8 @@ def _read_sexes(table: TextTable, name: str | None) -> pd.Series:
     unread = [cell for cell in table.cells[name][sexes == ""] if not is_missing(cell)]
     if unread:
         shown = ", ".join(repr(cell) for cell in sorted(set(unread))[:5])
-        table.note(
-            f"Rows whose sex is neither in words nor a code that the column's name or sidecar explains: "
-            f"{len(unread)} ({shown}); left blank."
-        )
+        told = "Rows whose sex is neither in words nor a code that the column's name or sidecar explains"
+        table.note(f"{told}: {len(unread)} ({shown}); left blank.")
     return sexes
 
 
@@ -269,72 +261,55 @@ def _read_visit(
 ) -> pd.DataFrame:
     """The rows with the ages of one age column."""
     if several and (people["session_id"] != "").any():
-        raise table.error(
-            "rows have sessions, and several age columns were named", "set age_column to one column"
-        )
+        problem = "rows have sessions, and several age columns were named"
+        raise table.error(problem, "set age_column to one column")
     units = find_units(table, column, age_unit)
-    cells = zip(table.cells[column.name], units, strict=True)
-    ages = pd.Series([parse_age(cell, unit) for cell, unit in cells], index=people.index)
-    _note_cell_rules(ages, table)
-    # what holds for a column is noted once; a row keeps only rules of its own
+    ages = pd.Series(map(parse_age, table.cells[column.name], units), index=people.index)
+    # what holds for a column is noted once, with its first cell; a row keeps only rules of its own
+    rules = pd.Series([age.rule for age in ages if age.rule], dtype=str)
+    for _, alike in rules.groupby(rules.str.replace(r"[\d.,]+", "", regex=True)):
+        table.note(f"Ages not written as plain years: {len(alike)} ({alike.iloc[0]}).")
     ages = ages.map(lambda age: replace(age, rule=""))
     sessions = people["session_id"].where(people["session_id"] != "", column.wave)
     if {"ptid", "viscode"} <= set(map(plain_name, table.cells)) and plain_name(column.name) == "age":
         late = ~sessions.str.lower().isin(["bl", "sc", "scmri"])
-        reason = "the AGE of ADNIMERGE is that at baseline, not at this visit"
-        ages = ages.where(~late, Age(reason=reason))
+        ages = ages.mask(late, Age(reason="the AGE of ADNIMERGE is that at baseline, not at this visit"))
     return people.assign(session_id=sessions, age=ages)
 
 
-def _note_cell_rules(ages: pd.Series, table: TextTable) -> None:
-    """Note how many cells were not plain years, one note a kind, with its first cell as the example."""
-    rules = ages.map(lambda age: age.rule)
-    rules = rules[rules != ""]
-    for _, alike in rules.groupby(rules.str.replace(r"[\d.,]+", "", regex=True)):
-        table.note(f"Ages not written as plain years: {len(alike)} ({alike.iloc[0]}).")
-
-
-def _collect(rows: pd.DataFrame, ages: list[AgeColumn], table: TextTable) -> pd.DataFrame:
-    """The table of usable ages, with notes and refused rows in `attrs`."""
+def _collect(rows: pd.DataFrame, names: list[str], table: TextTable) -> pd.DataFrame:
+    """The table of usable ages, with notes and refused rows in `attrs`; `names` are those of age columns."""
     nameless = rows["subject_id"] == ""
     if nameless.any():
         table.note(f"Rows without an id, left out: {nameless.sum()}.")
     rows = merge_repeats(rows[~nameless].reset_index(drop=True), table)
-    usable = rows["age"].map(lambda age: age.years is not None).astype(bool)
-    reasons = rows["age"].map(lambda age: age.reason)
+    ages = pd.DataFrame(rows["age"].tolist(), columns=["years", "reason", "rule", "blank"])
+    usable = ages["years"].notna()
+    reasons = ages["reason"][~usable]
     if not usable.any():
         shown = "; ".join(reasons.unique()[:3]) or "no rows with an id"
-        names = ", ".join(column.name for column in ages)
-        raise table.error(
-            f"none of the {len(rows)} rows gives an age ('{names}': {shown})",
-            "set age_column to another column, or table",
-        )
-    kinds = reasons[~usable].str.replace(r"'[^']*'", "…", regex=True).str.replace(r"[\d.]+", "…", regex=True)
+        problem = f"none of the {len(rows)} rows gives an age ('{', '.join(names)}': {shown})"
+        raise table.error(problem, "set age_column to another column, or table")
+    kinds = reasons.str.replace(r"'[^']*'", "…", regex=True).str.replace(r"[\d.]+", "…", regex=True)
     for kind, count in kinds.value_counts().items():
-        table.note(f"Rows without a usable age: {count} ({reasons[kinds.index[kinds == kind][0]]}).")
-    rules = rows["age"].map(lambda age: age.rule)
+        table.note(f"Rows without a usable age: {count} ({reasons[kinds == kind].iloc[0]}).")
+    rows = rows.assign(age=ages["years"].astype(float), age_note=ages["rule"], site=rows.get("site", ""))
     _note_unchanged_ages(rows[usable], table)
     order = ["subject_id", "session_id", "age", "sex", "site", "diagnosis", "cdr", "image_id", "table_id"]
-    frame = rows.assign(
-        age=[age.years for age in rows["age"]], age_note=rules, site=rows.get("site", ""), reason=reasons
-    )
-    order = [column for column in order if column in frame]
-    result = frame.loc[usable, [*order, "age_note"]].astype({"age": float}).reset_index(drop=True)
-    refused = frame.loc[~usable, [column for column in order if column != "age"] + ["reason"]]
+    rows = rows[[column for column in [*order, "age_note"] if column in rows]]
+    result = rows[usable].reset_index(drop=True)
+    refused = rows[~usable].drop(columns=["age", "age_note"]).assign(reason=reasons)
     result.attrs = {"notes": table.notes, "refused": refused.to_dict("records")}
     return result
 
 
 def _note_unchanged_ages(rows: pd.DataFrame, table: TextTable) -> None:
     """Note tables that repeat the age of the first visit in later ones."""
-    years = pd.to_numeric(rows["age"].map(lambda age: age.years))
-    people = years.groupby(rows["subject_id"])
+    people = rows.groupby("subject_id")["age"]
     several = people.size() > 1
     if several.sum() > 1 and (people.nunique()[several] == 1).all():
-        table.note(
-            f"All {several.sum()} subjects with several rows have one age in all of them: it may be the age "
-            "at their first visit."
-        )
+        told = "subjects with several rows have one age in all of them: it may be that at their first visit"
+        table.note(f"All {several.sum()} {told}.")
 
 
 def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) -> pd.DataFrame:
@@ -356,20 +331,28 @@ def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) ->
     DataFrame
         As `read_table`.
     """
-    parts = [] if columns.get("age") else _read_sessions(data_dir)
-    if not parts:
+    sessions = [] if columns.get("age") else _read_sessions(data_dir)
+    if not sessions:
         return read_table(path, **columns)
-    read = [_read_rows(part, {}, columns.get("age_unit") or "auto") for part in parts]
-    people = TextTable(next(iter(read_cells(path)[0].values())), str(path), read_sidecar(path))
-    people.notes = list(dict.fromkeys(note for part in parts for note in part.notes))
-    rows = pd.concat([rows for rows, _ in read], ignore_index=True).fillna("")
-    at_session = _collect(_add_people(rows, people, columns), read[0][1], people)
+    named = {role: name for role, name in columns.items() if name}
+    age_unit = named.pop("age_unit", "auto")
+    read = [_read_rows(part, {}, age_unit) for part in sessions]
+    table, names = _open_table(path, named), read[0][1]
+    rows = _add_people(pd.concat([rows for rows, _ in read], ignore_index=True).fillna(""), table, named)
+    table.notes = list(dict.fromkeys(note for one in [*sessions, table] for note in one.notes))
     try:
-        table = read_table(path, **columns)
+        others, more = _read_rows(table, named, age_unit)
     except TableError as error:
-        at_session.attrs["notes"].append(f"No age is read from the table itself: {error}")
-        return at_session
-    return _prefer_sessions(at_session, table)
+        table.note(f"No age is read from the table itself: {error}")
+        return _collect(rows, names, table)
+    instead = _subjects_with_age(others) - _subjects_with_age(rows)
+    own = set(rows["subject_id"]) - instead
+    parts = [rows[rows["subject_id"].isin(own)], others[~others["subject_id"].isin(own)]]
+    return _collect(pd.concat(parts, ignore_index=True).fillna(""), [*names, *more], table)
+
+
+def _subjects_with_age(rows: pd.DataFrame) -> set[str]:
+    return set(rows["subject_id"][rows["age"].map(lambda age: age.years is not None)])
 
 
 def _read_sessions(data_dir: Path) -> list[TextTable]:
@@ -378,7 +361,7 @@ def _read_sessions(data_dir: Path) -> list[TextTable]:
     shared, without = read_sidecar(data_dir / "sessions.tsv"), []
     for path in sorted(data_dir.glob("sub-*/sub-*_sessions.tsv")):
         try:
-            cells = read_cells(path)[0][""]
+            cells = read_cells(path)[""]
         except TableError:
             cells = pd.DataFrame()  # a sessions file without rows is common
         if not find_age_columns(cells.columns):
@@ -391,9 +374,8 @@ def _read_sessions(data_dir: Path) -> list[TextTable]:
     notes = [f"Ages at sessions are read from {count} files sub-*_sessions.tsv."]
     if without:
         names = ", ".join(without[:5]) + (", …" if len(without) > 5 else "")
-        notes.append(
-            f"Sessions files without an age: {len(without)} ({names}); the table's age counts there."
-        )
+        told = f"Sessions files without an age: {len(without)} ({names})"
+        notes.append(f"{told}; the table's age counts there.")
     where = f"{data_dir}/sub-*/sub-*_sessions.tsv"
     return [
         TextTable(pd.concat(tables, ignore_index=True), where, sidecar, list(notes))
@@ -412,16 +394,3 @@ def _add_people(rows: pd.DataFrame, people: TextTable, columns: Mapping[str, str
         own = rows.get(column, pd.Series("", index=rows.index))
         rows[column] = own.where(own != "", rows["subject_id"].map(known[column]).fillna(""))
     return rows
-
-
-def _prefer_sessions(at_session: pd.DataFrame, table: pd.DataFrame) -> pd.DataFrame:
-    """All rows of subjects with an age at a session, then the table's rows of all others."""
-    told = set(at_session["subject_id"])
-    others = table[~table["subject_id"].isin(told)]
-    rows = pd.concat([at_session, others], ignore_index=True)
-    refused = refused_rows(at_session).to_dict("records")
-    refused = [row for row in refused if row["subject_id"] not in set(others["subject_id"])]
-    known = told | {row["subject_id"] for row in refused}
-    refused += [row for row in refused_rows(table).to_dict("records") if row["subject_id"] not in known]
-    rows.attrs = {"notes": [*at_session.attrs["notes"], *table.attrs["notes"]], "refused": refused}
-    return rows.fillna(dict.fromkeys(rows.columns.drop("age"), ""))

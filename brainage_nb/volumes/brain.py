@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,15 +17,14 @@ import numpy as np
 from brainage_nb.volumes.heads import find_head
 from brainage_nb.volumes.registration import (
     Alignment,
-    Template,
     align,
     bend,
     even_brightness,
     signed_distance,
     template,
 )
-from brainage_nb.volumes.resampling import one_thread, resample, smoothing_sd
-from brainage_nb.volumes.scans import ScanError, load_scan, voxel_sizes
+from brainage_nb.volumes.resampling import one_thread, resample_to
+from brainage_nb.volumes.scans import ScanError, load_scan
 
 if TYPE_CHECKING:
     import nibabel as nib
@@ -143,15 +143,16 @@ def _find(image: nib.spatialimages.SpatialImage, found_masks: bool) -> Brain:
     array = np.asanyarray(image.dataobj, dtype=np.float32)
     onto = template(FINE_MM)
     alignment = align(array, image.affine, np.array(find_head(image).centre_mm))
-    scan = _lay_on_template(array, image.affine, alignment, onto) / alignment.level
+    grid = alignment.to_scan @ onto.affine
+    scan = resample_to(FINE_MM, array, image.affine, grid, len(onto.brain)) / alignment.level
     depth, correlation = bend(even_brightness(scan, onto), onto)
     depth -= MARGIN_MM
     agreement, source = _dice(depth < 0, onto.depth_mm < MARGIN_MM), "template"
-    voxel_l = abs(np.linalg.det(alignment.to_scan @ onto.affine)) / 1e6
+    voxel_l = abs(np.linalg.det(grid)) / 1e6
     scan_file = image.extra.get("path") if found_masks else None
     if mask := scan_file and (mask_beside(scan_file) or _find_beside(scan_file, ("mask",))):
         try:
-            depth, agreement = _read_mask_of(mask, alignment, onto, depth, voxel_l)
+            depth, agreement = _read_mask_of(mask, grid, depth, voxel_l)
             source = str(mask)
         except ScanError as error:
             image.extra["flags"]["mask_not_taken"] = (
@@ -162,38 +163,26 @@ def _find(image: nib.spatialimages.SpatialImage, found_masks: bool) -> Brain:
     return Brain(depth, alignment, correlation, agreement, volume, source, problems)
 
 
-def _lay_on_template(
-    array: np.ndarray, affine: np.ndarray, alignment: Alignment, onto: Template
-) -> np.ndarray:
-    grid = alignment.to_scan @ onto.affine
-    return resample(array, affine, grid, len(onto.brain), smoothing_sd(voxel_sizes(affine), FINE_MM))
-
-
 def _find_problems(
     alignment: Alignment, correlation: float, agreement: float, volume: float
 ) -> tuple[str, ...]:
-    """Sentences on what is not as in a brain found rightly; each with value and bound."""
-    low, high = alignment.scales[-1], alignment.scales[0]
-    checks = {
-        f"it looks unlike a brain (correlation {correlation:.2f}, at least {LOWEST_CORRELATION})": (
-            correlation >= LOWEST_CORRELATION
-        ),
-        f"its size is {low:.2f} to {high:.2f} of the template's ({SCALES[0]} to {SCALES[1]})": (
-            SCALES[0] <= low <= high <= SCALES[1]
-        ),
-        f"it holds {volume:.2f} litres ({VOLUME_L[0]} to {VOLUME_L[1]})": (
-            VOLUME_L[0] <= volume <= VOLUME_L[1]
-        ),
-        f"it and the template's affine mask overlap by {agreement:.2f} only (at least {LOWEST_AGREEMENT})": (
-            agreement >= LOWEST_AGREEMENT
-        ),
-    }
-    return tuple(sentence for sentence, holds in checks.items() if not holds)
+    """Sentences on what is not as in a brain found rightly; each with value and bounds."""
+    largest, *_, smallest = alignment.scales
+    checks = (
+        ("it looks unlike a brain: its correlation with the template", correlation, LOWEST_CORRELATION, 1),
+        ("its size, as a share of the template's along the shortest axis,", smallest, *SCALES),
+        ("its size, as a share of the template's along the longest axis,", largest, *SCALES),
+        ("what it holds, in litres,", volume, *VOLUME_L),
+        ("its overlap with the template's affine mask", agreement, LOWEST_AGREEMENT, 1),
+    )
+    return tuple(
+        f"{what} is {value:.2f} (expected {low} to {high})"
+        for what, value, low, high in checks
+        if not low <= value <= high
+    )
 
 
-def _read_mask_of(
-    mask: Path, alignment: Alignment, onto: Template, own: np.ndarray, voxel_l: float
-) -> tuple[np.ndarray, float]:
+def _read_mask_of(mask: Path, grid: np.ndarray, own: np.ndarray, voxel_l: float) -> tuple[np.ndarray, float]:
     """Signed distance of a mask file and its Dice with the brain found here (its signed distance is `own`).
 
     Raises
@@ -204,7 +193,7 @@ def _read_mask_of(
     """
     if not re.search(rf"({'|'.join(MASK_NAMES)})\.", mask.name):
         raise ScanError("mask_not_taken", "its name does not say that it is one (as …_brain_mask would).")
-    depth = _read_depth(mask, alignment, onto)
+    depth = _read_depth(mask, grid, len(own))
     overlap, volume = _dice(depth < 0, own < 0), float((depth < 0).sum() * voxel_l)
     if overlap < LOWEST_AGREEMENT or not VOLUME_L[0] <= volume <= VOLUME_L[1]:
         low, high = VOLUME_L
@@ -216,26 +205,22 @@ def _read_mask_of(
     return depth, overlap
 
 
-def _read_depth(mask: Path, alignment: Alignment, onto: Template) -> np.ndarray:
-    """Signed distance of a mask file (above 0 is brain) on the template's grid."""
+def _read_depth(mask: Path, grid: np.ndarray, size: int) -> np.ndarray:
+    """Signed distance of a mask file (above 0 is brain) on the template's grid, laid onto the scan."""
     from scipy.ndimage import binary_closing
 
     image = load_scan(mask)
     brain = binary_closing(np.pad(np.asanyarray(image.dataobj) > 0, 3), iterations=2)[3:-3, 3:-3, 3:-3]
-    inside = _lay_on_template(brain.astype(np.float32), image.affine, alignment, onto) > 0.5
-    return signed_distance(inside, onto.spacing_mm)
+    inside = resample_to(FINE_MM, brain.astype(np.float32), image.affine, grid, size) > 0.5
+    return signed_distance(inside, FINE_MM)
 
 
 def _find_beside(scan: Path, parts: tuple[str, ...]) -> Path | None:
     """The first of `NAME_<part>.nii.gz` or `.nii` that lies beside a scan; NAME with or without `_T1w`."""
     stem = _stem(scan)
-    names = (
-        f"{name}_{part}{ending}"
-        for part in parts
-        for name in (stem, stem.removesuffix("_T1w"))
-        for ending in (".nii.gz", ".nii")
-    )
-    return next((scan.with_name(name) for name in names if scan.with_name(name).is_file()), None)
+    every = product(parts, (stem, stem.removesuffix("_T1w")), (".nii.gz", ".nii"))
+    files = (scan.with_name(f"{name}_{part}{ending}") for part, name, ending in every)
+    return next(filter(Path.is_file, files), None)
 
 
 def _find_in_derivatives(scan: Path) -> Path | None:

@@ -65,13 +65,12 @@ def show_plane(
     name: str,
     ax: Axes,
     *,
-    position: float = 0.5,
     voxel_size: Sequence[float] = (1, 1, 1),
     limits: tuple[float, float] | None = None,
 ) -> Axes:
-    """Draw one slice in grey; `limits` are the values shown black and white (percentiles where left out)."""
+    """Draw the middle slice in grey; `limits` are the values shown black and white, else percentiles."""
     low, high = limits or np.percentile(volume, GREY_RANGE)
-    picture, aspect = plane(volume, name, position, voxel_size)
+    picture, aspect = plane(volume, name, voxel_size=voxel_size)
     ax.imshow(picture, cmap="gray", vmin=low, vmax=high, aspect=aspect, interpolation="nearest")
     ax.set_xticks([])
     ax.set_yticks([])
@@ -81,13 +80,7 @@ def show_plane(
 
 
 def three_planes(
-    volume: np.ndarray,
-    axes: Sequence[Axes],
-    *,
-    voxel_size: Sequence[float] = (1, 1, 1),
-    positions: Sequence[float] = (0.5, 0.5, 0.5),
-    title: str = "",
-    sides: bool = True,
+    volume: np.ndarray, axes: Sequence[Axes], *, voxel_size: Sequence[float] = (1, 1, 1), sides: bool = True
 ) -> Sequence[Axes]:
     """Draw the middle sagittal, coronal and axial slice of a RAS volume on three axes.
 
@@ -97,20 +90,15 @@ def three_planes(
     axes : three Axes
     voxel_size : three floats
         mm.
-    positions : three floats
-        Where to cut along x, y and z, from 0 to 1.
-    title : str
-        Written over the first.
     sides : bool
         Whether to mark the head's left and right.
     """
     limits = tuple(np.percentile(volume, GREY_RANGE))
-    for name, position, ax in zip(PLANES, positions, axes, strict=True):
-        show_plane(volume, name, ax, position=position, voxel_size=voxel_size, limits=limits)
+    for name, ax in zip(PLANES, axes, strict=True):
+        show_plane(volume, name, ax, voxel_size=voxel_size, limits=limits)
     for ax in axes[1:] if sides else ():
         for x, text, side in ((0.03, "R", "left"), (0.97, "L", "right")):
             ax.text(x, 0.5, text, transform=ax.transAxes, color="#E69F00", ha=side, va="center", fontsize=9)
-    axes[0].set_title(title, loc="left", fontsize=10)
     return axes
 
 
@@ -124,10 +112,9 @@ def steps_figure(steps: Sequence[tuple[str, np.ndarray, Sequence[float]]]) -> Fi
     """
     figure, axes = _figure(len(steps), 3, 2.83, 2.9)
     for index, (row, (name, array, voxel_size)) in enumerate(zip(axes, steps, strict=True)):
-        shape = " x ".join(str(n) for n in array.shape)
-        size = " x ".join(f"{s:.3g}" for s in voxel_size)
         three_planes(array, row, voxel_size=voxel_size, sides=index > 0)
-        row[0].set_title(f"{name}\n{shape} voxels of {size} mm", loc="left", fontsize=10)
+        size = "{} x {} x {} voxels of {:.3g} x {:.3g} x {:.3g} mm".format(*array.shape, *voxel_size)
+        row[0].set_title(f"{name}\n{size}", loc="left", fontsize=10)
         row[2].set_title(f"values {array.min():.3g} to {array.max():.3g}", loc="right", fontsize=9)
     return figure
 
@@ -138,7 +125,6 @@ def montage(
     *,
     name: str = "sagittal",
     columns: int = 8,
-    voxel_size: Sequence[float] = (1, 1, 1),
     heading: str = "",
 ) -> Figure:
     """The middle slice of many volumes, one small picture each.
@@ -161,7 +147,7 @@ def montage(
     for ax in axes.flat[len(volumes) :]:
         ax.set_axis_off()
     for ax, volume, title in zip(axes.flat, volumes, titles or [""] * len(volumes), strict=False):
-        show_plane(np.asarray(volume, dtype=np.float32), name, ax, voxel_size=voxel_size)
+        show_plane(np.asarray(volume, dtype=np.float32), name, ax)
         ax.set_title(title, fontsize=7)
     figure.suptitle(heading or f"middle {name} slice of {len(volumes)} volumes", fontsize=10)
     return figure
@@ -199,7 +185,7 @@ def brain_preview(
             rows.append({"scan": title, "problems": str(error)})
             continue
         brain = find_brain(image, found_masks=settings.found_masks)
-        row = {
+        facts = {
             "scan": title,
             "quality": brain.quality,
             "correlation": brain.correlation,
@@ -209,7 +195,7 @@ def brain_preview(
             "problems": "; ".join(brain.problems),
             "note": image.extra["flags"].get("mask_not_taken", ""),
         }
-        rows.append(row)
+        rows.append(facts)
         if not brain.problems:
             inside = brain.mask_on(grid_affine(image, plain), (settings.size,) * 3)
             drawn.append((title, preprocess(image, plain), inside))

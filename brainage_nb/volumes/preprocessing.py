@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from brainage_nb.volumes import tissues
+from brainage_nb.volumes.brain import brain_or_error
 from brainage_nb.volumes.heads import find_head
 from brainage_nb.volumes.registration import mni_grid
-from brainage_nb.volumes.resampling import resample, smoothing_sd
+from brainage_nb.volumes.resampling import find_main_axes, resample, resample_to, smoothing_sd
 from brainage_nb.volumes.scans import ScanError, load_scan, voxel_sizes
 from brainage_nb.volumes.settings import PreprocessingSettings, parse_transforms, write_transforms
 
 if TYPE_CHECKING:
     import nibabel as nib
-
-    from brainage_nb.volumes.tissues import Tissues
 
 # World axes and voxel lattice count as parallel when the farthest voxel is off by less than this.
 PARALLEL_MM = 1e-3
@@ -147,10 +147,8 @@ def smooth_and_sample(
 
 def share_grey_matter(stage: Stage, *, found_masks: bool = True) -> Stage:
     """The share of grey matter in each voxel, 0 to 1, on the template's grid."""
-    from brainage_nb.volumes import tissues
-
     found = find_tissues(stage.scan, found_masks=found_masks)
-    fine = _alignment(stage.scan, found_masks) @ tissues.grid()
+    fine = brain_or_error(stage.scan, found_masks=found_masks).alignment.to_scan @ tissues.grid()
     return Stage(found.grey, fine, np.full(3, tissues.SPACING_MM), stage.scan)
 
 
@@ -161,14 +159,14 @@ def scale_cube(stage: Stage) -> Stage:
 
 def scale_brain(stage: Stage, *, found_masks: bool = True) -> Stage:
     """Mean 0 and standard deviation 1 over the brain, and 0 outside of it."""
-    brain = _brain(stage.scan, found_masks)
+    brain = brain_or_error(stage.scan, found_masks=found_masks)
     inside = _not_empty(brain.mask_on(stage.affine, stage.array.shape))
     scaled = np.zeros(stage.array.shape, np.float32)
     scaled[inside] = _z_scored(stage.array[inside])
     return stage._replace(array=scaled)
 
 
-def find_tissues(image: nib.spatialimages.SpatialImage, *, found_masks: bool = True) -> Tissues:
+def find_tissues(image: nib.spatialimages.SpatialImage, *, found_masks: bool = True) -> tissues.Tissues:
     """Grey and white matter of a scan, on `tissues.grid()`.
 
     Raises
@@ -176,12 +174,9 @@ def find_tissues(image: nib.spatialimages.SpatialImage, *, found_masks: bool = T
     ScanError
         As `preprocess`.
     """
-    from brainage_nb.volumes import tissues
-
-    brain = _brain(image, found_masks)
+    brain = brain_or_error(image, found_masks=found_masks)
     fine = brain.alignment.to_scan @ tissues.grid()
-    sd = smoothing_sd(voxel_sizes(image.affine), tissues.RESOLUTION_MM)
-    voxels = resample(_voxels(image), image.affine, fine, tissues.SIZE, sd)
+    voxels = resample_to(tissues.RESOLUTION_MM, _voxels(image), image.affine, fine, tissues.SIZE)
     found = tissues.tissues_of(voxels, brain.mask_on(fine, voxels.shape))
     if found.problems:
         raise ScanError(
@@ -218,16 +213,6 @@ def _apply_extra(cube: np.ndarray, extra: str) -> np.ndarray:
     return array
 
 
-def _brain(image: Any, found_masks: bool) -> Any:
-    from brainage_nb.volumes.brain import brain_or_error
-
-    return brain_or_error(image, found_masks=found_masks)
-
-
-def _alignment(image: Any, found_masks: bool) -> np.ndarray:
-    return _brain(image, found_masks).alignment.to_scan
-
-
 def _not_empty(array: np.ndarray) -> np.ndarray:
     """The array, in which something is not 0; ScanError where nothing is."""
     if not array.any():
@@ -245,7 +230,8 @@ def _grid(image: Any, spacing_mm: float, size: int, to_mni: bool, found_masks: b
     A scan that already has the target's spacing is so copied voxel by voxel: no interpolation blurs it.
     """
     if to_mni:
-        return _alignment(image, found_masks) @ mni_grid(spacing_mm, size)
+        alignment = brain_or_error(image, found_masks=found_masks).alignment
+        return alignment.to_scan @ mni_grid(spacing_mm, size)
     grid = np.diag([spacing_mm] * 3 + [1.0])
     first = np.array(find_head(image).centre_mm) - spacing_mm * (size - 1) / 2
     grid[:3, 3] = _on_lattice(first, image.affine, max(image.shape))
@@ -254,10 +240,8 @@ def _grid(image: Any, spacing_mm: float, size: int, to_mni: bool, found_masks: b
 
 def _on_lattice(point: np.ndarray, affine: np.ndarray, length: int) -> np.ndarray:
     """The voxel centre nearest to a world point if the voxel axes are the world's, else the point itself."""
-    axes = np.abs(affine[:3, :3]).argmax(axis=0)
-    main = np.zeros((3, 3))
-    main[axes, range(3)] = affine[axes, range(3)]
-    if sorted(axes) != [0, 1, 2] or np.abs(affine[:3, :3] - main).max() * length > PARALLEL_MM:
+    axes, strays = find_main_axes(affine)
+    if sorted(axes) != [0, 1, 2] or strays.max() * length > PARALLEL_MM:
         return point
     voxel = np.round(np.linalg.solve(affine[:3, :3], point - affine[:3, 3]))
     return affine[:3, :3] @ voxel + affine[:3, 3]

@@ -11,8 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from brainage_nb.volumes.resampling import LinearSampler, along_axes, resample, smoothing_sd, upsample
-from brainage_nb.volumes.scans import voxel_sizes
+from brainage_nb.volumes.resampling import LinearSampler, along_axes, resample_to, upsample
 
 CENTRE_MM = np.array([0.0, -17.0, 5.0])  # of the brain, MNI152
 HALF_MM = np.array([75.0, 92.0, 82.0])  # half the brain's extent
@@ -134,9 +133,8 @@ def template(spacing_mm: float) -> Template:
     t1, mask, affine = _read_template()
     size = round(TEMPLATE_MM / spacing_mm)
     grid = mni_grid(spacing_mm, size)
-    sd = smoothing_sd(np.ones(3), spacing_mm)
-    brain = resample(t1 * mask, affine, grid, size, sd)
-    inside = resample(mask, affine, grid, size, sd) > 0.5
+    brain = resample_to(spacing_mm, t1 * mask, affine, grid, size)
+    inside = resample_to(spacing_mm, mask, affine, grid, size) > 0.5
     depth = signed_distance(inside, spacing_mm)
     painted = np.where(inside, brain, np.where(depth < FLUID_MM, FLUID, BONE))
     return Template(grid, brain, painted.astype(np.float32), depth)
@@ -197,7 +195,7 @@ def _head_at(
     """The head at a spacing, as a share of the level of white matter, and that level."""
     size = round(HEAD_MM / spacing)
     grid = mni_grid(spacing, size, centre)
-    cube = resample(array, affine, grid, size, smoothing_sd(voxel_sizes(affine), spacing))
+    cube = resample_to(spacing, array, affine, grid, size)
     if not level:
         away = (np.indices(cube.shape) - (size - 1) / 2) * spacing
         near = cube[(away**2).sum(axis=0) < LEVEL_MM**2]

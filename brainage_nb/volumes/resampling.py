@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from math import erf, sqrt
+from math import erf, prod, sqrt
 
 import numpy as np
+
+from brainage_nb.volumes.scans import voxel_sizes
 
 FWHM_PER_SD = 2.0 * sqrt(2.0 * np.log(2.0))
 KERNEL_SDS = 4.0  # the Gaussian is cut here, as in MONAI
@@ -76,13 +78,26 @@ def resample(
     """
     sd = np.zeros(3) if sd is None else np.asarray(sd, dtype=float)
     to_scan = np.linalg.inv(affine) @ grid_affine
-    axes = np.abs(to_scan[:3, :3]).argmax(axis=0)  # scan axis that runs along each grid axis
-    main = np.zeros((3, 3))
-    main[axes, range(3)] = to_scan[axes, range(3)]
-    tilt = np.abs(to_scan[:3, :3] - main).sum(axis=1).max() * size
-    if sorted(axes) == [0, 1, 2] and tilt < PARALLEL_VOXELS:
+    axes, tilt = find_main_axes(to_scan)
+    if sorted(axes) == [0, 1, 2] and tilt.sum(axis=1).max() * size < PARALLEL_VOXELS:
         return _resample_parallel(array, to_scan, axes, size, sd)
     return _resample_tilted(array, to_scan, size, sd)
+
+
+def find_main_axes(affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The axis (3,) along which each axis of a grid mainly runs, and how far (3, 3) it strays."""
+    strays = np.abs(affine[:3, :3])
+    axes = strays.argmax(axis=0)
+    strays[axes, range(3)] = 0
+    return axes, strays
+
+
+def resample_to(
+    resolution_mm: float, array: np.ndarray, affine: np.ndarray, grid_affine: np.ndarray, size: int
+) -> np.ndarray:
+    """`resample` after smoothing to a resolution, mm."""
+    sd = smoothing_sd(voxel_sizes(affine), resolution_mm)
+    return resample(array, affine, grid_affine, size, sd)
 
 
 def along_axes(array: np.ndarray, matrices: list[np.ndarray]) -> np.ndarray:
@@ -179,16 +194,13 @@ def _interpolation(positions: np.ndarray, n: int) -> np.ndarray:
 
 def _smoothing(n: int, sd: float) -> np.ndarray:
     """The Gaussian as a banded matrix (n, n); outside of the volume is 0."""
+    from scipy.linalg import toeplitz
+
     kernel = gaussian_kernel(sd)
     tail = len(kernel) // 2
-    return sum(
-        (
-            np.diag(np.full(max(0, n - abs(k)), kernel[k + tail]), k)
-            for k in range(-tail, tail + 1)
-            if abs(k) < n
-        ),
-        start=np.zeros((n, n)),
-    )
+    below, above = np.zeros((2, n))
+    below[: tail + 1], above[: tail + 1] = kernel[tail::-1][:n], kernel[tail:][:n]
+    return toeplitz(below, above)
 
 
 def _resample_tilted(array: np.ndarray, to_scan: np.ndarray, size: int, sd: np.ndarray) -> np.ndarray:
@@ -204,15 +216,9 @@ def _resample_tilted(array: np.ndarray, to_scan: np.ndarray, size: int, sd: np.n
     part = _smoothed(array, sd, low, high)
     # With the scan's slowest axis first, affine_transform reads memory in order.
     order = np.argsort(part.strides)[::-1]
-    return affine_transform(
-        part.transpose(order),
-        to_scan[:3, :3][order],
-        (to_scan[:3, 3] - low)[order],
-        output_shape=(size,) * 3,
-        output=np.float32,
-        order=1,
-        mode="grid-constant",
-    )
+    matrix, offset = to_scan[:3, :3][order], (to_scan[:3, 3] - low)[order]
+    part, shape = part.transpose(order), (size,) * 3
+    return affine_transform(part, matrix, offset, shape, np.float32, order=1, mode="grid-constant")
 
 
 def _smoothed(array: np.ndarray, sd: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -222,33 +228,27 @@ def _smoothed(array: np.ndarray, sd: np.ndarray, low: np.ndarray, high: np.ndarr
     start = [max(0, low[a] - tails[a]) for a in range(3)]
     stop = [min(array.shape[a], high[a] + tails[a]) for a in range(3)]
     work = array[tuple(slice(a, b) for a, b in zip(start, stop, strict=True))].transpose(order)
-    for place, axis in enumerate(order):
-        band = _smoothing(stop[axis] - start[axis], sd[axis])[
-            low[axis] - start[axis] : high[axis] - start[axis]
-        ]
-        with one_thread():
-            work = _banded(band.astype(np.float32), work, place)
+    with one_thread():
+        for place, axis in enumerate(order):
+            rows = slice(low[axis] - start[axis], high[axis] - start[axis])
+            band = _smoothing(stop[axis] - start[axis], sd[axis])[rows]
+            work = _multiply_along(place, band.astype(np.float32), work)
     return work.transpose(np.argsort(order))
 
 
-def _banded(band: np.ndarray, array: np.ndarray, place: int) -> np.ndarray:
-    """Multiply a banded matrix along axis `place` of a C-ordered volume, a block of rows at a time."""
-    shape = list(array.shape)
-    shape[place] = len(band)
-    result = np.empty(shape, np.float32)
+def _multiply_along(axis: int, band: np.ndarray, array: np.ndarray) -> np.ndarray:
+    """Multiply a banded matrix along one axis of a volume, a block of rows at a time."""
+    before, after = array.shape[:axis], array.shape[axis + 1 :]
+    work = array.reshape(-1, array.shape[axis], prod(after))
+    made = np.empty((len(work), len(band), prod(after)), np.float32)
     for first in range(0, len(band), BLOCK):
-        rows = band[first : first + BLOCK]
+        rows, target = band[first : first + BLOCK], made[:, first : first + BLOCK]
         columns = _used_columns(rows)
-        taken = array[(slice(None),) * place + (columns,)]
-        made = (slice(None),) * place + (slice(first, first + len(rows)),)
-        if place == 2:
-            result[made] = taken @ rows[:, columns].T
-        elif place == 1:
-            result[made] = rows[:, columns] @ taken
-        else:
-            flat = rows[:, columns] @ taken.reshape(len(taken), -1)
-            result[made] = flat.reshape(len(rows), *shape[1:])
-    return result
+        if after:
+            np.matmul(rows[:, columns], work[:, columns], out=target)
+        else:  # one large product instead of many by a vector
+            target[..., 0] = work[:, columns, 0] @ rows[:, columns].T
+    return made.reshape(*before, len(band), *after)
 
 
 def one_thread() -> AbstractContextManager:

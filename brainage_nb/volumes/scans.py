@@ -53,6 +53,7 @@ SLACK_BYTES = 2**24  # what may follow the voxels: a FreeSurfer footer, padding
 MAX_OFFSET = 2**26  # bytes before the voxels: a header and its extensions
 UNITS = {1: ("metre", 1000.0), 2: ("millimetre", 1.0), 3: ("micron", 0.001)}  # codes of NIfTI, in mm
 EXTENT_MM = (1.0, 5000.0)  # an image's longest edge; any other is a wrong unit
+LEAST_EDGE_MM = 0.001  # of a voxel; smoothing to a model's grid would go over millions of them
 ROUNDING = 0.01  # a quaternion longer than 1 by no more is a rotation, rounded
 SAME_SIZE, SAME_DEGREES = 0.005, 2.0  # up to here sizes (relative) and axes of two affines agree
 MANY = 0.5  # share of NaN or infinite voxels from which what is left must have the size of a brain
@@ -102,7 +103,7 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
     Raises
     ------
     ScanError
-        With a code of `SCAN_ERRORS`, whatever goes wrong.
+        With a code of `SCAN_ERRORS`, whatever goes wrong (but MemoryError stays what it is).
 
     Examples
     --------
@@ -113,19 +114,36 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
     import nibabel as nib
 
     path = Path(path)
-    with errors_as_reason(path):
-        header, flags = read_header(path)
-        _check_header(header, path, max_voxels)
+    header, flags = read_header(path)
+    with _any_error_as_reason(path):
+        _check_header(header, max_voxels)
         affine = placement(header, path, flags)
         array = _voxels(header, path)
         if array.ndim > 3:
             flags["one_volume_4d"] = _meaning("one_volume_4d")
         array = array.reshape(array.shape[:3], order="A")
-        bad = _fill_nonfinite(array, affine, path, flags)
+        bad = _fill_nonfinite(array, affine, flags)
         if array.min() == array.max():
-            raise ScanError("blank", f"{path.name}: every voxel is {array.flat[0]:g}; expected a head.")
+            raise ScanError("blank", f"every voxel is {array.flat[0]:g}; expected a head.")
     extra = {"flags": flags, "nonfinite_fraction": bad, "path": path}
     return nib.Nifti1Image(array, affine, extra=extra)
+
+
+@contextmanager
+def errors_as_reason(path: Path, done: str) -> Iterator[None]:
+    """Whatever is raised while a scan is read, measured or preprocessed becomes its `ScanError`, so that one
+    scan never ends a cohort; `done` is what cannot be done to it."""
+    try:
+        yield
+    except ScanError:
+        raise
+    except FileNotFoundError as error:
+        raise ScanError("missing", f"{path} does not exist or is not a file.") from error
+    except MemoryError as error:
+        raise ScanError("too_large", f"{path.name} does not fit into memory.") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        raise ScanError("unreadable", f"{path.name} cannot be {done} ({reason}).") from error
 
 
 def voxel_sizes(affine: np.ndarray) -> np.ndarray:
@@ -151,20 +169,18 @@ def read_header(path: str | Path) -> tuple[Any, dict[str, str]]:
         As `load_scan`.
     """
     path = Path(path)
-    with errors_as_reason(path):
+    with _any_error_as_reason(path):
         if not path.is_file():
             raise ScanError("missing", f"{path} does not exist or is not a file.")
         first, second = _halves(path)
         start = _start(first)
         if not start:
-            raise ScanError("truncated", f"{path.name} is empty; copy the file again.")
+            raise ScanError("truncated", "the file is empty; copy it again.")
         if b"/annex/objects/" in start or start.startswith(b"version https://git-lfs"):
-            raise ScanError(
-                "unreadable", f"{path.name} is a git-annex or Git LFS link; fetch the scan itself."
-            )
-        kind, length = _kind(start, path, pair=first != second)
+            raise ScanError("unreadable", "it is a git-annex or Git LFS link; fetch the scan itself.")
+        kind, length = _kind(start, pair=first != second)
         header = kind.from_fileobj(io.BytesIO(start[:length]), check=False)
-        flags = _repair(header, path)
+        flags = _repair(header)
         if start[:4] == MGH_MAGIC and not any(start[28:30]):  # nibabel has put the format's default in place
             flags["no_affine"] = _meaning("no_affine")
         header.check_fix()
@@ -185,8 +201,8 @@ def placement(header: Any, path: Path, flags: dict[str, str]) -> np.ndarray:
     affine = next(iter(stated.values()), header.get_best_affine())
     sizes = voxel_sizes(affine)
     if not abs(np.linalg.det(affine[:3, :3])) > 1e-9 * np.prod(sizes) or not np.isfinite(affine).all():
-        raise ScanError("bad_affine", f"{path.name}: the affine is singular or not finite; repair it.")
-    scale = np.diag([_mm_factor(sizes, header, path, flags)] * 3 + [1.0])
+        raise ScanError("bad_affine", "the affine is singular or not finite; repair it.")
+    scale = np.diag([_mm_factor(sizes, header, flags)] * 3 + [1.0])
     if stated:
         zooms = scale[0, 0] * np.asarray(header.get_zooms()[:3], dtype=float)
         _compare({name: scale @ one for name, one in stated.items()}, zooms, flags)
@@ -195,27 +211,27 @@ def placement(header: Any, path: Path, flags: dict[str, str]) -> np.ndarray:
     axes = affine[:3, :3] / sizes
     if np.abs(axes.T @ axes - np.eye(3)).max() > 0.01:  # about half a degree
         flags["sheared"] = _meaning("sheared")
+    if (least := voxel_sizes(scale @ affine).min()) < LEAST_EDGE_MM:
+        raise ScanError(
+            "bad_affine", f"voxels have an edge of {least:.2g} mm, as no scan has; repair the header."
+        )
     return scale @ affine
 
 
 @contextmanager
-def errors_as_reason(path: Path, done: str = "read as an image") -> Iterator[None]:
-    """Whatever is raised while a scan is read, measured or preprocessed becomes its `ScanError`, so that one
-    scan never ends a cohort; `done` is what cannot be done to it."""
+def _any_error_as_reason(path: Path) -> Iterator[None]:
+    """Whatever is raised while a file is read becomes a ScanError that begins with its name."""
     try:
         yield
-    except ScanError:
+    except MemoryError:
         raise
-    except FileNotFoundError as error:
-        raise ScanError("missing", f"{path} does not exist or is not a file.") from error
-    except MemoryError as error:
-        raise ScanError("too_large", f"{path.name} does not fit into memory.") from error
+    except ScanError as error:
+        raise ScanError(error.code, f"{path.name}: {error.sentence}") from error
     except (EOFError, zlib.error) as error:
         sentence = f"{path.name}: the compressed data end early or are damaged; copy the file again."
         raise ScanError("truncated", sentence) from error
     except Exception as error:  # nibabel raises many kinds on broken files
-        kind = type(error).__name__
-        sentence = f"{path.name} cannot be {done} ({kind}: {_first_line(error)})."
+        sentence = f"{path.name}: it cannot be read as an image ({_first_line(error)})."
         raise ScanError("unreadable", sentence) from error
 
 
@@ -240,11 +256,11 @@ def _halves(path: Path) -> tuple[Path, Path]:
     other = "img" if is_header else "hdr"
     names = [f"{part}{packed}" for part in (other, other.upper()) for packed in ("", ".gz", ".GZ")]
     places = [path.with_name(f"{path.name[: ending.start()]}.{name}") for name in names]
-    partner = next((place for place in places if place.is_file()), places[0])
+    partner = next(filter(Path.is_file, places), places[0])
     if is_header:
         return path, partner
     if not partner.is_file():
-        raise ScanError("unreadable", f"{path.name} holds voxels only: its header {partner.name} is missing.")
+        raise ScanError("unreadable", f"it holds voxels only: its header {partner.name} is missing.")
     return partner, path
 
 
@@ -294,11 +310,11 @@ def _content(path: Path, limit: int) -> io.BytesIO:
     for piece in _pieces(path):
         content.write(piece)
         if content.tell() > limit:
-            raise ScanError("unreadable", f"{path.name} holds far more than its header claims.")
+            raise ScanError("unreadable", "it holds far more than its header claims.")
     return content
 
 
-def _kind(start: bytes, path: Path, *, pair: bool) -> tuple[Any, int]:
+def _kind(start: bytes, *, pair: bool) -> tuple[Any, int]:
     """nibabel's class for a header, told from how it begins, and the bytes to give to it: no extensions."""
     import nibabel as nib
 
@@ -311,13 +327,13 @@ def _kind(start: bytes, path: Path, *, pair: bool) -> tuple[Any, int]:
         return (nib.Nifti1Header if 348 in size else nib.Nifti2Header), min(size)
     if start[:4] == MGH_MAGIC:
         return nib.MGHImage.header_class, HEADER_READ
-    raise ScanError("unreadable", f"{path.name} is neither a NIfTI nor a FreeSurfer (MGH) image.")
+    raise ScanError("unreadable", "it is neither a NIfTI nor a FreeSurfer (MGH) image.")
 
 
 # --- header ---------------------------------------------------------------------------------------------
 
 
-def _repair(header: Any, path: Path) -> dict[str, str]:
+def _repair(header: Any) -> dict[str, str]:
     """Mend what is safe to mend before nibabel checks the header, and give flags for what is not."""
     if getattr(header, "is_single", False) and header["vox_offset"] < header.single_vox_offset:
         header["vox_offset"] = header.single_vox_offset
@@ -326,12 +342,12 @@ def _repair(header: Any, path: Path) -> dict[str, str]:
     if not np.all(np.isfinite(edges) & (edges != 0)):
         if not has_sform:
             wrong = f"pixdim says {_by(edges)}, which is no size of a voxel"
-            raise ScanError("bad_affine", f"{path.name}: {wrong}; repair the header.")
+            raise ScanError("bad_affine", f"{wrong}; repair the header.")
         header["pixdim"][1:4] = voxel_sizes(header.get_sform())  # no size was stated, so none disagrees
-    return _repair_quaternion(header, path, has_sform) if header.get("qform_code", 0) != 0 else {}
+    return _repair_quaternion(header, has_sform) if header.get("qform_code", 0) != 0 else {}
 
 
-def _repair_quaternion(header: Any, path: Path, has_sform: bool) -> dict[str, str]:
+def _repair_quaternion(header: Any, has_sform: bool) -> dict[str, str]:
     quaternion = {name: float(header[name]) for name in ("quatern_b", "quatern_c", "quatern_d")}
     length = np.linalg.norm(list(quaternion.values()))
     if 1 < length <= 1 + ROUNDING:
@@ -341,38 +357,27 @@ def _repair_quaternion(header: Any, path: Path, has_sform: bool) -> dict[str, st
         return {}
     wrong = f"the qform is no rotation (its quaternion has length {length:.3g})"
     if not has_sform:
-        raise ScanError("bad_affine", f"{path.name}: {wrong}; repair the header.")
+        raise ScanError("bad_affine", f"{wrong}; repair the header.")
     header["qform_code"] = 0
     return {"header_disagrees": f"In the header {wrong}; the sform was used."}
 
 
-def _check_header(header: Any, path: Path, max_voxels: int) -> None:
+def _check_header(header: Any, max_voxels: int) -> None:
     """Refuse what is no volume of intensities, or far too large, before a voxel is read."""
     shape, offset = tuple(int(n) for n in header.get_data_shape()), header.get_data_offset()
     dtype = header.get_data_dtype()
-    checks = (
-        (
-            "too_large",
-            np.prod(shape, dtype=float) > max_voxels,
-            f"claims {' x '.join(map(str, shape))} voxels; at most {max_voxels:,} in all are opened",
-        ),
-        ("unreadable", offset > MAX_OFFSET, f"has its voxels at byte {offset:,}, by its header"),
-        (
-            "not_volume",
-            3000 <= int(header.get("intent_code", 0)) < 3100,  # CIFTI-2
-            f"holds surface or connectivity data {shape}, not a volume",
-        ),
-        ("not_scalar", dtype.names, "holds colours; expected one intensity for each voxel"),
-        ("not_scalar", dtype.kind == "c", "holds complex numbers; expected one intensity for each voxel"),
-        (
-            "not_3d",
-            len(shape) < 3 or 0 in shape or np.prod(shape[3:], dtype=int) != 1,
-            f"has shape {shape}; expected one 3-D volume",
-        ),
-    )
-    for code, fails, sentence in checks:
-        if fails:
-            raise ScanError(code, f"{path.name} {sentence}.")
+    if np.prod(shape, dtype=float) > max_voxels:
+        claimed = f"it claims {' x '.join(map(str, shape))} voxels"
+        raise ScanError("too_large", f"{claimed}; at most {max_voxels:,} in all are opened.")
+    if offset > MAX_OFFSET:
+        raise ScanError("unreadable", f"its header places the voxels at byte {offset:,}.")
+    if 3000 <= int(header.get("intent_code", 0)) < 3100:  # CIFTI-2
+        raise ScanError("not_volume", f"it holds surface or connectivity data {shape}, not a volume.")
+    if dtype.names or dtype.kind == "c":
+        held = "colours" if dtype.names else "complex numbers"
+        raise ScanError("not_scalar", f"it holds {held}; expected one intensity for each voxel.")
+    if len(shape) < 3 or 0 in shape or np.prod(shape[3:], dtype=int) != 1:
+        raise ScanError("not_3d", f"it has shape {shape}; expected one 3-D volume.")
 
 
 def _stated_affines(header: Any, path: Path) -> dict[str, np.ndarray]:
@@ -395,7 +400,7 @@ def _affine_of_spm(header: Any, mat: Path) -> np.ndarray:
     return nib.Spm99AnalyzeImage.from_file_map(files).affine
 
 
-def _mm_factor(edges: np.ndarray, header: Any, path: Path, flags: dict[str, str]) -> float:
+def _mm_factor(edges: np.ndarray, header: Any, flags: dict[str, str]) -> float:
     """What turns the header's lengths into mm: by its unit, unless that can only be wrong."""
     unit, factor = UNITS.get(int(header.get("xyzt_units", 2)) & 7, ("unknown", 1.0))
     extent = float((edges * header.get_data_shape()[:3]).max())
@@ -403,7 +408,7 @@ def _mm_factor(edges: np.ndarray, header: Any, path: Path, flags: dict[str, str]
     if not possible:
         raise ScanError(
             "bad_affine",
-            f"{path.name}: voxels of {_by(edges)} make an image {extent:.3g} long (header's unit: {unit}), "
+            f"voxels of {_by(edges)} make an image {extent:.3g} long (header's unit: {unit}), "
             "which is no head. Correct the header: voxel sizes, or xyzt_units (1 metre, 2 mm, 3 micron).",
         )
     if factor != 1:
@@ -460,16 +465,16 @@ def _voxels(header: Any, path: Path) -> np.ndarray:
 
     place = _halves(path)[1]
     if not place.is_file():
-        raise ScanError("header_only", f"{path.name} is a header only: {place.name} is missing.")
+        raise ScanError("header_only", f"it is a header only: {place.name} is missing.")
     n_bytes = int(np.prod(header.get_data_shape(), dtype=float)) * header.get_data_dtype().itemsize
     content = _content(place, header.get_data_offset() + n_bytes + SLACK_BYTES)
     try:
         return np.asanyarray(ArrayProxy(content, header), dtype=np.float32)
     except (OSError, ValueError) as error:
-        raise ScanError("truncated", f"{path.name}: voxels are missing ({_first_line(error)}).") from error
+        raise ScanError("truncated", f"voxels are missing ({_first_line(error)}).") from error
 
 
-def _fill_nonfinite(array: np.ndarray, affine: np.ndarray, path: Path, flags: dict[str, str]) -> float:
+def _fill_nonfinite(array: np.ndarray, affine: np.ndarray, flags: dict[str, str]) -> float:
     """Set voxels that are NaN or infinite to background, in place, and give their share.
 
     Most of a stripped scan may be NaN, so a share says little: what is left must be as large as a brain.
@@ -483,7 +488,7 @@ def _fill_nonfinite(array: np.ndarray, affine: np.ndarray, path: Path, flags: di
         if left_ml < LEAST_HEAD_ML:
             raise ScanError(
                 "not_finite",
-                f"{path.name}: {bad:.0%} of the voxels are NaN or infinite; what is left, {left_ml:.0f} ml "
+                f"{bad:.0%} of the voxels are NaN or infinite; what is left, {left_ml:.0f} ml "
                 f"without gaps, is no head (at least {LEAST_HEAD_ML:.0f} ml).",
             )
     if bad:

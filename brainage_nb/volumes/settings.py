@@ -207,25 +207,22 @@ class PreprocessingSettings:
     @property
     def steps(self) -> list[dict[str, Any]]:
         """Every step with its numbers, in order, as `preprocessing.json` lists them."""
-        place = IN_TEMPLATE if self.to_mni else BELOW_CROWN
-        grid = {"spacing_mm": self.spacing_mm, "size": self.size, **place}
-        used: dict[str, dict[str, Any]] = {}
-        if self.needs_brain:
-            from brainage_nb.volumes import brain, tissues
+        from brainage_nb.volumes import brain, tissues
 
-            used["find the brain"] = {"version": brain.VERSION, "masks_of_other_tools": self.found_masks}
-            if self.grey_matter:
-                used["tissues"] = {"version": tissues.VERSION}
-        else:
-            used["orientation"], grid = {}, grid | {"axes": "world"}
-        if self.smooth:
-            used["smooth"] = {"fwhm_mm": self.spacing_mm}
-        used["resample"] = grid
-        if not self.grey_matter:
-            if self.brain_only:
-                used["outside of the brain"] = {}
-            used["z-score"] = {"over": "the brain" if self.brain_only else "all voxels"}
-        steps = [{"step": name} | STEPS[name] | numbers for name, numbers in used.items()]
+        grid = {"spacing_mm": self.spacing_mm, "size": self.size}
+        grid |= IN_TEMPLATE if self.to_mni else BELOW_CROWN
+        grid |= {} if self.needs_brain else {"axes": "world"}
+        found = {"version": brain.VERSION, "masks_of_other_tools": self.found_masks}
+        every = (  # name, whether it is taken, numbers
+            ("orientation", not self.needs_brain, {}),
+            ("find the brain", self.needs_brain, found),
+            ("tissues", self.grey_matter, {"version": tissues.VERSION}),
+            ("smooth", self.smooth, {"fwhm_mm": self.spacing_mm}),
+            ("resample", True, grid),
+            ("outside of the brain", self.brain_only and not self.grey_matter, {}),
+            ("z-score", not self.grey_matter, {"over": "the brain" if self.brain_only else "all voxels"}),
+        )
+        steps = [{"step": name} | STEPS[name] | numbers for name, taken, numbers in every if taken]
         return steps + [{"step": name} | arguments for name, arguments in parse_transforms(self.extra)]
 
     @property

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,8 +24,8 @@ from brainage_nb.volumes.preprocessing import as_stored, build_transforms, prepr
 from brainage_nb.volumes.scans import ScanError, errors_as_reason, load_scan, voxel_file
 from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.workspace import (
+    NOTEBOOK_OF,
     copy_verified,
-    read_csv,
     read_json,
     sha256_of,
     write_csv,
@@ -40,8 +40,20 @@ SHARD_BYTES = 256 * 2**20
 COMMIT_SECONDS = 1.0  # work lost at most when a build is killed
 SEND_SECONDS = 60.0  # work lost at most when a session on Colab ends
 ROW = ["scan_id", "shard", "row", "sha256"]
+# What cells of the index look like, and those that are numbers.
+CELLS = {"shard": r"\d{1,9}", "row": r"\d{1,9}", "source_bytes": r"\d{1,15}"} | {
+    "source_mtime_ns": r"-?[0-8]?\d{1,18}",
+    "sha256": r"[0-9a-f]{64}",
+    "source_sha256": r"([0-9a-f]{64})?",
+}
+INTEGERS = ("shard", "row", "source_bytes", "source_mtime_ns")
 INDEX_COLUMNS = [*ROW, "source_bytes", "source_mtime_ns", "source_sha256"]
 FAILED_COLUMNS = ["scan_id", "image", "code", "reason"]
+REMEDY = "Run notebook 03 again: it keeps what is whole and makes the rest again from the scans."
+
+
+class StoreError(ValueError):
+    """A file of a volume store is damaged; the message names it and what to do."""
 
 
 class VolumeStore:
@@ -55,6 +67,13 @@ class VolumeStore:
     folder : path
         `volumes/<fingerprint>` of a workspace.
 
+    Raises
+    ------
+    FileNotFoundError
+        The folder is no store.
+    StoreError
+        `preprocessing.json` or `index.csv` is damaged; a shard only when `verify` or a volume is asked for.
+
     Examples
     --------
     >>> store = current_store("brainage_workspace/volumes")
@@ -65,11 +84,7 @@ class VolumeStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not (self.folder / "preprocessing.json").is_file():
-            raise FileNotFoundError(
-                f"{self.folder} is no volume store: preprocessing.json is missing. Run notebook 03 first."
-            )
-        self.settings = PreprocessingSettings.from_json(read_json(self.folder / "preprocessing.json"))
+        self.settings = read_settings(self.folder)
         self.fingerprint, self.spacing_mm = self.settings.fingerprint, self.settings.spacing_mm
         self.size = self.settings.size
         self.index = read_index(self.folder)
@@ -77,13 +92,36 @@ class VolumeStore:
         self._place = {scan_id: place for place, scan_id in enumerate(self.scan_ids)}
         self._maps: dict[int, np.ndarray] = {}
 
+    def verify(self) -> VolumeStore:
+        """Compare every volume with the checksum that the index keeps of it; returns the store.
+
+        One pass over the shards, about as fast as the disk.
+
+        Raises
+        ------
+        StoreError
+            Names the shards and the scans whose volumes have other content than was written.
+        """
+        damaged = find_damaged(self.folder, self.index, self.size)
+        if damaged:
+            shards = sorted(set(self.index["shard"][self.index["scan_id"].isin(damaged)]))
+            files = _name_some([shard_path(self.folder, shard).name for shard in shards])
+            raise StoreError(
+                f"{len(damaged)} of {len(self)} volumes in {self.folder} are damaged, that is missing or not "
+                f"what was written ({files}; {_name_some(damaged)}). {REMEDY}"
+            )
+        self._maps = self._open_shards()
+        return self
+
     @property
     def shards(self) -> dict[int, np.ndarray]:
         """Memory maps (n, size, size, size) float16, read-only, by shard number; only of shards in use."""
-        if not self._maps:
-            used = self.index["shard"].unique().tolist()
-            self._maps = {shard: open_shard(self.folder, shard) for shard in used}
+        self._maps = self._maps or self._open_shards()
         return self._maps
+
+    def _open_shards(self) -> dict[int, np.ndarray]:
+        rows = self.index.groupby("shard")["row"].max() + 1
+        return {shard: open_shard(self.folder, shard, n, self.size) for shard, n in rows.items()}
 
     def locate(self, scan_ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Shard number and row of each scan, two int arrays (n,); KeyError names what is missing."""
@@ -116,28 +154,83 @@ class VolumeStore:
 
 
 def current_store(volumes_folder: str | Path, scratch: Path | None = None) -> VolumeStore:
-    """Open the store that `volumes/current` names; with `scratch`, a copy of it on that fast local disk."""
-    name = Path(volumes_folder) / "current"
-    if not name.is_file():
-        raise FileNotFoundError(f"{name} is missing. Run notebook 03 first; it makes the volume store.")
-    home = Path(volumes_folder) / name.read_text(encoding="utf-8").strip()
-    if scratch is None:
-        return VolumeStore(home)
-    mirror = StoreMirror(home, scratch)
-    if damaged := mirror.fetch():
-        raise OSError(f"{damaged} volumes of {home} are damaged. Run notebook 03 again: it makes them again.")
-    return VolumeStore(mirror.local)
+    """Open the store that `volumes/current` names, every volume checked (`VolumeStore.verify`).
+
+    With `scratch`, a copy of it on that fast local disk. Where the store is missing or damaged, notebook 03
+    no longer counts as done in that workspace: the same `brainage-nb run` mends it first.
+    """
+    try:
+        store = VolumeStore(_current_folder(Path(volumes_folder)))
+        check_name(store.folder, store.settings)
+        if not len(store):
+            raise StoreError(f"{store.folder} holds no volume: index.csv is missing or empty. {REMEDY}")
+        return (
+            store if scratch is None else VolumeStore(StoreMirror(store.folder, scratch).fetch())
+        ).verify()
+    except (StoreError, FileNotFoundError):
+        result = Path(volumes_folder).parent / "results" / f"{NOTEBOOK_OF['volumes/current']}.json"
+        with suppress(OSError):
+            result.unlink()
+        raise
 
 
 # --- on disk ----------------------------------------------------------------------------------------------
 
 
+def _current_folder(volumes_folder: Path) -> Path:
+    current = volumes_folder / "current"
+    if not current.is_file():
+        raise FileNotFoundError(f"{current} is missing. Run notebook 03 first; it makes the volume store.")
+    name = current.read_text(encoding="utf-8", errors="replace").strip()
+    if not name or Path(name).name != name or not (volumes_folder / name).is_dir():
+        raise StoreError(
+            f"{current} names {name[:80]!r}, and there is no such store beside it. Run notebook 03 again: it "
+            "names the store of its settings, and keeps the volumes that are there."
+        )
+    return volumes_folder / name
+
+
+def read_settings(folder: Path) -> PreprocessingSettings:
+    """How the volumes of a store were made; StoreError where `preprocessing.json` cannot be used."""
+    path = folder / "preprocessing.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no volume store: preprocessing.json is missing. Run notebook 03 first."
+        )
+    try:
+        return PreprocessingSettings.from_json(read_json(path))
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreError(f"{path} is damaged or not of this version ({error}). {REMEDY}") from error
+
+
 def read_index(folder: Path) -> pd.DataFrame:
-    """The index of a store, empty where nothing was committed yet; ids are text."""
+    """The index of a store, empty where nothing was committed yet; ids are text. StoreError if damaged."""
+    index, lost = salvage_index(folder)
+    if lost:
+        raise StoreError(f"{folder / 'index.csv'} is damaged: {lost}. {REMEDY}")
+    return index
+
+
+def salvage_index(folder: Path) -> tuple[pd.DataFrame, str]:
+    """The rows of an index that are whole, and what is wrong with the others (empty: nothing)."""
     import pandas as pd
 
     path = folder / "index.csv"
-    return read_csv(path) if path.is_file() else pd.DataFrame(columns=INDEX_COLUMNS)
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = text.splitlines()
+    try:
+        table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False, on_bad_lines="skip")
+    except ValueError:  # nothing in it, or a quotation mark that is never closed
+        table = pd.DataFrame()
+    table = table.reindex(columns=INDEX_COLUMNS)
+    whole = ~table["scan_id"].duplicated(keep=False)
+    for column, cell in CELLS.items():
+        whole &= table[column].astype(str).str.fullmatch(cell)
+    table = table[whole].astype(dict.fromkeys(INTEGERS, "int64")).reset_index(drop=True)
+    if path.is_file() and lines[:1] != [",".join(INDEX_COLUMNS)]:
+        return table, "its first line does not name its columns"
+    bad = max(0, len(lines) - 1) - len(table)
+    return table, f"{bad} of its {len(lines) - 1} rows are torn or name a scan twice" if bad else ""
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -145,30 +238,30 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard-{shard:04d}.npy"
 
 
-def open_shard(folder: Path, shard: int) -> np.ndarray:
-    """Memory map (n, size, size, size) float16 of one shard, read-only."""
-    return np.lib.format.open_memmap(shard_path(folder, shard), mode="r")
+def open_shard(folder: Path, shard: int, rows: int, size: int) -> np.ndarray:
+    """Memory map (n, size, size, size) float16 of one shard, read-only; StoreError if it has fewer `rows`."""
+    path = shard_path(folder, shard)
+    try:
+        volumes = np.lib.format.open_memmap(path, mode="r")
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read ({error}). {REMEDY}") from error
+    if volumes.dtype != np.float16 or volumes.shape[1:] != (size,) * 3 or len(volumes) < rows:
+        found = f"{volumes.dtype} {volumes.shape}, expected {rows} float16 volumes of {size} voxels"
+        raise StoreError(f"{path} is damaged: its header says {found}. {REMEDY}")
+    return volumes
 
 
-def find_damaged(folder: Path, index: pd.DataFrame) -> list[str]:
-    """Scans whose row is missing or has not the bytes that were written."""
-    damaged = []
-    for shard, entries in index.groupby("shard"):
-        try:
-            rows = open_shard(folder, shard)
-        except (OSError, ValueError):  # missing, cut short, or its header is damaged
-            rows = []
-        damaged += [
-            entry.scan_id
-            for entry in entries.itertuples()
-            if entry.row >= len(rows) or sha256_of_volume(rows[entry.row]) != entry.sha256
-        ]
+def find_damaged(folder: Path, index: pd.DataFrame, size: int) -> list[str]:
+    """Scans whose row is missing or has not the bytes that were written, whatever a shard's header says."""
+    damaged, first, row_bytes = [], len(_header(0, size)), 2 * size**3
+    for shard, entries in index.sort_values(["shard", "row"]).groupby("shard"):
+        path = shard_path(folder, shard)
+        with open(path, "rb") if path.is_file() else io.BytesIO() as stream:
+            for entry in entries.itertuples():
+                stream.seek(first + entry.row * row_bytes)
+                if hashlib.sha256(stream.read(row_bytes)).hexdigest() != entry.sha256:
+                    damaged.append(entry.scan_id)
     return damaged
-
-
-def sha256_of_volume(volume: np.ndarray) -> str:
-    """Checksum of one row as it lies on disk."""
-    return hashlib.sha256(np.ascontiguousarray(volume)).hexdigest()
 
 
 def _bytes(folder: Path, shard: int) -> int:
@@ -184,22 +277,75 @@ def _header(rows: int, size: int) -> bytes:
     return stream.getvalue()
 
 
+def _seal(path: Path, rows: int, size: int) -> None:
+    """Let a shard end after so many rows, its header say so, and the disk have it."""
+    with open(path, "r+b") as stream:
+        header = _header(rows, size)
+        stream.write(header)
+        stream.truncate(len(header) + rows * 2 * size**3)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _name_some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_name(folder: Path, settings: PreprocessingSettings) -> None:
+    """StoreError where a folder's name is not the fingerprint of the settings that lie in it."""
+    if settings.fingerprint != folder.name:
+        path = folder / "preprocessing.json"
+        raise StoreError(
+            f"{path} is of {settings.fingerprint}, which is not its folder's name. If the folder was "
+            "renamed, give it that name; if this file was copied here, delete it. Then run notebook 03 again."
+        )
+
+
 class StoreWriter:
     """Appends rows; the only one that writes a store. Rows reach the disk before the index names them.
 
     A row is written and flushed before the index names it, and the index is replaced whole: a build that is
-    killed at any moment leaves a store that is whole but shorter.
+    killed at any moment leaves a store that is whole but shorter. Rows that are damaged are dropped at once,
+    those whose content is what was written stay, even in a shard that was cut short.
+
+    Attributes
+    ----------
+    damaged : list of str
+        Scans whose rows were dropped.
+    lost : str
+        What was wrong with the index, empty where nothing was.
+    mended : list of str
+        Shards that could not be opened; whole rows in them are kept.
     """
 
     def __init__(self, folder: Path, size: int, mirror: StoreMirror | None = None) -> None:
         self.folder, self.size, self.mirror = folder, size, mirror
         self.row_bytes = 2 * size**3
         self.capacity = max(1, SHARD_BYTES // self.row_bytes)
-        self.entries = {entry["scan_id"]: entry for entry in read_index(folder).to_dict("records")}
-        # Where a changed scan got a new row, its old one stays unused: readers may have it mapped.
-        self.next = max((e["shard"] * self.capacity + e["row"] + 1 for e in self.entries.values()), default=0)
+        index, self.lost = salvage_index(folder)
+        self.damaged = find_damaged(folder, index, size)
+        index = index[~index["scan_id"].isin(self.damaged)]
+        self.entries = {entry["scan_id"]: entry for entry in index.to_dict("records")}
         self.pending: list[dict] = []
         self.committed = time.monotonic()
+        # Where a changed scan got a new row, its old one stays unused: readers may have it mapped.
+        self.next = int((index["shard"] * self.capacity + index["row"] + 1).max()) if len(index) else 0
+        if self.lost or self.damaged:
+            self._write_index()
+        self.mended = self._mend_shards(index)
+        if mirror is not None and (self.mended or self.damaged):
+            mirror.whole.clear()  # what lasts may have the same damage: send every shard again
+
+    def _mend_shards(self, index: pd.DataFrame) -> list[str]:
+        """Let shards whose header is damaged, or that were cut short, end after their last whole row."""
+        mended = []
+        for shard, rows in (index.groupby("shard")["row"].max() + 1).items():
+            try:
+                open_shard(self.folder, shard, rows, self.size)
+            except StoreError:
+                _seal(shard_path(self.folder, shard), rows, self.size)
+                mended.append(shard_path(self.folder, shard).name)
+        return mended
 
     def has(self, scan_id: str, path: Path) -> bool:
         """Whether the scan is stored and its file is what it was."""
@@ -221,29 +367,33 @@ class StoreWriter:
             stream.seek(len(_header(row, self.size)) + row * self.row_bytes)
             stream.write(volume.tobytes())
         self.next += 1
-        entry = {"scan_id": scan_id, "shard": shard, "row": row, "sha256": sha256_of_volume(volume)}
-        self.pending.append(entry | source)
+        checksum = hashlib.sha256(volume.tobytes()).hexdigest()
+        self.pending.append({"scan_id": scan_id, "shard": shard, "row": row, "sha256": checksum} | source)
         if time.monotonic() - self.committed > COMMIT_SECONDS:
             self.commit()
+
+    def drop(self, scan_id: str) -> None:
+        """Forget the volume of a scan whose file has changed and gives none any more."""
+        if self.entries.pop(scan_id, None):
+            self._write_index()
 
     def commit(self) -> None:
         """Flush the rows added since the last time, then let the index name them."""
         if not self.pending:
             return
-        import pandas as pd
-
-        rows = self.pending[-1]["row"] + 1
-        with open(shard_path(self.folder, self.pending[-1]["shard"]), "r+b") as stream:
-            header = _header(rows, self.size)
-            stream.write(header)
-            stream.truncate(len(header) + rows * self.row_bytes)
-            stream.flush()
-            os.fsync(stream.fileno())
+        last = self.pending[-1]
+        _seal(shard_path(self.folder, last["shard"]), last["row"] + 1, self.size)
         self.entries |= {entry["scan_id"]: entry for entry in self.pending}
-        write_csv(pd.DataFrame(self.entries.values(), columns=INDEX_COLUMNS), self.folder / "index.csv")
-        self.pending, self.committed = [], time.monotonic()
+        self.pending = []
+        self._write_index()
         if self.mirror is not None:
             self.mirror.send(SEND_SECONDS)
+
+    def _write_index(self) -> None:
+        import pandas as pd
+
+        write_csv(pd.DataFrame(self.entries.values(), columns=INDEX_COLUMNS), self.folder / "index.csv")
+        self.committed = time.monotonic()
 
     def close(self) -> None:
         """Commit, and give the mirror's store all there is."""
@@ -255,7 +405,7 @@ class StoreWriter:
 class StoreMirror:
     """The copy of a store on the machine's own disk, where the store lies on a slow one (Drive).
 
-    Fetched once, checked row by row; sent back shard by shard, each copy read back before it counts.
+    Fetched once; sent back shard by shard, each copy read back before it counts.
 
     Parameters
     ----------
@@ -263,40 +413,35 @@ class StoreMirror:
         `volumes/<fingerprint>` of the workspace: the store that lasts.
     scratch : path
         A folder on a fast disk; the copy is `scratch/volumes/<fingerprint>`.
+
+    Attributes
+    ----------
+    whole : dict
+        Bytes of the shards that the store has as the copy has them, by number.
     """
 
     def __init__(self, home: Path, scratch: Path) -> None:
         self.home = Path(home)
         self.local = Path(scratch) / "volumes" / self.home.name
-        self._sizes: dict[int, int] = {}  # of the shards that the store is known to have whole, bytes
+        self.whole: dict[int, int] = {}
         self._sent = -float("inf")  # the first rows are sent at once, so that a full Drive shows early
 
-    def fetch(self) -> int:
-        """Bring the copy up to the store; returns the number of rows that were damaged and left out.
+    def fetch(self) -> Path:
+        """Bring the copy up to the store and return its folder; nothing is verified yet.
 
         A copy that has all that the store has is kept: it may be ahead, from a kernel that was killed.
         """
-        self.local.mkdir(parents=True, exist_ok=True)
-        if not (self.home / "preprocessing.json").is_file():
-            return 0
         copy_verified(self.home / "preprocessing.json", self.local / "preprocessing.json")
-        index = read_index(self.home)
-        here = set(read_index(self.local)[ROW].itertuples(index=False, name=None))
-        damaged: list[str] = []
+        index, _ = salvage_index(self.home)
+        here = set(salvage_index(self.local)[0][ROW].itertuples(index=False, name=None))
+        self.whole = {shard: _bytes(self.home, shard) for shard in set(index["shard"])}
         if not here.issuperset(index[ROW].itertuples(index=False, name=None)):
-            damaged = self._copy(index)
-        if not damaged:
-            self._sizes = {shard: _bytes(self.home, shard) for shard in set(index["shard"])}
-        return len(damaged)
-
-    def _copy(self, index: pd.DataFrame) -> list[str]:
-        (self.local / "index.csv").unlink(missing_ok=True)  # names no row while the shards are replaced
-        for shard in set(index["shard"]):
-            if _bytes(self.home, shard) > 0:
-                shutil.copyfile(shard_path(self.home, shard), shard_path(self.local, shard))
-        damaged = find_damaged(self.local, index)
-        write_csv(index[~index["scan_id"].isin(damaged)], self.local / "index.csv")
-        return damaged
+            (self.local / "index.csv").unlink(missing_ok=True)  # names no row while shards are replaced
+            for shard in self.whole:
+                if self.whole[shard] >= 0:
+                    shutil.copyfile(shard_path(self.home, shard), shard_path(self.local, shard))
+            shutil.copyfile(self.home / "index.csv", self.local / "index.csv")
+        return self.local
 
     def send(self, after: float = 0.0) -> None:
         """Give the store all that the copy has: shards first, then the index that names their rows.
@@ -313,16 +458,13 @@ class StoreMirror:
         """
         if time.monotonic() - self._sent <= after:
             return
-        self.home.mkdir(parents=True, exist_ok=True)
         for shard in sorted(set(read_index(self.local)["shard"])):
             size = _bytes(self.local, shard)
-            if self._sizes.get(shard) != size:  # rows are only ever added
+            if self.whole.get(shard) != size:  # rows are only ever added
                 copy_verified(shard_path(self.local, shard), shard_path(self.home, shard))
-                self._sizes[shard] = size
-        for name in ("preprocessing.json", "index.csv"):
-            source, target = self.local / name, self.home / name
-            if source.is_file() and not (target.is_file() and sha256_of(target) == sha256_of(source)):
-                copy_verified(source, target)
+                self.whole[shard] = size
+        if (self.local / "index.csv").is_file():
+            copy_verified(self.local / "index.csv", self.home / "index.csv")
         self._sent = time.monotonic()
 
 
@@ -365,7 +507,7 @@ def build_store(
     A scan is preprocessed again when its file's content changed: size and time are compared, and, where only
     the time differs, the content's hash. A scan whose file is gone keeps its volume. Scans no longer listed
     stay. A scan that cannot be used is reported and left out; a build that was killed is completed by the
-    next.
+    next. All volumes are compared with their checksums first; what is damaged is made again.
 
     Parameters
     ----------
@@ -394,6 +536,8 @@ def build_store(
     ------
     ClusterError
         The cluster cannot be used as named.
+    StoreError
+        The folder of these settings holds volumes of others.
 
     Examples
     --------
@@ -407,28 +551,50 @@ def build_store(
     _check_scans(scans)
     build_transforms(settings.extra)  # a wrong argument is told before any scan is opened
     home = Path(folder) / settings.fingerprint
-    home.mkdir(parents=True, exist_ok=True)
-    if not (home / "preprocessing.json").exists():
-        write_json(settings.to_json(), home / "preprocessing.json")
+    notes = [_claim(home, settings)]
     paths = {
         scan: voxel_file(resolve(image)) for scan, image in zip(scans["scan_id"], scans["image"], strict=True)
     }
     mirror = StoreMirror(home, scratch) if scratch else None
-    if mirror is not None:
-        mirror.fetch()
-        home = mirror.local
-    writer = StoreWriter(home, settings.size, mirror)
+    writer = StoreWriter(mirror.fetch() if mirror else home, settings.size, mirror)
     todo = [scan for scan in paths if not writer.has(scan, paths[scan])]
+    notes += _say_repairs(writer, todo)
     with _preprocessed([paths[scan] for scan in todo], settings, n_workers(n_jobs), cluster) as results:
-        failed, notes = _fill(writer, todo, results)
+        failed, masks = _fill(writer, todo, results)
     new, present = len(todo) - len(failed), len(paths) - len(todo)
-    note = f"{settings.fingerprint}: {new} volumes made, {present} were there, {len(failed)} failed."
-    note += _changes(Path(folder), settings)
-    note += f" Masks beside {len(notes)} scans were not taken, such as {notes[0]}" if notes else ""
+    made = f"{settings.fingerprint}: {new} volumes made, {present} were there, {len(failed)} failed."
+    notes = [made, *notes, _say_changes(Path(folder), settings)]
+    notes += [f"Masks beside {len(masks)} scans were not taken, such as {masks[0]}"] if masks else []
     write_text(settings.fingerprint + "\n", Path(folder) / "current")
     rows = [(scan, str(paths[scan]), code, reason) for scan, code, reason in failed]
     table = pd.DataFrame(rows, columns=FAILED_COLUMNS)
-    return StoreReport(VolumeStore(home), table, new, present, note)
+    return StoreReport(VolumeStore(writer.folder), table, new, present, " ".join(filter(None, notes)))
+
+
+def _claim(home: Path, settings: PreprocessingSettings) -> str:
+    """Write `preprocessing.json` where it is missing or damaged; a sentence where it was damaged."""
+    path, note = home / "preprocessing.json", ""
+    if path.is_file():
+        try:
+            found = read_settings(home)
+        except StoreError:
+            note = "preprocessing.json was damaged and is written again."
+        else:
+            check_name(home, found)
+            return ""
+    write_json(settings.to_json(), path)
+    return note
+
+
+def _say_repairs(writer: StoreWriter, todo: list[str]) -> list[str]:
+    """Sentences on the volumes that were there and are made again."""
+    sentences = {
+        "index.csv was damaged": [writer.lost] if writer.lost else [],
+        "Mended": writer.mended,
+        "Damaged, hence preprocessed anew": writer.damaged,
+        "File replaced, hence preprocessed anew": [scan for scan in todo if scan in writer.entries],
+    }
+    return [f"{what}: {_name_some(which)}." for what, which in sentences.items() if which]
 
 
 def _fill(
@@ -443,16 +609,15 @@ def _fill(
     try:
         bar = tqdm(zip(todo, results, strict=True), "preprocessing", len(todo), unit="scan", disable=not todo)
         for scan, result in bar:
+            if isinstance(result, ClusterError):
+                result = ScanError("lost", f"Not preprocessed: {result}. Run this again.")
             if isinstance(result, ScanError):
                 failed.append((scan, result.code, result.sentence))
-            elif isinstance(result, ClusterError):
-                failed.append((scan, "lost", f"Not preprocessed: {result}. Run this again."))
-            elif isinstance(result, Exception):
-                raise result
-            else:
-                *row, note = result
-                writer.add(scan, *row)
-                notes += [f"{scan}: {note}"] if note else []
+                writer.drop(scan)
+                continue
+            *row, note = result
+            writer.add(scan, *row)
+            notes += [f"{scan}: {note}"] if note else []
     finally:
         writer.close()
     return failed, notes
@@ -491,17 +656,20 @@ def _row(path: Path, settings: PreprocessingSettings) -> tuple[np.ndarray, dict,
         return error
 
 
-def _changes(folder: Path, settings: PreprocessingSettings) -> str:
+def _say_changes(folder: Path, settings: PreprocessingSettings) -> str:
     """A sentence on the settings that were in use before, where they were others."""
-    before = folder / "current"
-    named = before.read_text(encoding="utf-8").strip() if before.is_file() else settings.fingerprint
-    other = folder / named / "preprocessing.json"
-    if named == settings.fingerprint or not other.is_file():
+    try:
+        before = _current_folder(folder)
+        old = dict(read_json(before / "preprocessing.json")["settings"])
+    except StoreError:
+        return "volumes/current named no store; it names this one now."
+    except (OSError, ValueError, TypeError, KeyError):
         return ""
-    old, now = read_json(other)["settings"], settings.to_json()["settings"]
-    differing = [key for key, value in now.items() if old.get(key, "") != value]
-    changed = [f"{key} {old.get(key, '')} -> {now[key]}" for key in differing]
-    return f" Before, {named} was in use; changed: {', '.join(changed) or 'the steps themselves'}."
+    if before.name == settings.fingerprint:
+        return ""
+    now = settings.to_json()["settings"]
+    changed = [f"{key} {old.get(key, '')} -> {now[key]}" for key in now if old.get(key, "") != now[key]]
+    return f"Before, {before.name} was in use; changed: {', '.join(changed) or 'the steps themselves'}."
 
 
 def _check_scans(scans: pd.DataFrame) -> None:

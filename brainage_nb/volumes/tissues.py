@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from brainage_nb.volumes.registration import exponents, mni_grid, polynomial_field, polynomials
-from brainage_nb.volumes.resampling import one_thread, resample, smoothing_sd
+from brainage_nb.volumes.resampling import one_thread, resample_to
 
 VERSION = 1  # raised whenever the same scan gives other tissues than before; part of fingerprints
 SPACING_MM, SIZE = 2.0, 96  # grid in MNI152 space on which tissues are told apart
@@ -133,13 +133,10 @@ def _probabilities(
 
 
 def _problems(contrast: float, grey: float, white: float) -> tuple[str, ...]:
-    found = []
+    share, found = grey / (grey + white), []
     if not contrast >= LOWEST_CONTRAST:
-        found.append(
-            f"grey and white matter are hardly told apart (contrast {contrast:.2f}, at least "
-            f"{LOWEST_CONTRAST}): is it T1-weighted?"
-        )
-    share = grey / (grey + white)
+        hardly = f"hardly told apart (contrast {contrast:.2f}, at least {LOWEST_CONTRAST})"
+        found.append(f"grey and white matter are {hardly}: is it T1-weighted?")
     if not SHARES[0] <= share <= SHARES[1]:
         found.append(f"{share:.0%} of its tissue is grey matter ({SHARES[0]:.0%} to {SHARES[1]:.0%})")
     return tuple(found)
@@ -150,10 +147,8 @@ def _prior() -> np.ndarray:
     """Probability (3, 96, 96, 96) of fluid, grey and white in the template; maps that nilearn ships."""
     from nilearn.datasets import load_mni152_gm_template, load_mni152_wm_template
 
-    maps = []
-    for image in (load_mni152_gm_template(resolution=1), load_mni152_wm_template(resolution=1)):
-        array = image.get_fdata(dtype=np.float32)
-        maps.append(resample(array, image.affine, grid(), SIZE, smoothing_sd(np.ones(3), PRIOR_MM)))
+    maps = (load_mni152_gm_template(resolution=1), load_mni152_wm_template(resolution=1))
+    maps = [resample_to(PRIOR_MM, one.get_fdata(dtype=np.float32), one.affine, grid(), SIZE) for one in maps]
     grey, white = np.clip(maps, 0, 1)
     prior = np.stack([1 - grey - white, grey, white]).clip(LOWEST_PRIOR)
     return (prior / prior.sum(axis=0)).astype(np.float32)

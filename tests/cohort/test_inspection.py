@@ -193,6 +193,12 @@ def test_a_fault_inside_a_reader_becomes_the_error_of_that_scan(tmp_path, monkey
     assert said in facts["error_detail"]
 
 
+def test_a_voxel_without_extent_is_refused_before_it_is_smoothed_for_minutes(tmp_path):
+    facts = inspect_scan(save(tmp_path / "a.nii.gz", head(), np.diag([6.0, 1e-7, 6.0, 1.0])))
+    assert facts["error"] == "bad_affine"
+    assert "1e-07 mm" in facts["error_detail"]
+
+
 def test_a_process_that_dies_loses_only_its_own_task():
     def work(number):
         if number == 3:

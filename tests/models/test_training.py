@@ -26,6 +26,7 @@ from brainage_nb.models.settings import TrainingFailed, TrainingRefused, Trainin
 from brainage_nb.models.train import launch, train
 from brainage_nb.predict.saving import _collect_networks
 from brainage_nb.volumes.settings import AugmentationSettings, list_changes
+from brainage_nb.volumes.store import StoreError
 from brainage_nb.workspace import open_workspace, read_json, write_csv, write_json
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRAINING ON THE CPU")
@@ -125,6 +126,17 @@ def test_a_finished_run_is_not_trained_again_unless_fresh(tiny, tiny_settings, t
     same(first, again)
     same(first, train(store, splits, tmp_path / "run", tiny_settings, fresh=True, on_epoch=calls.append))
     assert [len(history) for history in calls] == [1, 2, 3]
+
+
+def test_volumes_that_rotted_are_not_trained_on(tiny, tiny_settings, tmp_path):
+    store, splits = tiny
+    shard = store.folder / "shard-0001.npy"
+    content = bytearray(shard.read_bytes())
+    content[1000:1008] = bytes(8)
+    shard.write_bytes(content)
+    with pytest.raises(StoreError, match=r"shard-0001\.npy; S016\)\. Run notebook 03 again"):
+        train(store, splits, tmp_path / "run", tiny_settings)
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_settings_are_named_and_refused_unless_fresh(tiny, tiny_settings, tmp_path):

@@ -272,26 +272,17 @@ def damage_zip(rng: Rng, files: Files) -> bytes:
     if which == 7:
         return pack(files | {f"member-{n:05d}.safetensors": b"" for n in range(10_000)})
     if which == 8:
-        names = (
-            "../evil.json",
-            "/etc/passwd",
-            "C:x.json",
-            "a\\b.json",
-            "run.py",
-            "data.pkl",
-            "x/bundle.json",
-            "\0",
-            "",
-        )
+        names = "../evil.json", "/etc/passwd", "C:x.json", "a\\b.json", "run.py", "data.pkl", "x/bundle.json"
         return pack(files | {names[rng.integers(len(names))]: b"content"})
     if which == 9:
         swapped = list(files)
         swapped[0], swapped[-1] = swapped[-1], swapped[0]
         return pack(dict(zip(swapped, files.values(), strict=True)))
     if which == 10:  # a bomb in few bytes whose declared size is the good one
-        stream = io.BytesIO(pack(files | {"README.md": b"\0" * 2**28}, compression=zipfile.ZIP_DEFLATED))
-        whole = bytearray(stream.getvalue())
-        struct.pack_into("<I", whole, whole.rfind(b"PK\x01\x02") + 24, 100)
+        size = len(files.pop("reference.safetensors"))
+        bomb = pack(files | {"reference.safetensors": b"\0" * 2**28}, compression=zipfile.ZIP_DEFLATED)
+        whole = bytearray(bomb)
+        struct.pack_into("<I", whole, whole.rfind(b"PK\x01\x02") + 24, size)
         return bytes(whole)
     stream = io.BytesIO(bytes(whole))
     with warnings.catch_warnings(), zipfile.ZipFile(stream, "a") as archive:

@@ -1,7 +1,9 @@
 """Archives: what is unpacked is whole and inside the folder; a killed run goes on; traps are refused."""
 
+import errno
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -52,7 +54,7 @@ def tree(folder):
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_every_kind_is_unpacked_whole(tmp_path, ending):
     archive = make(tmp_path / f"a.{ending}", BODIES | {"__MACOSX/x": b"1", "scans/._IXI001.nii.gz": b"2"})
-    assert unpack(archive, tmp_path / "out", progress=False) == []
+    assert unpack(archive, tmp_path / "out") == []
     assert tree(tmp_path / "out") == BODIES
 
 
@@ -63,7 +65,7 @@ def test_a_cut_archive_is_refused_and_leaves_only_whole_files(tmp_path, ending, 
     archive = tmp_path / f"a.{ending}"
     archive.write_bytes(whole[: int(len(whole) * share)])
     with pytest.raises(DownloadError, match="damaged"):
-        unpack(archive, tmp_path / "out", progress=False)
+        unpack(archive, tmp_path / "out")
     assert tree(tmp_path / "out").items() <= BODIES.items()
     assert find_unpacked(tmp_path / "out", archive.name) is None
 
@@ -73,7 +75,7 @@ def test_a_tar_cut_between_two_files_is_not_taken_for_a_shorter_one(tmp_path):
     archive = tmp_path / "a.tar"
     archive.write_bytes(whole[: 2 * (512 + 20_480)])
     with pytest.raises(DownloadError, match="end mark is missing"):
-        unpack(archive, tmp_path / "out", progress=False)
+        unpack(archive, tmp_path / "out")
 
 
 def test_damage_inside_a_zip_is_found(tmp_path):
@@ -82,7 +84,7 @@ def test_damage_inside_a_zip_is_found(tmp_path):
     content[5000] ^= 255
     archive.write_bytes(content)
     with pytest.raises(DownloadError, match="damaged"):
-        unpack(archive, tmp_path / "out", progress=False)
+        unpack(archive, tmp_path / "out")
 
 
 @pytest.mark.parametrize("ending", ["tar", "zip"])
@@ -90,20 +92,20 @@ def test_damage_inside_a_zip_is_found(tmp_path):
 def test_names_that_lead_outside_are_refused(tmp_path, ending, name):
     archive = make(tmp_path / f"a.{ending}", {name: b"x"})
     with pytest.raises(DownloadError, match="leads outside the folder"):
-        unpack(archive, tmp_path / "deep" / "out", progress=False)
+        unpack(archive, tmp_path / "deep" / "out")
     assert not list(tmp_path.rglob("evil"))
 
 
 @pytest.mark.parametrize("ending", ["tar", "zip"])
 def test_names_from_the_root_stay_in_the_folder(tmp_path, ending):
-    unpack(make(tmp_path / f"a.{ending}", {f"{tmp_path}/evil": b"x"}), tmp_path / "out", progress=False)
+    unpack(make(tmp_path / f"a.{ending}", {f"{tmp_path}/evil": b"x"}), tmp_path / "out")
     assert [path.is_relative_to(tmp_path / "out") for path in tmp_path.rglob("evil")] == [True]
 
 
 @pytest.mark.parametrize("ending", ["tar", "zip"])
 def test_links_are_left_out_and_named(tmp_path, ending):
     archive = make(tmp_path / f"a.{ending}", BODIES, links=[("out", "/etc"), ("scans/l", "IXI001.nii.gz")])
-    assert unpack(archive, tmp_path / "out", progress=False) == [
+    assert unpack(archive, tmp_path / "out") == [
         "out: a link, not unpacked",
         "scans/l: a link, not unpacked",
     ]
@@ -115,7 +117,7 @@ def test_a_link_that_is_there_already_is_not_followed_out(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "scans").symlink_to(tmp_path / "outside")
     with pytest.raises(DownloadError, match="outside the folder"):
-        unpack(make(tmp_path / "a.tar", BODIES), tmp_path / "out", progress=False)
+        unpack(make(tmp_path / "a.tar", BODIES), tmp_path / "out")
     assert list((tmp_path / "outside").iterdir()) == []
 
 
@@ -125,7 +127,7 @@ def test_a_bomb_is_refused(tmp_path, ending, monkeypatch):
     archive = make(tmp_path / f"a.{ending}", {"zeros": bytes(30 << 20)})
     assert archive.stat().st_size < 1 << 17
     with pytest.raises(DownloadError, match="more than scans can"):
-        unpack(archive, tmp_path / "out", progress=False)
+        unpack(archive, tmp_path / "out")
     assert tree(tmp_path / "out") == {}
 
 
@@ -136,27 +138,42 @@ def test_what_does_not_fit_the_disk_is_not_begun(tmp_path):
     with tarfile.open(tmp_path / "a.tgz", "w:gz") as archive:
         archive.addfile(info)
     with pytest.raises(DownloadError, match=r"more than scans can|GiB left"):
-        unpack(tmp_path / "a.tgz", tmp_path / "out", progress=False)
+        unpack(tmp_path / "a.tgz", tmp_path / "out")
     assert tree(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize(("code", "said"), [(errno.ENOSPC, "is full"), (errno.EROFS, "cannot be written")])
+def test_a_disk_that_takes_no_more_is_named_and_the_next_run_goes_on(tmp_path, monkeypatch, code, said):
+    def refuse(source, sink, length):
+        raise OSError(code, os.strerror(code))
+
+    archive = make(tmp_path / "a.tar", BODIES)
+    with monkeypatch.context() as broken:
+        broken.setattr(fetch.shutil, "copyfileobj", refuse)
+        with pytest.raises(DownloadError, match=rf"{re.escape(str(tmp_path / 'out'))} {said}.*workspace"):
+            unpack(archive, tmp_path / "out")
+    assert find_unpacked(tmp_path / "out", archive.name) is None and tree(tmp_path / "out") == {}
+    unpack(archive, tmp_path / "out")
+    assert tree(tmp_path / "out") == BODIES
 
 
 def test_a_finished_archive_is_not_opened_again_but_a_missing_file_is_restored(tmp_path):
     archive = make(tmp_path / "a.tar", BODIES)
-    unpack(archive, tmp_path / "out", progress=False)
+    unpack(archive, tmp_path / "out")
     first = tmp_path / "out" / "scans" / "IXI000.nii.gz"
     before = first.stat().st_mtime_ns
-    unpack(archive, tmp_path / "out", progress=False)
+    unpack(archive, tmp_path / "out")
     assert first.stat().st_mtime_ns == before
     first.unlink()
     assert find_unpacked(tmp_path / "out", "a.tar") is None
-    unpack(archive, tmp_path / "out", progress=False)
+    unpack(archive, tmp_path / "out")
     assert tree(tmp_path / "out") == BODIES
 
 
 def test_another_archive_of_the_same_name_replaces_files_of_the_same_size(tmp_path):
-    unpack(make(tmp_path / "a.tar", BODIES), tmp_path / "out", progress=False)
+    unpack(make(tmp_path / "a.tar", BODIES), tmp_path / "out")
     new = {name: body[::-1] for name, body in BODIES.items()}
-    unpack(make(tmp_path / "a.tar", new), tmp_path / "out", progress=False)
+    unpack(make(tmp_path / "a.tar", new), tmp_path / "out")
     assert tree(tmp_path / "out") == new
 
 
@@ -173,6 +190,6 @@ def test_a_process_killed_while_unpacking_leaves_whole_files_only_and_the_next_g
     came = tree(tmp_path / "out")
     assert 5 <= len(came) < 40 and came.items() <= files.items()
     kept = (tmp_path / "out" / min(came)).stat().st_mtime_ns
-    unpack(archive, tmp_path / "out", progress=False)
+    unpack(archive, tmp_path / "out")
     assert tree(tmp_path / "out") == files
     assert (tmp_path / "out" / min(came)).stat().st_mtime_ns == kept

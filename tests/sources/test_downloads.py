@@ -1,7 +1,9 @@
 """Downloads against a real server that misbehaves: whole and right, or absent with a word on what to do."""
 
+import errno
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -221,6 +223,45 @@ def test_a_full_disk_is_said_and_what_came_is_kept(loopback, tmp_path):
         get(url, tmp_path / "a.bin")
     assert left_in(tmp_path) == []
     assert get(url, tmp_path / "a.bin").read_bytes() == BODY
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(errno.EROFS, "cannot be written"), (errno.EACCES, "cannot be written"), (errno.ENOSPC, "is full")],
+)
+def test_a_place_that_takes_no_file_is_named_with_what_to_do(loopback, tmp_path, monkeypatch, code, said):
+    def refuse(content, path):
+        raise OSError(code, os.strerror(code), str(path))
+
+    url = loopback.put("/a.bin", BODY)
+    with monkeypatch.context() as broken:
+        broken.setattr(module, "write_json", refuse)
+        with pytest.raises(DownloadError, match=rf"{re.escape(str(tmp_path))}.* {said}.*set download_dir"):
+            get(url, tmp_path / "a.bin")
+    assert left_in(tmp_path) == []
+    assert get(url, tmp_path / "a.bin").read_bytes() == BODY
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DownloadError, match=r"file cannot be written \(.*set download_dir"):
+        get("http://127.0.0.1:9/a.bin", tmp_path / "file" / "a.bin")
+
+
+def test_an_empty_file_is_downloaded_again_and_one_of_another_size_is_named(loopback, tmp_path, capsys):
+    url = loopback.put("/a.bin", BODY)
+    (tmp_path / "a.bin").write_bytes(b"")
+    assert get(url, tmp_path / "a.bin").read_bytes() == BODY
+    (tmp_path / "a.bin").write_bytes(BODY[:HALF])
+    assert get(url, tmp_path / "a.bin", size=len(BODY)).stat().st_size == HALF
+    assert "a.bin has 200000 bytes, the server's 400000: edited or torn" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("torn", [b"", b"{", b"[]", b"null"])
+def test_torn_notes_of_a_partial_download_start_it_from_the_beginning(loopback, tmp_path, torn):
+    (tmp_path / ".a.bin.part").write_bytes(BODY[:HALF])
+    (tmp_path / ".a.bin.part.json").write_bytes(torn)
+    assert get(loopback.put("/a.bin", BODY), tmp_path / "a.bin").read_bytes() == BODY
 
 
 def test_a_file_larger_than_the_disk_is_not_begun(loopback, tmp_path):

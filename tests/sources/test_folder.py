@@ -145,6 +145,17 @@ def test_a_sessions_file_serves_where_participants_have_no_age(data):
     assert ages(match_scans(folder)) == {"01_1": 30.2}
 
 
+def test_sessions_without_any_usable_age_leave_the_ages_of_the_table(data):
+    folder = data(
+        {
+            "participants.tsv": "participant_id\tage\nsub-01\t30\nsub-02\t40\n",
+            "sub-01/sub-01_sessions.tsv": "session_id\tage\nses-1\tn/a\n",
+            **{f"sub-0{i}/ses-1/anat/sub-0{i}_ses-1_T1w.nii.gz": None for i in (1, 2)},
+        }
+    )
+    assert ages(match_scans(folder)) == {"01_1": 30, "02_1": 40}
+
+
 def test_one_age_for_several_sessions_is_noted(data):
     folder = data(
         {
@@ -277,7 +288,7 @@ def test_all_121_scans_of_ixi_get_the_age_of_their_row(shared_data):
     assert len(found.cohort) == 121 and found.cohort["age"].notna().all()
     assert found.unmatched_images.empty
     assert set(found.cohort["site"]) == {"HH"}
-    cells = read_cells(folder / "IXI.xls")[0]["Table"]
+    cells = read_cells(folder / "IXI.xls")["Table"]
     written = pd.to_numeric(cells["AGE"], errors="coerce").groupby(cells["IXI_ID"].astype(int)).agg(list)
     for scan in found.cohort.itertuples():
         name = scan.image.rsplit("/", 1)[1]
@@ -296,7 +307,7 @@ def test_odd_files_with_a_row_each_reach_cleaning_beside_the_121(shared_data, tm
     folder.mkdir()
     for path in [*odd, *(shared_data / "ixi_hh" / "images").iterdir()]:
         (folder / path.name).symlink_to(path)
-    table = read_cells(shared_data / "ixi_hh" / "IXI.xls")[0]["Table"]
+    table = read_cells(shared_data / "ixi_hh" / "IXI.xls")["Table"]
     names = [path.name.split(".")[0] for path in odd]
     rows = pd.DataFrame({"IXI_ID": names, "AGE": [str(30 + i) for i in range(len(names))]})
     table = pd.concat([table, rows], ignore_index=True).fillna("")

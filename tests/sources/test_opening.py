@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import gzip
 import hashlib
 import io
@@ -25,7 +26,7 @@ from brainage_nb.pipeline import Notebook, notebooks_folder
 from brainage_nb.sources import cloud, opening
 from brainage_nb.sources.fetch import DownloadError
 from brainage_nb.sources.folder import TERMS, SourceError
-from brainage_nb.sources.opening import SOURCES, open_source
+from brainage_nb.sources.opening import READS, SOURCES, open_source
 from brainage_nb.tables.files import TableError
 from tests.sources.loopback import Loopback, Page
 
@@ -70,7 +71,7 @@ def assert_images_open(opened, root):
 
 
 def test_every_source_has_terms_that_name_licence_and_citation():
-    assert set(SOURCES) == set(TERMS)
+    assert list(SOURCES) == list(READS) == list(TERMS)
     for terms in TERMS.values():
         shown = terms.markdown()
         assert terms.licence in shown and terms.cite in shown and terms.needs
@@ -137,6 +138,16 @@ def test_the_publishers_archive_is_held_against_the_hash_on_record(loopback, ixi
     monkeypatch.setattr(opening, "IXI_IMAGES", (ixi["ixi_images_url"],))
     with pytest.raises(DownloadError, match="expected was 34901a0593b41dd19c1a1f746eac2d58"):
         open_source("ixi", ixi | {"ixi_images_url": "", "ixi_md5": ""}, tmp_path)
+
+
+def test_a_downloaded_table_that_is_torn_or_empty_is_named_or_had_again(loopback, ixi, tmp_path):
+    opened = open_source("ixi", ixi, tmp_path)
+    table = tmp_path / "downloads" / "ixi" / "IXI.csv"
+    table.write_bytes(b"")
+    assert ages(open_source("ixi", ixi, tmp_path)) == ages(opened)
+    table.write_bytes(b"IXI_I")
+    with pytest.raises(TableError, match=r"IXI\.csv.*delete it: the next run downloads it again"):
+        open_source("ixi", ixi, tmp_path)
 
 
 def test_ixi_with_its_real_table_and_real_scans(loopback, shared_data, tmp_path):
@@ -370,6 +381,20 @@ def test_drive_download_that_is_cut_is_continued_though_its_address_changes(driv
         open_source("gdown", parameters, tmp_path)
     assert len(open_source("gdown", parameters, tmp_path).cohort) == 3
     assert 0 < int(drive.asked("/download")[-1]["Range"].strip("bytes=-")) <= 1_500_000
+
+
+def test_a_full_disk_under_drive_is_said_at_once_and_the_next_run_goes_on(drive, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    parameters = {"drive_links": f"{ARCHIVE_ID} {TABLE_ID}"}
+    for module, name in ((cloud, "write_json"), (pytest.importorskip("gdown"), "download")):
+        with monkeypatch.context() as broken:
+            broken.setattr(module, name, refuse)
+            with pytest.raises(DownloadError, match=r"disk of .*drive is full\. Free some space"):
+                open_source("gdown", parameters, tmp_path)
+        (tmp_path / "downloads" / "drive" / ".drive.json").write_text("{")  # torn: as if nothing were noted
+    assert len(open_source("gdown", parameters, tmp_path).cohort) == 3
 
 
 def test_drive_folder_is_listed_by_gdown_and_fetched(drive, tmp_path):
@@ -698,7 +723,7 @@ def test_the_notebook_offers_every_source_and_the_rules_with_their_defaults():
     form = (notebooks_folder() / "src" / "01_data_access.py").read_text()
     offered = re.search(r"^source = .*@param (\[.*\])$", form, flags=re.M)[1]
     assert json.loads(offered) == list(SOURCES)
-    assert {name for _, names in SOURCES.values() for name in names} <= set(parameters)
+    assert set().union(*READS.values()) <= set(parameters)
 
 
 def test_the_page_on_data_names_every_source_its_terms_and_its_citation():

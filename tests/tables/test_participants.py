@@ -585,7 +585,7 @@ def test_every_real_table_gives_ages_that_stand_in_it_or_says_what_to_set(shared
                 error
             )
             continue
-        cells = read_cells(path)[0][""]
+        cells = read_cells(path)[""]
         written = {row[column] for _, row in cells.iterrows() for column in cells if column.lower() == "age"}
         assert {f"{age:g}" for age in frame["age"]} <= {f"{float(c):g}" for c in written if _is_number(c)}, (
             path.name
@@ -609,7 +609,7 @@ def test_each_age_of_a_real_table_is_that_of_its_own_row(shared_data):
             frame = read_table(path)
         except TableError:
             continue
-        cells = read_cells(path)[0][""]
+        cells = read_cells(path)[""]
         name = next(column for column in cells if column.lower() == "age")
         subject = next(
             column for column in cells if column.lower() in ("participant_id", "id", "mr_id", "patient_id")

@@ -173,7 +173,7 @@ def test_a_mask_that_cannot_be_the_brains_is_not_taken_and_it_is_said(tmp_path, 
         path = tmp_path / f"{name}.nii.gz"
         nib.save(nib.Nifti1Image(mask.astype(np.uint8), image.affine), path)
         with pytest.raises(ScanError, match=words):
-            _read_mask_of(path, brain.alignment, template(FINE_MM), brain.depth_mm, voxel_l)
+            _read_mask_of(path, brain.alignment.to_scan @ template(FINE_MM).affine, brain.depth_mm, voxel_l)
     nib.save(image, tmp_path / "a.nii.gz")
     scan = load_scan(tmp_path / "a.nii.gz")
     found = find_brain(scan, found_masks=True)

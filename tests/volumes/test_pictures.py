@@ -37,10 +37,9 @@ def test_an_unknown_plane_is_refused(volume):
 
 def test_three_planes_share_one_grey_range_and_name_the_sides(volume):
     axes = Figure().subplots(1, 3)
-    three_planes(volume, axes, title="a head")
+    three_planes(volume, axes)
     assert len({ax.images[0].get_clim() for ax in axes}) == 1
     assert [text.get_text() for text in axes[2].texts] == ["R", "L"]
-    assert axes[0].get_title(loc="left") == "a head"
 
 
 def test_a_figure_of_steps_has_a_row_each_with_shape_and_voxel_size(volume):

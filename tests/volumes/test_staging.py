@@ -8,17 +8,18 @@ import pytest
 from brainage_nb.volumes import store as staging
 from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.volumes.store import (
+    StoreError,
     StoreMirror,
     StoreWriter,
+    VolumeStore,
     current_store,
-    find_damaged,
     read_index,
     shard_path,
 )
 from brainage_nb.workspace import write_json, write_text
 
 SETTINGS = PreprocessingSettings(spacing_mm=10.0, size=16)
-SOURCE = {"source_bytes": 1, "source_mtime_ns": 2, "source_sha256": "x"}
+SOURCE = {"source_bytes": 1, "source_mtime_ns": 2, "source_sha256": ""}
 
 
 def volume(number: int) -> np.ndarray:
@@ -86,16 +87,48 @@ def test_a_damaged_row_is_refused_by_readers_and_made_anew_by_the_writer(drive, 
     with open(shard_path(drive, 0), "r+b") as stream:
         stream.seek(-1, 2)
         stream.write(b"\x7f")
-    with pytest.raises(OSError, match=r"1 volumes of .* are damaged. Run notebook 03 again"):
+    with pytest.raises(StoreError, match=r"1 of 3 volumes in .* are damaged.*s2\)\. Run notebook 03 again"):
         current_store(drive.parent, tmp_path / "local")
     mirror = StoreMirror(drive, tmp_path / "local2")
-    assert mirror.fetch() == 1
-    writer = StoreWriter(mirror.local, 16, mirror)
+    writer = StoreWriter(mirror.fetch(), 16, mirror)
+    assert writer.damaged == ["s2"]
     assert "s2" not in writer.entries
     writer.add("s2", volume(2), SOURCE)
     writer.close()
-    assert find_damaged(drive, read_index(drive)) == []
+    assert (VolumeStore(drive).verify()["s2"] == volume(2)).all()
     assert (current_store(drive.parent, tmp_path / "local3")["s2"] == volume(2)).all()
+
+
+def test_a_copy_that_rots_is_mended_and_so_is_a_header_on_the_drive(drive, tmp_path):
+    local = current_store(drive.parent, tmp_path / "local").folder
+    for folder, place in ((local, 300), (drive, 20)):
+        with open(shard_path(folder, 0), "r+b") as stream:
+            stream.seek(place)
+            stream.write(b"\x7f")
+    for scratch in (None, tmp_path / "local"):
+        with pytest.raises(StoreError, match=r"shard-0000\.npy"):
+            current_store(drive.parent, scratch)
+    mirror = StoreMirror(drive, tmp_path / "local")
+    writer = StoreWriter(mirror.fetch(), 16, mirror)
+    assert writer.damaged == ["s0"]
+    writer.add("s0", volume(0), SOURCE)
+    writer.close()
+    for scratch in (None, tmp_path / "local"):
+        store = current_store(drive.parent, scratch)
+        assert (store.read(["s0", "s2"]) == np.stack([volume(0), volume(2)])).all()
+
+
+def test_a_torn_index_on_the_drive_is_said_and_mended(drive, tmp_path):
+    index = (drive / "index.csv").read_bytes()
+    (drive / "index.csv").write_bytes(index[:-20])
+    with pytest.raises(StoreError, match=r"index\.csv is damaged: 1 of its 3 rows are torn"):
+        current_store(drive.parent, tmp_path / "local")
+    mirror = StoreMirror(drive, tmp_path / "local")
+    writer = StoreWriter(mirror.fetch(), 16, mirror)
+    assert writer.lost.startswith("1 of its 3 rows are torn")
+    writer.add("s2", volume(2), SOURCE)
+    writer.close()
+    assert current_store(drive.parent).scan_ids == ["s0", "s1", "s2"]
 
 
 def test_a_cut_while_sending_leaves_a_store_that_is_whole(drive, tmp_path, monkeypatch):
@@ -116,7 +149,6 @@ def test_a_cut_while_sending_leaves_a_store_that_is_whole(drive, tmp_path, monke
         mirror.send()
     store = current_store(drive.parent)
     assert store.scan_ids == ["s0", "s1", "s2"]
-    assert find_damaged(drive, store.index) == []
 
 
 def test_a_lost_local_disk_costs_only_what_was_not_sent(drive, tmp_path):

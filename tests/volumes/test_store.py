@@ -17,7 +17,7 @@ from brainage_nb.cluster import in_order
 from brainage_nb.volumes import store as store_module
 from brainage_nb.volumes.preprocessing import as_stored, preprocess
 from brainage_nb.volumes.settings import PreprocessingSettings
-from brainage_nb.volumes.store import VolumeStore, build_store, current_store, find_damaged
+from brainage_nb.volumes.store import StoreError, VolumeStore, build_store, current_store, find_damaged
 
 SMALL = PreprocessingSettings(spacing_mm=8, size=12)
 KILLED = """
@@ -114,7 +114,7 @@ def test_a_killed_build_goes_on_to_the_very_same_store(scans, tmp_path, where, t
     assert ended.returncode == -9
     partial = VolumeStore(tmp_path / "killed" / SMALL.fingerprint)
     assert len(partial) == times - 1
-    assert find_damaged(partial.folder, partial.index) == []
+    assert find_damaged(partial.folder, partial.index, 12) == []
     build_store(scans, tmp_path / "killed", SMALL, n_jobs=1)
     build_store(scans, tmp_path / "whole", SMALL, n_jobs=1)
     rest = {name for name in contents(tmp_path / "killed") if not name.endswith(".tmp")}
@@ -159,7 +159,10 @@ def test_a_scan_whose_content_changed_is_made_again_and_a_new_date_alone_is_not(
     assert report.n_new == 1
     assert report.store.scan_ids == scans["scan_id"].tolist()
     assert np.array_equal(report.store["002"], as_stored(preprocess(tmp_path / "002.nii.gz", SMALL)))
-    assert find_damaged(report.store.folder, report.store.index) == []
+    assert report.note.endswith(
+        "1 volumes made, 6 were there, 0 failed. File replaced, hence preprocessed anew: 002."
+    )
+    report.store.verify()
 
 
 def test_a_scan_whose_file_is_gone_keeps_its_volume(scans, tmp_path):
@@ -168,16 +171,142 @@ def test_a_scan_whose_file_is_gone_keeps_its_volume(scans, tmp_path):
     assert len(build_store(scans, tmp_path / "volumes", SMALL, n_jobs=1).failed) == 0
 
 
-def test_a_damaged_row_is_found(scans, tmp_path):
-    store = build_store(scans, tmp_path, SMALL, n_jobs=1).store
-    assert find_damaged(store.folder, store.index) == []
+def test_a_replaced_file_that_is_no_scan_leaves_no_volume_of_the_old_one(scans, tmp_path):
+    build_store(scans, tmp_path / "volumes", SMALL, n_jobs=1)
+    (tmp_path / "002.nii.gz").write_bytes(b"nothing")
+    report = build_store(scans, tmp_path / "volumes", SMALL, n_jobs=1)
+    assert report.failed["scan_id"].tolist() == ["002"]
+    assert report.store.scan_ids == ["000", "001", "003", "004", "005", "006"]
+
+
+def test_whatever_goes_wrong_with_one_scan_the_others_go_on(scans, tmp_path, monkeypatch):
+    def overflow(image, settings):
+        if "003" in str(image.extra["path"]):
+            raise OverflowError("too large")
+        return preprocess(image, settings)
+
+    monkeypatch.setattr(store_module, "preprocess", overflow)
+    report = build_store(scans, tmp_path / "volumes", SMALL, n_jobs=1)
+    assert (report.n_new, report.failed["scan_id"].tolist()) == (6, ["003"])
+    assert "OverflowError('too large')" in report.failed["reason"][0]
+
+
+# --- what lies on the disk is not what was written ---------------------------------------------------------
+
+ROW_BYTES = 2 * 12**3
+
+
+def flip(at):
+    """A change of eight bytes of a file."""
+    return lambda content: (
+        content[:at] + bytes(byte ^ 255 for byte in content[at : at + 8]) + content[at + 8 :]
+    )
+
+
+def other_scan_in_the_first_row(content):
+    return content.replace(b"\n000,", b"\n003,", 1)
+
+
+HALF, EMPTY, BRACES, BRACKETS = lambda content: content[: len(content) // 2], b"", b"{}\n", b"[]\n"
+FAULTS = {  # file, what becomes of it (None: it is gone), what is said of it, scans that are made again
+    "eight bytes of a volume": ("shard-0000.npy", flip(128 + ROW_BYTES), r"shard-0000\.npy; 001\)", "1"),
+    "the shard's header": ("shard-0000.npy", flip(30), r"shard-0000\.npy", ""),
+    "the shard cut short": ("shard-0001.npy", lambda content: content[:-9], r"shard-0001\.npy; 005\)", "5"),
+    "the shard cut to nothing": ("shard-0001.npy", EMPTY, r"shard-0001\.npy; 003, 004, 005\)", "345"),
+    "no shard": ("shard-0000.npy", None, r"shard-0000\.npy; 000, 001, 002\)", "012"),
+    "the last shard gone": ("shard-0002.npy", None, r"shard-0002\.npy; 006\)", "6"),
+    "half an index": ("index.csv", HALF, r"index\.csv is damaged: 1 of its \d rows are torn", "3456"),
+    "an empty index": ("index.csv", EMPTY, r"index\.csv is damaged: its first line", "0123456"),
+    "{} as index": ("index.csv", BRACES, r"index\.csv is damaged: its first line", "0123456"),
+    "[] as index": ("index.csv", BRACKETS, r"index\.csv is damaged: its first line", "0123456"),
+    "flipped bytes in the index": ("index.csv", flip(400), r"index\.csv is damaged: 1 of its 7 rows", None),
+    "a row that cannot be": (
+        "index.csv",
+        lambda content: content.replace(b"\n002,0,2,", b"\n002,0,-2,"),
+        r"1 of its 7 rows are torn",
+        "2",
+    ),
+    "a scan twice": ("index.csv", other_scan_in_the_first_row, r"2 of its 7 rows .* name a scan twice", "03"),
+    "half the settings": ("preprocessing.json", HALF, r"preprocessing\.json is damaged", ""),
+    "no settings": ("preprocessing.json", EMPTY, r"preprocessing\.json is damaged", ""),
+    "{} as settings": ("preprocessing.json", BRACES, r"preprocessing\.json is damaged", ""),
+    "[] as settings": ("preprocessing.json", BRACKETS, r"preprocessing\.json is damaged", ""),
+    "settings of no word": ("preprocessing.json", flip(3), r"preprocessing\.json is damaged", ""),
+    "no index": ("index.csv", None, r"holds no volume: index\.csv is missing", "0123456"),
+    "no file of settings": ("preprocessing.json", None, r"preprocessing\.json is missing", ""),
+    "no current": ("../current", None, r"current is missing", ""),
+    "current names nothing": ("../current", EMPTY, r"current names ''", ""),
+    "current points nowhere": ("../current", b"2mm-96-gone\n", r"current names '2mm-96-gone'", ""),
+    "current of no word": ("../current", flip(0), r"current names", ""),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_damage_is_named_and_the_next_build_makes_again_just_what_is_lost(
+    fault, scans, tmp_path, monkeypatch
+):
+    name, become, said, again = FAULTS[fault]
+    monkeypatch.setattr(store_module, "SHARD_BYTES", 3 * ROW_BYTES)
+    whole = build_store(scans, tmp_path, SMALL, n_jobs=1).store
+    expected = whole.read(whole.scan_ids)
+    file = whole.folder / name
+    if become is None:
+        file.unlink()
+    else:
+        file.write_bytes(become if isinstance(become, bytes) else become(file.read_bytes()))
+    with pytest.raises((StoreError, FileNotFoundError), match=said) as error:
+        current_store(tmp_path)
+    assert "Run notebook 03" in str(error.value)
+
+    made = []
+    monkeypatch.setattr(
+        store_module, "preprocess", lambda image, s: made.append(image) or preprocess(image, s)
+    )
+    report = build_store(scans, tmp_path, SMALL, n_jobs=1)
+    if again is None:
+        assert len(made) == 1
+    else:
+        assert [image.extra["path"].name[2] for image in made] == list(again)
+    assert (report.n_new, len(report.failed)) == (len(made), 0)
+    assert become is None or not report.note.endswith("failed.")  # what was wrong is said
+    store = current_store(tmp_path)
+    assert np.array_equal(store.read(scans["scan_id"]), expected)
+    report = build_store(scans, tmp_path, SMALL, n_jobs=1)
+    assert report.note == f"{SMALL.fingerprint}: 0 volumes made, 7 were there, 0 failed."
+
+
+def test_a_damaged_volume_whose_scan_is_gone_is_left_out_with_the_reason(scans, tmp_path):
+    store = build_store(scans, tmp_path / "volumes", SMALL, n_jobs=1).store
     shard = store.folder / "shard-0000.npy"
-    content = bytearray(shard.read_bytes())
-    content[-3 * 2 * 12**3 + 100] ^= 1
-    shard.write_bytes(content)
-    assert find_damaged(store.folder, store.index) == ["004"]
-    shard.write_bytes(content[:-100])
-    assert len(find_damaged(store.folder, store.index)) == 7  # cut short: nothing in it is trusted
+    shard.write_bytes(flip(200)(shard.read_bytes()))
+    os.remove(tmp_path / "000.nii.gz")
+    report = build_store(scans, tmp_path / "volumes", SMALL, n_jobs=1)
+    assert report.failed[["scan_id", "code"]].to_numpy().tolist() == [["000", "missing"]]
+    assert "Damaged, hence preprocessed anew: 000." in report.note
+    assert current_store(tmp_path / "volumes").scan_ids == scans["scan_id"].tolist()[1:]
+
+
+def test_a_damaged_store_makes_its_notebook_count_as_not_done(scans, tmp_path):
+    store = build_store(scans, tmp_path / "volumes", SMALL, n_jobs=1).store
+    results = tmp_path / "results"
+    results.mkdir()
+    for name in ("02_data_cleaning", "03_preprocessing_preview"):
+        (results / f"{name}.json").write_text("{}")
+    current_store(tmp_path / "volumes")
+    assert len(list(results.iterdir())) == 2
+    (store.folder / "shard-0000.npy").unlink()
+    with pytest.raises(StoreError):
+        current_store(tmp_path / "volumes")
+    assert [path.stem for path in results.iterdir()] == ["02_data_cleaning"]
+
+
+def test_a_store_under_another_name_is_refused(scans, tmp_path):
+    other = PreprocessingSettings(spacing_mm=8, size=16)
+    build_store(scans.head(1), tmp_path, SMALL, n_jobs=1).store.folder.rename(tmp_path / other.fingerprint)
+    (tmp_path / "current").write_text(other.fingerprint)
+    for attempt in (lambda: current_store(tmp_path), lambda: build_store(scans, tmp_path, other, n_jobs=1)):
+        with pytest.raises(StoreError, match=f"preprocessing.json is of {SMALL.fingerprint}"):
+            attempt()
 
 
 def test_current_follows_the_settings_used_last_and_the_note_says_what_changed(scans, tmp_path):
