@@ -24,7 +24,7 @@ from brainage_nb.volumes.preprocessing import as_stored, build_transforms, prepr
 from brainage_nb.volumes.scans import ScanError, errors_as_reason, load_scan, voxel_file
 from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.workspace import (
-    NOTEBOOK_OF,
+    MAKERS,
     copy_verified,
     read_json,
     sha256_of,
@@ -168,7 +168,7 @@ def current_store(volumes_folder: str | Path, scratch: Path | None = None) -> Vo
             store if scratch is None else VolumeStore(StoreMirror(store.folder, scratch).fetch())
         ).verify()
     except (StoreError, FileNotFoundError):
-        result = Path(volumes_folder).parent / "results" / f"{NOTEBOOK_OF['volumes/current']}.json"
+        result = Path(volumes_folder).parent / "results" / f"{MAKERS['volumes']}.json"
         with suppress(OSError):
             result.unlink()
         raise

@@ -188,7 +188,7 @@ def test_whatever_goes_wrong_with_one_scan_the_others_go_on(scans, tmp_path, mon
     monkeypatch.setattr(store_module, "preprocess", overflow)
     report = build_store(scans, tmp_path / "volumes", SMALL, n_jobs=1)
     assert (report.n_new, report.failed["scan_id"].tolist()) == (6, ["003"])
-    assert "OverflowError('too large')" in report.failed["reason"][0]
+    assert "OverflowError: too large" in report.failed["reason"][0]
 
 
 # --- what lies on the disk is not what was written ---------------------------------------------------------
