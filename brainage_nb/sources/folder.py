@@ -20,7 +20,7 @@ from brainage_nb.cohort.images import clean_text, describe_images, find_images, 
 from brainage_nb.cohort.matching import Match, match_images
 from brainage_nb.tables.columns import COLUMN_PARAMETERS
 from brainage_nb.tables.files import TABLE_SUFFIXES, TableError
-from brainage_nb.tables.participants import read_participants, refused_rows
+from brainage_nb.tables.participants import read_participants
 
 COHORT_COLUMNS = ["scan_id", "subject_id", "session_id", "image", "age", "sex", "site", "source"]
 _NAMES = ("subject_id", "table_id", "image_id")  # of people and images, in a table
@@ -101,7 +101,7 @@ def match_scans(
     if not str(table) and (sets := _sets_side_by_side(data_dir)):
         return _join_sets(sets, images, columns, root, source)
     path = find_table(data_dir, table)
-    rows, notes = _all_rows(read_participants(path, data_dir, columns or {}))
+    rows, notes = _read_rows(path, data_dir, columns or {})
     if not str(table) and path.parent != data_dir:
         notes = [f"The only table was read: {path.relative_to(data_dir)}.", *notes]
     images = take_named(images, [name for role in _NAMES if role in rows for name in rows[role]])
@@ -148,7 +148,7 @@ def ages_of_scans(
     scans, table = [Path(scan).absolute() for scan in scans], Path(table).expanduser().absolute()
     folder = Path(os.path.commonpath([scan.parent for scan in scans]))
     inside = folder.is_relative_to(table.parent)
-    rows, notes = _all_rows(read_participants(table, table.parent if inside else folder, {}))
+    rows, notes = _read_rows(table, table.parent if inside else folder, {})
     unique = list(dict.fromkeys(scans))
     # a scan given alone may be named by its folders only: `S001/anat/T1.nii.gz`
     for top in [table.parent] if inside else [folder, *list(folder.parents)[:3]]:
@@ -257,15 +257,12 @@ def list_tables(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.suffix.lower() in TABLE_SUFFIXES)
 
 
-def _all_rows(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Rows with a usable age, then rows without, whose `age_note` is the reason."""
-    refused = refused_rows(table).rename(columns={"reason": "age_note"})
-    rows = pd.concat([table, refused.assign(age=float("nan"))], ignore_index=True)
-    text = rows.columns.drop("age")
-    rows = rows.fillna(dict.fromkeys(text, ""))
-    for column in rows.columns.intersection(["subject_id", "session_id", "table_id", "image_id"]):
+def _read_rows(path: Path, data_dir: Path, columns: Mapping[str, str]) -> tuple[pd.DataFrame, list[str]]:
+    """Rows and notes of `read_participants`; ids without what nobody sees in them."""
+    rows = read_participants(path, data_dir, columns)
+    for column in rows.columns.intersection([*_NAMES, "session_id"]):
         rows[column] = rows[column].map(clean_text)
-    return rows, list(table.attrs["notes"])
+    return rows, rows.attrs["notes"]
 
 
 def _join_rows(images: pd.DataFrame, rows: pd.DataFrame, matches: list[Match], source: str) -> pd.DataFrame:

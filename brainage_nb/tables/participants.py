@@ -133,6 +133,15 @@ def read_table(path: Path | str, *, age_unit: str = "auto", **columns: str | Non
         roles = ", ".join(COLUMN_PARAMETERS)
         raise TypeError(f"read_table knows no {', '.join(unknown)}; roles are {roles}.")
     named = {role: name for role, name in columns.items() if name}
+    rows = _read_one(path, named, age_unit)
+    usable = rows["age"].notna()
+    refused = rows[~usable].drop(columns="age").rename(columns={"age_note": "reason"})
+    found = rows[usable].copy()
+    found.attrs["refused"] = refused.to_dict("records")
+    return found
+
+
+def _read_one(path: Path | str, named: dict[str, str], age_unit: str) -> pd.DataFrame:
     table = _open_table(path, named)
     return _collect(*_read_rows(table, named, age_unit), table)
 
@@ -278,7 +287,7 @@ def _read_visit(
 
 
 def _collect(rows: pd.DataFrame, names: list[str], table: TextTable) -> pd.DataFrame:
-    """The table of usable ages, with notes and refused rows in `attrs`; `names` are those of age columns."""
+    """Rows with a usable age, then those without, whose `age_note` says why; `names` are of age columns."""
     nameless = rows["subject_id"] == ""
     if nameless.any():
         table.note(f"Rows without an id, left out: {nameless.sum()}.")
@@ -293,14 +302,14 @@ def _collect(rows: pd.DataFrame, names: list[str], table: TextTable) -> pd.DataF
     kinds = reasons.str.replace(r"'[^']*'", "…", regex=True).str.replace(r"[\d.]+", "…", regex=True)
     for kind, count in kinds.value_counts().items():
         table.note(f"Rows without a usable age: {count} ({reasons[kinds == kind].iloc[0]}).")
-    rows = rows.assign(age=ages["years"].astype(float), age_note=ages["rule"], site=rows.get("site", ""))
+    notes = ages["rule"].where(usable, ages["reason"])
+    rows = rows.assign(age=ages["years"].astype(float), age_note=notes, site=rows.get("site", ""))
     _note_unchanged_ages(rows[usable], table)
     order = ["subject_id", "session_id", "age", "sex", "site", "diagnosis", "cdr", "image_id", "table_id"]
     rows = rows[[column for column in [*order, "age_note"] if column in rows]]
-    result = rows[usable].reset_index(drop=True)
-    refused = rows[~usable].drop(columns=["age", "age_note"]).assign(reason=reasons)
-    result.attrs = {"notes": table.notes, "refused": refused.to_dict("records")}
-    return result
+    rows = pd.concat([rows[usable], rows[~usable]], ignore_index=True)
+    rows.attrs = {"notes": table.notes}
+    return rows
 
 
 def _note_unchanged_ages(rows: pd.DataFrame, table: TextTable) -> None:
@@ -329,13 +338,14 @@ def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) ->
     Returns
     -------
     DataFrame
-        As `read_table`.
+        As `read_table`, then rows without a usable age: `age` is NaN, and `age_note` says why.
+        `attrs["notes"]` lists what was resolved and by what rule.
     """
-    sessions = [] if columns.get("age") else _read_sessions(data_dir)
-    if not sessions:
-        return read_table(path, **columns)
     named = {role: name for role, name in columns.items() if name}
     age_unit = named.pop("age_unit", "auto")
+    sessions = [] if "age" in named else _read_sessions(data_dir)
+    if not sessions:
+        return _read_one(path, named, age_unit)
     read = [_read_rows(part, {}, age_unit) for part in sessions]
     table, names = _open_table(path, named), read[0][1]
     rows = _add_people(pd.concat([rows for rows, _ in read], ignore_index=True).fillna(""), table, named)
