@@ -27,6 +27,7 @@ FORMAT = 1  # raise it when an older reader would misread a newer bundle
 MANIFEST, CARD = "bundle.json", "README.md"
 RESNET, VGG = "resnet18", "vgg16_svr"  # kinds of model
 ARRAYS = re.compile(r"(member-[0-9]{2}|vgg_svr|vgg16_features|reference)\.safetensors")
+WHOLE = ("num_batches_tracked", "positions")  # arrays of whole numbers
 CODE = (".pkl", ".pickle", ".pt", ".pth", ".joblib", ".ckpt")
 MAX_BYTES = 4 * 2**30  # opened; 30 members of half precision are 2 GB
 MAX_MANIFEST_BYTES = 8 * 2**20
@@ -73,10 +74,12 @@ class BundleFiles:
         except (SafetensorError, KeyError, ValueError, OverflowError) as error:
             raise BundleError(f"{self.name}: {file} is not a readable safetensors file ({error}).") from error
         for name, array in named.items():
-            if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+            coarse = array.itemsize < 4 and (array.ndim < 2 or name.startswith("image."))
+            usual = array.dtype.kind == ("i" if name.endswith(WHOLE) else "f") and not coarse
+            if not usual or not np.isfinite(array).all():
                 raise BundleError(
                     f"{self.name}: this bundle is damaged: {name[:80]} of {file} holds values that are not "
-                    "finite numbers. Copy or save it again."
+                    f"finite, or are too coarse ({array.dtype}). Copy or save it again."
                 )
         return named
 
@@ -166,7 +169,7 @@ def open_bundle(source: Path | str | IO[bytes], *, max_bytes: int = MAX_BYTES) -
         too large, not JSON, of a newer format, or that says what no bundle says.
     """
     place = Path(source) if isinstance(source, str | Path) else None
-    if place and not place.exists():
+    if place and not (place.is_file() or place.is_dir()):
         raise BundleError(f"No bundle at {source}. {EXPECTED}{_did_you_mean(place)}")
     name, sizes, read = _list_folder(place) if place and place.is_dir() else _list_zip(source)
     _check_names(name, sizes)

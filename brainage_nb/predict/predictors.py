@@ -169,12 +169,9 @@ def load_network(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarr
     if unlike := sorted(set(expected) ^ set(weights)):
         raise ValueError(f"tensors missing or left over: {unlike[:4]}")
     for name, tensor in expected.items():
-        array, kind = weights[name], "f" if tensor.is_floating_point() else "i"
-        rounded = array.ndim < 2 and array.itemsize < 4  # norms and biases are never, see `round_weights`
-        if array.shape != tensor.shape or array.dtype.kind != kind or rounded:
-            raise ValueError(
-                f"{name} has shape {array.shape} and type {array.dtype}, expected {tuple(tensor.shape)}"
-            )
+        array = weights[name]
+        if array.shape != tensor.shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {tuple(tensor.shape)}")
         tensor.copy_(torch.tensor(array))
         is_spread = name.endswith(("running_var", "age_sd"))
         if not tensor.isfinite().all() or (is_spread and not (tensor > 0).all()):

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from brainage_nb.evaluation.correction import Calibration
     from brainage_nb.evaluation.runs import Run
 
+Parts = tuple[NetworkEnsemble | SvrModel, dict[str, Any], dict[str, Any]]  # model, manifest entries, arrays
 OPENED_AGAIN, REFERENCE_SCANS, CHECK_SCANS = 7, 200, 8
 PACKAGES = ("brainage-nb", "torch", "numpy", "nibabel", "scipy", "safetensors")
 
@@ -142,9 +143,7 @@ def _choose_evenly(items: Sequence[str], n: int) -> list[str]:
 # --- the model ------------------------------------------------------------------------------------------
 
 
-def _collect_networks(
-    folder: Path, settings: Mapping[str, Any]
-) -> tuple[NetworkEnsemble, dict[str, Any], dict[str, Any]]:
+def _collect_networks(folder: Path, settings: Mapping[str, Any]) -> Parts:
     """The ensemble as it is saved, its manifest entries and its array files."""
     if own := settings.get("own", {}).get("network"):
         raise ValueError(
@@ -183,9 +182,7 @@ def _keep_spreads_above_0(weights: dict[str, np.ndarray]) -> dict[str, np.ndarra
     return {n: np.maximum(a, least) if n.endswith("running_var") else a for n, a in weights.items()}
 
 
-def _collect_svr(
-    folder: Path, settings: Mapping[str, Any]
-) -> tuple[SvrModel, dict[str, Any], dict[str, Any]]:
+def _collect_svr(folder: Path, settings: Mapping[str, Any]) -> Parts:
     """The fusion, its manifest entries and its array files, VGG16's convolutions among them."""
     from brainage_nb.models.svr import ARRAYS, FACTS, NETWORK, VggSvr
 
