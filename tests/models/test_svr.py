@@ -407,17 +407,6 @@ def test_a_run_with_a_damaged_file_is_fitted_again(cohort, features, network, tm
     pd.testing.assert_frame_equal(again.predictions, first.predictions)
 
 
-@pytest.mark.parametrize("file", ["settings.json", "positions.csv", "model/vgg_svr.safetensors"])
-@pytest.mark.parametrize("damage", [lambda content: content[: len(content) // 2], lambda _: b"[]\n"])
-def test_a_run_with_a_damaged_file_is_fitted_again(cohort, features, network, tmp_path, file, damage):
-    first = train_vgg_svr(features, cohort, tmp_path, network)
-    (tmp_path / file).write_bytes(damage((tmp_path / file).read_bytes()))
-    with pytest.warns(UserWarning, match=r"settings\.json is damaged|is not whole and fitted again"):
-        again = train_vgg_svr(features, cohort, tmp_path, network)
-    assert not again.reused
-    pd.testing.assert_frame_equal(again.predictions, first.predictions)
-
-
 def test_a_scan_without_features_is_left_out_with_its_reason(cohort, features, network, tmp_path):
     extra = pd.concat([cohort, cohort.tail(2).assign(scan_id=["x1", "x2"], subject_id=["x1", "x2"])])
     failed = pd.DataFrame({"scan_id": ["x1"], "reason": ["no brain"]})
