@@ -2,7 +2,8 @@
 everything.
 
 Noise test: predictions that know nothing of age. Recovery test: 200 cohorts whose slope, offset and noise are
-known.
+known. False alarms: how many ordinary scans are called far from training, beside how many are said to be; of
+drawn numbers and, with `--store`, of the volumes of a workspace, some learned from and the rest judged.
 """
 
 import argparse
@@ -20,9 +21,12 @@ from brainage_nb.evaluation.correction import AgeBiasCorrector, ConformalInterva
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
 from brainage_nb.evaluation.metrics import regression_metrics
 from brainage_nb.evaluation.report import write_report
+from brainage_nb.predict.cautions import STATISTICS, Reference, measure_remoteness
+from brainage_nb.volumes.store import VolumeStore
 from tests.evaluation.fake_workspace import cohort_frame, write_run, write_workspace
 
 SLOPE, OFFSET, NOISE = 0.75, 13.0, 5.0
+REFERENCES, JUDGED, WITHIN = (20, 64, 200), 2000, 0.01
 
 
 def noise_test(n_subjects: int = 400) -> dict[str, bool]:
@@ -101,11 +105,36 @@ def _true_mae() -> float:
     return float(stats.foldnorm.mean(np.abs(bias) / NOISE, scale=NOISE).mean())
 
 
+def count_false_alarms(volumes: np.ndarray | None = None, judged: int = JUDGED) -> pd.DataFrame:
+    """For each number of training scans, the share of ordinary scans called far and the share claimed.
+
+    Drawn scans have long tails (t of 4 degrees) and differ in eight ways; a training set judges five.
+    """
+    rng = np.random.default_rng(7)
+    mixing = rng.normal(size=(8, len(STATISTICS)))
+    rows = []
+    for n in (n for n in REFERENCES if volumes is None or len(volumes) >= n + 10):
+        found = []
+        while len(found) < judged:
+            if volumes is None:
+                *training, a, b, c, d, e = rng.standard_t(4, (n + 5, 8)) @ mixing
+                new = (a, b, c, d, e)
+            else:
+                order = rng.permutation(len(volumes))
+                reference = Reference.fit(volumes[order[:n]])
+                training, new = reference.rows, map(reference.describe, volumes[order[n : n + 40]])
+            found += [measure_remoteness(np.asarray(training), scan) for scan in new]
+        far = np.mean([one.p_value <= one.limit for one in found])
+        rows.append({"n": n, "claimed": found[0].limit, "called far": far})
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
-    """Run both, print what was found, and print the verdict as JSON."""
+    """Run all, print what was found, and print the verdict as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=1000)
     parser.add_argument("--quick", action="store_true", help="accepted; the full form takes a minute")
+    parser.add_argument("--store", default="", help="folder of a volume store, for false alarms on scans")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     print("Noise test")
@@ -120,7 +149,16 @@ def main() -> None:
     first = repeated.head(200).mean()
     for name, value in found.items():
         print(f"  {name:<34}{value:8.3f}   first 200: {first[name]:.3f}")
+    alarms = {"drawn": count_false_alarms()}
+    if options.store:
+        store = VolumeStore(options.store)
+        alarms["scans"] = count_false_alarms(np.stack([store[scan_id] for scan_id in store.scan_ids]), 400)
+    for name, table in alarms.items():
+        print(f"\nFalse alarms, {name}\n{table.round(4).to_string(index=False)}")
     holds = {
+        "false alarms of drawn scans within 1 % of the claim": bool(
+            (alarms["drawn"]["called far"] - alarms["drawn"]["claimed"]).abs().max() <= WITHIN
+        ),
         "noise": all(noise.values()),
         "parameters in their 95 % intervals": all(found[name] > 0.93 for name in found if "interval" in name),
         "corrected gap-age r about 0": abs(found["corrected gap-age r"]) < 0.05
@@ -129,7 +167,11 @@ def main() -> None:
     }
     verdict = {
         "name": "evaluation_honesty",
-        "value": {name: round(value, 4) for name, value in found.items()} | {"noise": noise},
+        "value": {name: round(value, 4) for name, value in found.items()}
+        | {
+            "noise": noise,
+            "false_alarms": {name: table.round(4).to_dict("records") for name, table in alarms.items()},
+        },
         "bar": {"coverage": [0.87, 0.93], "corrected_gap_age_r": 0.05},
         "holds": all(holds.values()),
         "parts": holds,

@@ -20,6 +20,8 @@ from brainage_nb.pipeline import NotebookFailed, NotebookPaused
 from brainage_nb.workspace import Workspace, guard_formula, locate_workspace, open_workspace, write_csv
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from brainage_nb.predict.bundle import Bundle
     from brainage_nb.predict.cautions import Failure, Prediction
 
@@ -244,23 +246,27 @@ def count_telling_folders(scans: Iterable[Path | str]) -> int:
 
 
 def _report(bundle: Bundle, results: list[Prediction | Failure], out: str, maps: Path | None) -> int:
-    """Print a table of all results and their sentences; write the CSV file where one is wanted."""
+    """Print all results, first what is not to be used; write the CSV file where one is wanted."""
     import pandas as pd
 
     from brainage_nb.predict.cautions import COLUMNS, NOT_A_DEVICE, Failure
 
     frame = pd.DataFrame([result.to_dict() for result in results], columns=list(COLUMNS))
-    numbers = ("predicted_age", "low", "high", "corrected_age", "age", "gap", "adjusted_gap")
-    shown = [name for name in numbers if frame[name].notna().any()]
     print(f"{bundle.title}; ages in years.")
     from_here = -1 - count_telling_folders(frame["path"])
     names = [os.path.join(*Path(os.path.abspath(path)).parts[from_here:]) for path in frame["path"]]
-    with pd.option_context("display.width", 200, "display.max_colwidth", 40, "display.precision", 1):
-        print(frame.assign(scan=names)[["scan", *shown, "warnings"]].to_string(index=False, na_rep=""))
+    for name, reason in zip(names, frame["do_not_use_because"], strict=True):
+        if reason:
+            print(f"  {name}: {reason}")
+    use = frame["do_not_use_because"].map(lambda reason: "do not use" if reason else "")
+    shown = frame.assign(scan=names, use=use)
+    _print_table(shown, ("scan", "use", "predicted_age", "low", "high", "age", "gap", "warnings"))
     for name, result in zip(names, results, strict=True):
         failure = isinstance(result, Failure)
-        for sentence in [result.sentence] if failure else [caution.sentence for caution in result.warnings]:
-            print(f"  {name}: {sentence.removeprefix(f'{result.scan}: ')}")
+        said = [result] if failure else [caution for caution in result.warnings if not caution.forbids_use]
+        for one in said:
+            print(f"  {name}: {one.sentence.removeprefix(f'{result.scan}: ')}")
+    _print_details(bundle, shown)
     print(NOT_A_DEVICE)
     if out:
         print(f"Written: {write_csv(frame.map(guard_formula), out)}")
@@ -270,6 +276,27 @@ def _report(bundle: Bundle, results: list[Prediction | Failure], out: str, maps:
     if n_failed:
         print(f"brainage-nb: {n_failed} of {len(results)} scans have no result.", file=sys.stderr)
     return int(n_failed > 0)
+
+
+def _print_table(frame: pd.DataFrame, columns: Iterable[str]) -> None:
+    """These columns, but for those that hold nothing."""
+    import pandas as pd
+
+    shown = frame[list(columns)].replace("", None).dropna(axis=1, how="all")
+    with pd.option_context("display.width", 200, "display.max_colwidth", 40, "display.precision", 1):
+        print(shown.to_string(index=False, na_rep=""))
+
+
+def _print_details(bundle: Bundle, frame: pd.DataFrame) -> None:
+    """Who calibrated the interval; the correction, with its own error."""
+    if bundle.interval:
+        print(f"Interval (low, high): {bundle.interval.title}.")
+    if not frame["corrected_age"].notna().any():
+        return
+    error = bundle.manifest["correction"].get("mae")
+    own = f": such ages err by {error:.1f} years on average" if error is not None else ""
+    print(f"For comparing gaps, ages and gaps corrected for the age bias{own}.")
+    _print_table(frame, ("scan", "corrected_age", "adjusted_gap"))
 
 
 # --- app ------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from brainage_nb import cli
 from brainage_nb.bundle_format import find_bundles
 from brainage_nb.predict.bundle import load_bundle
 from brainage_nb.workspace import guard_formula, read_csv
-from tests.models.tiny_bundle import write_scan, write_tiny_bundle
+from tests.models.tiny_bundle import noisy_head, write_scan, write_tiny_bundle
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +42,11 @@ def test_scans_folders_and_ages_end_in_one_table(tiny, tmp_path, capsys):
     assert rows["gap"][1] == pytest.approx(expected.gap, abs=1e-4)
     said = capsys.readouterr().out
     assert f"{expected.predicted_age:.1f}" in said and "not a medical device" in said
+    table, details = said.split(
+        "For comparing gaps, ages and gaps corrected for the age bias: such ages err by 6.5"
+    )
+    assert "corrected" not in table and f"{expected.corrected_age:.1f}" in details
+    assert "Interval (low, high): 90% conformal interval, calibrated on 50 subjects" in table
     assert "sub-02_T1w_heat.nii.gz: its name does not end in _T1w" in said
 
 
@@ -65,6 +70,17 @@ def test_one_bad_scan_is_named_and_the_rest_go_on(tiny, tmp_path, capsys):
     assert rows["warnings"][0] == "unreadable" and "neither a NIfTI" in rows["explanation"][0]
     said = capsys.readouterr()
     assert "1 of 2 scans have no result" in said.err and "bad.nii" in said.out
+
+
+def test_what_is_not_to_be_used_is_said_before_any_age_and_in_the_csv(tmp_path, capsys):
+    bundle = write_tiny_bundle(tmp_path / "bundle", n_scans=30)
+    good, noisy = write_scan(tmp_path / "good.nii", 41), write_scan(tmp_path / "b.nii", array=noisy_head(40))
+    assert run("predict", "--bundle", bundle, good, noisy, "--out", tmp_path / "out.csv") == 0
+    said, rows = capsys.readouterr().out, read_csv(tmp_path / "out.csv")
+    reason = "Do not use this age: the scan is further from the training scans than all 30 compared"
+    assert said.index(f"b.nii: {reason}") < said.index("predicted_age") and said.count(reason) == 1
+    assert rows["do_not_use_because"].fillna("").str.startswith(reason).tolist() == [False, True]
+    assert list(rows).index("do_not_use_because") < list(rows).index("predicted_age")
 
 
 def test_explain_writes_a_map_that_lies_on_the_scan(tiny, tmp_path):

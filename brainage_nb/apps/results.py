@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from brainage_nb.predict.bundle import Bundle
 
-SEVERE = ("unlike_training", "extreme_voxel_size")
 PLANE_NAMES = ("Left to right", "Back to front", "Bottom to top")
 
 
@@ -81,27 +80,39 @@ def _overview(names: Sequence[str], results: Sequence[Prediction | Failure]) -> 
     rows = [
         {
             "Scan": name,
+            "Use": _say_use(result),
             "age": getattr(result, "predicted_age", None),
             "Interval [years]": result.interval_text if isinstance(result, Prediction) else "",
             "gap": getattr(result, "gap", None),
-            "Warnings": str(len(result.warnings)) if isinstance(result, Prediction) else "no result",
+            "Warnings": str(len(result.warnings)) if isinstance(result, Prediction) else "",
         }
         for name, result in zip(names, results, strict=True)
     ]
     columns = {
+        "Use": st.column_config.TextColumn("Use", width="small"),
         "age": st.column_config.NumberColumn("Predicted age [years]", format="%.1f"),
         "gap": st.column_config.NumberColumn("Gap [years]", format="%+.1f"),
     }
     st.dataframe(pd.DataFrame(rows), hide_index=True, column_config=columns)
 
 
+def _say_use(result: Prediction | Failure) -> str:
+    """A word for the overview."""
+    if isinstance(result, Failure):
+        return "no result"
+    return "do not use" if result.do_not_use_because else "yes"
+
+
 def _show_one(bundle: Bundle, prediction: Prediction, place: int) -> dict[str, Figure]:
     """One scan's result; returns the pictures shown, for the downloaded page."""
     with st.container(border=True, key="result"):
+        st.caption(as_text(prediction.scan))
+        forbidding = [caution for caution in prediction.warnings if caution.forbids_use]
+        for caution in forbidding:
+            st.error(caution.sentence, icon=":material/block:")
         _numbers(prediction)
-        for caution in prediction.warnings:
-            show = st.error if caution.code in SEVERE else st.warning
-            show(caution.sentence, icon=":material/warning:")
+        for caution in prediction.warnings[len(forbidding) :]:
+            st.warning(caution.sentence, icon=":material/warning:")
     slices, position, details = st.tabs(["Where it comes from", "Among held-out scans", "Details"])
     with slices:
         pictures = {"Slices with heat map": _slices(bundle, prediction, place)}
@@ -111,32 +122,25 @@ def _show_one(bundle: Bundle, prediction: Prediction, place: int) -> dict[str, F
         st.pyplot(figure, width=620, clear_figure=False)
         pictures["Among held-out scans"] = figure
     with details:
-        st.dataframe(prediction.frame())
+        st.dataframe(prediction.frame().drop(index="do not use", errors="ignore"))
         st.dataframe(pd.DataFrame({"value": {k: str(v) for k, v in model_facts(bundle).items()}}))
     return pictures
 
 
 def _numbers(prediction: Prediction) -> None:
-    st.caption(as_text(prediction.scan))
-    columns = st.columns(3)
-    columns[0].metric("Predicted age [years]", f"{prediction.predicted_age:.1f}")
+    usable, columns = not prediction.do_not_use_because, st.columns(3)
+    with columns[0].container(key="age" if usable else "age-not-to-be-used"):
+        label = "Predicted age [years]" if usable else "Not to be used: predicted age [years]"
+        st.metric(label, f"{prediction.predicted_age:.1f}")
     if prediction.level == prediction.level:
         columns[1].metric(f"{prediction.level:.0%} interval [years]", prediction.interval_text)
     if prediction.gap is not None:
         columns[2].metric("Gap: predicted minus true [years]", f"{prediction.gap:+.1f}")
-    sentences = []
-    if prediction.low > float("-inf"):
-        sentences.append(
+    if usable and prediction.low > float("-inf"):
+        st.markdown(
             f"For about {prediction.level * 10:.0f} of 10 people like those the model was checked on, the "
             f"true age lies between {prediction.low:.0f} and {prediction.high:.0f}."
         )
-    if prediction.corrected_age is not None:
-        corrected = f"{prediction.corrected_age:.1f} years."
-        sentences.append(f"Corrected for the model's bias towards the mean: {corrected}")
-    if prediction.adjusted_gap is not None:
-        usual = f"The gap less what is usual at age {prediction.age:.0f}"
-        sentences.append(f"{usual}: {prediction.adjusted_gap:+.1f} years.")
-    st.markdown(" ".join(sentences))
 
 
 def _slices(bundle: Bundle, prediction: Prediction, place: int) -> Figure:
@@ -207,7 +211,10 @@ def result_page(prediction: Prediction, bundle: Bundle, pictures: Mapping[str, F
     """
     from jinja2 import Environment, PackageLoader
 
-    rows = {"file": prediction.path, **prediction.frame()["value"].drop(index="predicted age [years]")}
+    rows = {
+        "file": prediction.path,
+        **prediction.frame()["value"].drop(index=["predicted age [years]", "do not use"], errors="ignore"),
+    }
     templates = Environment(loader=PackageLoader("brainage_nb.apps", "."), autoescape=True)
     return templates.get_template("page.html.j2").render(
         result=prediction,
@@ -231,6 +238,7 @@ def model_facts(bundle: Bundle) -> dict[str, Any]:
         "made": manifest["created"],
         "training ages": f"{training['age_low']:.0f} to {training['age_high']:.0f} years",
         "licence of the weights": manifest["licence"],
+        "interval": bundle.interval.title if bundle.interval else "none: nothing was held out",
     }
     for split, figures in manifest["figures"].items():
         mae, mean = figures["mae"]["value"], figures["mean_predictor_mae"]["value"]

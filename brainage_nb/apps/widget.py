@@ -95,7 +95,8 @@ def result_figure(
 
 def _write_result(ax: Any, prediction: Prediction) -> None:
     lines = [f"{name}: {value}" for name, value in prediction.frame()["value"].items()]
-    lines += [""] + [f"! {caution.sentence}" for caution in prediction.warnings]
+    others = [caution.sentence for caution in prediction.warnings if not caution.forbids_use]
+    lines += ["", *(f"! {sentence}" for sentence in others)]
     wrapped = [part for line in lines for part in (textwrap.wrap(line, 58) or [""])]
     ax.text(0, 1, "\n".join(wrapped), va="top", fontsize=9, transform=ax.transAxes, parse_math=False)
     ax.set_axis_off()

@@ -57,6 +57,7 @@ ABSURD_AGE = 1000  # years, of which no network that learned from people is capa
 MAX_VOXELS = 2 * 10**8  # a 0.5 mm head has 1.3 * 10**8
 TITLES = {RESNET: "3D ResNet-18", VGG: "VGG16 features + SVR"}
 ABOUT = ("scan_id", "subject_id", "session_id", "age", "sex", "site", "diagnosis", "control")
+ADDED = ("do_not_use_because", "predicted_age")
 
 
 @dataclass
@@ -143,7 +144,8 @@ class Bundle:
             age=age,
             gap=None if age is None else predicted - age,
             adjusted_gap=float(correction.adjust_gap(predicted, age)) if adjusts else None,
-            warnings=tuple(cautions),
+            corrected_mae=(self.manifest["correction"] or {}).get("mae"),
+            warnings=tuple(sorted(cautions, key=_forbids_first)),
             path=str(scan),
             volume=volume,
             affine=affine,
@@ -223,6 +225,10 @@ class Bundle:
                 "save it again."
             )
         return age
+
+
+def _forbids_first(caution: Caution) -> bool:
+    return not caution.forbids_use
 
 
 def load_bundle(source: Path | str | IO[bytes], device: str = "cpu", *, max_bytes: int = MAX_BYTES) -> Bundle:
@@ -329,7 +335,7 @@ def apply_to_workspace(
         n_bootstrap=n_bootstrap,
         seed=seed,
     )
-    found.warnings += notes
+    found.warnings = notes + found.warnings
     return found
 
 
@@ -341,16 +347,18 @@ def kept_scans(ws: Workspace) -> pd.DataFrame:
 
 
 def _predict_scans(bundle: Bundle, scans: pd.DataFrame, files: list[Path]) -> tuple[pd.DataFrame, list[str]]:
-    """Rows with `predicted_age` of the scans that have one; a sentence per failure and kind of warning."""
+    """Rows with `ADDED` of the scans that have an age; a sentence per failure and kind of warning."""
     results = list(bundle.predict_many(files))
     found = [isinstance(result, Prediction) for result in results]
     predictions = [result for result in results if isinstance(result, Prediction)]
     rows = scans.loc[found, [name for name in ABOUT if name in scans]]
-    notes = [f"{lost.scan}: no prediction. {lost.sentence}" for lost in results if lost not in predictions]
-    codes = pd.Series([caution.code for one in predictions for caution in one.warnings], dtype=str)
+    cautions = [caution for one in predictions for caution in one.warnings]
+    codes = pd.Series([caution.code for caution in sorted(cautions, key=_forbids_first)], dtype=str)
     meaning = SCAN_FLAGS | {code: said["counted"] for code, said in CAUTIONS.items()}
-    notes += [
+    notes = [
         f"{n} of {len(results)} scans: {meaning.get(code, 'warning')} (`{code}`)."
-        for code, n in codes.value_counts().items()
+        for code, n in codes.value_counts(sort=False).items()
     ]
-    return rows.assign(predicted_age=[one.predicted_age for one in predictions]), notes
+    notes += [f"{lost.scan}: no prediction. {lost.sentence}" for lost in results if lost not in predictions]
+    found = {name: [getattr(one, name) for one in predictions] for name in ADDED}
+    return rows.assign(**found), notes

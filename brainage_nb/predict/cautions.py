@@ -42,6 +42,11 @@ class Caution(NamedTuple):
         """The caution of this code, its sentence filled in."""
         return cls(code, CAUTIONS[code]["sentence"].format(**facts))
 
+    @property
+    def forbids_use(self) -> bool:
+        """Whether the age beside it is not to be used."""
+        return CAUTIONS.get(self.code, {}).get("forbids_use", False)
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -58,12 +63,16 @@ class Prediction:
     level : float
         Share of people whose true age the interval should hold; NaN without an interval.
     corrected_age : float or None
-        Age-free corrected prediction; None where the bundle carries no correction.
+        (predicted - a) / b, for comparing gaps: it errs by more than `predicted_age` does. None where the
+        bundle carries no correction.
     members : tuple of float
         What each model of the ensemble says.
     age, gap, adjusted_gap : float or None
         True age where given; predicted minus true; the gap less the gap expected at that true age.
+    corrected_mae : float or None
+        Mean absolute error of corrected ages on the scans that judged the run; None where not known.
     warnings : tuple of Caution
+        Those for which the age is not to be used come first.
     path : str
         Where the scan was read: tells scans of one name apart.
     volume : array (size, size, size), float16
@@ -82,10 +91,16 @@ class Prediction:
     age: float | None = None
     gap: float | None = None
     adjusted_gap: float | None = None
+    corrected_mae: float | None = None
     warnings: tuple[Caution, ...] = ()
     path: str = ""
     volume: np.ndarray = field(default=None, repr=False, compare=False)
     affine: np.ndarray = field(default=None, repr=False, compare=False)
+
+    @property
+    def do_not_use_because(self) -> str:
+        """Why the age is not to be used, in a sentence; empty where nothing speaks against it."""
+        return next((caution.sentence for caution in self.warnings if caution.forbids_use), "")
 
     def to_dict(self) -> dict[str, Any]:
         """A flat row of plain values; None where unknown or infinite; warnings as sentences."""
@@ -98,10 +113,14 @@ class Prediction:
         import pandas as pd
 
         interval = "interval" if math.isnan(self.level) else f"{self.level:.0%} interval [years]"
+        corrected = _format_years(self.corrected_age)
+        if self.corrected_mae is not None:
+            corrected = f"{corrected} (such ages err by {self.corrected_mae:.1f} on average)"
         rows = {
+            "do not use": self.do_not_use_because,
             "predicted age [years]": f"{self.predicted_age:.1f}",
             interval: self.interval_text,
-            "predicted age, bias-corrected [years]": _format_years(self.corrected_age),
+            "corrected for the age bias, to compare gaps [years]": corrected,
             "true age [years]": _format_years(self.age),
             "gap: predicted minus true age [years]": _format_years(self.gap, "+"),
             "gap, adjusted for the bias at this age [years]": _format_years(self.adjusted_gap, "+"),
@@ -117,8 +136,8 @@ class Prediction:
 
 
 COLUMNS = (
-    "scan", "path", "predicted_age", "low", "high", "level", "corrected_age", "age", "gap", "adjusted_gap",
-    "warnings", "explanation",
+    "scan", "path", "do_not_use_because", "predicted_age", "low", "high", "level", "age", "gap",
+    "adjusted_gap", "corrected_age", "corrected_mae", "warnings", "explanation",
 )  # fmt: skip
 
 
@@ -161,42 +180,87 @@ def _format_years(value: float | None, sign: str = "") -> str:
 # --- what the training scans looked like ----------------------------------------------------------------
 
 COARSE = 24  # voxels a side of the blurred volumes compared: anatomy drops out, contrast and pose stay
-FEWEST = 20  # training scans from which distances can be learned
+FEWEST, MOST = 20, 1000  # training scans with which a scan can be compared
+FALSE_ALARMS = 100  # of so many ordinary scans one may be called far
 PERCENTILES = (5, 25, 50, 75, 95, 99)
-N_STATISTICS = len(PERCENTILES) + 11
+STATISTICS = (
+    *["contrast or tissue volume"] * (len(PERCENTILES) + 1), *["sharpness"] * 3, "noise", *["position"] * 3,
+    *["symmetry"] * 3, "likeness to their mean",
+)  # fmt: skip
+"""What each number that `Reference.describe` gives is about."""
 REFERENCE_FILE = "reference.safetensors"
+
+
+class Remoteness(NamedTuple):
+    """How a scan lies to the training scans, beside which it was measured.
+
+    Attributes
+    ----------
+    n_nearer, n : int
+        How many of the n training scans lie nearer to the middle of them all.
+    most_in : str
+        One of `STATISTICS`: in what the scan differs most.
+    """
+
+    n_nearer: int
+    n: int
+    most_in: str
+
+    @property
+    def p_value(self) -> float:
+        """Share of ordinary scans that lie as far out or further (conformal: exact, whatever the scans)."""
+        return (1 + self.n - self.n_nearer) / (self.n + 1)
+
+    @property
+    def limit(self) -> float:
+        """The p-value up to which a scan is called far: 0.01, or the least that n scans allow."""
+        return max(1, (self.n + 1) // FALSE_ALARMS) / (self.n + 1)
+
+
+def measure_remoteness(training: np.ndarray, scan: np.ndarray) -> Remoteness:
+    """Where a scan stands among training scans by its distance from the middle of them and itself.
+
+    Mahalanobis distance, covariance of Ledoit & Wolf (2004). Training scans and the new one are measured by
+    one fit to all of them, so an ordinary scan is the furthest of n + 1 once in n + 1 times (full conformal
+    prediction, Vovk 2005). Distances out of fold, the new scan outside of all fits, would raise too few
+    alarms where n is small.
+
+    Parameters
+    ----------
+    training : array (n, 18)
+        Of people who are not the scan's; one row each, as `Reference.describe` gives it.
+    scan : array (18,)
+    """
+    from sklearn.covariance import LedoitWolf
+    from sklearn.preprocessing import StandardScaler
+
+    everybody = StandardScaler().fit_transform(np.vstack([training, scan]))
+    distances = LedoitWolf(assume_centered=True).fit(everybody).mahalanobis(everybody)
+    most_in = STATISTICS[int(np.abs(everybody[-1]).argmax())]
+    return Remoteness(int((distances[:-1] < distances[-1]).sum()), len(training), most_in)
 
 
 @dataclass(frozen=True)
 class Distance:
-    """How far a scan's `image_statistics` lie from those of the training scans (Mahalanobis).
+    """How far a scan's `image_statistics` lie from those of training, in bundles that keep no rows.
 
     Attributes
     ----------
-    mean : array (n,)
-    precision : array (n, n)
-        Inverse covariance (Ledoit & Wolf 2004), over n.
+    mean : array (17,)
+    precision : array (17, 17)
+        Inverse covariance, over 17.
     limit : float
-        Distance that 99 % of unseen scans like those of training stay below, by five-fold cross-validation.
+        Distance that 99 % of scans like those of training were said to stay below.
     """
 
     mean: np.ndarray
     precision: np.ndarray
     limit: float
 
-    @classmethod
-    def fit(cls, rows: np.ndarray) -> Distance:
-        """From the statistics (n_scans, n) of the training scans, at least `FEWEST`."""
-        from sklearn.model_selection import KFold
-
-        folds = KFold(5, shuffle=True, random_state=0).split(rows)
-        unseen = [cls(*_fit_mean_and_precision(rows[fit]), 1).measure(rows[held]) for fit, held in folds]
-        return cls(*_fit_mean_and_precision(rows), float(np.quantile(np.concatenate(unseen), 0.99)))
-
-    def measure(self, rows: np.ndarray) -> np.ndarray:
-        """Distances (n_scans,) of statistics (n_scans, n)."""
-        apart = rows - self.mean
-        return np.sqrt(np.einsum("ij,jk,ik->i", apart, self.precision, apart))
+    def times_too_far(self, statistics: np.ndarray) -> float:
+        """Mahalanobis distance of the statistics (17,) of a scan, over the limit."""
+        apart = statistics - self.mean
+        return float(np.sqrt(apart @ self.precision @ apart)) / self.limit
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> Distance:
@@ -205,8 +269,8 @@ class Distance:
         if "precision" not in named:
             whiten = named["axes"] @ named["whiten"] / named["scale"][:, None]
             named["precision"] = whiten @ whiten.T / whiten.shape[1]
-        shapes = [named[name].shape for name in ("mean", "precision", "limit")]
-        if shapes != [(N_STATISTICS,), (N_STATISTICS, N_STATISTICS), ()]:
+        shapes, n = [named[name].shape for name in ("mean", "precision", "limit")], len(STATISTICS) - 1
+        if shapes != [(n,), (n, n), ()]:
             raise ValueError(f"distances from training have shapes {shapes}")
         self = cls(named["mean"], named["precision"], float(named["limit"]))
         finite = all(np.isfinite(value).all() for value in vars(self).values())
@@ -216,18 +280,9 @@ class Distance:
         return self
 
 
-def _fit_mean_and_precision(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.covariance import LedoitWolf
-
-    mean, spread = rows.mean(axis=0), rows.std(axis=0)
-    scale = np.where(spread > 0, spread, 1.0)  # the shrinkage asks for one unit
-    precision = LedoitWolf(assume_centered=True).fit((rows - mean) / scale).precision_
-    return mean, precision / np.outer(scale, scale) / len(mean)
-
-
 @dataclass(frozen=True)
 class Reference:
-    """Mean of the training volumes, how much each of them resembled it, and how far scans lie from them.
+    """Mean of the training volumes, how much each of them resembled it, and what describes each of them.
 
     Attributes
     ----------
@@ -237,26 +292,29 @@ class Reference:
         Lowest, 5 % and median correlation of training volumes with the mean.
     n_volumes : int
         Volumes behind it.
+    rows : array (n, 18) or None
+        Each training scan, as `describe` gives it; None where there were fewer than 20, and in old bundles.
     distance : Distance or None
-        None where there were fewer than 20 training scans.
+        Of old bundles only.
     """
 
     mean: np.ndarray
     likeness: tuple[float, float, float]
     n_volumes: int
+    rows: np.ndarray | None = None
     distance: Distance | None = None
 
     @classmethod
     def fit(cls, volumes: Iterable[np.ndarray]) -> Reference:
-        """From training volumes (size, size, size), as stored, RAS."""
+        """From training volumes (size, size, size), as stored, RAS; one of each person."""
         described = [(blur(volume), image_statistics(volume)) for volume in volumes]
         coarse, statistics = (np.stack(part) for part in zip(*described, strict=True))
         n, total = len(coarse), coarse.sum(axis=0)
         # Each volume is compared with the mean of the others: alone among few, it would resemble itself.
         values = [_correlate(each, total - each if n > 1 else total) for each in coarse]
         likeness = tuple(float(np.quantile(values, share)) for share in (0.0, 0.05, 0.5))
-        distance = Distance.fit(statistics) if n >= FEWEST else None
-        return cls((total / n).astype(np.float32), likeness, n, distance)
+        rows = np.column_stack([statistics, _stretch(values)]) if n >= FEWEST else None
+        return cls((total / n).astype(np.float32), likeness, n, rows)
 
     @property
     def lowest_usual(self) -> float:
@@ -272,22 +330,18 @@ class Reference:
         """Correlation of one volume (size, size, size), blurred, with the mean."""
         return _correlate(blur(volume), self.mean)
 
-    def times_too_far(self, volume: np.ndarray) -> float:
-        """Distance of one volume, in that which 99 % of scans like those of training stay below."""
-        if self.distance is None:
-            return 0.0
-        return float(self.distance.measure(image_statistics(volume)[None])[0]) / self.distance.limit
+    def describe(self, volume: np.ndarray) -> np.ndarray:
+        """Numbers (18,) to compare one volume (size, size, size) by: its statistics and its likeness."""
+        return np.append(image_statistics(volume), _stretch(self.correlation(volume)))
 
     def to_dict(self) -> dict[str, Any]:
         """All but the arrays, as plain JSON values."""
         return {"likeness": list(self.likeness), "n_volumes": self.n_volumes}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The mean volume, in half precision, and what the distance learned."""
-        learned = vars(self.distance) if self.distance else {}
-        return {"mean": self.mean.astype(np.float16)} | {
-            f"image.{name}": np.asarray(value, dtype=np.float64) for name, value in learned.items()
-        }
+        """The mean volume, in half precision, and the rows."""
+        rows = {} if self.rows is None else {"image.rows": self.rows}
+        return {"mean": self.mean.astype(np.float16)} | rows
 
     @classmethod
     def from_parts(cls, content: Mapping[str, Any], arrays: Mapping[str, np.ndarray], size: int) -> Reference:
@@ -296,8 +350,17 @@ class Reference:
         if mean.shape != (side, side, side) or not np.isfinite(mean).all():
             raise ValueError(f"the reference volume has shape {mean.shape}, expected {(side,) * 3}, finite")
         image = {name.partition(".")[2]: arrays[name] for name in arrays if name.startswith("image.")}
+        rows = _check_rows(image.pop("rows")) if "rows" in image else None
         distance = Distance.from_arrays(image) if image else None
-        return cls(mean, tuple(content["likeness"]), content["n_volumes"], distance)
+        return cls(mean, tuple(content["likeness"]), content["n_volumes"], rows, distance)
+
+
+def _check_rows(rows: np.ndarray) -> np.ndarray:
+    expected = f"{FEWEST} to {MOST} rows of {len(STATISTICS)} numbers below a million"
+    right = rows.ndim == 2 and FEWEST <= len(rows) <= MOST and rows.shape[1] == len(STATISTICS)
+    if not (right and (np.abs(rows) < 1e6).all()):
+        raise ValueError(f"what describes the training scans has shape {rows.shape}; expected {expected}")
+    return rows.astype(float)
 
 
 def image_statistics(volume: np.ndarray) -> np.ndarray:
@@ -329,6 +392,11 @@ def blur(volume: np.ndarray) -> np.ndarray:
     return cut.reshape(side, step, side, step, side, step).mean(axis=(1, 3, 5))
 
 
+def _stretch(correlation: np.ndarray | float) -> np.ndarray | float:
+    """Fisher's z of correlations, for which the step from 0.98 to 0.99 is as long as that from 0 to 0.6."""
+    return np.arctanh(np.clip(correlation, -0.9999, 0.9999))
+
+
 def _block(size: int) -> int:
     return max(1, size // COARSE)
 
@@ -343,11 +411,19 @@ def _correlate(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def find_likeness_cautions(reference: Reference, volume: np.ndarray) -> list[Caution]:
-    """Whether a volume is unlike the training scans; what is no such image at all is said so once."""
+    """Whether a volume is unlike the training scans, in one caution."""
+    if reference.rows is not None:
+        found = measure_remoteness(reference.rows, reference.describe(volume))
+        if found.p_value > found.limit:
+            return []
+        than = f"all {found.n}" if found.n_nearer == found.n else f"{found.n_nearer} of the {found.n}"
+        facts = {"than": than, "n": found.n, "what": found.most_in, "odds": round(1 / found.limit)}
+        return [Caution.of("far_from_training", **facts)]
     correlation, usual = reference.correlation(volume), reference.lowest_usual
     if correlation < usual:
         return [Caution.of("unlike_training", correlation=correlation, usual=usual)]
-    times = reference.times_too_far(volume)
+    distance = reference.distance
+    times = distance.times_too_far(image_statistics(volume)) if distance else 0
     return [Caution.of("unlike_training_image", times=times)] if times > 1 else []
 
 

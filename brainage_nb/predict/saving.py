@@ -28,7 +28,7 @@ from brainage_nb.bundle_format import (
 from brainage_nb.evaluation.correction import ConformalInterval
 from brainage_nb.evaluation.metrics import regression_metrics, with_interval
 from brainage_nb.evaluation.report import load_templates
-from brainage_nb.evaluation.runs import OUT_OF_FOLD, calibrate, read_run, reported_level
+from brainage_nb.evaluation.runs import OUT_OF_FOLD, add_gaps, calibrate, read_run, reported_level
 from brainage_nb.platforms import version_of
 from brainage_nb.predict.cautions import NOT_A_DEVICE, REFERENCE_FILE, Reference
 from brainage_nb.predict.predictors import NetworkEnsemble, SvrModel, load_network, round_weights
@@ -76,7 +76,8 @@ def save_bundle(
     ws = open_workspace(folder.parents[1])
     run = read_run(ws, folder.name)
     store = VolumeStore(ws.path("volumes", run.settings["fingerprint"]))
-    learning = _choose_evenly(learning_rows(run)["scan_id"].tolist(), REFERENCE_SCANS)
+    people = learning_rows(run).drop_duplicates("subject_id")  # two scans of one would look too alike
+    learning = _choose_evenly(people["scan_id"].tolist(), REFERENCE_SCANS)
     reference = Reference.fit(store[scan_id] for scan_id in learning)
     collect = _collect_svr if (folder / "model").is_dir() else _collect_networks
     model, entries, arrays = collect(folder, run.settings)
@@ -111,11 +112,12 @@ def update_bundle(run_folder: Path | str, calibration: Calibration) -> str:
 
     Copies of the bundle made before keep theirs; `bundle.json` and card say at which level.
     """
-    place, evaluated = Path(run_folder) / "bundle", calibration.to_dict()
+    place = Path(run_folder).absolute() / "bundle"
     gives = f"gives this {calibration.interval.title}" if calibration.interval else "gives no interval"
     if not _is_current(run_folder):
         return f"no bundle of this training yet; the next one {gives}"
-    manifest = read_json(place / MANIFEST)
+    run, manifest = read_run(open_workspace(place.parents[2]), place.parent.name), read_json(place / MANIFEST)
+    evaluated = _describe_calibration(run, calibration)
     if evaluated.items() <= manifest.items():
         return f"the bundle {gives}"
     before = manifest["interval"] or {"level": 0}
@@ -210,12 +212,22 @@ def facts_of_run(run: Run, workspace: Workspace) -> dict[str, Any]:
     return {
         "training": _describe_training(learning, cleaning)
         | {"age_mean": run.reference_age, "skull_stripped": _find_skull_stripped(learning, workspace)},
-        **calibrate(run, reported_level(workspace)).to_dict(),
+        **_describe_calibration(run, calibrate(run, reported_level(workspace))),
         "figures": {name: _measure(run, name) for name in run.splits() if name != "train"},
         "position": _list_positions(run),
         "seen": _hash_people(learning, cleaning),
         "seen_before": run.settings.get("seen_before", []),
     }
+
+
+def _describe_calibration(run: Run, calibration: Calibration) -> dict[str, Any]:
+    """`Calibration.to_dict`, its correction with `mae`: of corrected ages on the scans that judge the run."""
+    facts, judged = calibration.to_dict(), run.part(run.judged_on)
+    if facts["correction"] and len(judged):
+        errors = add_gaps(run, calibration).loc[judged.index, "corrected_gap"].abs()
+        if errors.notna().all():
+            facts["correction"]["mae"] = float(errors.mean())
+    return facts
 
 
 def learning_rows(run: Run) -> pd.DataFrame:

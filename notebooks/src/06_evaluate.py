@@ -135,8 +135,9 @@ for drawn in figures:
 # %% [markdown]
 # ## The brain-age gap, raw and corrected
 # The gap is predicted minus true age. A raw gap that falls with age says more about the model than about the brain.
-# There are two ways to take the age out of it. The age-free one is the gap of the corrected prediction. The other
-# subtracts from each gap what the line expects at that person's true age. It adjusts a gap and is never an accuracy.
+# There are two ways to take the age out of it. The age-free one is the gap of the corrected prediction, which errs by
+# more than the raw one: it is for comparing gaps, and the report names its error. The other subtracts from each gap
+# what the line expects at that person's true age. It adjusts a gap and is never an accuracy.
 
 # %%
 for drawn in figures:

@@ -77,6 +77,7 @@ from brainage_nb.predict.saving import current_bundle
 from brainage_nb.workspace import open_workspace, write_json
 
 set_matplotlib_formats("png")  # figures appear in their cells
+pd.options.display.max_colwidth = None  # warnings are sentences
 parameters = read_parameters(globals())
 ws = open_workspace(workspace).begin("07_predict_and_explain")
 print(session_summary(ws.root))
@@ -92,6 +93,7 @@ place = bundle or current_bundle(ws.run(run))
 model = load_bundle(place)
 training = model.manifest["training"]
 print(f"{model.title}; ages {training['age_low']:.0f} to {training['age_high']:.0f} years; from {place}")
+print(model.interval.title if model.interval else "No interval: nothing was held out to calibrate one.")
 if model.is_test_object:
     print("Trained on invented heads, to test the kit: its ages mean nothing for people.")
 pd.DataFrame(model.manifest["figures"]).map(
@@ -101,8 +103,9 @@ pd.DataFrame(model.manifest["figures"]).map(
 # %% [markdown]
 # ## One scan, one age
 # The interval holds the true age of about the stated share of people like those it was calibrated on. The gap is the
-# predicted minus the true age. Read the warnings first. Outside the ages and kinds of scan that the model knows, the
-# number means nothing.
+# predicted minus the true age. Where the scan is too unlike those of training, the table begins with "do not use" and
+# the reason. Outside the ages and kinds of scan that the model knows, the number means nothing. The corrected age is for
+# comparing gaps; as a prediction it errs by more than the predicted age.
 
 # %%
 splits = ws.read("splits.csv")

@@ -13,7 +13,7 @@ from streamlit.testing.v1 import AppTest
 from brainage_nb import apps
 from brainage_nb.bundle_format import zip_bundle
 from brainage_nb.predict.bundle import load_bundle
-from tests.models.tiny_bundle import bomb, head_array, write_scan, write_tiny_bundle
+from tests.models.tiny_bundle import bomb, head_array, noisy_head, write_scan, write_tiny_bundle
 
 SCRIPT = str(Path(apps.__file__).with_name("streamlit_app.py"))
 
@@ -61,6 +61,32 @@ def test_an_uploaded_scan_gets_the_age_the_command_line_gives(app, tiny, tmp_pat
     results = page.session_state["results"]
     assert results[0].predicted_age == pytest.approx(expected.predicted_age, abs=1e-4)
     assert list(page.session_state["explanations"]) == [0]
+
+
+def test_an_age_not_to_be_used_is_shown_so_and_its_reason_first(tmp_path, monkeypatch):
+    from brainage_nb.apps import results
+
+    bundle = write_tiny_bundle(tmp_path / "bundle", n_scans=30)
+    scan = write_scan(tmp_path / "noisy.nii", array=noisy_head(40))
+    monkeypatch.setenv("BRAINAGE_WORKSPACE", str(tmp_path / "none"))
+    monkeypatch.setattr("sys.argv", ["streamlit_app.py", "--bundle", str(bundle)])
+    page = predicted(AppTest.from_file(SCRIPT, default_timeout=120).run(), "noisy.nii", scan.read_bytes())
+    assert page.error[0].value.startswith("Do not use this age: the scan is further from the training scans")
+    assert page.metric[0].label == "Not to be used: predicted age [years]"
+    assert not any("people like those" in text.value for text in page.markdown)
+    result = page.session_state["results"][0]
+    told = json.loads(results.result_json([result], load_bundle(bundle)))["results"][0]
+    assert told["do_not_use_because"] == page.error[0].value
+    printed = results.result_page(result, load_bundle(bundle), {})
+    assert printed.index("Do not use this age") < printed.index("years, predicted, not to be used")
+
+
+def test_the_correction_is_no_headline_and_the_details_say_its_error_and_who_calibrated(app, tmp_path):
+    page = predicted(app, "head.nii", write_scan(tmp_path / "head.nii", 5).read_bytes())
+    assert not any("orrected" in text.value for text in page.markdown)
+    details, model = (table.value["value"] for table in page.dataframe[-2:])
+    assert "such ages err by 6.5" in details["corrected for the age bias, to compare gaps [years]"]
+    assert model["interval"].startswith("90% conformal interval, calibrated on 50 subjects")
 
 
 def test_the_true_age_gives_a_gap(app, tmp_path):

@@ -148,7 +148,10 @@ def test_no_corrected_error_is_shown_as_accuracy(folder, page):
     results = read_json(folder / "results.json")
     corrected = results["_age_free_corrected"]["resnet18"]["test"]["mae"]["value"]
     assert f"{corrected:.2f} [" not in page and f"{corrected:.2f}&nbsp;[" not in page
-    assert f"{corrected:.2f}" not in (folder / "model_card.md").read_text(encoding="utf-8")
+    card = (folder / "model_card.md").read_text(encoding="utf-8")
+    assert f"{corrected:.2f}" not in card
+    for text, said in ((page, "Corrected so, predictions"), (card, "Predictions corrected by this line")):
+        assert f"{said} err by {corrected:.1f} [" in text.replace("&nbsp;", " ")  # its own error, named so
 
 
 def test_what_has_no_data_is_said_in_a_line_instead_of_an_empty_figure(tmp_path):

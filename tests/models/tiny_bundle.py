@@ -93,6 +93,7 @@ def manifest(n: int = 1, **changes) -> dict:
             "slope_interval": [0.7, 0.9],
             "n_subjects": 50,
             "age_range": [20.0, 80.0],
+            "mae": 6.5,
             "support": "",
         },
         "correction_refused": "",

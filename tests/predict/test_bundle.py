@@ -16,10 +16,18 @@ from brainage_nb.models.train import train
 from brainage_nb.predict.bundle import load_bundle
 from brainage_nb.predict.cautions import Failure
 from brainage_nb.predict.predictors import round_weights
-from brainage_nb.predict.saving import current_bundle, save_bundle, update_bundle, write_card
+from brainage_nb.predict.saving import current_bundle, facts_of_run, save_bundle, update_bundle, write_card
 from brainage_nb.volumes.scans import ScanError
 from brainage_nb.volumes.store import VolumeStore, build_store
 from brainage_nb.workspace import open_workspace, read_json, sha256_of, write_csv, write_json
+from tests.evaluation.fake_workspace import (
+    PREDICTION_COLUMNS,
+    cohort_frame,
+    simulated,
+    write_run,
+    write_settings,
+    write_workspace,
+)
 from tests.models.tiny_bundle import (
     ARCHITECTURE,
     SETTINGS,
@@ -249,11 +257,31 @@ def test_the_bundle_takes_the_interval_of_the_report_and_keeps_it_when_saved_aga
     assert result.level == 0.5 and load_bundle(copied).interval.level == 0.9
     assert "50% conformal interval" in (bundle / "README.md").read_text()
     said = update_bundle(ws.run("resnet18"), calibration)
-    assert said == "the bundle gives this 50% conformal interval, calibrated on 5 validation scans"
+    assert said == f"the bundle gives this {calibration.interval.title}"
     shutil.rmtree(bundle)
     assert "no bundle" in update_bundle(ws.run("resnet18"), calibration) and not bundle.exists()
     again = load_bundle(current_bundle(ws.run("resnet18")))
     assert again.interval.to_dict() == calibration.interval.to_dict()
+
+
+@pytest.mark.parametrize("folds", [False, True])
+def test_the_correction_carries_its_own_error_of_the_scans_that_judge_the_run(folds, tmp_path):
+    scans = cohort_frame(120)
+    scans = scans[scans["split"] != "test"] if folds else scans
+    ws = write_workspace(tmp_path, scans)
+    if folds:
+        rows = scans.assign(
+            fold=np.arange(len(scans)) % 4, seed=0, variant="single", predicted_age=simulated(scans)
+        )
+        write_csv(rows[PREDICTION_COLUMNS], ws.run("run") / "predictions.csv")
+        write_settings(ws, "run", "single")
+    else:
+        write_run(ws, "run", scans, simulated(scans))
+    found = evaluate_runs(ws, n_bootstrap=5).runs["run"]
+    kept = facts_of_run(found.run, ws)["correction"]
+    assert kept["mae"] == pytest.approx(found.corrected[found.run.judged_on]["mae"]["value"])
+    card = write_card(manifest(correction=kept))
+    assert f"for comparing gaps: such ages err by {kept['mae']:.1f} years" in card
 
 
 def test_a_channel_that_never_fires_does_not_keep_a_model_from_its_bundle(trained, tmp_path):
@@ -280,7 +308,7 @@ def test_the_card_states_figures_licence_and_use(saved):
     for said in (
         "15 people",
         "mean predictor",
-        "90% conformal interval, calibrated on 5 validation scans",
+        "90% conformal interval, calibrated on 5 subjects (validation",
         "CC BY 4.0",
         "not a medical device",
     ):
@@ -331,6 +359,8 @@ def test_gap_interval_and_corrections_follow_from_the_prediction(tiny, tmp_path)
     assert result.predicted_age == pytest.approx(np.mean(result.members))
     assert (result.low, result.high) == pytest.approx((result.predicted_age - 8, result.predicted_age + 8))
     assert result.corrected_age == pytest.approx((result.predicted_age - 10) / 0.8)
+    assert result.corrected_mae == result.to_dict()["corrected_mae"] == 6.5
+    assert "(such ages err by 6.5 on average)" in result.frame().to_string()
     assert result.gap == pytest.approx(result.predicted_age - 44)
     assert result.adjusted_gap == pytest.approx(result.predicted_age - (10 + 0.8 * 44))
 
@@ -381,14 +411,19 @@ def measured(tmp_path_factory):
 
 def test_a_noisy_head_is_far_from_the_training_scans_and_another_head_is_not(measured, tmp_path):
     noisy = write_scan(tmp_path / "noisy.nii", array=noisy_head(40))
-    assert "unlike_training_image" in codes(measured, noisy)
-    assert codes(measured, write_scan(tmp_path / "a.nii", 41)) == []
+    result = load_bundle(measured).predict(noisy)
+    assert result.warnings[0].code == "far_from_training"
+    assert result.do_not_use_because == result.warnings[0].sentence == result.frame()["value"]["do not use"]
+    assert "than all 30 compared" in result.do_not_use_because and "one in 31" in result.do_not_use_because
+    assert result.to_dict()["do_not_use_because"] == result.do_not_use_because
+    other = load_bundle(measured).predict(write_scan(tmp_path / "a.nii", 41))
+    assert other.warnings == () and other.do_not_use_because == "" and "do not use" not in other.frame().index
 
 
 def test_what_is_no_head_at_all_is_said_once(measured, tmp_path):
     noise = np.random.default_rng(0).integers(0, 1000, (48, 48, 48)).astype(np.int16)
     found = codes(measured, write_scan(tmp_path / "noise.nii", array=noise))
-    assert [code for code in found if code.startswith("unlike")] == ["unlike_training"]
+    assert [code for code in found if "training" in code] == ["far_from_training"]
 
 
 def with_array(bundle, target, file, name, change):
@@ -415,9 +450,10 @@ def filled(value):
     [
         ("reference.safetensors", "mean", filled(np.inf), "damaged: mean of reference"),
         ("reference.safetensors", "mean", lambda mean: mean[1:], "reference volume"),
-        ("reference.safetensors", "image.mean", lambda mean: mean[1:], "distances from training have shapes"),
-        ("reference.safetensors", "image.precision", lambda array: -array, "not positive"),
-        ("reference.safetensors", "image.limit", lambda limit: np.asarray(limit * np.nan), "not finite"),
+        ("reference.safetensors", "image.rows", lambda rows: rows[:, 1:], r"has shape \(30, 17\)"),
+        ("reference.safetensors", "image.rows", lambda rows: rows[:3], "expected 20 to 1000 rows of 18"),
+        ("reference.safetensors", "image.rows", filled(1e300), "numbers below a million"),
+        ("reference.safetensors", "image.rows", filled(np.nan), "damaged: image.rows"),
         ("member-00.safetensors", "conv1.weight", filled(np.nan), "damaged: conv1.weight"),
         ("member-00.safetensors", "bn1.running_var", filled(0), "bn1.running_var holds .* not positive"),
         ("member-00.safetensors", "age_sd", lambda sd: np.asarray(-sd), "age_sd holds .* not positive"),
@@ -520,6 +556,7 @@ TRAINING, INTERVAL, CORRECTION = (manifest()[name] for name in ("training", "int
         ({"interval": INTERVAL | {"level": 1}}, "interval.level"),
         ({"correction": {"slope": 1}}, "intercept"),
         ({"correction": CORRECTION | {"slope": 0}}, "correction.slope"),
+        ({"correction": CORRECTION | {"mae": -1}}, "correction.mae"),
         ({"correction": CORRECTION | {"slope": "0.8"}}, "correction.slope"),
         ({"reference": {}}, "likeness"),
         ({"seen": MANY | {"salt": "not hex"}}, "seen.salt"),

@@ -1,54 +1,72 @@
 import numpy as np
 import pytest
 
-from brainage_nb.predict.cautions import Distance
+from brainage_nb.predict.cautions import STATISTICS, Distance, measure_remoteness
 
-N = 17
+N = len(STATISTICS)
 
 
 @pytest.fixture(scope="module")
 def draw():
-    """Statistics (n, 17) of scans that differ in four ways, one number constant."""
+    """Descriptions (n, 18) of scans that differ in four ways, with long tails; one number constant."""
     mixing = np.random.default_rng(0).normal(0, 1, (4, N)) * np.logspace(-3, 3, N)
 
     def rows(n, seed):
         rng = np.random.default_rng(seed)
-        made = rng.normal(0, 1, (n, 4)) @ mixing + rng.normal(0, 0.1, (n, N)) * np.logspace(-3, 3, N)
+        made = rng.standard_t(4, (n, 4)) @ mixing + rng.normal(0, 0.1, (n, N)) * np.logspace(-3, 3, N)
         made[:, 5] = 7.0
         return made
 
     return rows
 
 
-def test_scans_like_those_of_training_are_rarely_called_far(draw):
-    distance = Distance.fit(draw(200, 1))
-    assert (distance.measure(draw(400, 5)) > distance.limit).mean() < 0.06
+@pytest.mark.parametrize(("n", "far"), [(20, 1), (64, 1), (98, 1), (99, 1), (200, 2)])
+def test_of_ordinary_scans_just_as_many_are_called_far_as_is_claimed(n, far, draw):
+    scans = draw(n + 1, n)
+    found = [measure_remoteness(np.delete(scans, k, axis=0), scan) for k, scan in enumerate(scans)]
+    assert sum(one.p_value <= one.limit for one in found) == far
+    assert found[0].limit == far / (n + 1)
 
 
-def test_scans_from_elsewhere_are_called_far(draw):
-    distance = Distance.fit(draw(200, 1))
-    assert (distance.measure(draw(50, 7) * 3 + 8) > distance.limit).mean() > 0.9
+@pytest.mark.parametrize("n", [20, 200])
+def test_scans_from_elsewhere_are_further_than_all(n, draw):
+    found = [measure_remoteness(draw(n, 1), scan) for scan in draw(20, 7) * 5 + 8]
+    assert np.mean([one.n_nearer == n for one in found]) > 0.9
 
 
-def test_a_distance_is_mahalanobis_in_standard_deviations():
-    rows = np.random.default_rng(0).normal(5, 2, (2000, N))
-    distance = Distance.fit(rows)
-    expected = np.sqrt((((rows - 5) / 2) ** 2).mean(axis=1))
-    np.testing.assert_allclose(distance.measure(rows), expected, rtol=0.1)
+def test_that_in_which_a_scan_differs_most_is_named(draw):
+    training = draw(40, 1)
+    noisy = training.mean(axis=0)
+    noisy[STATISTICS.index("noise")] += 20 * training[:, STATISTICS.index("noise")].std()
+    found = measure_remoteness(training, noisy)
+    assert (found.most_in, found.n_nearer, found.p_value) == ("noise", 40, 1 / 41)
+
+
+def old_arrays(rng):
+    """As a bundle of release 0.1.0 has them."""
+    old = {"mean": rng.normal(size=N - 1), "scale": rng.uniform(1, 2, N - 1), "limit": np.asarray(1.5)}
+    return old | {"axes": rng.normal(size=(N - 1, 5)), "whiten": rng.normal(size=(5, 5))}
 
 
 def test_the_arrays_of_release_0_1_0_give_the_distance_they_gave(draw):
-    rng = np.random.default_rng(3)
-    old = {"mean": rng.normal(size=N), "scale": rng.uniform(1, 2, N), "limit": 1.5}
-    old |= {"axes": rng.normal(size=(N, 5)), "whiten": rng.normal(size=(5, 5))}
-    rows = draw(6, 2)
-    whitened = (rows - old["mean"]) / old["scale"] @ old["axes"] @ old["whiten"]
-    expected = np.sqrt((whitened**2).sum(axis=1) / 5)
-    np.testing.assert_allclose(Distance.from_arrays(old).measure(rows), expected)
+    old = old_arrays(np.random.default_rng(3))
+    for row in draw(6, 2)[:, :-1]:
+        whitened = (row - old["mean"]) / old["scale"] @ old["axes"] @ old["whiten"]
+        expected = np.sqrt((whitened**2).sum() / 5) / 1.5
+        assert Distance.from_arrays(old).times_too_far(row) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", ["mean", "precision", "limit"])
-def test_content_that_is_not_finite_is_refused(name, draw):
-    arrays = {name: np.asarray(value) for name, value in vars(Distance.fit(draw(60, 1))).items()}
-    with pytest.raises(ValueError, match="not finite"):
-        Distance.from_arrays(arrays | {name: arrays[name] * np.nan})
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("mean", lambda array: array * np.nan, "not finite"),
+        ("precision", lambda array: array * np.nan, "not finite"),
+        ("limit", lambda array: array * np.nan, "not finite"),
+        ("precision", lambda array: -array, "not positive"),
+        ("mean", lambda array: array[1:], "distances from training have shapes"),
+    ],
+)
+def test_arrays_of_old_bundles_that_are_damaged_are_refused(name, change, said):
+    arrays = vars(Distance.from_arrays(old_arrays(np.random.default_rng(3))))
+    with pytest.raises(ValueError, match=said):
+        Distance.from_arrays(arrays | {name: change(np.asarray(arrays[name]))})

@@ -12,6 +12,7 @@ import pytest
 
 from brainage_nb.bundle_format import BundleError
 from brainage_nb.predict.bundle import load_bundle
+from brainage_nb.predict.cautions import image_statistics
 from tests.volumes.template_head import head, pose
 
 DATA = Path(__file__).parents[1] / "data"
@@ -35,7 +36,9 @@ def test_an_old_bundle_predicts_the_same_ages(degrees, move_mm, age, correlation
     assert bundle.reference.correlation(result.volume) == pytest.approx(correlation, abs=1e-3)
     codes = [caution.code for caution in result.warnings]
     assert codes == ["unlike_training", "skull_not_as_in_training", "few_calibration_subjects"]
-    assert bundle.reference.times_too_far(result.volume) == pytest.approx(times, abs=0.01)
+    statistics = image_statistics(result.volume)
+    assert bundle.reference.distance.times_too_far(statistics) == pytest.approx(times, abs=0.01)
+    assert result.do_not_use_because.startswith("After preprocessing this scan does not look like")
     assert bundle.is_test_object and "34 people" in bundle.title
 
 

@@ -50,8 +50,10 @@ def test_scans_unlike_those_of_training_are_counted_in_words(tmp_path, other):
         write_scan(other.path(f"{name}.nii"), array=noisy_head(40))
     bundle = load_bundle(write_tiny_bundle(tmp_path / "bundle", n_scans=30))
     found = apply_to_workspace(bundle, other.root, n_bootstrap=50)
-    (said,) = [line for line in found.warnings if "unlike_training_image" in line]
-    assert said.startswith("2 of 9 scans: image further from the training scans")
+    assert found.warnings[0].startswith("2 of 9 scans: further from the training scans")
+    assert "do not use their ages (`far_from_training`)" in found.warnings[0]
+    unusable = found.predictions.set_index("scan_id")["do_not_use_because"] != ""
+    assert unusable[unusable].index.tolist() == ["p1", "p4"]
 
 
 def test_a_subject_or_a_file_of_the_training_set_is_refused(tmp_path, other):
