@@ -512,6 +512,7 @@ TRAINING, INTERVAL, CORRECTION = (manifest()[name] for name in ("training", "int
         ({"preprocessing": SETTINGS.to_json() | {"fingerprint": "other"}}, "other steps"),
         ({"training": None}, "training: None is not of type 'object'"),
         ({"training": TRAINING | {"age_low": 90}}, "youngest age is above the oldest"),
+        ({"training": TRAINING | {"voxel_mm": [1.0, 0.5]}}, "voxel_mm is not the smallest"),
         ({"training": TRAINING | {"age_counts": [1]}}, "age_counts do not fit age_edges"),
         ({"training": TRAINING | {"n_subjects": 10**400}}, "n_subjects"),
         ({"interval": {"level": 0.9}}, "quantile"),
