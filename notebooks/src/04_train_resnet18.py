@@ -58,8 +58,8 @@ epochs = 60  # @param {type:"integer"}
 learning_rate = 3e-4  # @param {type:"number"}
 # seeds, with commas; one model a seed, several make an ensemble
 seeds = "1"  # @param {type:"string"}
-# folds of cross-validation over training and validation subjects; 0: none
-folds = 0  # @param {type:"integer"}
+# everybody teaches: a model for each of five folds over all subjects, judged out of fold (recommended below some 500 subjects; takes five times as long)
+final = False  # @param {type:"boolean"}
 # minutes after which everything is saved and the run ends, to be continued; 0: no limit
 max_minutes = 0.0  # @param {type:"number"}
 # delete what an earlier run of this name left and start anew
@@ -119,6 +119,8 @@ augmentation = AugmentationSettings(**pick_fields(parameters, AugmentationSettin
 chosen = pick_fields(parameters, TrainingSettings)
 settings = TrainingSettings.of_recipe(recipe, **chosen, augmentation=augmentation)
 print(f"Other than recipe {recipe}: {list_changes(settings, recipe)}")
+if not settings.final and (n := splits["subject_id"].nunique()) < 500:
+    print(f"{n} subjects: final = True would let everybody teach and judge everybody, five times as slowly.")
 
 # %% [markdown]
 # ## The network
@@ -209,6 +211,7 @@ result.history.tail()
 # ## First figures
 # Raw predictions, split by split. The network has learned from the training subjects.
 # Validation subjects may have chosen the epoch. Only the test row says what to expect on new people.
+# With `final` there is one row: everybody, each predicted by the model of the fold that had not seen them.
 # **06 · Evaluate** adds intervals, corrections and the report.
 
 # %%

@@ -10,7 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from brainage_nb.bundle_format import BundleError, zip_bundle
-from brainage_nb.evaluation.evaluate import evaluate_runs
+from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
+from brainage_nb.evaluation.plots import draw_figures
+from brainage_nb.evaluation.report import write_report
 from brainage_nb.models.settings import RECIPES, TrainingSettings
 from brainage_nb.models.train import train
 from brainage_nb.predict.bundle import load_bundle
@@ -103,6 +105,34 @@ def test_a_learned_distribution_and_the_regression_beside_it_are_saved_too(train
     assert bundle.predict(image).predicted_age == pytest.approx(rows["predicted_age"]["000"], abs=1e-4)
     bundle.model.flip_averaging = False
     assert abs(bundle.predict(image).predicted_age - rows["predicted_age"]["000"]) > 1e-4
+
+
+def test_where_everybody_teaches_all_are_in_the_bundle_and_judged_out_of_fold(trained, tmp_path):
+    ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
+    store = VolumeStore(next(path for path in ws.path("volumes").iterdir() if path.is_dir()))
+    chosen = TrainingSettings(
+        epochs=1, widths=ARCHITECTURE["widths"], blocks=ARCHITECTURE["blocks"], device="cpu", processes=1,
+        augmentation=None, learning_rate=1e-3, keep="last", inner_fraction=0.0, folds=3, final=True,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it trains without a GPU
+        rows = train(store, ws.read("splits.csv"), ws.run("final"), chosen).predictions
+    single = rows[rows["variant"] == "single"]
+    assert sorted(single["scan_id"]) == sorted(ws.read("splits.csv")["scan_id"])
+    assert set(rows["split"]) == {"train"} and set(single["fold"]) == {0, 1, 2}
+    manifest = load_bundle(save_bundle(ws.run("final"))).manifest
+    assert (manifest["training"]["n_subjects"], len(manifest["members"])) == (len(SPLIT), 3)
+    assert list(manifest["figures"]) == ["out_of_fold"]
+    assert (manifest["interval"]["kind"], manifest["interval"]["n_calibration"]) == (
+        "out-of-fold",
+        len(SPLIT),
+    )
+    evaluation = evaluate_runs(ws, "final,resnet18", n_bootstrap=20)
+    assert list(headline_table(evaluation.results).index) == ["resnet18, test", "final, out of fold"]
+    assert {"a": "final", "b": "resnet18"}.items() <= evaluation.comparisons.iloc[-1].to_dict().items()
+    write_report(evaluation, draw_figures(evaluation))
+    page = ws.path("evaluation", "report.html").read_text(encoding="utf-8")
+    assert "everybody taught, and no test split is claimed" in page
 
 
 def test_training_starts_from_a_bundle_but_not_from_one_that_saw_its_test_scans(trained, saved, tmp_path):
