@@ -28,7 +28,9 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     )
     predict.add_argument("--out", default="", help="write the results to this CSV file")
     predict.add_argument(
-        "--explain", action="store_true", help="write a heat map (NIfTI, PNG) of each scan beside the results"
+        "--explain",
+        action="store_true",
+        help="write a heat map (NIfTI, PNG) of each scan beside the results, in years: up to a minute each",
     )
     predict.add_argument("--jobs", type=int, default=0, help="scans prepared at once (default: processors)")
     predict.add_argument(
@@ -151,11 +153,15 @@ def folders_that_tell_apart(scans: Iterable[Path | str]) -> int:
 
 
 def _explain(bundle: Bundle, result: Prediction | Failure, folder: Path, n_folders: int) -> None:
+    from tqdm import tqdm
+
     from brainage_nb.predict.cautions import Prediction
     from brainage_nb.predict.explain import explain
 
     if isinstance(result, Prediction):
-        explain(bundle, result).save(folder, result, n_folders=n_folders)
+        explanation = explain(bundle, result)
+        explanation.save(folder, result, n_folders=n_folders)
+        tqdm.write(f"{result.scan}: {explanation.words}")
 
 
 def _report(bundle: Bundle, results: list[Any], options: argparse.Namespace, notice: str) -> int:
