@@ -59,6 +59,9 @@ NO_MEAN = (
     "This bundle was saved without the mean training volume, from which a map in years starts. So this is "
     "Grad-CAM, which has no unit. Save the bundle again from its run for a map in years."
 )
+NO_PLACES = (
+    "This kind of model has no map of single places: the years are those that each three axial slices add."
+)
 CUBE_MM = 24.0  # covered at once: about a gyrus with its neighbours
 UNPLACED_YEARS = 0.1  # the most that a map in years may lack without a word
 
@@ -162,7 +165,7 @@ def explain(bundle: Bundle, prediction: Prediction, method: str = "") -> Explana
         heat = np.zeros(prediction.volume.shape, dtype=np.float32)
         for row in contributions.dropna(subset=["years"]).itertuples():
             heat[:, :, row.first_slice : row.last_slice + 1] = row.years
-        return Explanation(heat, TRIPLETS, spacing, contributions=contributions)
+        return Explanation(heat, TRIPLETS, spacing, NO_PLACES, contributions)
     mean, volume = bundle.reference.mean_volume, prediction.volume
     if method == OCCLUSION:
         heat = occlusion(model, volume, mean, edge=max(2, round(CUBE_MM / spacing)))

@@ -109,7 +109,7 @@ def test_the_check_stands_between_what_knows_nothing_and_what_the_heads_show(tmp
     nib.save(nib.Nifti1Image(ball, affine), tmp_path / "derivatives" / "ageing_map.nii.gz")
     ids, ages = [f"{k:02d}" for k in range(30)], np.linspace(20, 80, 30)
     pd.DataFrame({"scan_id": ids, "brain_age": ages}).to_csv(tmp_path / "truth.csv", index=False)
-    noise = rng.normal(1, 0.3, (30, 48, 48, 48))
+    noise = rng.normal(5 * np.roll(ball, 12, axis=1), 0.3, (30, 48, 48, 48))  # bright there at every age
     store = Store(zip(ids, (noise + 0.05 * ages[:, None, None, None] * ball).astype(np.float16), strict=True))
     splits = pd.DataFrame(
         {"scan_id": ids, "age": ages, "image": ids, "split": ["train", "test", "train"] * 10}
@@ -125,6 +125,6 @@ def test_the_check_stands_between_what_knows_nothing_and_what_the_heads_show(tmp
         "the answer": 6, "nothing": 6, "ceiling": 18,
     }  # fmt: skip
     scores = {name: table.xs(name) for name in ("the answer", "nothing", "ceiling")}
-    assert (scores["the answer"]["auc"] > 0.99).all() and (scores["ceiling"]["auc"] > 0.95).all()
+    assert (scores["the answer"]["ap"] > 0.99).all() and (scores["ceiling"]["ap"] > 0.9).all()
     assert scores["nothing"]["auc"].tolist() == pytest.approx([0.5] * 4, abs=0.1)
-    assert (scores["ceiling"]["ap"] > 5 * scores["nothing"]["ap"]).all()
+    assert (scores["nothing"]["ap"] < 0.1).all()
