@@ -246,16 +246,16 @@ def integrated_gradients(
     """
     owed = float(model.predict(volume).mean() - model.predict(mean).mean())
     start, end = (_as_batch(array).to(model.device) for array in (mean, volume))
+    mirrored = (False, True) if model.flip_averaging else (False,)
 
     def integrate(networks: Sequence[nn.Module]) -> Tensor:
         total, heat = torch.zeros_like(end), torch.zeros_like(end)
         for steps in STEPS:
             for step in (k for k in range(steps) if steps == STEPS[0] or k % 3 != 1):
                 place = (start + (step + 0.5) / steps * (end - start)).requires_grad_()
-                for network in networks:
-                    views = torch.cat([place, place.flip(2)]) if model.flip_averaging else place
-                    total += torch.autograd.grad(network(views).mean(), place)[0]
-            heat = (end - start) * total / (steps * len(networks))
+                for network, flip in product(networks, mirrored):
+                    total += torch.autograd.grad(network(place.flip(2) if flip else place).sum(), place)[0]
+            heat = (end - start) * total / (steps * len(networks) * len(mirrored))
             if abs(float(heat.sum(dtype=torch.float64)) - owed) < within_years:
                 break
         return heat

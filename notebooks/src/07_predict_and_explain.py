@@ -55,8 +55,7 @@ bundle = ""  # @param {type:"string"}
 scan = ""  # @param {type:"string"}
 # true age of that scan in years, for the gap; 0: not known, or from the workspace
 true_age = 0.0  # @param {type:"number"}
-# how the age is explained: integrated_gradients (years; seconds to a minute), grad_cam (a second) or occlusion
-# (minutes); SVR models always show triplets
+# how the age is explained: integrated_gradients (years), grad_cam (a second), occlusion (minutes); SVR: triplets
 method = "integrated_gradients"  # @param ["integrated_gradients", "grad_cam", "occlusion"]
 # scans per age band behind each group map
 per_band = 12  # @param {type:"integer"}
