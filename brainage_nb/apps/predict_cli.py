@@ -30,7 +30,7 @@ def add_parsers(commands: argparse._SubParsersAction) -> None:
     predict.add_argument(
         "--explain",
         action="store_true",
-        help="write a heat map (NIfTI, PNG) of each scan beside the results, in years: seconds to minutes each",
+        help="write a heat map in years (NIfTI, PNG) of each scan beside the results: seconds to minutes",
     )
     predict.add_argument("--jobs", type=int, default=0, help="scans prepared at once (default: processors)")
     predict.add_argument(
