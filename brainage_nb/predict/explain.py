@@ -59,9 +59,7 @@ NO_MEAN = (
     "This bundle was saved without the mean training volume, from which a map in years starts. So this is "
     "Grad-CAM, which has no unit. Save the bundle again from its run for a map in years."
 )
-NO_PLACES = (
-    "This kind of model has no map of single places: the years are those that each three axial slices add."
-)
+NO_PLACES = "This kind of model maps no single places: the years are what each three axial slices add."
 CUBE_MM = 24.0  # covered at once: about a gyrus with its neighbours
 UNPLACED_YEARS = 0.1  # the most that a map in years may lack without a word
 
@@ -747,6 +745,6 @@ def group_figure(bundle: Bundle, groups: Sequence[GroupMap], at_mm: Sequence[flo
         years = f"{group.low:g} to {group.high:g} years\nn = {group.n}"
         label = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 9}
         axes[0].text(-0.08, 0.5, years, transform=axes[0].transAxes, **label)
-    title, _ = METHODS[usual_method(bundle)]
-    figure.suptitle(f"Mean maps by true age (vermilion raises it, blue lowers it)\n{title}", fontsize=10)
+    title = f"Mean maps by true age; vermilion raises it, blue lowers it\n{METHODS[usual_method(bundle)][0]}"
+    figure.suptitle(title, fontsize=10)
     return figure
