@@ -61,7 +61,6 @@ NO_MEAN = (
 )
 NO_PLACES = "This kind of model maps no single places: the years are what each three axial slices add."
 CUBE_MM = 24.0  # covered at once: about a gyrus with its neighbours
-UNPLACED_YEARS = 0.1  # the most that a map in years may lack without a word
 
 
 @dataclass(frozen=True)
@@ -183,7 +182,7 @@ def _add_up(heat: np.ndarray, predicted_age: float, mean_age: float) -> str:
         "What moved this age away from the mean training brain's, by one method: the sum of the map is "
         f"{total:+.1f} years (predicted {predicted_age:.1f}, the mean training brain {mean_age:.1f})."
     )
-    return words if abs(missing) < UNPLACED_YEARS else f"{words} {missing:+.1f} years could not be placed."
+    return words if abs(missing) < 0.1 else f"{words} {missing:+.1f} years could not be placed."
 
 
 def usual_method(bundle: Bundle) -> str:
@@ -442,8 +441,7 @@ def region_table(heat: np.ndarray, labels: np.ndarray, names: Sequence[str] = RE
     by_label = voxels[voxels["label"] > 0].groupby("label")
     frame = by_label.agg(sum=("heat", "sum"), share=("share", "sum"))
     frame["share"] /= max(frame["share"].sum(), 1e-12)
-    size = by_label.size()
-    frame["density"] = frame["share"] / (size / size.sum())
+    frame["density"] = frame["share"] / (by_label.size() / by_label.size().sum())
     frame.insert(0, "region", [names[label - 1] for label in frame.index])
     return frame.sort_values("density", ascending=False, ignore_index=True)
 
@@ -528,8 +526,9 @@ def planted_check(
         `map, inside` (the head, or the brain alone), `above` (a planted change, of `PLANTED`), `n` scans, and
         the scores of `localisation`. Maps, absolute and averaged over test scans: the model's; that of random
         weights (a map that stays the same shows the picture, not the model: Adebayo et al. 2018); edges, near
-        which much of the ageing lies. The *ceiling* is what the heads themselves show: the slope of each
-        voxel on the planted brain age over training scans.
+        which much of the ageing lies; and the difference from the mean brain, by which a map in years is
+        multiplied and which knows no model. The *ceiling* is what the heads themselves show: the slope of
+        each voxel on the planted brain age over training scans.
     """
     truth, settings = read_csv(Path(cohort) / TRUTH).set_index("scan_id"), bundle.settings
 
@@ -580,6 +579,8 @@ def _map_makers(bundle: Bundle, seed: int) -> dict[str, Callable[[np.ndarray], n
         f"{usual}, random weights": partial(_map_for_mean, random),
         "edges of the scan": edge_map,
     }
+    if usual == INTEGRATED:
+        makers["difference from the mean brain"] = lambda volume: volume - bundle.reference.mean_volume
     return {name: lambda volume, make=make: np.abs(make(volume)) for name, make in makers.items()}
 
 

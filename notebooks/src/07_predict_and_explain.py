@@ -182,8 +182,9 @@ regions.round(3)
 # In the known-answer cohort we know where ageing was planted. Heat should fall there. It should do so more than plain
 # edges of the scan, and more than the heat of a network with random weights. `above` says from which planted change on a
 # voxel counts as ageing (1 is the largest), `planted` how many voxels do. `auc` is the area under the ROC curve, 0.5 by
-# chance; `ap` is the average precision, as high as `planted` by chance. The ceiling is what the training heads show of
-# it themselves. On people nobody knows the answer.
+# chance; `ap` is the average precision, as high as `planted` by chance. Where the brain differs from the mean brain also
+# tells much, without any model. The ceiling is what the training heads show of the ageing themselves. On people nobody
+# knows the answer.
 
 # %%
 from brainage_nb.demo.cohort import AGEING_MAP
