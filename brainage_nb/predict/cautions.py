@@ -239,24 +239,31 @@ class Reference:
         Volumes behind it.
     distance : Distance or None
         None where there were fewer than 20 training scans.
+    mean_volume : float16 array (size, size, size) or None
+        Mean of the training volumes, not blurred: where maps in years start. None in bundles that were saved
+        without it.
     """
 
     mean: np.ndarray
     likeness: tuple[float, float, float]
     n_volumes: int
     distance: Distance | None = None
+    mean_volume: np.ndarray | None = None
 
     @classmethod
     def fit(cls, volumes: Iterable[np.ndarray]) -> Reference:
         """From training volumes (size, size, size), as stored, RAS."""
-        described = [(blur(volume), image_statistics(volume)) for volume in volumes]
+        described, whole = [], 0.0
+        for volume in volumes:
+            described.append((blur(volume), image_statistics(volume)))
+            whole = whole + volume.astype(np.float32)
         coarse, statistics = (np.stack(part) for part in zip(*described, strict=True))
         n, total = len(coarse), coarse.sum(axis=0)
         # Each volume is compared with the mean of the others: alone among few, it would resemble itself.
         values = [_correlate(each, total - each if n > 1 else total) for each in coarse]
         likeness = tuple(float(np.quantile(values, share)) for share in (0.0, 0.05, 0.5))
         distance = Distance.fit(statistics) if n >= FEWEST else None
-        return cls((total / n).astype(np.float32), likeness, n, distance)
+        return cls((total / n).astype(np.float32), likeness, n, distance, (whole / n).astype(np.float16))
 
     @property
     def lowest_usual(self) -> float:
@@ -283,21 +290,29 @@ class Reference:
         return {"likeness": list(self.likeness), "n_volumes": self.n_volumes}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The mean volume, in half precision, and what the distance learned."""
+        """The mean volumes, in half precision, and what the distance learned."""
         learned = vars(self.distance) if self.distance else {}
-        return {"mean": self.mean.astype(np.float16)} | {
-            f"image.{name}": np.asarray(value, dtype=np.float64) for name, value in learned.items()
-        }
+        whole = {} if self.mean_volume is None else {"mean_volume": self.mean_volume}
+        return (
+            {"mean": self.mean.astype(np.float16)}
+            | whole
+            | {f"image.{name}": np.asarray(value, dtype=np.float64) for name, value in learned.items()}
+        )
 
     @classmethod
     def from_parts(cls, content: Mapping[str, Any], arrays: Mapping[str, np.ndarray], size: int) -> Reference:
         """From `to_dict` and `arrays`; `size` is the side of the volumes to be compared, voxels."""
-        mean, side = arrays["mean"].astype(np.float32), size // _block(size)
-        if mean.shape != (side, side, side) or not np.isfinite(mean).all():
-            raise ValueError(f"the reference volume has shape {mean.shape}, expected {(side,) * 3}, finite")
+        sides = {"mean": size // _block(size)} | ({"mean_volume": size} if "mean_volume" in arrays else {})
+        for name, side in sides.items():
+            found = arrays[name]
+            if found.shape != (side,) * 3 or found.dtype.kind != "f" or not np.isfinite(found).all():
+                raise ValueError(
+                    f"reference volume {name} has shape {found.shape}, expected {(side,) * 3}, finite"
+                )
         image = {name.partition(".")[2]: arrays[name] for name in arrays if name.startswith("image.")}
         distance = Distance.from_arrays(image) if image else None
-        return cls(mean, tuple(content["likeness"]), content["n_volumes"], distance)
+        mean, likeness = arrays["mean"].astype(np.float32), tuple(content["likeness"])
+        return cls(mean, likeness, content["n_volumes"], distance, arrays.get("mean_volume"))
 
 
 def image_statistics(volume: np.ndarray) -> np.ndarray:
