@@ -309,8 +309,8 @@ def _layer_maps(network: nn.Module, batch: Tensor) -> list[Tensor]:
         stem = network.maxpool(network.act(network.bn1(network.conv1(batch))))
         first = network.layer1(stem).detach().requires_grad_()
         kept = [first, second := network.layer2(first), network.layer3(second)]
-        scores = network.fc(network.avgpool(network.layer4(kept[-1])).flatten(1))
-        gradients = torch.autograd.grad(network.ages(scores).sum(), kept)
+        score = network.fc(network.avgpool(network.layer4(kept[-1])).flatten(1))
+        gradients = torch.autograd.grad((network.age_sd * score).sum(), kept)
     pairs = zip(kept, gradients, strict=True)
     maps = [(layer.detach() * gradient).sum(dim=1, keepdim=True) for layer, gradient in pairs]
     return maps if network.linear is None else [*maps, network.linear.parts(batch)[:, None]]

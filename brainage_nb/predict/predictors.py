@@ -163,8 +163,9 @@ def load_network(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarr
     )
     if least > (held := sum(array.size for array in weights.values())):
         raise ValueError(f"a network of more than {least:,} weights is described, the file holds {held:,}")
-    # Bundles of release 0.1.0 name the norm; there is one.
-    network = resnet18_regressor(**{name: value for name, value in architecture.items() if name != "norm"})
+    # Bundles of release 0.1.0 name the norm and one output; there are no others.
+    shape = {name: value for name, value in architecture.items() if name not in ("norm", "outputs")}
+    network = resnet18_regressor(**shape)
     expected = network.state_dict()
     if unlike := sorted(set(expected) ^ set(weights)):
         raise ValueError(f"tensors missing or left over: {unlike[:4]}")

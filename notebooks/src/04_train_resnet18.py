@@ -50,7 +50,7 @@ if importlib.util.find_spec("brainage_nb") is None:
 workspace = ""  # @param {type:"string"}
 # name of this training run; another name is another run beside it
 run = "resnet18"  # @param {type:"string"}
-# best (age distribution, last epoch, a linear regression beside it) or reference (Huber, best epoch)
+# best (last epoch, a linear regression beside the network) or reference (best epoch, the network alone)
 recipe = "best"  # @param ["reference", "best"]
 # passes over the training set
 epochs = 60  # @param {type:"integer"}
@@ -126,8 +126,7 @@ if not settings.final and (n := splits["subject_id"].nunique()) < 500:
 # ## The network
 # This is MONAI's 3D ResNet-18. A residual block learns what to add to its input.
 # From stage to stage the picture halves and the channels double.
-# The last layer sees one mean for each channel. With the loss `huber` it gives the age.
-# With `distribution` it gives the shares of 65 ages, and their mean is the predicted age.
+# The last layer sees one mean for each channel and gives the age.
 # The network starts at the mean age of the training subjects: its first guess is the mean predictor's.
 
 # %%
@@ -161,7 +160,6 @@ montage(list(batch[:, 0].numpy()), ages, name="axial", columns=4)
 # %% [markdown]
 # ## Loss, optimiser, learning rate
 # `huber` is square within a year of the true age and linear beyond, so that one odd scan does not rule the others.
-# `distribution` compares the 65 shares with a normal curve around the true age (Kullback-Leibler divergence).
 # AdamW turns gradients into steps; weight decay spares norms and biases.
 # The learning rate rises for some epochs, since the first gradients are wild. Then it falls as a cosine.
 
@@ -201,7 +199,6 @@ Markdown("\n".join(f"- {note}" for note in result.notes))
 # The validation error mostly lies below the training error.
 # Training scans are varied at random and predicted while the weights still move.
 # Validation scans are predicted as they are, by averaged weights.
-# With `distribution` the training loss is how far the curve of ages is off, no years: compare the errors, not the losses.
 
 # %%
 curve.draw(result.history)  # the last epochs, in the same place
