@@ -33,17 +33,14 @@ from brainage_nb.sources.folder import match_scans
 
 OUTER, INNER, HELD_OUT = 5, 3, 30
 RIDGE, NETWORK = "ridge on grey matter", "network on grey matter"
-DISTRIBUTION = f"{NETWORK}, age distribution"
 # Those to choose from, the simplest first; a recipe is the mean of its models.
 CANDIDATES: dict[str, tuple[str, ...]] = {
     "ridge on brightness": ("ridge on brightness",),
     RIDGE: (RIDGE,),
     "network on brightness": ("network on brightness",),
     NETWORK: (NETWORK,),
-    DISTRIBUTION: (DISTRIBUTION,),
     "network and ridge on brightness": ("network on brightness", "ridge on brightness"),
     "network and ridge on grey matter": (NETWORK, RIDGE),
-    "network and ridge on grey matter, age distribution": (DISTRIBUTION, RIDGE),
 }
 BASELINES = {name: (name,) for name in (MEAN, REGIONS, VGG, "reference")}
 QUICK = {name: CANDIDATES[name] for name in ("ridge on brightness", RIDGE)}

@@ -37,7 +37,6 @@ BRIGHTNESS, GREY = "registered", "best"  # what a network is shown
 NETWORKS: dict[str, tuple[str, dict]] = {  # how its scans are prepared, how it learns
     "network on brightness": (BRIGHTNESS, LAST),
     "network on grey matter": (GREY, LAST),
-    "network on grey matter, age distribution": (GREY, LAST | {"loss": "distribution"}),
     "reference": ("reference", {}),
 }
 RIDGES = {"ridge on brightness": BRIGHTNESS, "ridge on grey matter": GREY}

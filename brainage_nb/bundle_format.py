@@ -138,12 +138,13 @@ def _list_agreements(manifest: Mapping[str, Any]) -> dict[str, bool]:
     training, position = manifest["training"], manifest["position"]
     members = [member["file"] for member in manifest["members"]]
     listed = {file for file in manifest["files"] if file.startswith("member-")}
-    edges, counts = training["age_edges"], training["age_counts"]
+    edges, counts, voxels = training["age_edges"], training["age_counts"], training.get("voxel_mm") or []
     lengths = {len(position[name]) for name in ("part", "age", "predicted_age")}
     return {
         "members: two are one file": len(set(members)) == len(members),
         f"members: not the listed files: {sorted(listed ^ {*members})[:4]}": listed == {*members},
         "training: the youngest age is above the oldest": training["age_low"] <= training["age_high"],
+        "training: voxel_mm is not the smallest and the largest edge": voxels == sorted(voxels),
         "training: age_counts do not fit age_edges": len(edges) == len(counts) + 1,
         "position: its lists are of different lengths": len(lengths) == 1,
     }

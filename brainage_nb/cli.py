@@ -158,7 +158,7 @@ def _add_predict(commands: Any) -> None:
     told = "table with true ages (CSV, TSV, XLS, XLSX), for the gaps"
     predict.add_argument("--table", default="", help=told)
     predict.add_argument("--out", default="", help="write the results to this CSV file")
-    told = "write a heat map (NIfTI, PNG) of each scan beside the results"
+    told = "write a heat map in years (NIfTI, PNG) of each scan beside the results: seconds to minutes"
     predict.add_argument("--explain", action="store_true", help=told)
     predict.add_argument("--jobs", type=int, default=0, help="scans prepared at once (default: processors)")
     told = "where the model computes (default auto: a GPU where one works and there are many scans)"
@@ -189,7 +189,9 @@ def predict_command(options: argparse.Namespace) -> int:
     for result in tqdm(found, total=len(scans), desc="scans", unit="scan", leave=False):
         results.append(result)
         if options.explain and isinstance(result, Prediction):
-            explain(bundle, result).save(maps, result, n_folders=n_folders)
+            explanation = explain(bundle, result)
+            explanation.save(maps, result, n_folders=n_folders)
+            tqdm.write(f"{result.scan}: {explanation.words}")
     return _report(bundle, results, options.out, maps if options.explain else None)
 
 

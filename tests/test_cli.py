@@ -83,12 +83,16 @@ def test_what_is_not_to_be_used_is_said_before_any_age_and_in_the_csv(tmp_path, 
     assert list(rows).index("do_not_use_because") < list(rows).index("predicted_age")
 
 
-def test_explain_writes_a_map_that_lies_on_the_scan(tiny, tmp_path):
+def test_explain_writes_a_map_that_lies_on_the_scan_and_says_its_sum(tiny, tmp_path, capsys):
     import nibabel as nib
     import numpy as np
 
     scan = write_scan(tmp_path / "a.nii.gz")
     assert run("predict", "--bundle", tiny, scan, "--explain", "--out", tmp_path / "out.csv") == 0
+    said = capsys.readouterr().out
+    assert (
+        "a.nii.gz: What moved this age away from the mean training brain's" in said and "years (pred" in said
+    )
     folder = tmp_path / "out_heat_maps"
     assert sorted(path.name for path in folder.iterdir()) == ["a_heat.nii.gz", "a_heat.png"]
     heat, head = nib.load(folder / "a_heat.nii.gz"), nib.load(scan)

@@ -176,7 +176,7 @@ def test_a_parameter_of_a_notebook_that_the_run_leaves_out_is_refused_by_its_nam
 def test_the_list_of_one_notebook_shows_fields_and_choices(capsys):
     assert main(["list", "04"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "one of huber, distribution" in shown and "+ blur_mm 4.0 Largest full width" in shown
+    assert "one of huber, own" in shown and "+ blur_mm 4.0 Largest full width" in shown
     assert "01_data_access" not in shown
 
 

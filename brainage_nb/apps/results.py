@@ -159,8 +159,8 @@ def _slices(bundle: Bundle, prediction: Prediction, place: int) -> Figure:
     figure = known[place].picture(prediction, at, opacity=opacity / 100)
     st.pyplot(figure, clear_figure=False)
     st.caption(
-        "Vermilion raises the age, blue lowers it. A heat map shows what the model used, not what is wrong "
-        "with a brain."
+        f"{known[place].words} Vermilion raises the age, blue lowers it. A heat map shows what the model "
+        "used, not what is wrong with a brain."
     )
     return figure
 

@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, S
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from brainage_nb.models.compute import full_float32
-from brainage_nb.models.network import MOST_SCANS, AgeOutput, build_network, fit_linear, load_pretrained
+from brainage_nb.models.network import MOST_SCANS, build_network, fit_linear, load_pretrained
 from brainage_nb.models.resume import Checkpoints, StopRequests, halve_weights, write_weights
 from brainage_nb.models.settings import (
     Member,
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from brainage_nb.volumes.store import VolumeStore
 
 HUBER_DELTA = 1.0  # years: square within, linear beyond
-LABEL_SD = 3.0  # years, of the curve around a true age that a distribution is to match
 WARMUP_EPOCHS = 5  # of linear rise before the cosine; at most a fifth of all epochs
 GRADIENT_CLIP = 20.0  # largest norm
 PRECISE_SCANS = 64  # enough for BatchNorm's means
@@ -109,26 +108,6 @@ def huber_loss(predicted: Tensor, age: Tensor) -> Tensor:
     tensor([0.1250, 2.5000])
     """
     return nn.functional.huber_loss(predicted, age, reduction="none", delta=HUBER_DELTA)
-
-
-def distribution_loss(network: AgeOutput, scores: Tensor, age: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of each sample (batch,) from a normal curve around its age to the network's
-    distribution.
-
-    Parameters
-    ----------
-    network : AgeRegressor
-        Of several outputs; says which ages they stand for.
-    scores : Tensor (batch, outputs)
-        Of its last layer.
-    age : Tensor (batch,)
-        Years; ages beyond the outputs count as the nearest.
-    """
-    points = network.age_mean + network.age_sd * network.points(scores.shape[1])
-    age = age.clamp(points[0], points[-1])
-    wanted = (-((points - age[:, None]) / LABEL_SD).square() / 2).log_softmax(dim=1)
-    given = scores.float().log_softmax(dim=1)
-    return nn.functional.kl_div(given, wanted, reduction="none", log_target=True).sum(dim=1)
 
 
 def make_optimiser(model: nn.Module, settings: TrainingSettings) -> torch.optim.AdamW:
@@ -360,10 +339,7 @@ class Trainer:
 
     def _compute_losses(self, volumes: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted ages (years) and what is minimised, both (batch,)."""
-        scores = self.model(volumes, scores=True)
-        predicted = self.network.ages(scores)
-        if self.settings.loss == "distribution":
-            return predicted, distribution_loss(self.network, scores, age)
+        predicted = self.model(volumes)
         losses = self.loss(predicted, age)
         if losses.shape != age.shape:
             raise ValueError(

@@ -23,7 +23,6 @@ from brainage_nb.volumes.resampling import FWHM_PER_SD
 if TYPE_CHECKING:
     import pandas as pd
 
-DISTRIBUTION_POINTS, DISTRIBUTION_REACH = 65, 4.0  # of an age distribution: spread over +-4 age_sd
 HEAD = ("fc.weight", "fc.bias", "age_mean", "age_sd")
 
 
@@ -32,7 +31,6 @@ def resnet18_regressor(
     widths: Sequence[int] = (64, 128, 256, 512),
     blocks: Sequence[int] = (2, 2, 2, 2),
     shortcut: str = "B",
-    outputs: int = 1,
     linear_edge: int = 0,
     age_mean: float = 0.0,
     age_sd: float = 1.0,
@@ -46,10 +44,6 @@ def resnet18_regressor(
     shortcut : {"A", "B"}
         Where the resolution halves: "B" is a strided 1x1x1 convolution, "A" subsamples and pads with zero
         channels, as MedicalNet does.
-    outputs : int
-        1 for the age itself; more for its distribution over so many ages, evenly from 4 `age_sd` below to
-        4 `age_sd` above `age_mean`, whose mean is the age (soft labels, Peng et al. 2021,
-        doi:10.1016/j.media.2020.101871).
     linear_edge : int
         Edge of the map of weights of a linear regression (`VoxelRegression`) whose age is averaged with that
         of the network; 0 for none.
@@ -69,7 +63,7 @@ def resnet18_regressor(
         raise ValueError(f"shortcut={shortcut!r} is unknown. Available: ['A', 'B']")
     if len(widths) != 4 or len(blocks) != 4:
         raise ValueError(f"A ResNet has four stages; widths={tuple(widths)}, blocks={tuple(blocks)}.")
-    network = AgeRegressor(widths, blocks, shortcut, outputs, age_mean, age_sd)
+    network = AgeRegressor(widths, blocks, shortcut, age_mean, age_sd)
     if linear_edge:
         empty = torch.zeros((linear_edge,) * 3)
         network.linear = VoxelRegression(empty, empty.clone(), 0.0)
@@ -77,7 +71,7 @@ def resnet18_regressor(
 
 
 class AgeOutput(nn.Module):
-    """What turns a network's scores into ages. A subclass has `features` and the last layer, `fc`.
+    """What turns a network's score into an age. A subclass has `features` and the last layer, `fc`.
 
     `linear`, where there is one, stands beside the network: it is fitted after it, and a predicted age is the
     mean of both.
@@ -91,29 +85,17 @@ class AgeOutput(nn.Module):
         self.register_buffer("age_sd", torch.tensor(float(age_sd)))
         self.linear = None
 
-    def points(self, outputs: int) -> Tensor:
-        """Where a distribution's outputs stand, (outputs,), in `age_sd` from `age_mean`."""
-        return torch.linspace(-DISTRIBUTION_REACH, DISTRIBUTION_REACH, outputs, device=self.age_mean.device)
-
-    def ages(self, scores: Tensor) -> Tensor:
-        """Ages in years (batch,) of the last layer's outputs (batch, outputs)."""
-        scores = scores.float()
-        if scores.shape[1] > 1:
-            return self.age_mean + self.age_sd * (scores.softmax(dim=1) @ self.points(scores.shape[1]))
-        return self.age_mean + self.age_sd * scores[:, 0]
-
-    def forward(self, volumes: Tensor, *, scores: bool = False) -> Tensor:
-        """Ages in years, shape (batch,); with `scores` the last layer's outputs (batch, outputs) instead."""
-        given = self.fc(self.features(volumes))
-        if scores:
-            return given
-        return self.ages(given) if self.linear is None else (self.ages(given) + self.linear(volumes)) / 2
+    def forward(self, volumes: Tensor) -> Tensor:
+        """Ages in years, shape (batch,)."""
+        score = self.fc(self.features(volumes)).float()[:, 0]
+        age = self.age_mean + self.age_sd * score
+        return age if self.linear is None else (age + self.linear(volumes)) / 2
 
 
 class AgeRegressor(AgeOutput, ResNet):
-    """See `resnet18_regressor`; `features` gives what the last layer takes, `ages` what it makes of that."""
+    """See `resnet18_regressor`; `features` gives what the last layer takes."""
 
-    def __init__(self, widths, blocks, shortcut, outputs, age_mean, age_sd):
+    def __init__(self, widths, blocks, shortcut, age_mean, age_sd):
         super().__init__(
             "basic",
             list(blocks),
@@ -122,13 +104,11 @@ class AgeRegressor(AgeOutput, ResNet):
             n_input_channels=1,
             conv1_t_stride=2,  # MONAI's default, 1, does ten times the work
             shortcut_type=shortcut,
-            num_classes=outputs,
+            num_classes=1,
         )
         self.start_at(age_mean, age_sd)
         nn.init.normal_(self.fc.weight, std=0.01)
         nn.init.zeros_(self.fc.bias)
-        if outputs > 1:  # the first guess is the training ages' spread
-            self.fc.bias.data = -self.points(outputs).square() / 2
 
     def features(self, volumes: Tensor) -> Tensor:
         """Pooled features (batch, widths[-1]) of volumes (batch, 1, D, H, W), axes RAS."""
@@ -181,9 +161,7 @@ def build_network(
     if network is not None:
         return OwnNetwork(copy.deepcopy(network) if isinstance(network, nn.Module) else network(), **start)
     shape = {name: getattr(settings, name) for name in ("widths", "blocks", "shortcut")}
-    return resnet18_regressor(
-        **shape, outputs=DISTRIBUTION_POINTS if settings.loss == "distribution" else 1, **start
-    )
+    return resnet18_regressor(**shape, **start)
 
 
 def describe_network(network: AgeOutput, size: int) -> pd.DataFrame:

@@ -80,11 +80,6 @@ class Job:
     def _check_own(self) -> None:
         if self.settings.loss == "own" and self.loss is None:
             raise TrainingRefused("loss = 'own' stands for a function: give it as train(..., loss=...).")
-        if self.network is not None and self.settings.loss == "distribution":
-            raise TrainingRefused(
-                "A network of your own answers with one number per scan, no distribution of ages: set "
-                "loss='huber', or give a loss of your own."
-            )
 
     def check_start(self, *, fresh: bool) -> None:
         """Refuse weights to start from that are absent, would be deleted first, or know the answers."""

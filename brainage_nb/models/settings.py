@@ -25,8 +25,8 @@ RUNTIME = {"precision", "device", "processes", "max_minutes", "checkpoint_minute
 # How each named recipe is learned, beside how its scans are prepared (`volumes.settings`): `reference` is the
 # published method, `best` is what the ablation on real scans chose (`benchmarks/accuracy.py`).
 RECIPES: dict[str, dict[str, Any]] = {
-    "reference": {"loss": "huber", "keep": "best", "inner_fraction": 0.15, "linear": False},
-    "best": {"loss": "distribution", "keep": "last", "inner_fraction": 0.0, "linear": True},
+    "reference": {"keep": "best", "inner_fraction": 0.15, "linear": False},
+    "best": {"keep": "last", "inner_fraction": 0.0, "linear": True},
 }
 FINAL_FOLDS = 5
 COLUMNS = [
@@ -58,10 +58,8 @@ class TrainingSettings:
         Peak of AdamW's learning rate, after the warm-up.
     weight_decay : float
         Of AdamW; norms and biases are spared.
-    loss : {"huber", "distribution", "own"}
-        What is learned: the age (Huber), or a distribution of ages around it (Kullback-Leibler divergence
-        from a normal curve), whose mean is the predicted age; the recipe's if not set. `own` stands for a
-        function that was given to `train`.
+    loss : {"huber", "own"}
+        What is minimised: the Huber loss in years, or (`own`) a function that was given to `train`.
     ema_epochs : float
         Time constant of the weight average, epochs; the average is what is evaluated. 0 for none.
     keep : {"best", "last"}

@@ -363,10 +363,6 @@ def train_member(
 # --- what a run will do and take, before it starts ----------------------------------------------------------
 
 FORWARD_SHARE = 1 / 3  # of a training step's time, for a prediction
-LOSSES = {
-    "huber": "Huber: square within a year, linear beyond",
-    "distribution": "Kullback-Leibler divergence from a normal curve around the age",
-}
 
 
 def forecast(
@@ -409,7 +405,7 @@ def describe_loop(job: Job, member: Member) -> dict[str, str]:
     averaged = f"the weights' average over {settings.ema_epochs:g} epoch(s)"
     return {
         "one epoch is": f"{steps} steps over {len(member.train)} scans, each varied at random",
-        "loss": LOSSES.get(settings.loss) or job.own["loss"],
+        "loss": job.own["loss"] or "Huber: square within a year, linear beyond",
         "optimiser": f"AdamW, weight decay {settings.weight_decay:g}",
         "learning rate": f"up to {settings.learning_rate:g} in {rise:g} epochs, then a cosine to a hundredth",
         "judged by": f"{len(member.validation)} scans after each epoch, with {averaged}",

@@ -240,8 +240,8 @@ def load_bundle(source: Path | str | IO[bytes], device: str = "cpu", *, max_byte
         What `save_bundle` wrote: a folder, a `.zip`, or an open zip.
     device : {"cpu", "cuda"}
         Where its network computes. On a GPU it hides behind the preparation of further scans
-        (`predict_many`), which stays on the processors; heat maps are made on the CPU. Both give the same
-        ages but for rounding, below a thousandth of a year.
+        (`predict_many`), which stays on the processors; maps in years are made there too, Grad-CAM on the
+        CPU. Both give the same ages but for rounding, below a thousandth of a year.
     max_bytes : int
         Largest size of all files together, opened.
 

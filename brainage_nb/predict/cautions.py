@@ -296,6 +296,9 @@ class Reference:
         Each training scan, as `describe` gives it; None where there were fewer than 20, and in old bundles.
     distance : Distance or None
         Of old bundles only.
+    mean_volume : float16 array (size, size, size) or None
+        Mean of the training volumes, not blurred: where maps in years start. None in bundles that were saved
+        without it.
     """
 
     mean: np.ndarray
@@ -303,18 +306,23 @@ class Reference:
     n_volumes: int
     rows: np.ndarray | None = None
     distance: Distance | None = None
+    mean_volume: np.ndarray | None = None
 
     @classmethod
     def fit(cls, volumes: Iterable[np.ndarray]) -> Reference:
         """From training volumes (size, size, size), as stored, RAS; one of each person."""
-        described = [(blur(volume), image_statistics(volume)) for volume in volumes]
+        described, whole = [], 0.0
+        for volume in volumes:
+            described.append((blur(volume), image_statistics(volume)))
+            whole = whole + volume.astype(np.float32)
         coarse, statistics = (np.stack(part) for part in zip(*described, strict=True))
         n, total = len(coarse), coarse.sum(axis=0)
         # Each volume is compared with the mean of the others: alone among few, it would resemble itself.
         values = [_correlate(each, total - each if n > 1 else total) for each in coarse]
         likeness = tuple(float(np.quantile(values, share)) for share in (0.0, 0.05, 0.5))
         rows = np.column_stack([statistics, _stretch(values)]) if n >= FEWEST else None
-        return cls((total / n).astype(np.float32), likeness, n, rows)
+        mean_volume = (whole / n).astype(np.float16)
+        return cls((total / n).astype(np.float32), likeness, n, rows, mean_volume=mean_volume)
 
     @property
     def lowest_usual(self) -> float:
@@ -339,20 +347,29 @@ class Reference:
         return {"likeness": list(self.likeness), "n_volumes": self.n_volumes}
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The mean volume, in half precision, and the rows."""
-        rows = {} if self.rows is None else {"image.rows": self.rows}
-        return {"mean": self.mean.astype(np.float16)} | rows
+        """The mean volumes, in half precision, and the rows."""
+        kept = {
+            "mean": self.mean.astype(np.float16),
+            "mean_volume": self.mean_volume,
+            "image.rows": self.rows,
+        }
+        return {name: array for name, array in kept.items() if array is not None}
 
     @classmethod
     def from_parts(cls, content: Mapping[str, Any], arrays: Mapping[str, np.ndarray], size: int) -> Reference:
         """From `to_dict` and `arrays`; `size` is the side of the volumes to be compared, voxels."""
-        mean, side = arrays["mean"].astype(np.float32), size // _block(size)
-        if mean.shape != (side, side, side) or not np.isfinite(mean).all():
-            raise ValueError(f"the reference volume has shape {mean.shape}, expected {(side,) * 3}, finite")
+        sides = {"mean": size // _block(size)} | ({"mean_volume": size} if "mean_volume" in arrays else {})
+        for name, side in sides.items():
+            found = arrays[name]
+            if found.shape != (side,) * 3 or found.dtype.kind != "f" or not np.isfinite(found).all():
+                raise ValueError(
+                    f"reference volume {name} has shape {found.shape}, expected {(side,) * 3}, finite"
+                )
         image = {name.partition(".")[2]: arrays[name] for name in arrays if name.startswith("image.")}
         rows = _check_rows(image.pop("rows")) if "rows" in image else None
         distance = Distance.from_arrays(image) if image else None
-        return cls(mean, tuple(content["likeness"]), content["n_volumes"], rows, distance)
+        mean, likeness = arrays["mean"].astype(np.float32), tuple(content["likeness"])
+        return cls(mean, likeness, content["n_volumes"], rows, distance, arrays.get("mean_volume"))
 
 
 def _check_rows(rows: np.ndarray) -> np.ndarray:

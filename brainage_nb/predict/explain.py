@@ -5,47 +5,61 @@ A map shows what a model uses and locates no disease; where an age should come f
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
-import threading
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
+from scipy import ndimage
 from torch import Tensor, nn
 from torch.nn import functional
 
 from brainage_nb.bundle_format import VGG
 from brainage_nb.cohort.images import image_stem
-from brainage_nb.demo.cohort import TRUTH
+from brainage_nb.demo.cohort import AGEING_MAP, TRUTH
 from brainage_nb.drawing import legend_under
+from brainage_nb.predict.predictors import NetworkEnsemble
 from brainage_nb.volumes.heads import head_in
 from brainage_nb.volumes.pictures import PLANES, plane
 from brainage_nb.volumes.registration import mni_grid
+from brainage_nb.volumes.resampling import resample
 from brainage_nb.workspace import read_csv, writing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import FigureBase
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure, FigureBase
 
     from brainage_nb.predict.bundle import Bundle
     from brainage_nb.predict.cautions import Prediction
     from brainage_nb.volumes.settings import PreprocessingSettings
     from brainage_nb.volumes.store import VolumeStore
 
-GRAD_CAM, OCCLUSION, TRIPLETS = "grad_cam", "occlusion", "triplets"
-METHODS = {
-    GRAD_CAM: "Grad-CAM, relative",
-    OCCLUSION: "occlusion: years that each place adds to the age",
-    TRIPLETS: "years that each triplet of axial slices adds to the age",
+INTEGRATED, GRAD_CAM, OCCLUSION, TRIPLETS = "integrated_gradients", "grad_cam", "occlusion", "triplets"
+METHODS = {  # in words, and the unit of the colours
+    INTEGRATED: (
+        "integrated gradients: years that each place adds to the mean training brain's age",
+        "years per cm³",
+    ),
+    GRAD_CAM: ("Grad-CAM, relative", "of the largest"),
+    OCCLUSION: ("occlusion: years that each place adds to the age", "years"),
+    TRIPLETS: ("years that each triplet of axial slices adds to the age", "years"),
 }
-LAYERS = ("layer1", "layer2", "layer3", "layer4")
+NO_MEAN = (
+    "This bundle was saved without the mean training volume, from which a map in years starts. So this is "
+    "Grad-CAM, which has no unit. Save the bundle again from its run for a map in years."
+)
+NO_PLACES = "This kind of model maps no single places: the years are what each three axial slices add."
 CUBE_MM = 24.0  # covered at once: about a gyrus with its neighbours
 
 
@@ -58,9 +72,11 @@ class Explanation:
     heat : float32 array (size, size, size)
         RAS, on the grid of `Prediction.volume`. Above 0 raises the age, below 0 lowers it.
     method : str
-        A key of `METHODS`, whose text gives the unit.
+        A key of `METHODS`.
     spacing_mm : float
         Voxel edge, mm.
+    words : str
+        What the map adds up to, or why it is not in years.
     contributions : DataFrame or None
         For VGG16-SVR: `position, first_slice, last_slice, years`.
     """
@@ -68,12 +84,8 @@ class Explanation:
     heat: np.ndarray = field(repr=False)
     method: str
     spacing_mm: float
+    words: str = ""
     contributions: pd.DataFrame | None = field(default=None, repr=False)
-
-    @property
-    def title(self) -> str:
-        """The method in words, with its unit."""
-        return METHODS[self.method]
 
     def picture(
         self,
@@ -86,11 +98,15 @@ class Explanation:
         """Three planes through voxel `at` with the heat over them, on `figure` or one that stands alone."""
         from matplotlib.figure import Figure
 
-        figure = figure or Figure(figsize=(9, 3.3), layout="constrained")
+        figure = figure or Figure(figsize=(9, 3.6), layout="constrained")
         axes, spacing = figure.subplots(1, 3), self.spacing_mm
         overlay_planes(axes, prediction.volume, self.heat, at, opacity=opacity, spacing_mm=spacing)
-        title = f"{prediction.scan}: {prediction.predicted_age:.1f} years; {self.title}"
-        figure.suptitle(f"{title}\n", fontsize=10, linespacing=0.6, parse_math=False)
+        title, unit = METHODS[self.method]
+        per_unit = (10 / spacing) ** 3 if self.method == INTEGRATED else 1
+        full = full_heat(prediction.volume, self.heat) * per_unit
+        age = f"{prediction.scan}: {prediction.predicted_age:.1f} years"
+        lines = [age, f"{title}; full colour: {full:.2g} {unit}", *textwrap.wrap(self.words, 110)]
+        figure.suptitle("\n".join(lines), fontsize=9, parse_math=False)
         return figure
 
     def save(self, folder: Path | str, prediction: Prediction, *, n_folders: int = 0) -> list[Path]:
@@ -99,8 +115,6 @@ class Explanation:
         They go into `folder`, below the last `n_folders` folders of the scan's path; below more of them
         where the map of another scan lies there.
         """
-        import nibabel as nib
-
         scan = Path(os.path.abspath(prediction.path or prediction.scan))
         owner = hashlib.sha256(os.fsencode(scan)).hexdigest().encode()
         deepest = len(scan.parts) - 2  # all folders but the root
@@ -127,36 +141,65 @@ def explain(bundle: Bundle, prediction: Prediction, method: str = "") -> Explana
     ----------
     bundle : Bundle
         The one that made the prediction.
-    method : {"grad_cam", "occlusion", "triplets"}
-        Networks: Grad-CAM (a second) by default, occlusion (a minute) on request. VGG16-SVR: triplets.
+    method : {"integrated_gradients", "grad_cam", "occlusion", "triplets"}
+        Networks: by default integrated gradients, in years; Grad-CAM is the fastest, occlusion the slowest.
+        Bundles saved without the mean training volume give Grad-CAM in their place, with a word. VGG16-SVR:
+        triplets.
 
     Examples
     --------
-    >>> explain(bundle, prediction).picture(prediction)  # doctest: +SKIP
+    >>> explanation = explain(bundle, prediction)  # doctest: +SKIP
+    >>> explanation.words  # doctest: +SKIP
+    "What moved this age away from the mean training brain's, by one method: the sum of the map is ...
+    >>> explanation.picture(prediction)  # doctest: +SKIP
     """
     model, spacing = bundle.model, float(bundle.settings.spacing_mm)
-    known = (TRIPLETS,) if model.kind == VGG else (GRAD_CAM, OCCLUSION)
-    method = method or known[0]
-    if method not in known:
+    known = (TRIPLETS,) if model.kind == VGG else (INTEGRATED, GRAD_CAM, OCCLUSION)
+    if method and method not in known:
         raise ValueError(f"method = {method!r}: for this model expected one of {', '.join(known)}.")
-    contributions = None
-    if method == TRIPLETS:
+    if model.kind == VGG:
         contributions = model.model.contributions(prediction.volume, model.variant)
         heat = np.zeros(prediction.volume.shape, dtype=np.float32)
         for row in contributions.dropna(subset=["years"]).itertuples():
             heat[:, :, row.first_slice : row.last_slice + 1] = row.years
-    elif method == GRAD_CAM:
-        heat = grad_cam(model.networks, prediction.volume, flip_averaging=model.flip_averaging)
-    else:
-        edge = max(2, round(CUBE_MM / spacing))
-        heat = occlusion(model.networks, prediction.volume, edge=edge, flip_averaging=model.flip_averaging)
-    return Explanation(heat, method, spacing, contributions)
+        return Explanation(heat, TRIPLETS, spacing, NO_PLACES, contributions)
+    mean, volume = bundle.reference.mean_volume, prediction.volume
+    if method == OCCLUSION:
+        heat = occlusion(model, volume, mean, edge=max(2, round(CUBE_MM / spacing)))
+        return Explanation(heat, OCCLUSION, spacing)
+    if method == GRAD_CAM or mean is None:
+        return Explanation(grad_cam(model, volume), GRAD_CAM, spacing, "" if method == GRAD_CAM else NO_MEAN)
+    heat = integrated_gradients(model, volume, mean)
+    words = _add_up(heat, prediction.predicted_age, float(model.predict(mean).mean()))
+    return Explanation(heat, INTEGRATED, spacing, words)
+
+
+def _add_up(heat: np.ndarray, predicted_age: float, mean_age: float) -> str:
+    """What a map in years adds up to, and how much of the difference it leaves out, in words."""
+    total = float(heat.sum(dtype=np.float64))
+    missing = predicted_age - mean_age - total
+    words = (
+        "What moved this age away from the mean training brain's, by one method: the sum of the map is "
+        f"{total:+.1f} years (predicted {predicted_age:.1f}, the mean training brain {mean_age:.1f})."
+    )
+    return words if abs(missing) < 0.1 else f"{words} {missing:+.1f} years could not be placed."
+
+
+def usual_method(bundle: Bundle) -> str:
+    """Integrated gradients, or Grad-CAM where a network's bundle lacks the mean volume they start from."""
+    return GRAD_CAM if bundle.reference.mean_volume is None else INTEGRATED
+
+
+def _map_for_mean(bundle: Bundle, volume: np.ndarray) -> np.ndarray:
+    """A network's usual map of one stored volume, a little coarser: it is one of many in a mean."""
+    mean = bundle.reference.mean_volume
+    if mean is None:
+        return grad_cam(bundle.model, volume)
+    return integrated_gradients(bundle.model, volume, mean, within_years=0.5)
 
 
 def _read_owner(heat_map: Path) -> bytes:
     """Hash of the path of the scan that a map was made of; empty where the file does not say."""
-    import nibabel as nib
-
     try:
         return nib.load(heat_map).header["descrip"].item()
     except (OSError, ValueError, KeyError, nib.filebasedimages.ImageFileError):
@@ -165,37 +208,78 @@ def _read_owner(heat_map: Path) -> bytes:
 
 # --- the maps -------------------------------------------------------------------------------------------
 
+STEPS = (9, 27, 81, 243)  # along the path; every third place of one is a place of the one before
 
-def grad_cam(
-    networks: Sequence[nn.Module],
-    volume: np.ndarray,
-    layers: Sequence[str] = LAYERS[:3],
-    *,
-    elementwise: bool = True,
-    flip_averaging: bool = True,
+
+def integrated_gradients(
+    model: NetworkEnsemble, volume: np.ndarray, mean: np.ndarray, *, within_years: float = 0.09
 ) -> np.ndarray:
-    """Signed Grad-CAM of the predicted age over several layers.
+    """Years that each voxel moves the age away from that of the mean training brain.
 
-    Not MONAI's `GradCAM`: that ends in a ReLU and so drops the sign, which for an age is the message.
-
-    The published form (Selvaraju et al. 2017) weights each channel by its mean gradient; the element-wise
-    form (HiResCAM, Draelos & Carin 2020) keeps the gradient's place and so does not smear one place's
-    importance over the head. Each layer's map is scaled to the same mean magnitude, then they are averaged:
-    early layers say where exactly, later ones what matters. A regression beside the network counts as a
-    layer: what each place adds to the age by not being as usual.
+    The gradient of the age is averaged along the straight way from the mean volume to this one and
+    multiplied by what differs (Sundararajan et al. 2017). The sum is the predicted age less that of the mean
+    volume; steps are added until it is. Exact for a linear model.
 
     Parameters
     ----------
-    networks : sequence of AgeRegressor
-        The ensemble; maps are averaged.
+    model : NetworkEnsemble
+        As it predicts: all its networks, of the mirror image too where it averages over it; computed where
+        it computes.
+    volume, mean : array (size, size, size)
+        RAS, as stored: this scan's and the mean of the training scans'.
+    within_years : float
+        How near the sum must come; 243 steps are the most.
+
+    Returns
+    -------
+    float32 array (size, size, size)
+        Years.
+
+    Examples
+    --------
+    >>> heat = integrated_gradients(bundle.model, prediction.volume, mean)  # doctest: +SKIP
+    >>> heat.sum()  # doctest: +SKIP
+    3.2
+    """
+    owed = float(model.predict(volume).mean() - model.predict(mean).mean())
+    start, end = (_as_batch(array).to(model.device) for array in (mean, volume))
+    mirrored = (False, True) if model.flip_averaging else (False,)
+
+    def integrate(networks: Sequence[nn.Module]) -> Tensor:
+        total, heat = torch.zeros_like(end), torch.zeros_like(end)
+        for steps in STEPS:
+            for step in (k for k in range(steps) if steps == STEPS[0] or k % 3 != 1):
+                place = (start + (step + 0.5) / steps * (end - start)).requires_grad_()
+                for network, flip in product(networks, mirrored):
+                    total += torch.autograd.grad(network(place.flip(2) if flip else place).sum(), place)[0]
+            heat = (end - start) * total / (steps * len(networks) * len(mirrored))
+            if abs(float(heat.sum(dtype=torch.float64)) - owed) < within_years:
+                break
+        return heat
+
+    with torch.inference_mode(False), torch.enable_grad():
+        return model.placed.run(integrate)[0, 0].cpu().numpy()
+
+
+def _as_batch(volume: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.asarray(volume, dtype=np.float32))[None, None]
+
+
+def grad_cam(model: NetworkEnsemble, volume: np.ndarray) -> np.ndarray:
+    """Signed Grad-CAM of the predicted age over the first three layers: quick, without a unit.
+
+    Not MONAI's `GradCAM`: that ends in a ReLU and so drops the sign, which for an age is the message. The
+    element-wise form (HiResCAM, Draelos & Carin 2020) keeps each gradient's place and so does not smear one
+    place's importance over the head. Each layer's map is scaled to the same mean magnitude, then they are
+    averaged: early layers say where exactly, later ones what matters. A regression beside the network counts
+    as a layer: what each place adds to the age by not being as usual.
+
+    Parameters
+    ----------
+    model : NetworkEnsemble
+        Maps are averaged over its networks, and with those of the mirror image where the model's ages are.
     volume : array (size, size, size)
         RAS, as stored.
-    layers : sequence of str
-        Of `layer1` (fine) to `layer4` (coarse: 3 voxels a side at 96).
-    elementwise : bool
-        False for the published form.
-    flip_averaging : bool
-        Average with the map of the left-right mirror image, mirrored back.
 
     Returns
     -------
@@ -203,85 +287,60 @@ def grad_cam(
         Positive where the age is pushed up, negative where it is pushed down. The unit is arbitrary; the
         largest magnitude is 1.
     """
-    if unknown := set(layers) - set(LAYERS) or (set() if layers else {"none"}):
-        raise ValueError(f"layers: {sorted(unknown)} unknown; expected some of {', '.join(LAYERS)}.")
-
-    def map_one(batch: Tensor) -> Tensor:
-        total = torch.zeros_like(batch)
-        maps = [_cams(network, batch, layers, elementwise=elementwise) for network in networks]
-        for coarse in map(sum, zip(*maps, strict=True)):
-            fine = functional.interpolate(coarse, size=batch.shape[2:], mode="trilinear", align_corners=False)
-            total += fine / fine.abs().mean().clamp_min(1e-12)
-        return total
-
-    batch = torch.from_numpy(np.asarray(volume, dtype=np.float32))[None, None]
-    heat = map_one(batch)
-    if flip_averaging:
-        heat = (heat + map_one(batch.flip(2)).flip(2)) / 2
+    batch = _as_batch(volume)
+    heat = _layers_heat(model.networks, batch)
+    if model.flip_averaging:
+        heat = (heat + _layers_heat(model.networks, batch.flip(2)).flip(2)) / 2
     return (heat / heat.abs().max().clamp_min(1e-12))[0, 0].numpy()
 
 
-def _cams(network: nn.Module, batch: Tensor, layers: Sequence[str], *, elementwise: bool) -> list[Tensor]:
-    """Coarse map (1, 1, d, h, w) of each layer, in one pass, and of the regression beside the network."""
-    kept, me = [], threading.get_ident()
+def _layers_heat(networks: Sequence[nn.Module], batch: Tensor) -> Tensor:
+    """Sum of the layers' maps at the batch's resolution, each scaled to the same mean magnitude."""
+    total = torch.zeros_like(batch)
+    for coarse in map(sum, zip(*(_layer_maps(network, batch) for network in networks), strict=True)):
+        fine = functional.interpolate(coarse, size=batch.shape[2:], mode="trilinear", align_corners=False)
+        total += fine / fine.abs().mean().clamp_min(1e-12)
+    return total
 
-    def keep(_module, _inputs, output):
-        if threading.get_ident() != me:  # the app predicts with the same network in other threads
-            return None
-        # What lies before the first layer needs no gradient; the later ones must stay joined to it.
-        kept.append(output if kept else output.detach().requires_grad_())
-        return kept[-1]
 
-    handles = [getattr(network, layer).register_forward_hook(keep) for layer in sorted(layers)]
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            gradients = torch.autograd.grad(network(batch.clone()).sum(), kept)
-    finally:
-        for handle in handles:
-            handle.remove()
-    maps = []
-    for activation, gradient in zip(kept, gradients, strict=True):
-        weights = gradient if elementwise else gradient.mean(dim=(2, 3, 4), keepdim=True)
-        maps.append((weights * activation.detach()).sum(dim=1, keepdim=True))
-    if network.linear is not None:
-        maps.append(network.linear.parts(batch)[:, None])
-    return maps
+def _layer_maps(network: nn.Module, batch: Tensor) -> list[Tensor]:
+    """Coarse map (1, 1, d, h, w) of layers 1 to 3, and of the regression beside the network."""
+    with torch.inference_mode(False), torch.enable_grad():
+        stem = network.maxpool(network.act(network.bn1(network.conv1(batch))))
+        first = network.layer1(stem).detach().requires_grad_()
+        kept = [first, second := network.layer2(first), network.layer3(second)]
+        score = network.fc(network.avgpool(network.layer4(kept[-1])).flatten(1))
+        gradients = torch.autograd.grad((network.age_sd * score).sum(), kept)
+    pairs = zip(kept, gradients, strict=True)
+    maps = [(layer.detach() * gradient).sum(dim=1, keepdim=True) for layer, gradient in pairs]
+    return maps if network.linear is None else [*maps, network.linear.parts(batch)[:, None]]
 
 
 def occlusion(
-    networks: Sequence[nn.Module], volume: np.ndarray, *, edge: int = 6, flip_averaging: bool = True
+    model: NetworkEnsemble, volume: np.ndarray, mean: np.ndarray | None = None, *, edge: int = 6
 ) -> np.ndarray:
     """Years that each place adds to the age: the age less the age with a cube around that place covered.
 
-    Cubes of `edge` voxels, covered by their own mean, overlap by half; those without any head are left out.
-    Not MONAI's `OcclusionSensitivity`: in 1.6 its `mean_patch` multiplies a cube by its mean.
+    Cubes of `edge` voxels, covered by the mean training volume or, without one, by their own mean, overlap by
+    half; those without any head are left out. Not MONAI's `OcclusionSensitivity`: in 1.6 its `mean_patch`
+    multiplies a cube by its mean.
 
     Returns
     -------
     float32 array (size, size, size)
         Years, mean over the cubes that cover a voxel; 0 where only background was covered.
     """
-    head, step, batch_size = _near_head(volume), max(1, edge // 2), 8
+    head, step = _near_head(volume), max(1, edge // 2)
     starts = [sorted({*range(0, side - edge + 1, step), side - edge}) for side in volume.shape]
     cubes = [tuple(slice(start, start + edge) for start in corner) for corner in product(*starts)]
-    cubes = [cube for cube in cubes if head[cube].mean() > 0.05]
-    whole = torch.from_numpy(np.asarray(volume, dtype=np.float32))
-    total, times = np.zeros(volume.shape, dtype=np.float32), np.zeros(volume.shape, dtype=np.float32)
-
-    def predict(batch: Tensor) -> np.ndarray:
-        views = [batch, batch.flip(2)] if flip_averaging else [batch]
-        return torch.stack([net(view) for net in networks for view in views]).mean(dim=0).numpy()
-
-    with torch.inference_mode():
-        age = predict(whole[None, None])
-        for first in range(0, len(cubes), batch_size):
-            part = cubes[first : first + batch_size]
-            covered = whole.repeat(len(part), 1, 1, 1)
-            for copy, cube in zip(covered, part, strict=True):
-                copy[cube] = copy[cube].mean()
-            for cube, years in zip(part, age - predict(covered[:, None]), strict=True):
-                total[cube] += years
-                times[cube] += 1
+    whole, age = np.asarray(volume, dtype=np.float32), model.predict(volume).mean()
+    total, times = np.zeros_like(whole), np.zeros_like(whole)
+    for cube in cubes:
+        if head[cube].mean() > 0.05:
+            covered = whole.copy()
+            covered[cube] = whole[cube].mean() if mean is None else mean[cube]
+            total[cube] += age - model.predict(covered).mean()
+            times[cube] += 1
     return total / np.maximum(times, 1)
 
 
@@ -291,21 +350,15 @@ BANDS = ((0, 40), (40, 60), (60, 120))
 # Where the middle of the preprocessed cube lies in MNI152 space, mm: the crown is its anchor (see
 # `volumes.heads`).
 CUBE_CENTRE_MNI = (0.0, -20.0, 0.0)
-TEMPLATE_MM = 4.0
 REGIONS = (
-    "frontal",
-    "parietal",
-    "temporal",
-    "occipital",
-    "cerebellum and brain stem",
-    "ventricles and around them",
+    "frontal", "parietal", "temporal", "occipital", "cerebellum and brain stem", "ventricles and around them",
     "outside the brain",
-)
+)  # fmt: skip
 
 
 class GroupMap(NamedTuple):
-    """Mean heat map of one age band on the template grid: youngest and oldest age in whole years, number of
-    scans, map, mean volume.
+    """Mean heat map of one age band in the preprocessed cube: youngest and oldest age in whole years, number
+    of scans, map, mean volume.
     """
 
     low: float
@@ -313,15 +366,6 @@ class GroupMap(NamedTuple):
     n: int
     heat: np.ndarray
     volume: np.ndarray
-
-
-def template_grid(spacing_mm: float = TEMPLATE_MM) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Shape and voxel-to-mm affine of a grid around the MNI152 brain."""
-    low, high = np.array([-92.0, -128.0, -76.0]), np.array([92.0, 92.0, 96.0])
-    affine = np.diag([spacing_mm, spacing_mm, spacing_mm, 1.0])
-    affine[:3, 3] = low
-    shape = np.ceil((high - low) / spacing_mm).astype(int) + 1
-    return tuple(int(side) for side in shape), affine
 
 
 def cube_to_template(settings: PreprocessingSettings) -> np.ndarray:
@@ -334,34 +378,14 @@ def cube_to_template(settings: PreprocessingSettings) -> np.ndarray:
     return mni_grid(settings.spacing_mm, settings.size, **centre)
 
 
-def in_template(array: np.ndarray, to_template: np.ndarray, *, outside: float = 0.0) -> np.ndarray:
-    """Resample a volume or heat map onto the template grid, linearly.
-
-    Parameters
-    ----------
-    array : array (size, size, size)
-    to_template : array (4, 4)
-        Voxel of `array` to MNI152 mm: `cube_to_template`, or a registration's.
-    outside : float
-        Value where the cube does not reach.
-    """
-    from scipy import ndimage
-
-    shape, affine = template_grid()
-    matrix, array = np.linalg.inv(to_template) @ affine, np.asarray(array, np.float32)
-    return ndimage.affine_transform(array, matrix, output_shape=shape, order=1, cval=outside)
-
-
 def age_group_maps(
     bundle: Bundle,
     store: VolumeStore,
     scans: pd.DataFrame,
     *,
-    bands: Sequence[tuple[float, float]] = BANDS,
     per_band: int = 12,
-    make: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> list[GroupMap]:
-    """Mean heat map of each age band, in template space.
+    """Mean heat map of each age band of `BANDS` (years, low included) that has scans, by the usual method.
 
     Parameters
     ----------
@@ -371,210 +395,211 @@ def age_group_maps(
         Volumes of the bundle's own preprocessing.
     scans : DataFrame
         `scan_id, age` (years); give scans the model did not train on.
-    bands : sequence of (low, high)
-        Ages in years, low included; empty bands are left out.
     per_band : int
         Scans per band, evenly over its ages.
-    make : callable, optional
-        Volume -> heat map; by default Grad-CAM of the bundle.
     """
     if store.fingerprint != bundle.settings.fingerprint:
         raise ValueError(
-            f"The volumes were made with {store.fingerprint}, the model expects "
-            f"{bundle.settings.fingerprint}."
+            f"The volumes are {store.fingerprint}, the model expects {bundle.settings.fingerprint}."
         )
-    make = make or partial(grad_cam, bundle.model.networks)
-    place = cube_to_template(store.settings)
     groups = []
-    for low, high in bands:
-        rows = scans[(scans["age"] >= low) & (scans["age"] < high)].sort_values("age")
+    for low, high in BANDS:
+        rows = scans[(scans["age"] >= low) & (scans["age"] < high)]
         if rows.empty:
             continue
-        chosen = np.unique(np.linspace(0, len(rows) - 1, min(per_band, len(rows))).round().astype(int))
-        volumes = [np.asarray(store[scan_id], np.float32) for scan_id in rows["scan_id"].iloc[chosen]]
-        heat = np.mean([in_template(make(volume), place) for volume in volumes], axis=0)
-        shown = np.mean([in_template(v, place, outside=float(v.min())) for v in volumes], axis=0)
-        youngest, oldest = float(np.floor(rows["age"].iloc[0])), float(np.ceil(rows["age"].iloc[-1]))
-        groups.append(GroupMap(youngest, oldest, len(volumes), heat, shown))
+        volumes = [store[scan_id].astype(np.float32) for scan_id in _choose_evenly(rows, per_band)["scan_id"]]
+        heat = np.mean([_map_for_mean(bundle, volume) for volume in volumes], axis=0)
+        youngest, oldest = float(np.floor(rows["age"].min())), float(np.ceil(rows["age"].max()))
+        groups.append(GroupMap(youngest, oldest, len(volumes), heat, np.mean(volumes, axis=0)))
     return groups
 
 
+def _choose_evenly(scans: pd.DataFrame, n: int) -> pd.DataFrame:
+    """At most `n` scans, evenly over their ages."""
+    places = np.linspace(0, len(scans) - 1, min(n, len(scans))).round().astype(int)
+    return scans.sort_values("age").iloc[places]
+
+
 def region_table(heat: np.ndarray, labels: np.ndarray, names: Sequence[str] = REGIONS) -> pd.DataFrame:
-    """Heat by region.
+    """What a heat map adds up to in each region.
 
     Parameters
     ----------
-    heat : array
-        On the grid of `labels`, such as `in_template` gives.
+    heat : array (size, size, size)
+        In the preprocessed cube.
     labels : int array
-        1 for the first of `names`, 2 for the second, ...; 0 is left out.
+        1 for the first of `names`, 2 for the second, ..., such as `coarse_regions` gives; 0 is left out.
 
     Returns
     -------
     DataFrame
-        `region, voxels, mean_heat, share` (of the sum of absolute heat) and `density` (share of heat over
-        share of voxels: above 1 is more than its size explains), most dense first.
+        `region, sum` (years for a map by integrated gradients), `share` (of the sum of absolute heat) and
+        `density` (share of heat over share of voxels: above 1 is more than its size explains), most dense
+        first.
     """
     voxels = pd.DataFrame({"label": labels.ravel(), "heat": heat.ravel(), "share": np.abs(heat).ravel()})
     by_label = voxels[voxels["label"] > 0].groupby("label")
-    frame = by_label.agg(voxels=("heat", "size"), mean_heat=("heat", "mean"), share=("share", "sum"))
+    frame = by_label.agg(sum=("heat", "sum"), share=("share", "sum"))
     frame["share"] /= max(frame["share"].sum(), 1e-12)
-    frame["density"] = frame["share"] / (frame["voxels"] / frame["voxels"].sum())
+    frame["density"] = frame["share"] / (by_label.size() / by_label.size().sum())
     frame.insert(0, "region", [names[label - 1] for label in frame.index])
     return frame.sort_values("density", ascending=False, ignore_index=True)
 
 
-def coarse_regions() -> np.ndarray:
-    """Label map of `REGIONS` on the template grid.
+def coarse_regions(settings: PreprocessingSettings) -> np.ndarray:
+    """Label map of `REGIONS` in the preprocessed cube; every voxel has one.
 
     Lobes by planes in MNI152 coordinates (no atlas is downloaded), so borders are rough; the brain mask and
     the template behind the ventricles are those nilearn ships.
     """
-    from scipy import ndimage
-
-    shape, affine = template_grid()
-    brain, fluid = (_mni_mask(name) for name in ("brain", "fluid"))
-    x, y, z = (
-        axis * TEMPLATE_MM + start for axis, start in zip(np.indices(shape), affine[:3, 3], strict=True)
-    )
+    brain, deep = (_mni_mask(name, settings) for name in ("brain", "deep"))
+    origin = cube_to_template(settings)[:3, 3]
+    x, y, z = np.indices(brain.shape) * settings.spacing_mm + origin[:, None, None, None]
     low = z < np.where(y < -35, -12 - 0.15 * (y + 35), -40)
-    labels = np.select(
-        [
-            (y < -35) & low | (np.abs(x) < 16) & (z < -22),
-            (z < -2 - 0.25 * (y + 20)) & (np.abs(x) > 22),
-            y < -62,
-            y < -12,
-        ],
-        [5, 3, 4, 2],
-        default=1,
-    )
-    deep = ndimage.binary_dilation(fluid)
+    hind = (y < -35) & low | (np.abs(x) < 16) & (z < -22)
+    temporal = (z < -2 - 0.25 * (y + 20)) & (np.abs(x) > 22)
+    labels = np.select([hind, temporal, y < -62, y < -12], [5, 3, 4, 2], default=1)
     labels[deep & (np.abs(x) < 40) & (y > -65) & (y < 40) & (z > -12) & (z < 36)] = 6
     labels[~brain] = 7
     return labels
 
 
-def _mni_mask(name: str) -> np.ndarray:
-    """The MNI152 `brain`, or deep `fluid` inside it (dark in the template, 12 mm from the surface)."""
+def _mni_mask(name: str, settings: PreprocessingSettings) -> np.ndarray:
+    """In the preprocessed cube the MNI152 `brain`, or `deep`: fluid inside of it (dark in the template, 12 mm
+    from the surface) and 4 mm around it.
+    """
     from nilearn import datasets
-    from scipy import ndimage
 
     mask = datasets.load_mni152_brain_mask(resolution=2)
     inside = mask.get_fdata() > 0.5
-    if name == "fluid":
-        inside = ndimage.binary_erosion(inside, iterations=6)
-        inside &= datasets.load_mni152_template(resolution=2).get_fdata() < 0.5
-    return in_template(inside, mask.affine) > 0.5
+    if name == "deep":
+        fluid = datasets.load_mni152_template(resolution=2).get_fdata() < 0.5
+        inside = ndimage.binary_dilation(ndimage.binary_erosion(inside, iterations=6) & fluid, iterations=2)
+    return _to_cube(inside, mask.affine, settings) > 0.5
+
+
+def _to_cube(array: np.ndarray, to_template: np.ndarray, settings: PreprocessingSettings) -> np.ndarray:
+    """A volume that `to_template` puts into MNI152 space (mm), where the preprocessed cube lies there."""
+    return resample(np.asarray(array, np.float32), to_template, cube_to_template(settings), settings.size)
 
 
 # --- can the maps be believed? --------------------------------------------------------------------------
 
-HEAT, EDGES, RANDOM = "Grad-CAM of the model", "edges of the scan", "Grad-CAM, weights randomised"
-
-
-def planted_places(
-    cohort: Path | str,
-    scans: pd.DataFrame,
-    resolve: Callable[[str], Path],
-    settings: PreprocessingSettings,
-) -> dict[str, np.ndarray]:
-    """Where each known-answer head lies: scan id -> affine (4, 4) from its cube's voxels to MNI152 mm.
-
-    From the planted pose and size, so no registration error is mixed into the score.
-
-    Parameters
-    ----------
-    cohort : path
-        The known-answer cohort's folder.
-    scans : DataFrame
-        `scan_id, image`.
-    resolve : callable
-        From an `image` cell to a path.
-    """
-    from brainage_nb.demo.scans import place_scan
-    from brainage_nb.volumes.preprocessing import grid_affine
-
-    truth = read_csv(Path(cohort) / TRUTH).set_index("scan_id")
-    places = {}
-    for row in scans.itertuples():
-        _, scanner, to_template = place_scan(truth.loc[row.scan_id].to_dict())
-        cube = grid_affine(resolve(row.image), settings)
-        places[row.scan_id] = to_template @ np.linalg.inv(scanner) @ cube
-    return places
+PLANTED = (0.3, 0.5)  # planted change that counts as ageing; 1 is the largest
 
 
 def planted_check(
     bundle: Bundle,
     store: VolumeStore,
-    places: dict[str, np.ndarray],
-    ageing_map: Path | str,
+    cohort: Path | str,
+    splits: pd.DataFrame,
+    resolve: Callable[[str], Path],
     *,
+    per_map: int = 24,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """How well heat falls where ageing was planted: the model's, that of edges, that of random weights.
+    """How well a network's heat falls where ageing was planted, between what knows nothing and a ceiling.
+
+    Each head is brought to template space by its planted pose, so no registration error is mixed into the
+    scores.
 
     Parameters
     ----------
-    places : mapping
-        Scans to use and where they lie, from `planted_places`; give test scans.
-    ageing_map : path
-        The cohort's `ageing_map.nii.gz`.
+    bundle : Bundle
+        A network's, trained on the known-answer cohort.
+    store : VolumeStore
+        Its volumes.
+    cohort : path
+        The cohort's folder.
+    splits : DataFrame
+        `scan_id, age, split, image` of the scans in the store.
+    resolve : callable
+        From an `image` cell to a path.
+    per_map : int
+        Test scans a map is averaged over, evenly over their ages; three times as many training scans.
     seed : int
         Of the random weights.
 
     Returns
     -------
     DataFrame
-        `map, inside, n, auc_of_mean, auc_of_scans`: area under the ROC curve, 0.5 is chance, of the mean
-        absolute map over scans and the mean over scans, inside the head and inside the brain alone. Inside
-        the brain much of the planted ageing lies along sulci, where edges are, so edges are hard to beat
-        there.
+        `map, inside` (the head, or the brain alone), `above` (a planted change, of `PLANTED`), `n` scans, and
+        the scores of `localisation`. Maps, absolute and averaged over test scans: the model's; that of random
+        weights (a map that stays the same shows the picture, not the model: Adebayo et al. 2018); edges, near
+        which much of the ageing lies; and the difference from the mean brain, by which a map in years is
+        multiplied and which knows no model. The *ceiling* is what the heads themselves show: the slope of
+        each voxel on the planted brain age over training scans.
     """
-    import nibabel as nib
+    truth, settings = read_csv(Path(cohort) / TRUTH).set_index("scan_id"), bundle.settings
 
-    networks = bundle.model.networks
-    makers = {
-        HEAT: partial(grad_cam, networks),
-        EDGES: edge_map,
-        RANDOM: partial(grad_cam, [randomised(network, seed) for network in networks]),
+    def average(make: Callable[[np.ndarray], np.ndarray], weights: pd.Series) -> np.ndarray:
+        """Weighted sum of the maps of these scans in template space."""
+        made = {name: make(store[name].astype(np.float32)) for name in weights.index}
+        return sum(weights[name] * _to_cube(heat, places[name], settings) for name, heat in made.items())
+
+    test = _choose_evenly(splits[splits["split"] == "test"], per_map)
+    training = _choose_evenly(splits[splits["split"] == "train"], 3 * per_map)
+    places = {
+        row.scan_id: _planted_place(truth.loc[row.scan_id], resolve(row.image), settings)
+        for row in pd.concat([test, training]).itertuples()
     }
-    image = nib.load(ageing_map)
-    planted = in_template(image.get_fdata(), image.affine)
-    volumes = {scan_id: np.asarray(store[scan_id], np.float32) for scan_id in places}
-    head = np.mean([in_template(volume > 0, places[name]) for name, volume in volumes.items()], axis=0) > 0.3
-    rows = []
-    for name, make in makers.items():
-        maps = [in_template(np.abs(make(volume)), places[scan]) for scan, volume in volumes.items()]
-        for inside, mask in {"head": head, "brain": head & _mni_mask("brain")}.items():
-            each = float(np.mean([localisation(heat, planted, mask) for heat in maps]))
-            rows.append((name, inside, len(maps), localisation(np.mean(maps, axis=0), planted, mask), each))
-    return pd.DataFrame(rows, columns=["map", "inside", "n", "auc_of_mean", "auc_of_scans"])
+    each = pd.Series(1 / len(test), index=test["scan_id"])
+    maps = {name: average(make, each) for name, make in _map_makers(bundle, seed).items()}
+    aged = truth.loc[training["scan_id"], "brain_age"] - truth.loc[training["scan_id"], "brain_age"].mean()
+    maps["ceiling"] = np.abs(average(np.asarray, aged / (aged**2).sum()))
+    head = average(lambda volume: volume > 0, each) > 0.3
+    masks = {"head": head, "brain": head & _mni_mask("brain", settings)}
+    image = nib.load(Path(cohort) / AGEING_MAP)
+    planted = _to_cube(image.get_fdata(), image.affine, settings)
+    rows = [
+        {"map": name, "inside": inside, "above": above, "n": len(training if name == "ceiling" else test)}
+        | localisation(heat, planted, masks[inside], above)
+        for inside, above, (name, heat) in product(masks, PLANTED, maps.items())
+    ]
+    return pd.DataFrame(rows)
+
+
+def _planted_place(truth: pd.Series, image: Path, settings: PreprocessingSettings) -> np.ndarray:
+    """Affine (4, 4) from the cube of a known-answer head to MNI152 mm."""
+    from brainage_nb.demo.scans import place_scan
+    from brainage_nb.volumes.preprocessing import grid_affine
+
+    _, scanner, to_template = place_scan(truth.to_dict())
+    return to_template @ np.linalg.inv(scanner) @ grid_affine(image, settings)
+
+
+def _map_makers(bundle: Bundle, seed: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+    """Name -> from a volume to its absolute map: of the model, of random weights, of no model."""
+    usual, model = usual_method(bundle), bundle.model
+    drawn = [randomised(network, seed + n) for n, network in enumerate(model.networks)]
+    random = replace(bundle, model=NetworkEnsemble(drawn, flip_averaging=model.flip_averaging))
+    makers = {
+        usual: partial(_map_for_mean, bundle),
+        GRAD_CAM: partial(grad_cam, model),
+        f"{usual}, random weights": partial(_map_for_mean, random),
+        "edges of the scan": edge_map,
+    }
+    if usual == INTEGRATED:
+        makers["difference from the mean brain"] = lambda volume: volume - bundle.reference.mean_volume
+    return {name: lambda volume, make=make: np.abs(make(volume)) for name, make in makers.items()}
 
 
 def edge_map(volume: np.ndarray) -> np.ndarray:
     """Magnitude of the intensity's gradient: where edges are. It knows no model; a heat map must beat it."""
-    from scipy import ndimage
-
     return ndimage.gaussian_gradient_magnitude(np.asarray(volume, dtype=np.float32), sigma=1.0)
 
 
 def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
     """A copy with weights drawn at random: a heat map that stays the same shows the picture, not the model
     (Adebayo et al. 2018)."""
-    import copy
-
-    drawn = copy.deepcopy(network)
-    generator = torch.Generator().manual_seed(seed)
-    weights = [*drawn.parameters(), *([] if drawn.linear is None else [drawn.linear.weight])]
-    with torch.no_grad():
-        for weight in weights:
-            spread = float(weight.std()) if weight.numel() > 1 else 1.0
-            weight.copy_(torch.randn(weight.shape, generator=generator) * max(spread, 1e-3))
+    drawn, generator = copy.deepcopy(network), torch.Generator().manual_seed(seed)
+    for weight in [*drawn.parameters(), *([] if drawn.linear is None else [drawn.linear.weight])]:
+        nn.init.normal_(weight, std=max(float(weight.std(correction=0)), 1e-3), generator=generator)
     return drawn.eval().requires_grad_(False)
 
 
-def localisation(heat: np.ndarray, planted: np.ndarray, inside: np.ndarray, *, above: float = 0.2) -> float:
-    """Area under the ROC curve of absolute heat against where ageing was planted; 0.5 is chance.
+def localisation(heat: np.ndarray, planted: np.ndarray, inside: np.ndarray, above: float) -> dict[str, float]:
+    """How well absolute heat finds planted ageing: `planted` share, `auc`, `ap`; see `planted_check`.
 
     Parameters
     ----------
@@ -584,12 +609,13 @@ def localisation(heat: np.ndarray, planted: np.ndarray, inside: np.ndarray, *, a
     above : float
         Planted change that counts as ageing (1 is the largest).
     """
-    from sklearn.metrics import roc_auc_score
+    from sklearn.metrics import average_precision_score, roc_auc_score
 
-    true = planted[inside] > above
+    true, heat = planted[inside] > above, np.abs(heat[inside])
     if not 0 < true.sum() < len(true):
         raise ValueError(f"{true.sum()} of {len(true)} voxels have planted ageing; a curve needs both kinds.")
-    return float(roc_auc_score(true, np.abs(heat[inside])))
+    scores = {"auc": roc_auc_score(true, heat), "ap": average_precision_score(true, heat)}
+    return {"planted": float(true.mean())} | {name: float(score) for name, score in scores.items()}
 
 
 # --- pictures -------------------------------------------------------------------------------------------
@@ -606,6 +632,7 @@ def overlay_planes(
     at: Sequence[int] | None = None,
     *,
     opacity: float = 0.6,
+    full: float | None = None,
     spacing_mm: float = 1.0,
 ) -> Sequence[Axes]:
     """Sagittal, coronal and axial slice of a volume with a signed heat map over it.
@@ -620,27 +647,33 @@ def overlay_planes(
     at : three ints, optional
         Voxel shown; by default where the heat is strongest inside the head, without heat the centre.
     opacity : float
-        Of the strongest heat, 0 to 1.
+        Of heat in full colour, 0 to 1.
+    full : float, optional
+        Heat shown in full colour; by default `full_heat`.
     spacing_mm : float
         Voxel edge in mm, for the slices' positions in the titles.
     """
     at = strongest(volume, heat) if at is None else at
     low, high = np.percentile(volume, [1, 99.7])
     if heat is not None:
-        shown = np.where(_near_head(volume), heat, 0.0)
-        shown = shown / max(float(np.percentile(np.abs(shown), 99.8)), 1e-12)
+        shown = np.where(_near_head(volume), heat, 0.0) / (full or full_heat(volume, heat))
     for axis, (ax, name) in enumerate(zip(axes, PLANES, strict=True)):
         position = at[axis] / max(volume.shape[axis] - 1, 1)
         picture, _ = plane(np.asarray(volume, np.float32), name, position)
         ax.imshow(picture, cmap="gray", vmin=low, vmax=high, interpolation="bilinear")
         if heat is not None:
             picture, _ = plane(shown, name, position)
-            ax.imshow(_signed_colours(picture, opacity), interpolation="bilinear")
+            ax.imshow(picture, _heat_colours(), vmin=-1, vmax=1, alpha=opacity, interpolation="bilinear")
         ax.set_title(f"{name}, {at[axis] * spacing_mm:.0f} mm", fontsize=9)
         for x, end in zip((0.03, 0.97), ENDS[name], strict=True):
             ax.text(x, 0.5, end, color="white", fontsize=9, ha="center", va="center", transform=ax.transAxes)
         ax.set_axis_off()
     return axes
+
+
+def full_heat(volume: np.ndarray, heat: np.ndarray) -> float:
+    """The heat that a picture shows in full colour: of a thousand voxels, two near the head exceed it."""
+    return max(float(np.percentile(np.abs(heat) * _near_head(volume), 99.8)), 1e-12)
 
 
 def strongest(volume: np.ndarray, heat: np.ndarray | None) -> tuple[int, int, int]:
@@ -656,15 +689,12 @@ def strongest(volume: np.ndarray, heat: np.ndarray | None) -> tuple[int, int, in
     return tuple(int(value) for value in np.median(places, axis=0))
 
 
-def _signed_colours(values: np.ndarray, opacity: float) -> np.ndarray:
-    """RGBA (..., 4) of values from -1 (blue) through 0 (clear) to 1 (vermilion)."""
-    from matplotlib.colors import to_rgb
+def _heat_colours() -> Colormap:
+    """From blue through clear (weak heat is left out) to vermilion."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
-    values = np.clip(np.asarray(values, dtype=float), -1, 1)
-    rgba = np.empty((*values.shape, 4))
-    rgba[..., :3] = np.where(values[..., None] >= 0, to_rgb(VERMILION), to_rgb(BLUE))
-    rgba[..., 3] = opacity * np.clip((np.abs(values) - 0.15) / 0.85, 0, 1)  # weak heat is left out
-    return rgba
+    ends = [(0, BLUE, 1), (0.425, BLUE, 0), (0.575, VERMILION, 0), (1, VERMILION, 1)]
+    return LinearSegmentedColormap.from_list("heat", [(at, to_rgba(*colour)) for at, *colour in ends])
 
 
 def age_among_held_out(ax: Axes, prediction: Prediction, position: Mapping[str, Any]) -> Axes:
@@ -692,28 +722,30 @@ def age_among_held_out(ax: Axes, prediction: Prediction, position: Mapping[str, 
 
 def _near_head(volume: np.ndarray) -> np.ndarray:
     """Head and a voxel around it; heat in plain air only distracts."""
-    from scipy import ndimage
-
     return ndimage.binary_dilation(ndimage.binary_fill_holes(head_in(volume)))
 
 
-def group_panels(
-    axes: Sequence[Axes], group: GroupMap, at_mm: Sequence[float] = (0, -20, 5)
-) -> Sequence[Axes]:
-    """Mean heat map of one age band over its mean brain, in template space; the head around it is not shown.
+def group_figure(bundle: Bundle, groups: Sequence[GroupMap], at_mm: Sequence[float] = (0, -20, 5)) -> Figure:
+    """Mean heat map of each age band over its mean brain; the head around it is not shown.
 
-    `axes` are three; `at_mm` is the MNI152 position shown, mm.
+    `at_mm` is the MNI152 position shown, mm; one scale of colours for all bands.
     """
-    from scipy import ndimage
+    from matplotlib.figure import Figure
 
-    shape, affine = template_grid()
-    at = np.round(np.linalg.solve(affine, [*at_mm, 1.0])[:3]).astype(int).clip(0, np.array(shape) - 1)
-    brain = ndimage.binary_dilation(_mni_mask("brain"))
-    stripped = np.where(brain, group.volume, group.volume[brain].min())
-    overlay_planes(axes, stripped, group.heat, at, spacing_mm=affine[0, 0])
-    for ax, name, letter, place in zip(axes, PLANES, "xyz", at_mm, strict=True):
-        ax.set_title(f"{name}, {letter} = {place:g} mm", fontsize=9)
-    label = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 9}
-    years = f"{group.low:g} to {group.high:g} years\nn = {group.n}"
-    axes[0].text(-0.08, 0.5, years, transform=axes[0].transAxes, **label)
-    return axes
+    affine = cube_to_template(bundle.settings)
+    at = np.round(np.linalg.solve(affine, [*at_mm, 1.0])[:3]).astype(int).clip(0, bundle.settings.size - 1)
+    brain = ndimage.binary_dilation(_mni_mask("brain", bundle.settings))
+    figure = Figure(figsize=(9, 3.2 * len(groups)), layout="constrained")
+    brains = [np.where(brain, group.volume, group.volume[brain].min()) for group in groups]
+    full = max(full_heat(volume, group.heat) for volume, group in zip(brains, groups, strict=True))
+    panels = figure.subplots(len(groups), 3, squeeze=False)
+    for axes, group, volume in zip(panels, groups, brains, strict=True):
+        overlay_planes(axes, volume, group.heat, at, full=full)
+        for ax, name, letter, place in zip(axes, PLANES, "xyz", at_mm, strict=True):
+            ax.set_title(f"{name}, {letter} = {place:g} mm", fontsize=9)
+        years = f"{group.low:g} to {group.high:g} years\nn = {group.n}"
+        label = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 9}
+        axes[0].text(-0.08, 0.5, years, transform=axes[0].transAxes, **label)
+    title = f"Mean maps by true age; vermilion raises it, blue lowers it\n{METHODS[usual_method(bundle)][0]}"
+    figure.suptitle(title, fontsize=10)
+    return figure

@@ -29,7 +29,7 @@ class NetworkEnsemble:
     Parameters
     ----------
     networks : sequence of AgeRegressor
-        On the CPU, float32. They stay there, for heat maps too; another device receives copies.
+        On the CPU, float32. They stay there, for Grad-CAM too; another device receives copies.
     flip_averaging : bool
         Each age is the mean over the volume and its left-right mirror image, as in training's predictions.
     device : torch.device or str
@@ -42,7 +42,7 @@ class NetworkEnsemble:
         self, networks: Sequence[nn.Module], *, flip_averaging: bool, device: torch.device | str = "cpu"
     ):
         self.networks = [network.eval().requires_grad_(False) for network in networks]
-        self._placed = Placed(self.networks, device)
+        self.placed = Placed(self.networks, device)
         # Channels last: a quarter faster on a CPU at 96^3, the same ages to a few millionths.
         for network in self.networks:
             network.to(memory_format=torch.channels_last_3d)
@@ -51,7 +51,7 @@ class NetworkEnsemble:
     @property
     def device(self) -> torch.device:
         """Where the ages are computed."""
-        return self._placed.device
+        return self.placed.device
 
     def predict(self, volume: np.ndarray) -> np.ndarray:
         """Ages in years (n_networks,) of one volume (size, size, size), RAS, float16 as stored."""
@@ -65,7 +65,7 @@ class NetworkEnsemble:
             return [float(network(place).mean()) for network in networks]
 
         with torch.inference_mode():
-            return np.array(self._placed.run(compute))
+            return np.array(self.placed.run(compute))
 
 
 class SvrModel:
@@ -163,8 +163,9 @@ def load_network(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarr
     )
     if least > (held := sum(array.size for array in weights.values())):
         raise ValueError(f"a network of more than {least:,} weights is described, the file holds {held:,}")
-    # Bundles of release 0.1.0 name the norm; there is one.
-    network = resnet18_regressor(**{name: value for name, value in architecture.items() if name != "norm"})
+    # Bundles of release 0.1.0 name the norm and one output; there are no others.
+    shape = {name: value for name, value in architecture.items() if name not in ("norm", "outputs")}
+    network = resnet18_regressor(**shape)
     expected = network.state_dict()
     if unlike := sorted(set(expected) ^ set(weights)):
         raise ValueError(f"tensors missing or left over: {unlike[:4]}")

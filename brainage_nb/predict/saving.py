@@ -159,7 +159,6 @@ def _collect_networks(folder: Path, settings: Mapping[str, Any]) -> Parts:
         )
     trained = [_keep_spreads_above_0(load_file(path)) for path in places]
     architecture = {name: training[name] for name in ("widths", "blocks", "shortcut")} | {
-        "outputs": len(trained[0]["fc.bias"]),
         "linear_edge": len(trained[0].get("linear.weight", ())),
     }
     rounded = [round_weights(load_network(architecture, weights)) for weights in trained]

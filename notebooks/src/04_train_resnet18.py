@@ -50,7 +50,7 @@ if importlib.util.find_spec("brainage_nb") is None:
 workspace = ""  # @param {type:"string"}
 # name of this training run; another name is another run beside it
 run = "resnet18"  # @param {type:"string"}
-# best (age distribution, last epoch, a linear regression beside it) or reference (Huber, best epoch)
+# best (last epoch, a linear regression beside the network) or reference (best epoch, the network alone)
 recipe = "best"  # @param ["reference", "best"]
 # passes over the training set
 epochs = 60  # @param {type:"integer"}
@@ -58,8 +58,8 @@ epochs = 60  # @param {type:"integer"}
 learning_rate = 3e-4  # @param {type:"number"}
 # seeds, with commas; one model a seed, several make an ensemble
 seeds = "1"  # @param {type:"string"}
-# folds of cross-validation over training and validation subjects; 0: none
-folds = 0  # @param {type:"integer"}
+# everybody teaches: a model for each of five folds over all subjects, judged out of fold (recommended below some 500 subjects; takes five times as long)
+final = False  # @param {type:"boolean"}
 # minutes after which everything is saved and the run ends, to be continued; 0: no limit
 max_minutes = 0.0  # @param {type:"number"}
 # delete what an earlier run of this name left and start anew
@@ -119,13 +119,14 @@ augmentation = AugmentationSettings(**pick_fields(parameters, AugmentationSettin
 chosen = pick_fields(parameters, TrainingSettings)
 settings = TrainingSettings.of_recipe(recipe, **chosen, augmentation=augmentation)
 print(f"Other than recipe {recipe}: {list_changes(settings, recipe)}")
+if not settings.final and (n := splits["subject_id"].nunique()) < 500:
+    print(f"{n} subjects: final = True would let everybody teach and judge everybody, five times as slowly.")
 
 # %% [markdown]
 # ## The network
 # This is MONAI's 3D ResNet-18. A residual block learns what to add to its input.
 # From stage to stage the picture halves and the channels double.
-# The last layer sees one mean for each channel. With the loss `huber` it gives the age.
-# With `distribution` it gives the shares of 65 ages, and their mean is the predicted age.
+# The last layer sees one mean for each channel and gives the age.
 # The network starts at the mean age of the training subjects: its first guess is the mean predictor's.
 
 # %%
@@ -159,7 +160,6 @@ montage(list(batch[:, 0].numpy()), ages, name="axial", columns=4)
 # %% [markdown]
 # ## Loss, optimiser, learning rate
 # `huber` is square within a year of the true age and linear beyond, so that one odd scan does not rule the others.
-# `distribution` compares the 65 shares with a normal curve around the true age (Kullback-Leibler divergence).
 # AdamW turns gradients into steps; weight decay spares norms and biases.
 # The learning rate rises for some epochs, since the first gradients are wild. Then it falls as a cosine.
 
@@ -199,7 +199,6 @@ Markdown("\n".join(f"- {note}" for note in result.notes))
 # The validation error mostly lies below the training error.
 # Training scans are varied at random and predicted while the weights still move.
 # Validation scans are predicted as they are, by averaged weights.
-# With `distribution` the training loss is how far the curve of ages is off, no years: compare the errors, not the losses.
 
 # %%
 curve.draw(result.history)  # the last epochs, in the same place
@@ -209,6 +208,7 @@ result.history.tail()
 # ## First figures
 # Raw predictions, split by split. The network has learned from the training subjects.
 # Validation subjects may have chosen the epoch. Only the test row says what to expect on new people.
+# With `final` there is one row: everybody, each predicted by the model of the fold that had not seen them.
 # **06 · Evaluate** adds intervals, corrections and the report.
 
 # %%

@@ -59,6 +59,8 @@ image_size = 224  # @param {type:"integer"}
 pooling = "maps"  # @param ["maps", "mean"]
 # triplets of slices at once (lower it if memory runs out)
 batch_size = 16  # @param {type:"integer"}
+# everybody teaches: fitted on all subjects, judged out of fold (recommended below some 500 subjects)
+final = False  # @param {type:"boolean"}
 # draws of the subject bootstrap behind each interval
 n_bootstrap = 2000  # @param {type:"integer"}
 # seed of the random projection; nothing else here is random
@@ -183,7 +185,7 @@ pd.Series(GRID, name="values tried [years]").to_frame()
 # subjects, in five parts with no person in two of them. Validation and test ages take no part.
 
 # %%
-fitted = train_vgg_svr(features, splits, ws.run(run), network)
+fitted = train_vgg_svr(features, splits, ws.run(run), network, final=final)
 if fitted.reused:
     print("This run was there already, with the same features and splits: read, not fitted again.")
 elif fitted.changed:
@@ -217,13 +219,14 @@ below.set(xlabel="triplet position (0 is lowest)", ylabel="weight (sum 1)")
 plt.show()
 
 # %% [markdown]
-# ## Accuracy on test subjects
-# Raw predictions with 95 % intervals over subjects, beside what saying the mean training age to everybody would give.
+# ## Accuracy on subjects not learned from
+# Test subjects or, where everybody teaches, everybody out of fold. Raw predictions with 95 % intervals over subjects, beside what saying the mean training age to everybody would give.
 # Notebook 06 compares this model with the ResNet on the same people.
 
 # %%
-tested = "test" if "test" in set(fitted.predictions["split"]) else "val"  # no test scan has a volume
-metrics = fitted.accuracy(tested, n_bootstrap=n_bootstrap)
+part = "test" if "test" in set(fitted.predictions["split"]) else "val"  # no test scan has a volume
+part, tested = ("train", "out-of-fold") if final else (part, part)
+metrics = fitted.accuracy(part, n_bootstrap=n_bootstrap)
 names = {
     "mae": "MAE [years]",
     "mean_predictor_mae": "mean predictor's MAE [years]",
@@ -238,13 +241,13 @@ print(f"{fitted.settings['title']}; headline: {fitted.settings['variant']} fusio
 pd.DataFrame(shown)
 
 # %%
-test = fitted.predictions.query("split == @tested")
+test = fitted.predictions.query("split == @part")
 figure, axes = plt.subplots(1, 2, figsize=(11, 5))
-for ax, (variant, part) in zip(axes, test.groupby("variant"), strict=True):
+for ax, (variant, rows) in zip(axes, test.groupby("variant"), strict=True):
     name = f"{variant} fusion, {tested}\n{fitted.settings['title']}"
     draw_predicted_vs_true(
-        part["age"],
-        part["predicted_age"],
+        rows["age"],
+        rows["predicted_age"],
         metrics[variant],
         name=name,
         reference_age=fitted.reference_age,

@@ -90,8 +90,9 @@ if calibrate_on and not external:
     raise ValueError("calibrate_on names people of other cohorts: set external to their workspaces as well.")
 
 # %% [markdown]
-# ## Raw accuracy on test subjects
-# Nobody in this table took part in training or in choosing an epoch. Read each MAE beside the mean predictor's. The
+# ## Raw accuracy on subjects not learned from
+# Test subjects took no part in training or in choosing an epoch. *Out of fold* is a run in which everybody taught:
+# each is predicted by the models that had not seen them, and no test split is claimed. Read each MAE beside the mean predictor's. The
 # wider the range of ages, the larger an MAE can get.
 
 # %%
@@ -118,7 +119,8 @@ for drawn in figures:
 # ## The line of the correction
 # Models pull predictions towards the mean age: the old are read too young and the young too old. So predicted age is
 # fitted as a straight line, a + b × age. The points are controls whom the model did not train on: validation scans or,
-# with folds, out-of-fold ones. Test scans never take part. The correction turns the line back, (predicted − a) / b. It
+# with folds, out-of-fold ones. Test scans never take part. Where everybody is judged out of fold, each fold's people
+# are corrected by the line of the other folds. The correction turns the line back, (predicted − a) / b. It
 # needs no true age, so the result is still a prediction.
 
 # %%
@@ -154,7 +156,7 @@ for name, found in evaluation.runs.items():
 # A prediction interval is a span of ages around a predicted one. Its `level` is the share of people whose true age
 # should lie inside. Its width is read off the calibration scans: it is twice the error that this share of them stays
 # within. That makes it a conformal interval, and it needs no assumption about the model. Everybody gets the same width.
-# Coverage is the share of *test* scans whose true age does lie inside. It should be near the level over all ages
+# Coverage is the share of the scans that judge (test, or out of fold) whose true age does lie inside. It should be near the level over all ages
 # together. Single age groups can get more or less. The promise holds for people like those it was calibrated on. The
 # last cell puts this interval into the bundle of each run, so that 07 and `predict` give what is checked here.
 
@@ -227,7 +229,5 @@ ws.finish(
     parameters,
     written=written,
     read=["cohort.csv", "splits.csv", *(f"runs/{name}/predictions.csv" for name in evaluation.runs)],
-    figures={
-        f"{run}, test {metric}": headline.loc[run, metric] for run in headline.index for metric in headline
-    },
+    figures={f"{run} {metric}": headline.loc[run, metric] for run in headline.index for metric in headline},
 )

@@ -3,17 +3,19 @@ import pytest
 
 from brainage_nb.cohort.rules import CohortRules, apply_rules
 from brainage_nb.evaluation.correction import ConformalInterval, EvaluationError
-from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
+from brainage_nb.evaluation.evaluate import evaluate_run, evaluate_runs, headline_table
 from brainage_nb.evaluation.report import other_splits
 from brainage_nb.evaluation.runs import read_run
 from brainage_nb.predict.saving import facts_of_run
 from brainage_nb.workspace import MissingInput, read_csv, read_json, write_csv, write_json
 from tests.evaluation.fake_workspace import (
+    PREDICTION_COLUMNS,
     SPELLINGS,
     cohort_frame,
     simulated,
     write_folded_run,
     write_run,
+    write_settings,
     write_workspace,
 )
 
@@ -222,3 +224,20 @@ def test_validation_figures_are_too_good_only_where_validation_chose_the_epoch(t
     write_json(read_json(path) | {"settings": {"keep": "last"}}, path)
     said = [text.split(":")[0] for text in evaluate_runs(ws, **FEW).warnings if "a little too good" in text]
     assert said == ["chosen"]
+
+
+def test_a_fold_is_calibrated_by_the_others_where_everybody_taught(tmp_path):
+    scans = cohort_frame(60)
+    ws = write_workspace(tmp_path, scans)
+    taught = scans.assign(split="train", fold=np.arange(60) % 5)
+    odd = simulated(taught, noise=1.0) + 40 * (taught["fold"] == 0)  # one fold's model is far off
+    rows = taught.assign(predicted_age=odd, seed=0, variant="single")
+    write_csv(rows[PREDICTION_COLUMNS], write_settings(ws, "final", "single") / "predictions.csv")
+    path = ws.path("runs/final/settings.json")
+    write_json(read_json(path) | {"final": True}, path)
+    found = evaluate_run(read_run(ws, "final"), n_bootstrap=20)
+    assert found.run.judged_on == "out_of_fold" and len(found.judged) == 60
+    width = (found.rows["high"] - found.rows["low"]).groupby(found.rows["fold"]).first()
+    assert width[0] < 30 < width[1]  # fold 0 says nothing about itself
+    inside = found.coverage.set_index("group").loc["all", "coverage"]
+    assert inside < 0.9 and found.calibration.interval.kind == "out-of-fold"

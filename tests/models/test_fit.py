@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from brainage_nb.models.fit import (
-    distribution_loss,
     huber_loss,
     list_learning_rates,
     make_optimiser,
@@ -56,22 +55,3 @@ def test_flip_averaging_makes_left_and_right_alike():
     np.testing.assert_allclose(ages, predict_ages(model, [volumes.flip(2)], **kwargs), atol=1e-5)
     assert ages.shape == (3,) and ages.dtype == np.float64
     assert len(predict_ages(model, [], **kwargs)) == 0
-
-
-def test_a_distribution_starts_at_the_training_ages_and_learns_an_age():
-    torch.manual_seed(0)
-    model = resnet18_regressor(**SMALL, outputs=65, age_mean=50.0, age_sd=15.0)
-    scores = model(torch.zeros(2, 1, 16, 16, 16), scores=True)
-    shares = scores.softmax(dim=1)
-    points = 50 + 15 * model.points(65)
-    mean = shares @ points
-    spread = (shares @ points.square() - mean.square()).sqrt()
-    assert torch.allclose(mean, torch.full((2,), 50.0), atol=0.5)
-    assert torch.allclose(spread, torch.full((2,), 15.0), atol=0.5)
-    assert torch.allclose(model.ages(scores), mean)
-    age = torch.tensor([30.0, 71.3])
-    curve = -((points - age[:, None]) / 3).square() / 2
-    assert torch.allclose(distribution_loss(model, curve, age), torch.zeros(2), atol=1e-5)
-    assert torch.allclose(model.ages(curve), age, atol=0.01)
-    moved = distribution_loss(model, curve, age + 3)  # two normal curves one sd apart: 1/2
-    assert torch.allclose(moved, torch.full((2,), 0.5), atol=0.01)

@@ -101,7 +101,6 @@ def test_predictions_have_a_row_a_scan_in_the_contract_s_columns(tiny, tiny_sett
 
 
 def test_stored_weights_give_the_predictions_of_the_table(tiny, tiny_settings, tmp_path):
-    from safetensors.torch import load_file
 
     from brainage_nb.models.network import build_network
 
@@ -378,13 +377,11 @@ def test_the_best_epoch_comes_from_neither_the_held_out_fold_nor_the_test_split(
 
 def test_a_recipe_gives_defaults_and_what_is_asked_beside_it_is_done():
     best = TrainingSettings.of_recipe("best", epochs=7)
-    assert (best.loss, best.keep, best.epochs, best.recipe) == ("distribution", "last", 7, "best")
-    asked = TrainingSettings.of_recipe("best", loss="huber", weight_decay=2)
-    assert (asked.loss, asked.keep, asked.recipe) == ("huber", "last", "best with loss='huber'")
-    changed = TrainingSettings.of_recipe("best", loss="huber", augmentation=AugmentationSettings(blur_mm=2))
-    assert (
-        list_changes(changed, "best") == "loss='huber' instead of 'distribution'; blur_mm=2.0 instead of 4.0"
-    )
+    assert (best.linear, best.keep, best.epochs, best.recipe) == (True, "last", 7, "best")
+    asked = TrainingSettings.of_recipe("best", linear=False, weight_decay=2)
+    assert (asked.linear, asked.keep, asked.recipe) == (False, "last", "best with linear=False")
+    changed = TrainingSettings.of_recipe("best", linear=False, augmentation=AugmentationSettings(blur_mm=2))
+    assert list_changes(changed, "best") == "linear=False instead of True; blur_mm=2.0 instead of 4.0"
     assert TrainingSettings.of_recipe("reference") == TrainingSettings()
     assert TrainingSettings().recipe == "reference"
     with pytest.raises(ValueError, match="expected one of reference, best"):
@@ -506,12 +503,11 @@ def squared(predicted, age):
 
 
 def test_a_loss_of_one_s_own_is_what_is_minimised(tiny, tiny_settings, tmp_path):
-    settings = replace(tiny_settings, loss="distribution", linear=True)
+    settings = replace(tiny_settings, linear=True)
     result = train(*tiny, tmp_path / "run", settings, loss=squared)
     assert result.settings["own"]["loss"] == f"{__name__}.squared"
     assert result.settings["settings"]["loss"] == "own"
     assert (result.history["train_loss"] >= result.history["train_mae"] ** 2).all()
-    assert load_file(next(tmp_path.glob("run/checkpoints/*/weights.safetensors")))["fc.weight"].shape[0] == 1
     with pytest.raises(ValueError, match=r"The loss gives \(\) for 5 ages"):
         train(*tiny, tmp_path / "mean", settings, loss=lambda *ages: squared(*ages).mean())
 
@@ -520,7 +516,6 @@ def test_a_loss_of_one_s_own_is_what_is_minimised(tiny, tiny_settings, tmp_path)
     ("changes", "own", "told"),
     [
         ({"loss": "own"}, {}, "give it as train"),
-        ({"loss": "distribution"}, {"network": steady_network}, "no distribution of ages"),
         ({"cluster": "local", "seeds": (1, 2)}, {"loss": squared}, "in this process only"),
     ],
 )

@@ -120,7 +120,7 @@ ABSURD = [  # what a manifest might say at places that matter most
     (("kind",), "vgg16_svr"),
     (("kind",), "resnet18"),
     (("architecture",), {"widths": [2048] * 4, "blocks": [64] * 4, "shortcut": "A"}),
-    (("architecture",), {"widths": [2048, 1, 1, 1], "blocks": [1] * 4, "shortcut": "A", "outputs": 1000}),
+    (("architecture",), {"widths": [2048, 1, 1, 1], "blocks": [1] * 4, "shortcut": "A", "outputs": 65}),
     (("architecture",), {"widths": [4, 4, 8, 8], "blocks": [1] * 4, "shortcut": "A", "linear_edge": 256}),
     (("vgg_svr",), {"variant": "early"}),
     (("figures",), {f"split {n}": {"n": "many"} for n in range(10_000)}),

@@ -10,7 +10,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from brainage_nb.bundle_format import BundleError, zip_bundle
-from brainage_nb.evaluation.evaluate import evaluate_runs
+from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
+from brainage_nb.evaluation.plots import draw_figures
+from brainage_nb.evaluation.report import write_report
 from brainage_nb.models.settings import RECIPES, TrainingSettings
 from brainage_nb.models.train import train
 from brainage_nb.predict.bundle import load_bundle
@@ -92,7 +94,7 @@ def test_a_saved_model_predicts_what_the_run_predicted(trained, saved):
     assert bundle.manifest["reproduced_within_years"] < 1e-4
 
 
-def test_a_learned_distribution_and_the_regression_beside_it_are_saved_too(trained, tmp_path):
+def test_the_regression_beside_the_network_is_saved_too(trained, tmp_path):
     ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
     store = VolumeStore(next(path for path in ws.path("volumes").iterdir() if path.is_dir()))
     chosen = TrainingSettings(
@@ -105,12 +107,39 @@ def test_a_learned_distribution_and_the_regression_beside_it_are_saved_too(train
     assert result.history["train_loss"].iloc[1] < result.history["train_loss"].iloc[0]
     bundle, rows = load_bundle(save_bundle(ws.run("soft"))), result.predictions.set_index("scan_id")
     assert bundle.manifest["trained_by_recipe"] == "best"
-    assert bundle.manifest["architecture"]["outputs"] == 65
     assert bundle.manifest["architecture"]["linear_edge"] == SETTINGS.size
     image = ws.path("0.nii")
     assert bundle.predict(image).predicted_age == pytest.approx(rows["predicted_age"]["000"], abs=1e-4)
     bundle.model.flip_averaging = False
     assert abs(bundle.predict(image).predicted_age - rows["predicted_age"]["000"]) > 1e-4
+
+
+def test_where_everybody_teaches_all_are_in_the_bundle_and_judged_out_of_fold(trained, tmp_path):
+    ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
+    store = VolumeStore(next(path for path in ws.path("volumes").iterdir() if path.is_dir()))
+    chosen = TrainingSettings(
+        epochs=1, widths=ARCHITECTURE["widths"], blocks=ARCHITECTURE["blocks"], device="cpu", processes=1,
+        augmentation=None, learning_rate=1e-3, keep="last", inner_fraction=0.0, folds=3, final=True,
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it trains without a GPU
+        rows = train(store, ws.read("splits.csv"), ws.run("final"), chosen).predictions
+    single = rows[rows["variant"] == "single"]
+    assert sorted(single["scan_id"]) == sorted(ws.read("splits.csv")["scan_id"])
+    assert set(rows["split"]) == {"train"} and set(single["fold"]) == {0, 1, 2}
+    manifest = load_bundle(save_bundle(ws.run("final"))).manifest
+    assert (manifest["training"]["n_subjects"], len(manifest["members"])) == (len(SPLIT), 3)
+    assert list(manifest["figures"]) == ["out_of_fold"]
+    assert (manifest["interval"]["kind"], manifest["interval"]["n_calibration"]) == (
+        "out-of-fold",
+        len(SPLIT),
+    )
+    evaluation = evaluate_runs(ws, "final,resnet18", n_bootstrap=20)
+    assert list(headline_table(evaluation.results).index) == ["resnet18, test", "final, out of fold"]
+    assert {"a": "final", "b": "resnet18"}.items() <= evaluation.comparisons.iloc[-1].to_dict().items()
+    write_report(evaluation, draw_figures(evaluation))
+    page = ws.path("evaluation", "report.html").read_text(encoding="utf-8")
+    assert "everybody taught, and no test split is claimed" in page
 
 
 def test_training_starts_from_a_bundle_but_not_from_one_that_saw_its_test_scans(trained, saved, tmp_path):
@@ -535,7 +564,7 @@ TRAINING, INTERVAL, CORRECTION = (manifest()[name] for name in ("training", "int
         ({"architecture": ARCHITECTURE | {"shortcut": "B"}}, "missing or left over"),
         ({"architecture": ARCHITECTURE | {"surprise": 1}}, "surprise"),
         ({"architecture": ARCHITECTURE | {"norm": "group"}}, "architecture.norm: 'batch' was expected"),
-        ({"architecture": ARCHITECTURE | {"outputs": 10**12}}, "outputs"),
+        ({"architecture": ARCHITECTURE | {"outputs": 65}}, "outputs: 1 was expected"),
         ({"architecture": ARCHITECTURE | {"linear_edge": 10**6}}, "linear_edge"),
         ({"architecture": ARCHITECTURE | {"linear_edge": 48}}, "the file holds"),
         ({"shift_averaging": 1}, "shift_averaging: 0 was expected"),
@@ -548,6 +577,7 @@ TRAINING, INTERVAL, CORRECTION = (manifest()[name] for name in ("training", "int
         ({"preprocessing": SETTINGS.to_json() | {"fingerprint": "other"}}, "other steps"),
         ({"training": None}, "training: None is not of type 'object'"),
         ({"training": TRAINING | {"age_low": 90}}, "youngest age is above the oldest"),
+        ({"training": TRAINING | {"voxel_mm": [1.0, 0.5]}}, "voxel_mm is not the smallest"),
         ({"training": TRAINING | {"age_counts": [1]}}, "age_counts do not fit age_edges"),
         ({"training": TRAINING | {"n_subjects": 10**400}}, "n_subjects"),
         ({"interval": {"level": 0.9}}, "quantile"),

@@ -1,5 +1,6 @@
 from types import SimpleNamespace
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -9,44 +10,49 @@ from brainage_nb.predict.explain import (
     age_group_maps,
     coarse_regions,
     cube_to_template,
-    in_template,
+    group_figure,
     localisation,
+    planted_check,
     region_table,
-    template_grid,
 )
 from brainage_nb.volumes.registration import mni_grid
 from brainage_nb.volumes.settings import PreprocessingSettings
 
+SETTINGS = PreprocessingSettings(spacing_mm=4.0, size=48)
+REGISTERED = PreprocessingSettings(spacing_mm=4.0, size=48, to_mni=True)
+
 
 class Store(dict):
-    fingerprint, settings = "same", PreprocessingSettings(spacing_mm=4.0, size=48)
+    fingerprint = "same"
 
 
 def store_and_bundle(n=6):
     volumes = {f"{k}": np.full((48, 48, 48), float(k), np.float16) for k in range(n)}
-    return Store(volumes), SimpleNamespace(settings=SimpleNamespace(fingerprint="same"))
+    settings = SimpleNamespace(fingerprint="same", spacing_mm=4.0, size=48, to_mni=False)
+    reference = SimpleNamespace(mean_volume=np.zeros((48, 48, 48), np.float16))
+    return Store(volumes), SimpleNamespace(settings=settings, reference=reference, model=None)
 
 
 def test_the_middle_of_the_cube_lies_where_it_should_in_template_space():
-    middle = cube_to_template(PreprocessingSettings(spacing_mm=4.0, size=48)) @ [23.5, 23.5, 23.5, 1]
+    middle = cube_to_template(SETTINGS) @ [23.5, 23.5, 23.5, 1]
     np.testing.assert_allclose(middle[:3], [0, -20, 0])
 
 
-def test_a_known_affine_puts_a_voxel_at_its_template_place():
-    heat = np.zeros((48, 48, 48))
-    heat[10, 20, 30] = 1
-    _, grid = template_grid()
-    affine = grid.copy()
-    affine[:3, 3] += 4.0 * np.array([2, 3, 4])  # the cube begins two, three, four template voxels in
-    assert np.argwhere(in_template(heat, affine) > 0.5).tolist() == [[12, 23, 34]]
+def test_registered_volumes_lie_where_their_registration_put_them():
+    np.testing.assert_allclose(cube_to_template(REGISTERED), mni_grid(4.0, 48))
 
 
-def test_groups_are_means_over_the_ages_of_their_band():
+def test_groups_are_means_over_the_ages_of_their_band_by_the_usual_method(monkeypatch):
     store, bundle = store_and_bundle()
-    scans = pd.DataFrame({"scan_id": list("012345"), "age": [20, 25, 30, 50, 55, 59]})
-    groups = age_group_maps(bundle, store, scans, bands=((0, 40), (40, 60), (60, 99)), make=lambda v: v)
+    monkeypatch.setattr("brainage_nb.predict.explain.integrated_gradients", lambda m, v, mean, **_: v - mean)
+    scans = pd.DataFrame({"scan_id": list("543210"), "age": [59, 55, 50, 30, 25, 20]})
+    groups = age_group_maps(bundle, store, scans)
     assert [(group.low, group.high, group.n) for group in groups] == [(20, 30, 3), (50, 59, 3)]
     assert [group.heat.max() for group in groups] == pytest.approx([1, 4])
+    assert [group.volume.max() for group in groups] == pytest.approx([1, 4])
+    assert [group.n for group in age_group_maps(bundle, store, scans, per_band=2)] == [2, 2]
+    figure = group_figure(bundle, groups)
+    assert len(figure.axes) == 6 and "years" in figure._suptitle.get_text()
 
 
 def test_volumes_of_another_preprocessing_are_refused():
@@ -60,35 +66,65 @@ def test_regions_get_the_heat_that_lies_in_them():
     labels = np.repeat([0, 1, 2], 4)
     heat = np.repeat([9.0, 1.0, -3.0], 4)
     table = region_table(heat, labels, ["one", "two"]).set_index("region")
-    assert table.loc["two", "share"] == pytest.approx(0.75) and table.loc["two", "density"] == pytest.approx(
-        1.5
-    )
-    assert table.loc["two", "mean_heat"] == -3 and table.index[0] == "two"
+    assert table.loc["two", ["share", "density"]].tolist() == pytest.approx([0.75, 1.5])
+    assert table["sum"].to_dict() == {"two": -12, "one": 4} and table.index[0] == "two"
 
 
-def test_coarse_regions_lie_where_anatomy_puts_them():
-    labels, (_, affine) = coarse_regions(), template_grid()
+@pytest.mark.parametrize("settings", [SETTINGS, REGISTERED, PreprocessingSettings(spacing_mm=2.0, size=96)])
+def test_coarse_regions_lie_where_anatomy_puts_them_and_add_up_to_the_whole_map(settings):
+    labels, affine = coarse_regions(settings), cube_to_template(settings)
 
     def at(*mm):
         return REGIONS[labels[tuple(np.round(np.linalg.solve(affine, [*mm, 1])[:3]).astype(int))] - 1]
 
     assert at(-30, 45, 20) == "frontal" and at(40, -50, 50) == "parietal" and at(10, -90, 5) == "occipital"
     assert at(-55, -20, -15) == "temporal" and at(20, -65, -40) == "cerebellum and brain stem"
-    assert at(8, 12, 12) == "ventricles and around them" and at(0, 0, 94) == "outside the brain"
+    assert at(8, 12, 12) == "ventricles and around them" and at(0, 0, 90) == "outside the brain"
     assert len(np.unique(labels)) == len(REGIONS)
+    heat = np.random.default_rng(0).normal(size=labels.shape)
+    assert region_table(heat, labels)["sum"].sum() == pytest.approx(heat.sum())
 
 
 def test_heat_on_the_planted_places_scores_one_and_noise_a_half():
     rng = np.random.default_rng(0)
     planted = (rng.random((20, 20, 20)) > 0.8).astype(float)
     inside = np.ones(planted.shape, bool)
-    assert localisation(-planted, planted, inside) == 1  # absolute: heat that lowers the age counts too
-    assert localisation(1 - planted, planted, inside) == 0
-    assert localisation(rng.random(planted.shape), planted, inside) == pytest.approx(0.5, abs=0.03)
+
+    def scores(heat):
+        return localisation(heat, planted, inside, 0.3)
+
+    share = planted.mean()
+    assert scores(-planted) == pytest.approx({"planted": share, "auc": 1, "ap": 1})  # lowering counts too
+    assert scores(1 - planted)["auc"] == 0
+    noise = scores(rng.random(planted.shape))
+    assert noise["auc"] == pytest.approx(0.5, abs=0.03) and noise["ap"] == pytest.approx(share, abs=0.03)
     with pytest.raises(ValueError, match="needs both kinds"):
-        localisation(planted, np.ones(planted.shape), inside)
+        localisation(planted, np.ones(planted.shape), inside, 0.3)
 
 
-def test_registered_volumes_lie_where_their_registration_put_them():
-    registered = PreprocessingSettings(spacing_mm=4.0, size=48, to_mni=True)
-    np.testing.assert_allclose(cube_to_template(registered), mni_grid(4.0, 48))
+def test_the_check_stands_between_what_knows_nothing_and_what_the_heads_show(tmp_path, monkeypatch):
+    rng, affine = np.random.default_rng(0), cube_to_template(SETTINGS)
+    ball = np.exp(-(np.linalg.norm(np.indices((48,) * 3) - 24, axis=0) ** 2) / 60).astype(np.float32)
+    (tmp_path / "derivatives").mkdir()
+    nib.save(nib.Nifti1Image(ball, affine), tmp_path / "derivatives" / "ageing_map.nii.gz")
+    ids, ages = [f"{k:02d}" for k in range(30)], np.linspace(20, 80, 30)
+    pd.DataFrame({"scan_id": ids, "brain_age": ages}).to_csv(tmp_path / "truth.csv", index=False)
+    noise = rng.normal(5 * np.roll(ball, 12, axis=1), 0.3, (30, 48, 48, 48))  # bright there at every age
+    store = Store(zip(ids, (noise + 0.05 * ages[:, None, None, None] * ball).astype(np.float16), strict=True))
+    splits = pd.DataFrame(
+        {"scan_id": ids, "age": ages, "image": ids, "split": ["train", "test", "train"] * 10}
+    )
+    makers = {"the answer": lambda volume: ball, "nothing": lambda volume: rng.random(volume.shape)}
+    monkeypatch.setattr("brainage_nb.predict.explain._map_makers", lambda *_: makers)
+    monkeypatch.setattr("brainage_nb.predict.explain._planted_place", lambda *_: affine)
+    bundle = SimpleNamespace(settings=SETTINGS)
+    table = planted_check(bundle, store, tmp_path, splits, str, per_map=6).set_index(
+        ["map", "inside", "above"]
+    )
+    assert len(table) == 12 and table["n"].groupby("map").first().to_dict() == {
+        "the answer": 6, "nothing": 6, "ceiling": 18,
+    }  # fmt: skip
+    scores = {name: table.xs(name) for name in ("the answer", "nothing", "ceiling")}
+    assert (scores["the answer"]["ap"] > 0.99).all() and (scores["ceiling"]["ap"] > 0.9).all()
+    assert scores["nothing"]["auc"].tolist() == pytest.approx([0.5] * 4, abs=0.1)
+    assert (scores["nothing"]["ap"] < 0.1).all()
