@@ -110,7 +110,7 @@ def _show_one(bundle: Bundle, prediction: Prediction, place: int) -> dict[str, F
         forbidding = [caution for caution in prediction.warnings if caution.forbids_use]
         for caution in forbidding:
             st.error(caution.sentence, icon=":material/block:")
-        _numbers(prediction)
+        _numbers(bundle, prediction)
         for caution in prediction.warnings[len(forbidding) :]:
             st.warning(caution.sentence, icon=":material/warning:")
     slices, position, details = st.tabs(["Where it comes from", "Among held-out scans", "Details"])
@@ -122,16 +122,17 @@ def _show_one(bundle: Bundle, prediction: Prediction, place: int) -> dict[str, F
         st.pyplot(figure, width=620, clear_figure=False)
         pictures["Among held-out scans"] = figure
     with details:
-        st.dataframe(prediction.frame().drop(index="do not use", errors="ignore"))
-        st.dataframe(pd.DataFrame({"value": {k: str(v) for k, v in model_facts(bundle).items()}}))
+        st.table(prediction.frame().drop(index="do not use", errors="ignore"))
+        facts = {as_text(name): as_text(str(value)) for name, value in model_facts(bundle).items()}
+        st.table(pd.DataFrame({"value": facts}))
     return pictures
 
 
-def _numbers(prediction: Prediction) -> None:
-    usable, columns = not prediction.do_not_use_because, st.columns(3)
-    with columns[0].container(key="age" if usable else "age-not-to-be-used"):
-        label = "Predicted age [years]" if usable else "Not to be used: predicted age [years]"
-        st.metric(label, f"{prediction.predicted_age:.1f}")
+def _numbers(bundle: Bundle, prediction: Prediction) -> None:
+    usable = not prediction.do_not_use_because
+    label = "Predicted age [years]" if usable else "Not to be used: predicted age [years]"
+    columns = st.container(key="numbers" if usable else "numbers-not-to-be-used").columns(3)
+    columns[0].metric(label, f"{prediction.predicted_age:.1f}")
     if prediction.level == prediction.level:
         columns[1].metric(f"{prediction.level:.0%} interval [years]", prediction.interval_text)
     if prediction.gap is not None:
@@ -141,6 +142,7 @@ def _numbers(prediction: Prediction) -> None:
             f"For about {prediction.level * 10:.0f} of 10 people like those the model was checked on, the "
             f"true age lies between {prediction.low:.0f} and {prediction.high:.0f}."
         )
+        st.caption(as_text(f"{bundle.interval.title}."))
 
 
 def _slices(bundle: Bundle, prediction: Prediction, place: int) -> Figure:
