@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from brainage_nb.models import resume
-from brainage_nb.models.fit import DeviceVolumes
 from brainage_nb.models.train import train
 from brainage_nb.models.vgg16 import FeatureSettings, vgg16_features, volume_features
 from brainage_nb.predict.bundle import load_bundle
@@ -74,15 +73,6 @@ def test_a_run_stopped_on_the_gpu_goes_on_where_it_was(tiny, settings, tmp_path,
         again.complete and again.history["learning_rate"].tolist() == whole.history["learning_rate"].tolist()
     )
     assert again.history["train_loss"].to_numpy() == pytest.approx(whole.history["train_loss"], rel=1e-2)
-
-
-def test_streamed_and_resident_volumes_are_the_same(tiny):  # noqa: F811
-    store, splits = tiny
-    device, rows = torch.device("cuda"), [np.array([3, 0]), np.array([7])]
-    both = [DeviceVolumes(store, splits, device, share) for share in (0.5, 0.0)]
-    assert [volumes.where for volumes in both] == ["resident", "streamed"]
-    for resident, streamed in zip(*(volumes.batches(rows) for volumes in both), strict=True):
-        assert torch.equal(resident, streamed) and resident.device.type == "cuda"
 
 
 def test_the_training_module_runs_under_accelerate(tmp_path, settings):

@@ -134,7 +134,7 @@ pd.DataFrame(prediction.warnings, columns=["code", "warning"])
 # - `triplets` (SVR models): the mean training age, or the regression's intercept. The numbers are years, one for each
 #   three slices.
 #
-# A heat map shows what the model used. It does not show what is wrong with a brain. A map can look sensible while the
+# A heat map estimates which places moved the age, by one method. It does not show what is wrong with a brain. A map can look sensible while the
 # model errs.
 
 # %%

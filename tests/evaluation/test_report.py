@@ -139,7 +139,10 @@ def test_the_card_of_a_named_recipe_says_what_it_reached_elsewhere_and_what_that
         write_json(read_json(path) | {"recipe": "best", "preprocessing": prepared}, path)
         cards[name] = model_card(evaluate_runs(ws, n_bootstrap=20))
     assert "121 people (IXI, one scanner" in cards["best"] and "MAE 5.05 years [4.33, 5.84]" in cards["best"]
-    assert "One site, one scanner" in cards["best"] and "neither is the model of this card" in cards["best"]
+    assert (
+        "one scanner, 20 to 82 years" in cards["best"]
+        and "neither is the model of this card" in cards["best"]
+    )
     assert "reached elsewhere" not in cards["older"] + cards["unknown"]
     assert "reached elsewhere" not in (folder / "model_card.md").read_text(encoding="utf-8")  # invented heads
 

@@ -98,7 +98,7 @@ def test_the_cpu_computes_ages_exactly_as_written_here(volume):
 
 def test_a_batch_follows_its_networks_to_another_device_and_the_cpu_networks_stay(volume):
     ensemble, seen = NetworkEnsemble(networks(2), flip_averaging=True, device=ELSEWHERE), []
-    for network in ensemble._placed._there:
+    for network in ensemble.placed._there:
         network.conv1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].device.type))
     with pytest.raises(RuntimeError, match="meta"):  # the number of the first cannot come back from there
         ensemble.predict(volume)

@@ -138,7 +138,7 @@ def write_svr_bundle(folder: Path) -> Path:
     network = vgg16_features("random_projection", pooling="mean")
     model = VggSvr(*fusions, network, FeatureSettings(image_size=32), SETTINGS.spacing_mm, "late", {})
     scratch = folder.with_name(f"{folder.name}-model")
-    model.save(scratch / "model", with_network=True)
+    model.save(scratch / "model")
     _, entries, arrays = _collect_svr(scratch, {"variant": "late"})
     reference = Reference.fit([as_stored(preprocess(write_scan(scratch / "a.nii"), SETTINGS))])
     said = manifest(reference=reference.to_dict(), **entries)

@@ -108,7 +108,9 @@ def test_the_check_stands_between_what_knows_nothing_and_what_the_heads_show(tmp
     (tmp_path / "derivatives").mkdir()
     nib.save(nib.Nifti1Image(ball, affine), tmp_path / "derivatives" / "ageing_map.nii.gz")
     ids, ages = [f"{k:02d}" for k in range(30)], np.linspace(20, 80, 30)
-    pd.DataFrame({"scan_id": ids, "brain_age": ages}).to_csv(tmp_path / "truth.csv", index=False)
+    pd.DataFrame({"scan_id": ids, "subject_id": ids, "brain_age": ages}).to_csv(
+        tmp_path / "truth.csv", index=False
+    )
     noise = rng.normal(5 * np.roll(ball, 12, axis=1), 0.3, (30, 48, 48, 48))  # bright there at every age
     store = Store(zip(ids, (noise + 0.05 * ages[:, None, None, None] * ball).astype(np.float16), strict=True))
     splits = pd.DataFrame(
