@@ -73,6 +73,8 @@ def test_an_age_not_to_be_used_is_shown_so_and_its_reason_first(tmp_path, monkey
     page = predicted(AppTest.from_file(SCRIPT, default_timeout=120).run(), "noisy.nii", scan.read_bytes())
     assert page.error[0].value.startswith("Do not use this age: the scan is further from the training scans")
     assert page.metric[0].label == "Not to be used: predicted age [years]"
+    kinds = [element.type for element in page.main]
+    assert kinds.index("error") < kinds.index("metric")
     assert not any("people like those" in text.value for text in page.markdown)
     result = page.session_state["results"][0]
     told = json.loads(results.result_json([result], load_bundle(bundle)))["results"][0]
