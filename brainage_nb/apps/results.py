@@ -122,7 +122,7 @@ def _show_one(bundle: Bundle, prediction: Prediction, place: int) -> dict[str, F
         st.pyplot(figure, width=620, clear_figure=False)
         pictures["Among held-out scans"] = figure
     with details:
-        st.table(prediction.frame().drop(index="do not use", errors="ignore"))
+        st.table(prediction.frame().drop(index="read first", errors="ignore"))
         facts = {as_text(name): as_text(str(value)) for name, value in model_facts(bundle).items()}
         st.table(pd.DataFrame({"value": facts}))
     return pictures
@@ -215,7 +215,7 @@ def result_page(prediction: Prediction, bundle: Bundle, pictures: Mapping[str, F
 
     rows = {
         "file": prediction.path,
-        **prediction.frame()["value"].drop(index=["predicted age [years]", "do not use"], errors="ignore"),
+        **prediction.frame()["value"].drop(index=["predicted age [years]", "read first"], errors="ignore"),
     }
     templates = Environment(loader=PackageLoader("brainage_nb.apps", "."), autoescape=True)
     return templates.get_template("page.html.j2").render(

@@ -99,8 +99,8 @@ class Prediction:
 
     @property
     def do_not_use_because(self) -> str:
-        """Why the age is not to be used, in a sentence; empty where nothing speaks against it."""
-        return next((caution.sentence for caution in self.warnings if caution.forbids_use), "")
+        """Why the age is not to be used, in sentences; empty where nothing speaks against it."""
+        return " ".join(caution.sentence for caution in self.warnings if caution.forbids_use)
 
     def to_dict(self) -> dict[str, Any]:
         """A flat row of plain values; None where unknown or infinite; warnings as sentences."""
@@ -117,7 +117,7 @@ class Prediction:
         if self.corrected_mae is not None:
             corrected = f"{corrected} (such ages err by {self.corrected_mae:.1f} on average)"
         rows = {
-            "do not use": self.do_not_use_because,
+            "read first": self.do_not_use_because,
             "predicted age [years]": f"{self.predicted_age:.1f}",
             interval: self.interval_text,
             "corrected for the age bias, to compare gaps [years]": corrected,

@@ -102,7 +102,7 @@ pd.DataFrame(model.manifest["figures"]).map(
 # %% [markdown]
 # ## One scan, one age
 # The interval holds the true age of about the stated share of people like those it was calibrated on. The gap is the
-# predicted minus the true age. Where the scan is too unlike those of training, the table begins with "do not use" and
+# predicted minus the true age. Where the scan is too unlike those of training, the table begins with "read first" and
 # the reason. Outside the ages and kinds of scan that the model knows, the number means nothing. The corrected age is
 # for comparing gaps; as a prediction it errs by more than the predicted age.
 

@@ -440,11 +440,11 @@ def test_a_noisy_head_is_far_from_the_training_scans_and_another_head_is_not(mea
     noisy = write_scan(tmp_path / "noisy.nii", array=noisy_head(40))
     result = load_bundle(measured).predict(noisy)
     assert result.warnings[0].code == "far_from_training"
-    assert result.do_not_use_because == result.warnings[0].sentence == result.frame()["value"]["do not use"]
+    assert result.do_not_use_because == result.warnings[0].sentence == result.frame()["value"]["read first"]
     assert "than all 30 compared" in result.do_not_use_because and "one in 31" in result.do_not_use_because
     assert result.to_dict()["do_not_use_because"] == result.do_not_use_because
     other = load_bundle(measured).predict(write_scan(tmp_path / "a.nii", 41))
-    assert other.warnings == () and other.do_not_use_because == "" and "do not use" not in other.frame().index
+    assert other.warnings == () and other.do_not_use_because == "" and "read first" not in other.frame().index
 
 
 def test_what_is_no_head_at_all_is_said_once(measured, tmp_path):
