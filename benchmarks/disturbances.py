@@ -34,7 +34,7 @@ GAIN, OFFSET = 2.7, 0.1  # of the intensity; offset as a share of the brightest 
 BIAS_LOG_SD, BIAS_KNOTS_MM = 0.1, 70.0  # a field of about 20 % up and down
 NOISE = 0.03  # of the head's median intensity
 BLUR_MM = 2.0  # full width at half maximum
-# A face goes as defacing tools cut it: all that lies before and below an oblique plane, this far off the brain.
+# A face is cut as defacing tools do: all before and below an oblique plane, so far off the brain.
 FACE_NORMAL, FACE_MARGIN_MM = np.array([0.0, 1.0, -1.0]) / np.sqrt(2), 5.0
 
 Image = nib.Nifti1Image
