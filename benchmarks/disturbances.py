@@ -3,7 +3,7 @@
 Turns and moves are done to the array of voxels and the header does not tell of them, as if the person lay
 otherwise; of storage order, voxel size and field of view the header tells, as a scanner's does. Cubic
 splines are used, so that the resampling itself blurs little. Stripping and defacing follow the reference mask
-that comes with a scan (`reference_brain`), not the brain that the package finds.
+that comes with a scan, if one does, and not the brain that the package finds (`reference_brain`).
 """
 
 from __future__ import annotations
