@@ -1,27 +1,30 @@
-"""The same head scanned or stored otherwise: tilted, moved, resampled, cut, brighter. No benchmark itself.
+"""The same head scanned, stored or treated otherwise: tilted, resampled, cut, stripped. No benchmark itself.
 
 Turns and moves are done to the array of voxels and the header does not tell of them, as if the person lay
 otherwise; of storage order, voxel size and field of view the header tells, as a scanner's does. Cubic
-splines are used, so that the resampling itself blurs little.
+splines are used, so that the resampling itself blurs little. Stripping and defacing follow the reference mask
+that comes with a scan, if one does, and not the brain that the package finds (`reference_brain`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
 from scipy.interpolate import CubicSpline
-from scipy.ndimage import affine_transform, gaussian_filter
+from scipy.ndimage import affine_transform, binary_dilation, gaussian_filter
 from scipy.spatial.transform import Rotation
 
 from brainage_nb.demo.scans import smooth_random
+from brainage_nb.volumes.brain import find_brain
 from brainage_nb.volumes.heads import find_head
 from brainage_nb.volumes.resampling import FWHM_PER_SD, along_axes
 from brainage_nb.volumes.scans import voxel_sizes
 
-VERSION = 1  # raised whenever the same scan gives another disturbed one than before
+VERSION = 2  # raised whenever the same scan gives another disturbed one than before
 DEGREES, SHIFT_MM = 15.0, 20.0
 PAD_MM = 50.0  # room around the array, so that no turn or move cuts anything off
 # What stays below the crown where the neck is cut: the lowest brain of 121 IXI-HH scans (reference masks)
@@ -30,6 +33,9 @@ NECK_CUT_MM = 165.0
 GAIN, OFFSET = 2.7, 0.1  # of the intensity; offset as a share of the brightest voxel
 BIAS_LOG_SD, BIAS_KNOTS_MM = 0.1, 70.0  # a field of about 20 % up and down
 NOISE = 0.03  # of the head's median intensity
+BLUR_MM = 2.0  # full width at half maximum
+# A face is cut as defacing tools do: all before and below an oblique plane, so far off the brain.
+FACE_NORMAL, FACE_MARGIN_MM = np.array([0.0, 1.0, -1.0]) / np.sqrt(2), 5.0
 
 Image = nib.Nifti1Image
 
@@ -147,6 +153,56 @@ def noisy(image: Image, random: np.random.Generator) -> Image:
     return Image(np.hypot(array + noise[0], noise[1]).astype(np.float32), image.affine)
 
 
+def blurred(image: Image, random: np.random.Generator | None = None) -> Image:
+    """As by a scanner of lower resolution, on the same voxels."""
+    sd = BLUR_MM / FWHM_PER_SD / voxel_sizes(image.affine)
+    return Image(gaussian_filter(_voxels(image), sd, mode="nearest"), image.affine)
+
+
+def contrasted(image: Image, curve: Callable[[np.ndarray], np.ndarray]) -> Image:
+    """Intensities along a rising curve, where 0 stays 0 and the 99th percentile of the head stays 1."""
+    array = _voxels(image)
+    level = np.percentile(array[array > array.mean()], 99)
+    return Image((level * curve(np.maximum(array, 0) / level)).astype(np.float32), image.affine)
+
+
+def s_curve(shares: np.ndarray) -> np.ndarray:
+    """Halfway from a straight line to a smooth step: steep in the middle, flat at 0, and from 1 on."""
+    within = np.minimum(shares, 1)
+    return (shares + within**2 * (3 - 2 * within)) / 2
+
+
+def reference_brain(image: Image) -> np.ndarray:
+    """Mask (bool) of the brain: where `dlmuse/NAME_DLMUSE.nii.gz` beside the scans' folder has a region.
+
+    Of a scan without one, the brain that the package finds.
+    """
+    path = image.extra.get("path")
+    if path and (labels := Path(path).parent.parent / "dlmuse" / dlmuse_name(path)).is_file():
+        return np.asanyarray(nib.load(labels).dataobj) > 0
+    return find_brain(image).mask_on(image.affine, image.shape)
+
+
+def dlmuse_name(path: str | Path) -> str:
+    """File name of the region labels of a scan."""
+    return f"{Path(path).name.split('.')[0]}_DLMUSE.nii.gz"
+
+
+def stripped(image: Image, wider: int) -> Image:
+    """Without skull and scalp: 0 outside of the brain, whose mask is made wider by some voxels."""
+    brain = reference_brain(image)
+    brain = binary_dilation(brain, iterations=wider) if wider else brain
+    return Image(np.where(brain, _voxels(image), np.float32(0)), image.affine)
+
+
+def defaced(image: Image, random: np.random.Generator | None = None) -> Image:
+    """0 before and below a plane that leaves the whole brain."""
+    ahead = FACE_NORMAL @ image.affine[:3, :3]  # mm towards the face that a voxel of each axis goes
+    distance = sum(np.ix_(*(a * np.arange(n) for a, n in zip(ahead, image.shape, strict=True))))
+    kept = distance <= distance[reference_brain(image)].max() + FACE_MARGIN_MM
+    return Image(np.where(kept, _voxels(image), np.float32(0)), image.affine)
+
+
 GEOMETRIC: dict[str, Callable[[Image, np.random.Generator], Image]] = {
     f"tilted up to {DEGREES:g} degrees": tilted,
     f"shifted {SHIFT_MM:g} mm": shifted,
@@ -160,6 +216,13 @@ CASES = GEOMETRIC | {
     "intensity scaled, offset": lambda image, random: brighter(image, OFFSET),
     "bias field": biased,
     "noise": noisy,
+    f"blurred by {BLUR_MM:g} mm": blurred,
+    "contrast, gamma 0.7": lambda image, random: contrasted(image, lambda x: x**0.7),
+    "contrast, gamma 1.4": lambda image, random: contrasted(image, lambda x: x**1.4),
+    "contrast, S curve": lambda image, random: contrasted(image, s_curve),
+    "stripped": lambda image, random: stripped(image, 0),
+    "stripped, one voxel wider": lambda image, random: stripped(image, 1),
+    "defaced": defaced,
 }
 
 

@@ -8,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.ndimage import binary_dilation
 
 from benchmarks import disturbances
 from benchmarks.disturbances import CASES, GEOMETRIC, disturb, mirrored, neck_cut, resampled
@@ -116,6 +117,58 @@ def test_every_case_is_the_same_again_for_a_scan_and_leaves_the_original_alone(m
         assert first.shape != before.shape or not np.array_equal(first, before), case
         np.testing.assert_array_equal(head.dataobj, before, err_msg=case)
     assert not np.array_equal(disturb(head, "noise", "A").dataobj, disturb(head, "noise", "B").dataobj)
+
+
+def test_a_contrast_curve_rises_and_keeps_air_and_the_brightest(make_head):
+    head = make_head(6.0)
+    before = np.asarray(head.dataobj, dtype=np.float32)
+    level = np.percentile(before[before > before.mean()], 99)
+    within = np.sort(before[(before > 0) & (before < level)])
+    for curve in (disturbances.s_curve, lambda x: x**0.7, lambda x: x**1.4):
+        after = np.asarray(disturbances.contrasted(head, curve).dataobj)
+        assert (np.diff(after.ravel()[np.argsort(before.ravel())]) >= -1e-3).all()
+        assert not after[before == 0].any()
+        np.testing.assert_allclose(after[before == level], level, rtol=1e-5)
+        assert np.abs(level * curve(within / level) - within).max() > 0.04 * level
+    np.testing.assert_allclose(
+        disturbances.s_curve(np.array([0, 0.25, 0.5, 1, 2])), [0, 0.203125, 0.5, 1, 1.5]
+    )
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """A scan whose reference labels are a ball towards the back and the top, and that mask."""
+    for folder in ("images", "dlmuse"):
+        (tmp_path / folder).mkdir()
+    image = blob((30, 50, 40), [(15, 25, 20)])
+    array = np.asarray(image.dataobj) + np.float32(1)
+    squared = ((world(image) - world(image)[12, 30, 20]) ** 2).sum(axis=-1)
+    labels = np.where(squared < 12**2, 47, 0).astype(np.uint8)
+    nib.save(nib.Nifti1Image(array, PSR), tmp_path / "images" / "S1.nii.gz")
+    nib.save(nib.Nifti1Image(labels, PSR), tmp_path / "dlmuse" / "S1_DLMUSE.nii.gz")
+    return load_scan(tmp_path / "images" / "S1.nii.gz"), labels > 0
+
+
+def test_stripping_follows_the_reference_mask_and_touches_no_voxel_of_the_brain(labelled):
+    scan, brain = labelled
+    for case, wider in (("stripped", 0), ("stripped, one voxel wider", 1)):
+        after = np.asarray(disturb(scan, case, "S1").dataobj)
+        kept = binary_dilation(brain, iterations=wider) if wider else brain
+        np.testing.assert_array_equal(after[kept], np.asarray(scan.dataobj)[kept])
+        assert not after[~kept].any()
+
+
+def test_a_cut_face_lies_before_and_below_the_brain_and_leaves_it_whole(labelled):
+    scan, brain = labelled
+    before, after = np.asarray(scan.dataobj), np.asarray(disturb(scan, "defaced", "S1").dataobj)
+    cut = after != before
+    assert not after[cut].any() and 0.02 < cut.mean() < 0.5
+    np.testing.assert_array_equal(after[brain], before[brain])
+    ahead = world(scan) @ disturbances.FACE_NORMAL
+    plane = ahead[brain].max() + disturbances.FACE_MARGIN_MM
+    assert ahead[~cut].max() - 1e-3 <= plane <= ahead[cut].min() + 1e-3
+    assert world(scan)[cut][:, 1].mean() > world(scan)[brain][:, 1].mean()
+    assert world(scan)[cut][:, 2].mean() < world(scan)[brain][:, 2].mean()
 
 
 @pytest.fixture
