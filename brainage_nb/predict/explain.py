@@ -177,10 +177,10 @@ def explain(bundle: Bundle, prediction: Prediction, method: str = "") -> Explana
 def _add_up(heat: np.ndarray, predicted_age: float, mean_age: float) -> str:
     """What a map in years adds up to, and how much of the difference it leaves out, in words."""
     total = float(heat.sum(dtype=np.float64))
-    missing = predicted_age - mean_age - total
+    missing, shown = predicted_age - mean_age - total, round(total, 1) + 0.0  # -0.0 becomes 0.0
     words = (
         "What moved this age away from the mean training brain's, by one method: the sum of the map is "
-        f"{total:+.1f} years (predicted {predicted_age:.1f}, the mean training brain {mean_age:.1f})."
+        f"{shown:+.1f} years (predicted {predicted_age:.1f}, the mean training brain {mean_age:.1f})."
     )
     return words if abs(missing) < 0.1 else f"{words} {missing:+.1f} years could not be placed."
 
