@@ -75,7 +75,7 @@ def save_bundle(
     folder = Path(run_folder).absolute()
     ws = open_workspace(folder.parents[1])
     run = read_run(ws, folder.name)
-    store = VolumeStore(ws.path("volumes", run.settings["fingerprint"]))
+    store = VolumeStore(ws.path("volumes", run.settings["fingerprint"])).verify()
     learning = _choose_evenly(learning_rows(run)["scan_id"].tolist(), REFERENCE_SCANS)
     reference = Reference.fit(store[scan_id] for scan_id in learning)
     collect = _collect_svr if (folder / "model").is_dir() else _collect_networks
@@ -203,9 +203,7 @@ def facts_of_run(run: Run, workspace: Workspace) -> dict[str, Any]:
     Correction and interval are those of the evaluation (`calibrate`), at the level of the workspace's report
     where there is one; test rows only give figures.
     """
-    learning, cleaning = learning_rows(run), pd.DataFrame({"scan_id": []})
-    if workspace.path("cleaning.csv").exists():
-        cleaning = workspace.read("cleaning.csv")
+    learning, cleaning = learning_rows(run), workspace.read("cleaning.csv")
     cleaning = cleaning[cleaning["scan_id"].isin(learning["scan_id"])]
     return {
         "training": _describe_training(learning, cleaning)

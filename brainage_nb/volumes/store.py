@@ -107,8 +107,8 @@ class VolumeStore:
             shards = sorted(set(self.index["shard"][self.index["scan_id"].isin(damaged)]))
             files = _name_some([shard_path(self.folder, shard).name for shard in shards])
             raise StoreError(
-                f"{len(damaged)} of {len(self)} volumes in {self.folder} are damaged, that is missing or not "
-                f"what was written ({files}; {_name_some(damaged)}). {REMEDY}"
+                f"{len(damaged)} of {len(self)} volumes in {self.folder} are damaged: missing, or not what "
+                f"index.csv says was written ({files}; {_name_some(damaged)}). {REMEDY}"
             )
         self._maps = self._open_shards()
         return self
