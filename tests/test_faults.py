@@ -148,18 +148,23 @@ def names(text, file):
 
 
 def remedy(place, file, damage, reader, said):
-    """Do what was said, and see that all is well afterwards."""
-    if "Delete it" in said:
-        (place.root / file).unlink()
-    if "fresh=True" in said:
-        shutil.rmtree(place.root / "runs" / RUN)
-    named = NOTEBOOK.findall(said) or ([reader] if reader in STEPS else ["04"])
-    for name in STEPS:
-        if name >= min(named):
-            place.read(name)
-    for name in READERS:
-        result, _ = place.read(name)
-        assert damage == "another run's" or result == place.expected[name], f"{name} is another afterwards"
+    """Do what was said, and see that all is as in the whole workspace afterwards."""
+    for _ in range(2):  # one thing may have to be done before another
+        if "Delete it" in said:
+            (place.root / file).unlink()
+        if "fresh=True" in said:
+            shutil.rmtree(place.root / "runs" / RUN)
+        named = NOTEBOOK.findall(said) or ([reader] if reader in STEPS else ["04"])
+        try:
+            found = {name: place.read(name)[0] for name in STEPS if name >= min(named)}
+            break
+        except ValueError as error:
+            said = str(error)
+    for name in ("app", "predict"):
+        found[name] = place.read(name)[0]
+    # what another workspace's cohort or splits lead to is told, and then followed
+    changed = [] if damage == "another run's" else [n for n in found if found[n] != place.expected[n]]
+    assert not changed, f"{changed} differ afterwards"
 
 
 def check_all(place, cells, *, mend=False):
@@ -182,8 +187,15 @@ def test_a_damaged_file_is_named_or_made_again(place):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reader", READERS)
-def test_whoever_reads_a_damaged_file_says_so_and_what_to_do_helps(place, reader):
+def test_whoever_reads_a_damaged_file_says_so(place, reader):
     cells = [(file, damage, reader) for file in FIRST_READER for damage in DAMAGES]
+    assert check_all(place, cells) == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_the_sentence_says_to_do_makes_all_well(place, damage):
+    cells = [(file, damage, reader) for file, reader in FIRST_READER.items()]
     assert check_all(place, cells, mend=True) == {}
 
 

@@ -40,7 +40,7 @@ TRAINING = TrainingSettings(epochs=1, batch_size=4, widths=(4, 4, 8, 8), blocks=
 
 
 def write_scans(folder: Path, seed: int) -> None:
-    """Heads, their table, and a truth beside it; another seed is another cohort under the same names."""
+    """Heads and their table; another seed is another cohort under the same names."""
     folder.mkdir(parents=True)
     ages = np.random.default_rng(seed).permutation(np.linspace(20, 80, 14)).round(1)
     for n in range(len(ages)):
@@ -48,12 +48,10 @@ def write_scans(folder: Path, seed: int) -> None:
     ids = [f"{n:02d}" for n in range(len(ages))]
     people = pd.DataFrame({"participant_id": ids, "age": ages, "sex": ["F", "M"] * 7})
     write_csv(people, folder / "ages.csv")
-    scans = people.assign(scan_id=ids, subject_id=ids, session_id="", gap_planted=ages / 20)
-    write_csv(truth_of(scans, seed), folder.parent / "demo" / "truth.csv")
 
 
 def open_scans(ws: Workspace) -> Any:
-    """As 01."""
+    """As 01 does with the demo cohort, whose truth it writes."""
     given = {
         "source": "folder",
         "data_dir": str(ws.path("scans")),
@@ -61,6 +59,8 @@ def open_scans(ws: Workspace) -> Any:
     }
     found = open_source("folder", given, ws.root)
     found.cohort["source"] = "demo"
+    planted = found.cohort.assign(gap_planted=found.cohort["age"] / 20)
+    write_csv(truth_of(planted), ws.path("demo", "truth.csv"))
     without = pd.concat([found.unmatched_images, found.unmatched_rows]).fillna("")
     tables = {"cohort": found.cohort, "cohort_dropped": found.dropped, "cohort_unmatched": without}
     written = [write_csv(table, ws.path(f"{name}.csv")) for name, table in tables.items()]

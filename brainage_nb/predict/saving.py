@@ -126,10 +126,12 @@ def update_bundle(run_folder: Path | str, calibration: Calibration) -> str:
 
 
 def _is_current(run_folder: Path | str) -> bool:
-    """Whether the run has a bundle that can be opened, made after its predictions."""
+    """Whether the run has a bundle that is whole, made after its predictions."""
     made, predicted = Path(run_folder) / "bundle" / MANIFEST, Path(run_folder) / "predictions.csv"
     try:
-        open_bundle(made.parent)
+        files = open_bundle(made.parent)
+        for file in files.manifest["files"]:
+            files.arrays(file)  # of another content than was saved, it would be refused at each prediction
     except BundleError:
         return False
     return not predicted.exists() or made.stat().st_mtime >= predicted.stat().st_mtime
