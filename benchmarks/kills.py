@@ -215,7 +215,8 @@ def kill_round(
         for place, notebook in enumerate(kills):
             tree = (number + place) % 2 == 1
             if disk:
-                room, delay = draw.randint(2**12, 2**21), draw.choice((0.05, 1.0, 60.0))
+                room = draw.randint(2**12, 2**21)
+                delay = draw.uniform(0, 0.2) if place else 60.0  # the first shall say that the disk is full
                 row = kill_while_full(disk, workspace, room, delay, tree=tree)
             else:
                 row = kill_once(workspace, notebook, draw.uniform(0, seconds[notebook]), tree=tree)
