@@ -395,13 +395,15 @@ def find_bundles() -> tuple[list[Path], list[str]]:
     """
     known, damaged = [], []
     for root in {root.absolute() for root in (default_root(), Path("workspace"), Path("workspace", "demo"))}:
-        made = {file: file.stat().st_mtime for file in root.glob(f"runs/*/bundle/{MANIFEST}")}
-        newest = max(made.values(), default=0.0)
-        for file, time in made.items():
+        found = {}
+        for place in root.glob("runs/*/bundle"):
             try:
-                known.append((newest, read_json(file, "kind")["kind"] == RESNET, time, file.parent))
+                is_network = read_json(place / MANIFEST, "kind")["kind"] == RESNET
+                found[place] = (is_network, (place / MANIFEST).stat().st_mtime)
             except MissingInput as error:
                 damaged.append(str(error))
+        newest = max((time for _, time in found.values()), default=0.0)
+        known += [(newest, *facts, place) for place, facts in found.items()]
     return [place for *_, place in sorted(known, reverse=True)], damaged
 
 

@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 from brainage_nb import __version__, pipeline
 from brainage_nb.parameters import ParameterError, format_value
 from brainage_nb.pipeline import NotebookFailed, NotebookPaused
-from brainage_nb.workspace import Workspace, guard_formula, locate_workspace, open_workspace, write_csv
+from brainage_nb.workspace import (
+    MissingInput,
+    Workspace,
+    guard_formula,
+    locate_workspace,
+    open_workspace,
+    write_csv,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -231,13 +238,13 @@ def find_newest_bundle() -> Path:
     from brainage_nb.bundle_format import find_bundles
 
     found, damaged = find_bundles()
+    if not found:
+        none = (
+            "No bundle was named and none lies in the workspace. Give --bundle, or make one: `make demo`, or"
+        )
+        raise MissingInput(" ".join([*damaged, f"{none} notebook 04 or 05."]))
     for sentence in damaged:
         print(f"Left out: {sentence}")
-    if not found:
-        raise FileNotFoundError(
-            "No bundle was named and none lies in the workspace. Give --bundle, or make one: `make demo`, or "
-            "notebook 04 or 05."
-        )
     return found[0]
 
 

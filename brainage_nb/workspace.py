@@ -31,11 +31,12 @@ IDS = ("scan_id", "subject_id", "session_id")
 TEXTS = (*IDS, "image", "sex", "site", "source", "reason", "flags", "detail", "variant")
 YEARS = ("age", "predicted_age")
 MAKERS = {
-    "cohort.csv": "01_data_access",
+    **dict.fromkeys(("cohort.csv", "cohort_dropped.csv", "cohort_unmatched.csv"), "01_data_access"),
     "demo": "01_data_access",
     "cleaning.csv": "02_data_cleaning",
     "splits.csv": "02_data_cleaning",
     "volumes": "03_preprocessing_preview",
+    "scans_without_volume.csv": "03_preprocessing_preview",
     "runs": "04_train_resnet18 or 05_train_vgg16_svr",
     "features": "05_train_vgg16_svr",
     "evaluation": "06_evaluate",
@@ -43,11 +44,15 @@ MAKERS = {
 """File or folder of the workspace: the notebook that makes it."""
 NEEDED = {
     "cohort.csv": ("scan_id", "subject_id", "age"),
+    "cleaning.csv": ("scan_id", "kept"),
     "splits.csv": ("scan_id", "subject_id", "age", "split"),
+    "scans_without_volume.csv": ("scan_id",),
+    "history.csv": ("epoch", "val_loss"),
     "predictions.csv": ("scan_id", "split", "age", "predicted_age"),
     "truth.csv": ("scan_id", "subject_id"),
 }
-"""Columns without which a table is none; it has rows as well."""
+"""Columns without which a table is none; it has rows as well, save for `MAY_BE_EMPTY`."""
+MAY_BE_EMPTY = ("scans_without_volume.csv", "history.csv")
 TEXT = {"type": "string"}
 FILES = {"type": "array", "items": {"type": "object", "required": ["path"], "properties": {"path": TEXT}}}
 RESULT = {
@@ -195,10 +200,12 @@ def read_csv(path: Path | str) -> pd.DataFrame:
         named = [name for name in TEXTS if name in frame]
         texts = pd.read_csv(io.BytesIO(content), usecols=named, dtype=str, keep_default_na=False)
         frame[named] = texts[named]
+        if "kept" in frame and frame["kept"].dtype != bool:
+            raise ValueError("its column kept holds something else than True and False")
         needed = NEEDED.get(path.name, ())
         if missing := [name for name in needed if name not in frame]:
             raise ValueError(f"it has no column {', '.join(missing)}")
-        if needed and frame.empty:
+        if needed and frame.empty and path.name not in MAY_BE_EMPTY:
             raise ValueError("it has no rows")
     return frame
 

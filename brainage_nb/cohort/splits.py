@@ -5,6 +5,7 @@ Works on subjects, never on scans, so that two scans of one person cannot sit in
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
@@ -69,6 +70,7 @@ def deal_splits(
         )
     rng = np.random.default_rng(seed)
     known = check_splits(scans.head(0).assign(split="", fold=-1) if existing is None else existing)
+    _say_other_ages(known, scans)
     known = known[known["subject_id"].isin(age.index)].groupby("subject_id")[["split", "fold"]].first()
     split = _deal_new(age.drop(known.index), known["split"], shares, rng)
     split = pd.concat([known["split"], split]).reindex(age.index)
@@ -233,6 +235,20 @@ def _age_of_subjects(scans: pd.DataFrame) -> pd.Series:
             f"{len(missing)} scans have no age: {_some(missing)}. Deal only scans that cleaning kept."
         )
     return scans.groupby("subject_id", sort=False)["age"].mean()
+
+
+def _say_other_ages(known: pd.DataFrame, scans: pd.DataFrame) -> None:
+    """Warn of scans that had another age when they were dealt: corrected since, or another cohort's."""
+    if "age" not in known:
+        return
+    both = known[["scan_id", "age"]].merge(scans[["scan_id", "age"]], on="scan_id", suffixes=("_dealt", ""))
+    other = both.loc[~np.isclose(both["age_dealt"].astype(float), both["age"], rtol=0, atol=0.01), "scan_id"]
+    if len(other):
+        warnings.warn(
+            f"{len(other)} scans have another age than when splits.csv was dealt ({_some(other)}). They keep "
+            "their split. Where splits.csv is another cohort's, delete it and run 02_data_cleaning again.",
+            stacklevel=3,
+        )
 
 
 def _deal_new(age: pd.Series, known: pd.Series, shares: pd.Series, rng: np.random.Generator) -> pd.Series:

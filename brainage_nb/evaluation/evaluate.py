@@ -135,7 +135,7 @@ def evaluate_runs(
     asked = runs.split(",") if isinstance(runs, str) else runs
     names = [name.strip() for name in asked if name.strip()] or list_runs(ws)
     if not names:
-        raise MissingInput(f"No run in {ws.path('runs')} has predictions. Run notebook 04 or 05 first.")
+        raise MissingInput(f"No run in {ws.path('runs')} has a predictions.csv. Run notebook 04 or 05 first.")
     planted, bootstrap = read_truth(ws, truth), {"n_bootstrap": n_bootstrap, "seed": seed}
     found = {
         name: evaluate_run(read_run(ws, name), level=level, truth=planted, controls=controls, **bootstrap)
@@ -305,7 +305,7 @@ def find_cautions(
 ) -> list[str]:
     """Warnings of a whole evaluation, gravest first."""
     sentences, splits = [TEST_OBJECT] if is_test_object else [], ws.read("splits.csv")
-    cleaning = ws.read("cleaning.csv") if ws.path("cleaning.csv").exists() else None
+    cleaning = ws.read("cleaning.csv")
     with_mean = comparisons[comparisons["b"] == "mean predictor"].set_index("a")
     for name, one in found.items():
         own = [_of_figures(one, with_mean.loc[name]), _of_calibration(one), _of_missing(one, splits)]
@@ -361,8 +361,8 @@ def _of_missing(one: RunEvaluation, splits: pd.DataFrame) -> Iterator[str]:
             yield f"{n} of {len(dealt)} {split} scans have no prediction and are in no figure."
 
 
-def _of_twins(one: RunEvaluation, cleaning: pd.DataFrame | None) -> Iterator[str]:
-    if cleaning is None or "sha256" not in cleaning:
+def _of_twins(one: RunEvaluation, cleaning: pd.DataFrame) -> Iterator[str]:
+    if "sha256" not in cleaning:
         return
     pictures = cleaning.loc[cleaning["sha256"].fillna("") != "", ["scan_id", "sha256"]]
     splits = one.rows.merge(pictures, on="scan_id").groupby("sha256")["split"].nunique()
@@ -374,7 +374,7 @@ def _of_twins(one: RunEvaluation, cleaning: pd.DataFrame | None) -> Iterator[str
 
 
 def _of_workspace(
-    found: dict[str, RunEvaluation], cohort: pd.DataFrame, cleaning: pd.DataFrame | None
+    found: dict[str, RunEvaluation], cohort: pd.DataFrame, cleaning: pd.DataFrame
 ) -> Iterator[str]:
     control = judge_controls(cohort)
     if {"yes", "no"} <= set(control) and "diagnosis" in cohort:
@@ -390,6 +390,15 @@ def _of_workspace(
         )
     if len({frozenset(one.judged["scan_id"]) for one in found.values()}) > 1:
         yield "The runs were tested on different scans; compare them only by the paired differences below."
-    kept = True if cleaning is None else cleaning["kept"].astype(str).str.lower().isin(["true", "1"]).mean()
+    if (
+        "source" in cohort
+        and (cohort["source"] == "demo").any()
+        and all(one.planted.empty for one in found.values())
+    ):
+        yield (
+            "demo/truth.csv is not there, or names other scans, so what was planted is not looked for. Run "
+            "notebook 01 again: it writes that table anew."
+        )
+    kept = cleaning["kept"].mean()
     if kept < 0.8:
         yield f"Cleaning dropped {1 - kept:.0%} of the scans; the figures hold for what was kept."

@@ -82,10 +82,8 @@ def splits_table(ws: Workspace) -> pd.DataFrame:
 
 def dropped_table(ws: Workspace) -> pd.DataFrame:
     """What cleaning dropped: scans per reason, with one example's detail."""
-    if not ws.path("cleaning.csv").exists():
-        return pd.DataFrame()
     cleaning = ws.read("cleaning.csv")
-    lost = cleaning[~cleaning["kept"].astype(str).str.lower().isin(["true", "1"])]
+    lost = cleaning[~cleaning["kept"]]
     table = lost.assign(example=lost["scan_id"] + ": " + lost["detail"]).groupby("reason", as_index=False)
     table = table.agg(**{"scans": ("scan_id", "size"), "for example": ("example", "first")})
     return table.sort_values("scans", ascending=False)

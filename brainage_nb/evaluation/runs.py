@@ -174,11 +174,13 @@ def read_run(ws: Workspace, name: str) -> Run:
         splits, or differs from `splits.csv` or `cohort.csv`; `splits.csv` contradicts itself.
     """
     source, history = f"runs/{name}/predictions.csv", ws.path("runs", name, "history.csv")
-    members, settings = read_csv(ws.need(source)), read_json(ws.need(f"runs/{name}/settings.json"))
-    if not is_as_written(ws.path(source).parent, settings):
+    members = read_csv(ws.need(source))
+    settings = read_json(ws.need(f"runs/{name}/settings.json"), "variant", "fingerprint")
+    if altered := find_altered(history.parent, settings):
         raise EvaluationError(
-            f"{source} is not the table that this run wrote: it was edited, or is another run's. Run the "
-            "training notebook (04 or 05) again, with the same parameters; it writes the table anew."
+            f"runs/{name}: {' and '.join(altered)} {'is' if len(altered) == 1 else 'are'} not as this run "
+            "wrote it and noted in settings.json: edited, gone, or another run's. Run the training notebook "
+            "(04 or 05) again, with the same parameters; it writes the tables anew."
         )
     rows = check_splits(headline_rows(members, settings.get("variant", ""), source), source=source)
     splits = read_splits(ws)
@@ -198,15 +200,22 @@ def read_run(ws: Workspace, name: str) -> Run:
     )
 
 
-def digest_predictions(predictions: pd.DataFrame) -> str:
-    """SHA-256 of the `predictions.csv` that `write_csv` makes of a table; a run keeps it in settings.json."""
-    return hashlib.sha256(predictions.to_csv(index=False, lineterminator="\n").encode()).hexdigest()
+def digest_tables(**tables: pd.DataFrame) -> dict[str, str]:
+    """Entries of settings.json: the SHA-256 of the CSV file that `write_csv` makes of each table.
+
+    >>> list(digest_tables(predictions=pd.DataFrame({"age": [54.0]})))
+    ['predictions_sha256']
+    """
+    texts = {name: table.to_csv(index=False, lineterminator="\n") for name, table in tables.items()}
+    return {f"{name}_sha256": hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
 
-def is_as_written(run_folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether a run has its `predictions.csv`, unchanged; runs of earlier releases kept no hash of it."""
-    path, digest = run_folder / "predictions.csv", settings.get("predictions_sha256")
-    return path.exists() and digest in (None, sha256_of(path))
+def find_altered(run_folder: Path, settings: dict[str, Any]) -> list[str]:
+    """Tables of a run that are gone, or not as its settings.json noted (`digest_tables`); runs of earlier
+    releases noted none."""
+    noted = {f"{name}.csv": settings.get(f"{name}_sha256") for name in ("predictions", "history")}
+    paths = {name: run_folder / name for name, digest in noted.items() if digest}
+    return [n for n, path in paths.items() if not path.is_file() or sha256_of(path) != noted[n]]
 
 
 def list_runs(workspace: Workspace) -> list[str]:
@@ -421,7 +430,8 @@ def add_truth(rows: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
     """Rows that have a planted gap, with `planted_gap`, `brain_age` and, where the truth has it, `attainable`
     (years).
 
-    Matched by `scan_id`, or by subject and session where a scan goes by another name.
+    Matched by `scan_id`, or by subject and session where a scan goes by another name. EvaluationError where
+    the truth has other ages: it is another cohort's.
     """
     planted = truth.rename(columns={"gap": "planted_gap"})
     names = [name for name in ("planted_gap", "brain_age", "attainable") if name in planted]
@@ -429,7 +439,14 @@ def add_truth(rows: pd.DataFrame, truth: pd.DataFrame) -> pd.DataFrame:
         rows[keys].merge(planted[[*keys, *names]].drop_duplicates(keys), on=keys, how="left")[names]
         for keys in (["scan_id"], ["subject_id", "session_id"])
     )
-    return rows.reset_index(drop=True).join(by_scan.fillna(by_session)).dropna(subset=["planted_gap"])
+    found = rows.reset_index(drop=True).join(by_scan.fillna(by_session)).dropna(subset=["planted_gap"])
+    if "gap" in truth and "brain_age" in truth:
+        true_age = found["brain_age"] - found["planted_gap"]
+        sentence = (
+            "{} scans have another age in truth.csv{}: it is another cohort's. Run 01_data_access again."
+        )
+        _refuse(found["scan_id"], ~np.isclose(true_age, found["age"], rtol=0, atol=0.1), sentence)
+    return found
 
 
 def check_known_answers(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from brainage_nb.cohort.splits import check_splits, deal_everybody
-from brainage_nb.evaluation.runs import digest_predictions, is_as_written
+from brainage_nb.evaluation.runs import digest_tables, find_altered
 from brainage_nb.models.compute import check_disk, choose_device, choose_precision
 from brainage_nb.models.fit import HISTORY, Trainer, VolumeDataset
 from brainage_nb.models.network import (
@@ -120,7 +120,11 @@ class Job:
         means = predictions["scan_id"].nunique() if len(self.members) > 1 else 0
         whole = len(history) > 0 and len(predictions) == rows + means
         unfinished = (self.run_folder / "checkpoints").exists() and self.unfinished()
-        return whole and not unfinished and is_as_written(self.run_folder, before)
+        altered = find_altered(self.run_folder, before)
+        if whole and altered:
+            names = " and ".join(altered)
+            warnings.warn(f"{self.run_folder}: {names} not as this run wrote it: made again.", stacklevel=2)
+        return whole and not unfinished and not altered
 
     def run(self, stop: StopRequests, progress, *, fresh: bool = False, only: str = "") -> None:
         """Fit the models that are not finished, or the one named `only`; write the tables once all are."""
@@ -237,7 +241,7 @@ class Job:
         }
         rows = [read_csv(self._folder(member) / "predictions.csv") for member in self.members]
         predictions = add_means(pd.concat(rows, ignore_index=True))
-        content["predictions_sha256"] = digest_predictions(predictions)
+        content |= digest_tables(predictions=predictions, history=history)
         write_json(content, self.run_folder / "settings.json")
         write_csv(predictions, self.run_folder / "predictions.csv")
 

@@ -25,7 +25,7 @@ from sklearn.svm import SVR
 
 from brainage_nb.cohort.splits import check_splits, deal_everybody
 from brainage_nb.evaluation.metrics import mean_training_age, regression_metrics
-from brainage_nb.evaluation.runs import digest_predictions, is_as_written
+from brainage_nb.evaluation.runs import digest_tables, find_altered
 from brainage_nb.models.settings import COLUMNS, FINAL_FOLDS, load_table, read_settings
 from brainage_nb.models.vgg16 import (
     SLICES,
@@ -578,7 +578,7 @@ def train_vgg_svr(
     splits = deal_everybody(check_splits(splits), FINAL_FOLDS) if final else check_splits(splits)
     folder, inputs = Path(run_folder), _inputs(features, splits, network)
     before = read_settings(folder)
-    is_ours = is_as_written(folder, before)
+    is_ours = not find_altered(folder, before)
     if before.get("inputs") == inputs and is_ours and (found := _read_run(folder, before)):
         return found
     if network.weights_sha256 != features.facts["weights_sha256"]:
@@ -605,7 +605,7 @@ def train_vgg_svr(
     model.save(folder / "model")
     for name, columns in TABLES.items():
         write_csv(getattr(run, name)[columns], folder / f"{name}.csv")
-    settings["predictions_sha256"] = digest_predictions(run.predictions[TABLES["predictions"]])
+    settings |= digest_tables(predictions=run.predictions[TABLES["predictions"]])
     write_json(settings, folder / "settings.json")
     return run
 

@@ -75,7 +75,7 @@ def save_bundle(
     folder = Path(run_folder).absolute()
     ws = open_workspace(folder.parents[1])
     run = read_run(ws, folder.name)
-    store = VolumeStore(ws.path("volumes", run.settings["fingerprint"]))
+    store = VolumeStore(ws.path("volumes", run.settings["fingerprint"])).verify()
     people = learning_rows(run).drop_duplicates("subject_id")  # two scans of one would look too alike
     learning = _choose_evenly(people["scan_id"].tolist(), REFERENCE_SCANS)
     reference = Reference.fit(store[scan_id] for scan_id in learning)
@@ -128,10 +128,12 @@ def update_bundle(run_folder: Path | str, calibration: Calibration) -> str:
 
 
 def _is_current(run_folder: Path | str) -> bool:
-    """Whether the run has a bundle that can be opened, made after its predictions."""
+    """Whether the run has a bundle that is whole, made after its predictions."""
     made, predicted = Path(run_folder) / "bundle" / MANIFEST, Path(run_folder) / "predictions.csv"
     try:
-        open_bundle(made.parent)
+        files = open_bundle(made.parent)
+        for file in files.manifest["files"]:
+            files.arrays(file)  # of another content than was saved, it would be refused at each prediction
     except BundleError:
         return False
     return not predicted.exists() or made.stat().st_mtime >= predicted.stat().st_mtime
@@ -204,9 +206,7 @@ def facts_of_run(run: Run, workspace: Workspace) -> dict[str, Any]:
     Correction and interval are those of the evaluation (`calibrate`), at the level of the workspace's report
     where there is one; test rows only give figures.
     """
-    learning, cleaning = learning_rows(run), pd.DataFrame({"scan_id": []})
-    if workspace.path("cleaning.csv").exists():
-        cleaning = workspace.read("cleaning.csv")
+    learning, cleaning = learning_rows(run), workspace.read("cleaning.csv")
     cleaning = cleaning[cleaning["scan_id"].isin(learning["scan_id"])]
     return {
         "training": _describe_training(learning, cleaning)

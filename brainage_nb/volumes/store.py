@@ -25,6 +25,7 @@ from brainage_nb.volumes.scans import ScanError, errors_as_reason, load_scan, vo
 from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.workspace import (
     MAKERS,
+    MissingInput,
     copy_verified,
     read_json,
     sha256_of,
@@ -69,7 +70,7 @@ class VolumeStore:
 
     Raises
     ------
-    FileNotFoundError
+    MissingInput
         The folder is no store.
     StoreError
         `preprocessing.json` or `index.csv` is damaged; a shard only when `verify` or a volume is asked for.
@@ -100,15 +101,18 @@ class VolumeStore:
         Raises
         ------
         StoreError
-            Names the shards and the scans whose volumes have other content than was written.
+            Names the shards and the scans whose volumes have other content than was written; or there is no
+            volume at all.
         """
+        if not len(self):
+            raise StoreError(f"{self.folder} holds no volume: index.csv is missing or empty. {REMEDY}")
         damaged = find_damaged(self.folder, self.index, self.size)
         if damaged:
             shards = sorted(set(self.index["shard"][self.index["scan_id"].isin(damaged)]))
             files = _name_some([shard_path(self.folder, shard).name for shard in shards])
             raise StoreError(
-                f"{len(damaged)} of {len(self)} volumes in {self.folder} are damaged, that is missing or not "
-                f"what was written ({files}; {_name_some(damaged)}). {REMEDY}"
+                f"{len(damaged)} of {len(self)} volumes in {self.folder} are damaged: missing, or not what "
+                f"index.csv says was written ({files}; {_name_some(damaged)}). {REMEDY}"
             )
         self._maps = self._open_shards()
         return self
@@ -162,11 +166,9 @@ def current_store(volumes_folder: str | Path, scratch: Path | None = None) -> Vo
     try:
         store = VolumeStore(_current_folder(Path(volumes_folder)))
         check_name(store.folder, store.settings)
-        if not len(store):
-            raise StoreError(f"{store.folder} holds no volume: index.csv is missing or empty. {REMEDY}")
-        return (
-            store if scratch is None else VolumeStore(StoreMirror(store.folder, scratch).fetch())
-        ).verify()
+        if scratch is not None:
+            store = VolumeStore(StoreMirror(store.folder, scratch).fetch())
+        return store.verify()
     except (StoreError, FileNotFoundError):
         result = Path(volumes_folder).parent / "results" / f"{MAKERS['volumes']}.json"
         with suppress(OSError):
@@ -180,7 +182,7 @@ def current_store(volumes_folder: str | Path, scratch: Path | None = None) -> Vo
 def _current_folder(volumes_folder: Path) -> Path:
     current = volumes_folder / "current"
     if not current.is_file():
-        raise FileNotFoundError(f"{current} is missing. Run notebook 03 first; it makes the volume store.")
+        raise MissingInput(f"{current} is missing. Run notebook 03 first; it makes the volume store.")
     name = current.read_text(encoding="utf-8", errors="replace").strip()
     if not name or Path(name).name != name or not (volumes_folder / name).is_dir():
         raise StoreError(
@@ -194,7 +196,7 @@ def read_settings(folder: Path) -> PreprocessingSettings:
     """How the volumes of a store were made; StoreError where `preprocessing.json` cannot be used."""
     path = folder / "preprocessing.json"
     if not path.is_file():
-        raise FileNotFoundError(
+        raise MissingInput(
             f"{folder} is no volume store: preprocessing.json is missing. Run notebook 03 first."
         )
     try:

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from brainage_nb.evaluation.evaluate import evaluate_runs
-from brainage_nb.evaluation.runs import digest_predictions, is_as_written, read_run, read_splits
+from brainage_nb.evaluation.runs import digest_tables, find_altered, read_run, read_splits
 from brainage_nb.workspace import read_csv, read_json, write_csv, write_json
 from tests.evaluation.fake_workspace import (
     cohort_frame,
@@ -120,12 +120,12 @@ def of_another_run(table):
 def test_predictions_that_the_run_did_not_write_are_refused_whatever_was_edited(ws, change):
     folder = ws.run("resnet18")
     settings = read_json(folder / "settings.json")
-    settings["predictions_sha256"] = digest_predictions(read_csv(folder / "predictions.csv"))
+    settings |= digest_tables(predictions=read_csv(folder / "predictions.csv"))
     write_json(settings, folder / "settings.json")
-    assert is_as_written(folder, settings) and len(read_run(ws, "resnet18").predictions)
+    assert find_altered(folder, settings) == [] and len(read_run(ws, "resnet18").predictions)
     edit(ws, PREDICTIONS, change)
-    assert not is_as_written(folder, settings)
-    with pytest.raises(ValueError, match=r"not the table that this run wrote.*04 or 05"):
+    assert find_altered(folder, settings) == ["predictions.csv"]
+    with pytest.raises(ValueError, match=r"predictions.csv is not as this run wrote it.*04 or 05"):
         read_run(ws, "resnet18")
 
 
