@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
-from brainage_nb.predict.cautions import STATISTICS, Distance, measure_remoteness
+from brainage_nb.predict.cautions import STATISTICS, Distance, find_head_cautions, measure_remoteness
 
 N = len(STATISTICS)
 
@@ -70,3 +72,11 @@ def test_arrays_of_old_bundles_that_are_damaged_are_refused(name, change, said):
     arrays = vars(Distance.from_arrays(old_arrays(np.random.default_rng(3))))
     with pytest.raises(ValueError, match=said):
         Distance.from_arrays(arrays | {name: change(np.asarray(arrays[name]))})
+
+
+@pytest.mark.parametrize("stripped", [True, False])
+def test_a_head_prepared_otherwise_than_those_of_training_gives_no_age_to_use(stripped):
+    head = SimpleNamespace(cut_off=[], skull_stripped=stripped)
+    assert find_head_cautions(head, trained_stripped=stripped) == []
+    (caution,) = find_head_cautions(head, trained_stripped=not stripped)
+    assert caution.forbids_use and caution.sentence.startswith("Do not use this age")
