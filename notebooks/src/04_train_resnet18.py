@@ -45,7 +45,7 @@ if importlib.util.find_spec("brainage_nb") is None:
 # ## Parameters
 # The only cell to edit. Colab shows it as a form; `brainage-nb run -p name=value` and papermill set the same names.
 
-# %% tags=["parameters"] nbmake={"mock": {"workspace": "../build/smoke", "epochs": 2, "more": "batch_size=4"}}
+# %% tags=["parameters"] nbmake={"mock": {"workspace": "../build/smoke", "epochs": 2, "more": "batch_size=4 widths=16,32,64,128"}}
 # folder for everything written; empty: $BRAINAGE_WORKSPACE, else the platform's usual place
 workspace = ""  # @param {type:"string"}
 # name of this training run; another name is another run beside it
