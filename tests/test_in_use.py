@@ -132,6 +132,7 @@ def test_who_was_displaced_is_told_and_leaves_the_other_alone(tmp_path):
     assert other.exists()
 
 
+@pytest.mark.slow  # a minute of waiting
 def test_a_displaced_run_is_interrupted(tmp_path):
     run = start_run(tmp_path)
     assert run.stdout.readline() == "uses it\n"

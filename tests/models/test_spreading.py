@@ -36,6 +36,7 @@ def kill_when_saved(pids, run_folder, killed):
         time.sleep(0.01)
 
 
+@pytest.mark.slow  # a minute of waiting
 def test_a_sweep_whose_worker_is_killed_ends_as_if_nothing_had_happened(
     tiny, tiny_settings, tmp_path, one_thread
 ):
@@ -65,6 +66,7 @@ def test_a_sweep_whose_worker_is_killed_ends_as_if_nothing_had_happened(
     assert any("4 models on 2 workers" in note for note in spread.notes)
 
 
+@pytest.mark.slow  # a minute of waiting
 def test_models_that_cannot_be_trained_are_named_and_the_others_kept(tiny, tiny_settings, tmp_path):
     store, splits = tiny
     settings = replace(tiny_settings, seeds=(1, 2), epochs=1, cluster="local")
