@@ -24,7 +24,8 @@ $(READY): pyproject.toml
 
 demo: $(READY)  ## the whole way on the embedded known-answer cohort, in minutes, into workspace/demo
 	$(BIN)/brainage-nb run --workspace $(DEMO) -p source=demo -p n_subjects=210 -p demo_voxel_mm=2 \
-	  -p recipe=reference -p spacing_mm=4 -p size=48 -p epochs=15 -p vgg_weights=random_projection -p image_size=64 -p per_band=4
+	  -p recipe=reference -p spacing_mm=4 -p size=48 -p epochs=15 -p widths=32,64,128,256 \
+	  -p vgg_weights=random_projection -p image_size=64 -p per_band=4
 
 pretrain: $(READY)  ## a bundle to start from (init_from), trained on 600 artificial heads, into workspace/pretrain
 	$(BIN)/brainage-nb run --workspace workspace/pretrain --to 04 -p source=demo -p n_subjects=600 -p demo_voxel_mm=2 \
