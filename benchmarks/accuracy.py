@@ -101,9 +101,11 @@ def luck(errors: list[np.ndarray], draws: int = 5000) -> float:
     return float(-np.mean(drawn))
 
 
-def judge(fits: Models, candidates: dict, repeats: int) -> tuple[dict[str, np.ndarray], list[str]]:
+def judge(
+    fits: Models, baselines: dict, candidates: dict, repeats: int
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """Ages (repeats, n) of each recipe by people who did not choose it, and what each outer fold chose."""
-    recipes = BASELINES | candidates
+    recipes = baselines | candidates
     made = {name: np.full((repeats, len(fits.age)), np.nan) for name in (*recipes, CHOSEN)}
     choices = []
     for repeat in range(repeats):
@@ -198,6 +200,20 @@ def tabulate_everybody(fits: Models, draws: list[Draw], recipes: dict) -> pd.Dat
     return pd.DataFrame(rows).T
 
 
+def list_tasks(
+    cohort: pd.DataFrame, baselines: dict, candidates: dict, repeats: int, draws: list[Draw]
+) -> list[Task]:
+    """Every fit that the tables need, in the order of their use."""
+    tasks = []
+    for repeat in range(repeats):
+        for number in range(OUTER):
+            fold = Fold(cohort, repeat, number)
+            for name, models in (baselines | candidates).items():
+                tasks += fold.tasks(models, choose=name in candidates)
+    models = tuple(sorted({model for recipe in candidates.values() for model in recipe}))
+    return tasks + [task for draw in draws for task in draw.tasks(models)]
+
+
 def main() -> None:
     """Print the tables and, as the last line, the verdict as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -215,12 +231,13 @@ def main() -> None:
         return
     cohort = match_scans(options.data / "images", options.data / "IXI.xls").cohort.reset_index(drop=True)
     fits = Models(cohort, options.data, options.cache, epochs=options.epochs, vgg_weights=options.vgg)
-    candidates, repeats = (QUICK, 1) if options.quick else (CANDIDATES, options.repeats)
-    if options.quick:
-        BASELINES.pop("reference")
+    baselines, candidates, repeats = BASELINES, CANDIDATES, options.repeats
+    if options.quick:  # no networks
+        baselines = {name: models for name, models in BASELINES.items() if name != "reference"}
+        candidates, repeats = QUICK, 1
     draws = [Draw(cohort, number) for number in range(options.everybody)]
-    fits.run(list_tasks(cohort, candidates, repeats, draws), options.jobs)
-    made, choices = judge(fits, candidates, repeats)
+    fits.run(list_tasks(cohort, baselines, candidates, repeats, draws), options.jobs)
+    made, choices = judge(fits, baselines, candidates, repeats)
     errors = {name: errors_of(made[name], fits) for name in candidates}
     shipped = simplest(errors)
     print(
@@ -241,18 +258,6 @@ def main() -> None:
     mae = {name: round(float(errors_of(ages, fits).mean()), 2) for name, ages in made.items()}
     verdict = {"value": mae[shipped], "bar": mae[REGIONS], "holds": mae[shipped] <= mae[REGIONS]}
     print(json.dumps({"name": "accuracy", **verdict, "best": shipped, "table": table.to_dict("index")}))
-
-
-def list_tasks(cohort: pd.DataFrame, candidates: dict, repeats: int, draws: list[Draw]) -> list[Task]:
-    """Every fit that the tables need, in the order of their use."""
-    tasks = []
-    for repeat in range(repeats):
-        for number in range(OUTER):
-            fold = Fold(cohort, repeat, number)
-            for name, models in (BASELINES | candidates).items():
-                tasks += fold.tasks(models, choose=name in candidates)
-    models = tuple(sorted({model for recipe in candidates.values() for model in recipe}))
-    return tasks + [task for draw in draws for task in draw.tasks(models)]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import hashlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 
 import nibabel as nib
@@ -127,8 +127,7 @@ class Models:
         if task.model == MEAN:
             return np.full(len(judged), self.age[learn].mean())
         if task.model == REGIONS:
-            regions = self.regions()
-            return fit_svr(regions[learn], self.age[learn]).predict(regions[judged])
+            return fit_svr(self.regions[learn], self.age[learn]).predict(self.regions[judged])
         if task.model in RIDGES:
             return self._fit_ridge(RIDGES[task.model], learn, judged)
         with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +190,7 @@ class Models:
             raise SystemExit(f"{len(report.failed)} scans gave no volume:\n{report.failed.to_string()}")
         return report.store
 
-    @cache  # noqa: B019 - one for a process
+    @cached_property
     def regions(self) -> np.ndarray:
         """Voxels of each DLMUSE region, (n, n_regions)."""
         rows = []

@@ -215,13 +215,13 @@ class ConformalInterval(_Fitted):
     def title(self) -> str:
         """Level, who calibrated it, and what so many subjects can promise (95 %, by chance alone), in
         words."""
-        from scipy.stats import beta
+        from scipy.special import betaincinv
 
         n, k = self.n_calibration_, conformal_rank(self.n_calibration_, self.level)
         words = f"{self.level:.0%} conformal interval, calibrated on {n} subjects ({self.kind})"
         if k > n:
             return words
-        low, high = beta.ppf([0.025, 0.975], k, n + 1 - k)
+        low, high = betaincinv(k, n + 1 - k, [0.025, 0.975])  # of the Beta distribution of coverage
         return f"{words}; by chance alone it may hold {low:.0%} to {high:.0%} of new people"
 
     def fit(

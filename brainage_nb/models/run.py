@@ -34,8 +34,8 @@ from brainage_nb.models.settings import (
     TrainingSettings,
     add_means,
     list_members,
-    read_settings,
-    read_table,
+    read_run_settings,
+    read_run_table,
     refuse_difference,
     tabulate_predictions,
 )
@@ -106,7 +106,7 @@ class Job:
         What is damaged counts as not done, with a warning that names the file. Models that were thrown away
         once the run was complete are not missed.
         """
-        before = read_settings(self.run_folder)
+        before = read_run_settings(self.run_folder)
         if not before:
             return False
         if "identity" not in before:
@@ -114,8 +114,8 @@ class Job:
                 f"{self.run_folder} holds a run of another kind. Choose another run name, or set fresh=True."
             )
         refuse_difference(before["identity"], self.identity, self.run_folder)
-        history = read_table(self.run_folder / "history.csv", HISTORY)
-        predictions = read_table(self.run_folder / "predictions.csv", COLUMNS)
+        history = read_run_table(self.run_folder / "history.csv", HISTORY)
+        predictions = read_run_table(self.run_folder / "predictions.csv", COLUMNS)
         rows = sum(len(member.predicted) for member in self.members)
         means = predictions["scan_id"].nunique() if len(self.members) > 1 else 0
         whole = len(history) > 0 and len(predictions) == rows + means
@@ -193,7 +193,7 @@ class Job:
     def _is_finished(self, member: Member) -> bool:
         """Whether all that a model leaves is there and whole; `TrainingRefused` for other settings' model."""
         folder = self._folder(member)
-        predictions = read_table(folder / "predictions.csv", COLUMNS)
+        predictions = read_run_table(folder / "predictions.csv", COLUMNS)
         if list(predictions["scan_id"]) != list(self.scans["scan_id"].iloc[member.predicted]):
             return False
         try:
@@ -203,7 +203,7 @@ class Job:
             return False
         if identity is not None:  # models of earlier releases do not say
             refuse_difference(identity, self.identity | {"model": member.name}, folder)
-        return len(read_table(folder / "history.csv", HISTORY)) > 0
+        return len(read_run_table(folder / "history.csv", HISTORY)) > 0
 
     def history(self, unfinished: Sequence[dict] = ()) -> pd.DataFrame:
         """History of the finished models, and the epochs of one that is not."""

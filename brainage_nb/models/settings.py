@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -325,7 +326,7 @@ def add_means(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([rows, mean.assign(seed=-1, variant="mean")[COLUMNS]], ignore_index=True)
 
 
-def load_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+def load_run_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     """A table of a run; ValueError where it is absent or not whole.
 
     Parameters
@@ -337,32 +338,29 @@ def load_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     try:
         table = read_csv(path)[list(columns)]
         table[[name for name in columns if name not in TEXT]].astype(float)
-        if table[columns[-1]].isna().any() or not path.read_bytes().endswith(b"\n"):
+        if table[columns[-1]].isna().any():
             raise ValueError("it ends too early")
         return table
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
 
 
-def read_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """As `load_table`, but empty where the table is absent, or, with a warning, damaged."""
+def read_run_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
+    """As `load_run_table`, but empty where the table is absent, or, with a warning, damaged."""
     try:
-        return load_table(path, columns)
+        return load_run_table(path, columns)
     except ValueError as error:
         if path.exists():
             warnings.warn(f"{error}: it is made again.", stacklevel=1)
         return pd.DataFrame(columns=columns)
 
 
-def read_settings(run_folder: Path) -> dict[str, Any]:
+def read_run_settings(run_folder: Path) -> dict[str, Any]:
     """A run's settings.json, empty where it is absent, or, with a warning, damaged."""
     path = run_folder / "settings.json"
-    try:
-        content = read_json(path)
-    except (OSError, ValueError):
-        content = None
-    if isinstance(content, dict) and content:
-        return content
+    with suppress(OSError):  # absent or damaged, as `read_json` says it
+        if content := read_json(path):
+            return content
     if path.exists():
         warnings.warn(f"{path} is damaged: it is made again.", stacklevel=1)
     return {}

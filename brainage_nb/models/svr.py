@@ -26,7 +26,7 @@ from sklearn.svm import SVR
 from brainage_nb.cohort.splits import check_splits, deal_everybody
 from brainage_nb.evaluation.metrics import mean_training_age, regression_metrics
 from brainage_nb.evaluation.runs import digest_tables, find_altered
-from brainage_nb.models.settings import COLUMNS, FINAL_FOLDS, load_table, read_settings
+from brainage_nb.models.settings import COLUMNS, FINAL_FOLDS, load_run_table, read_run_settings
 from brainage_nb.models.vgg16 import (
     SLICES,
     Features,
@@ -577,7 +577,7 @@ def train_vgg_svr(
     """
     splits = deal_everybody(check_splits(splits), FINAL_FOLDS) if final else check_splits(splits)
     folder, inputs = Path(run_folder), _inputs(features, splits, network)
-    before = read_settings(folder)
+    before = read_run_settings(folder)
     is_ours = not find_altered(folder, before)
     if before.get("inputs") == inputs and is_ours and (found := _read_run(folder, before)):
         return found
@@ -614,7 +614,7 @@ def _read_run(folder: Path, settings: dict[str, Any]) -> VggRun | None:
     """A run as it was written; None, with a warning, where something of it is absent or damaged."""
     try:
         VggSvr.load(folder / "model")
-        tables = [load_table(folder / f"{name}.csv", columns) for name, columns in TABLES.items()]
+        tables = [load_run_table(folder / f"{name}.csv", columns) for name, columns in TABLES.items()]
         return VggRun(folder, *tables, settings, reused=True)
     except Exception as error:
         warnings.warn(f"The run {folder} is not whole and fitted again: {error}", stacklevel=1)

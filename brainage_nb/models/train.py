@@ -35,8 +35,8 @@ from brainage_nb.models.settings import (
     TrainingFailed,
     TrainingRefused,
     TrainingSettings,
-    read_settings,
-    read_table,
+    read_run_settings,
+    read_run_table,
 )
 from brainage_nb.platforms import session_hours
 from brainage_nb.volumes.store import VolumeStore
@@ -71,9 +71,9 @@ class RunResult:
     @classmethod
     def read(cls, run_folder: Path, notes: list[str]) -> RunResult:
         """What lies in a run folder."""
-        predictions = read_table(run_folder / "predictions.csv", COLUMNS)
-        history = read_table(run_folder / "history.csv", HISTORY)
-        return cls(len(predictions) > 0, history, predictions, read_settings(run_folder), notes)
+        predictions = read_run_table(run_folder / "predictions.csv", COLUMNS)
+        history = read_run_table(run_folder / "history.csv", HISTORY)
+        return cls(len(predictions) > 0, history, predictions, read_run_settings(run_folder), notes)
 
 
 def train(
