@@ -355,7 +355,8 @@ def _draw_intervals(found: RunEvaluation) -> Figure | None:
     interval, table = found.calibration.interval, found.coverage
     if interval is None or interval.support_:
         return None
-    labels = (f"Test scans inside their {interval.level:.0%} interval, by true age", "share inside")
+    scans = f"{found.judged_words.capitalize()} scans"
+    labels = (f"{scans} inside their {interval.level:.0%} interval, by true age", "share inside")
     return _draw_table(table, "coverage", table["group"], labels=labels, mark=interval.level)
 
 
