@@ -12,6 +12,7 @@ import ast
 import builtins
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from brainage_nb.cohort.cleaning import FLAGS, REASONS
@@ -33,6 +34,7 @@ named in each section. This page says what each reason means and what you can do
 """
 
 
+@cache
 def parse_package() -> dict[str, ast.Module]:
     """The syntax tree of each module, by its path in the package."""
     files = sorted(PACKAGE.rglob("*.py"))
