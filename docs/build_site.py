@@ -23,6 +23,9 @@ sys.path.insert(0, str(DOCS))
 import layers  # noqa: E402
 import refusals  # noqa: E402
 
+from brainage_nb.parameters import format_value  # noqa: E402
+from brainage_nb.pipeline import find_notebooks  # noqa: E402
+
 REPOSITORY = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["urls"]["Repository"]
 # Files of the repository that are pages too -> their place in the site; everything below docs/ keeps its own.
 PAGES = {
@@ -30,6 +33,13 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "kaggle/README.md": "guides/kaggle_kernels.md",
 }
+PARAMETERS = """\
+# Everything that can be set
+
+**Bold** names stand in the notebook's parameters cell. All names can be set on the command line with
+`-p name=value`, the others in a notebook with `more = "name=value name=value"`. `brainage-nb list` prints the
+same.
+"""
 LIVE_FORM = "A live form: run this cell in Jupyter, Colab or Kaggle to use it."
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
 
@@ -41,6 +51,7 @@ def main(demo: str, target: str) -> int:
     source = Path(target) / "source"
     shutil.rmtree(source, ignore_errors=True)
     stage_pages(source)
+    (source / "parameters.md").write_text(write_parameters(), encoding="utf-8")
     for notebook in sorted(Path(demo, "executed").glob("0*.ipynb")):
         stage_notebook(notebook, source / "notebooks" / notebook.name, Path(demo).resolve())
     command = [
@@ -88,6 +99,21 @@ def relink(text: str, origin: Path, place: Path) -> str:
         return os.path.relpath(inside, place.parent)
 
     return LINK.sub(replace, text)
+
+
+def write_parameters() -> str:
+    """The page of everything that can be set, from the notebooks and settings classes."""
+    parts = [PARAMETERS]
+    for notebook in find_notebooks():
+        parts += [f"## {notebook.name}\n", "| name | default | meaning |", "|---|---|---|"]
+        cell = notebook.cell_parameters()
+        for name, item in notebook.parameters().items():
+            shown = f"**`{name}`**" if name in cell else f"`{name}`"
+            default = f"`{format_value(item.default)}`" if format_value(item.default) else ""
+            choices = f" ({item.expected})" if item.choices else ""
+            parts.append(f"| {shown} | {default} | {item.comment}{choices} |".replace("\n", " "))
+        parts.append("")
+    return "\n".join(parts)
 
 
 def stage_notebook(executed: Path, target: Path, demo: Path) -> None:
