@@ -10,6 +10,7 @@ import unicodedata
 from importlib import import_module
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -78,6 +79,29 @@ def test_links_of_a_page_become_those_of_the_site(scripts):
     assert relink(unchanged, *here) == unchanged
     outside = relink("[a](../../brainage_nb/cli.py)", *here)
     assert outside == f"[a]({scripts['build_site'].REPOSITORY}/blob/main/brainage_nb/cli.py)"
+
+
+def test_a_staged_notebook_has_no_paths_of_the_machine_and_no_live_form(scripts, tmp_path):
+    form = {"application/vnd.jupyter.widget-view+json": {"model_id": "1"}, "text/plain": "Box()"}
+    cells = [
+        nbformat.v4.new_code_cell("import importlib.util\nimportlib.util.find_spec('x')"),
+        nbformat.v4.new_code_cell(f"print('{tmp_path}/runs')"),
+        nbformat.v4.new_code_cell("Form()", outputs=[nbformat.v4.new_output("display_data", form)]),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "executed.ipynb")
+    scripts["build_site"].stage_notebook(
+        tmp_path / "executed.ipynb", tmp_path / "site" / "01.ipynb", tmp_path
+    )
+    folded, printed, live = nbformat.read(tmp_path / "site" / "01.ipynb", as_version=4).cells
+    assert folded.metadata["tags"] == ["hide-input"]
+    assert printed.source == "print('workspace/demo/runs')"
+    assert live.outputs[0]["data"] == {"text/plain": scripts["build_site"].LIVE_FORM}
+
+
+def test_the_page_of_parameters_has_each_with_its_meaning(scripts):
+    page = scripts["build_site"].write_parameters()
+    assert "| **`epochs`** | `60` | passes over the training set |" in page
+    assert "| `weight_decay` | `0.0001` |" in page
 
 
 # --- when something is refused ----------------------------------------------------------------------------
