@@ -17,6 +17,7 @@ import pytest
 
 import brainage_nb
 from brainage_nb.cohort import cleaning
+from brainage_nb.pipeline import find_notebooks
 from brainage_nb.predict.cautions import CAUTIONS
 from tests.models.conftest import make_tiny_cohort
 from tests.models.tiny_bundle import write_scan
@@ -57,6 +58,18 @@ def test_every_internal_link_and_anchor_resolves(page):
         target = (page.parent / place).resolve() if place else page
         assert target.exists(), f"{page.name} links {link}, which is not there"
         assert not anchor or anchor in anchors_of(target), f"{page.name} links {link}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_names_in_the_pages_examples_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"(?ms)^```python\n(.*?)^```", text):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("brainage_nb"):
+                missing = {name.name for name in node.names} - set(dir(import_module(node.module)))
+                assert not missing, f"{page.name} imports {missing} from {node.module}"
+    known = {name for notebook in find_notebooks() for name in notebook.parameters()}
+    assert {*re.findall(r"-p [\"']?(\w+)=\S", text)} - {"name", "settings"} <= known
 
 
 def test_every_page_of_the_site_is_in_a_table_of_contents():
