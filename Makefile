@@ -28,14 +28,14 @@ demo: $(READY)  ## the whole way on the embedded known-answer cohort, in minutes
 	  -p recipe=reference -p spacing_mm=4 -p size=48 -p epochs=15 -p widths=32,64,128,256 \
 	  -p vgg_weights=random_projection -p image_size=64 -p per_band=4
 
-docs: $(DOCS_READY) $(DEMO)/executed/07_predict_and_explain.ipynb  ## the site, from the executed demo, into build/site/html
+docs: $(DOCS_READY) $(DEMO)/results/07_predict_and_explain.json  ## the site, from the executed demo, into build/site/html
 	$(BIN)/python docs/build_site.py $(DEMO) build/site
 
 $(DOCS_READY): pyproject.toml | $(READY)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[docs]'
 	@touch $(DOCS_READY)
 
-$(DEMO)/executed/07_predict_and_explain.ipynb:
+$(DEMO)/results/07_predict_and_explain.json:
 	$(MAKE) demo
 
 pretrain: $(READY)  ## a bundle to start from (init_from), trained on 600 artificial heads, into workspace/pretrain
