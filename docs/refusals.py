@@ -22,8 +22,7 @@ from brainage_nb.predict.cautions import CAUTIONS
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "brainage_nb"
 PAGE = DOCS / "refused.md"
-UNMATCHED = ("cohort/matching.py", "cohort/images.py")
-AGES = ("tables/ages.py", "tables/participants.py")
+UNMATCHED, AGES = "cohort/", "tables/"  # folders whose modules give sentences as a reason
 HEAD = """\
 # When something is refused
 
@@ -44,6 +43,10 @@ def parse_package() -> dict[str, ast.Module]:
 def collect_reasons() -> dict[str, dict[str, str]]:
     """Section -> code, or sentence with … for what is filled in -> its meaning, where the package has one."""
     trees = parse_package()
+
+    def trees_in(folder: str) -> list[ast.Module]:
+        return [tree for name, tree in trees.items() if name.startswith(folder)]
+
     nodes = [node for tree in trees.values() for node in ast.walk(tree)]
     calls = [
         node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "ScanError"
@@ -56,27 +59,33 @@ def collect_reasons() -> dict[str, dict[str, str]]:
         "flagged": dict(FLAGS),
         "warned": warned,
         "rules": dict.fromkeys(rules, ""),
-        "unmatched": dict.fromkeys(find_sentences(*(trees[name] for name in UNMATCHED)), ""),
-        "ages": dict.fromkeys(find_sentences(*(trees[name] for name in AGES)), ""),
+        "unmatched": dict.fromkeys(find_sentences(*trees_in(UNMATCHED)), ""),
+        "ages": dict.fromkeys(find_sentences(*trees_in(AGES)), ""),
         "errors": find_exceptions(nodes),
     }
 
 
 def find_sentences(*trees: ast.Module) -> Iterator[str]:
-    """Sentences that modules give as a reason: assigned to it, passed as it, or returned beside None."""
+    """Sentences given as a reason: assigned to it, passed as it, returned beside None or by a `..why..`."""
     for node in (node for tree in trees for node in ast.walk(tree)):
-        given: list[ast.expr | None] = []
-        if isinstance(node, ast.keyword) and node.arg == "reason":
-            given = [node.value]
-        elif isinstance(node, ast.Assign | ast.AnnAssign):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if any(_is_reason(target) for target in targets):
-                given = [node.value]
-        elif isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
-            first, *rest = node.value.elts
-            given = rest if isinstance(first, ast.Constant) and first.value is None else []
-        for value in filter(None, given):
+        for value in _reasons_at(node):
             yield from filter(None, map(str.strip, _texts_of(value)))
+
+
+def _reasons_at(node: ast.AST) -> list[ast.expr]:
+    """The expressions at a node that give a reason."""
+    match node:
+        case ast.keyword(arg="reason"):
+            return [node.value]
+        case ast.Assign() if any(map(_is_reason, node.targets)):
+            return [node.value]
+        case ast.AnnAssign() if node.value and _is_reason(node.target):
+            return [node.value]
+        case ast.Return(value=ast.Tuple(elts=[ast.Constant(value=None), *rest])):
+            return rest
+        case ast.FunctionDef() if "why" in node.name:
+            return [one.value for one in ast.walk(node) if isinstance(one, ast.Return) and one.value]
+    return []
 
 
 def _is_reason(target: ast.expr) -> bool:
