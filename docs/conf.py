@@ -14,7 +14,6 @@ default_role = "literal"
 myst_heading_anchors = 4
 nb_execution_mode = "off"  # the demo executed them
 nb_output_stderr = "remove"
-nb_merge_streams = True
 numpydoc_show_class_members = False
 autodoc_typehints = "none"
 autodoc_member_order = "bysource"
