@@ -2,13 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-DOCS_READY := .venv/.docs-ready
 DEMO ?= workspace/demo
 SMOKE := build/smoke
 NOTEBOOKS := $(wildcard notebooks/src/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo docs pretrain pictures test test-all notebooks lint bench badges clean
+.PHONY: help setup demo pretrain pictures test test-all notebooks lint bench badges clean
 
 help:  ## show what each target does
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -27,16 +26,6 @@ demo: $(READY)  ## the whole way on the embedded known-answer cohort, in minutes
 	$(BIN)/brainage-nb run --workspace $(DEMO) -p source=demo -p n_subjects=210 -p demo_voxel_mm=2 \
 	  -p recipe=reference -p spacing_mm=4 -p size=48 -p epochs=15 -p widths=32,64,128,256 \
 	  -p vgg_weights=random_projection -p image_size=64 -p per_band=4
-
-docs: $(DOCS_READY) $(DEMO)/results/07_predict_and_explain.json  ## the site, from the executed demo, into build/site/html
-	$(BIN)/python docs/build_site.py $(DEMO) build/site
-
-$(DOCS_READY): pyproject.toml | $(READY)
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[docs]'
-	@touch $(DOCS_READY)
-
-$(DEMO)/results/07_predict_and_explain.json:
-	$(MAKE) demo
 
 pretrain: $(READY)  ## a bundle to start from (init_from), trained on 600 artificial heads, into workspace/pretrain
 	$(BIN)/brainage-nb run --workspace workspace/pretrain --to 04 -p source=demo -p n_subjects=600 -p demo_voxel_mm=2 \
@@ -61,6 +50,19 @@ notebooks: $(READY)  ## regenerate notebooks/*.ipynb from notebooks/src/*.py
 
 pictures: demo  ## remake the README's pictures from the demo
 	$(BIN)/python docs/make_pictures.py $(DEMO)
+
+.PHONY: docs
+DOCS_READY := .venv/.docs-ready
+
+docs: $(DOCS_READY) $(DEMO)/results/07_predict_and_explain.json  ## the site, from the executed demo, into build/site/html
+	$(BIN)/python docs/build_site.py $(DEMO) build/site
+
+$(DOCS_READY): pyproject.toml | $(READY)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[docs]'
+	@touch $(DOCS_READY)
+
+$(DEMO)/results/07_predict_and_explain.json:
+	$(MAKE) demo
 
 bench: $(READY)  ## run every benchmark; tables on screen, JSON under benchmarks/out (QUICK=1 for short forms)
 	$(BIN)/python benchmarks/run_all.py $(if $(QUICK),--quick)
