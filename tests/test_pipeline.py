@@ -307,7 +307,30 @@ def test_a_table_edited_after_a_notebook_read_it_runs_that_notebook_and_the_late
     assert [line.split(":")[1].split()[0] for line in lines[-3:]] == ["done"] * 3
 
 
-def test_an_executed_notebook_keeps_the_last_state_of_a_progress_bar_only(tmp_path):
+def test_progress_is_shown_live_in_a_terminal_and_once_a_minute_elsewhere(tmp_path, monkeypatch, capsys):
+    bar = "\rnet:   0%|     | 0/90\rnet:  40%|##   | 36/90 [00:12<00:18, epoch 2/5, val MAE 9.1 years]"
+    said = []
+    progress = pipeline._Progress(said.append, 40)
+    progress.write(bar)
+    assert said == []
+    monkeypatch.setattr(pipeline, "EVERY_S", 0)
+    for text in (bar, "a warning\n", "\r   \r"):
+        progress.write(text)
+    assert said == ["      net:  40% 36/90 [00:12<00:18, epoch 2/5, val MAE 9.1 years]"]
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    live = pipeline._Progress(said.append, 40)
+    live.start_cell({"cell_type": "markdown", "source": "## Train\nFor long."}, 7)
+    live.write(bar)
+    live.end()
+    shown = capsys.readouterr().err.split("\r")[1::2]
+    assert [line.strip() for line in shown] == [
+        "cell 8 of 40: Train", "net:  40% 36/90 [00:12<00:18, epoch 2/5", ""
+    ]  # fmt: skip
+    assert {len(line) for line in shown} == {39} and len(said) == 1
+
+
+def test_an_executed_notebook_keeps_the_last_state_of_a_progress_bar_only(tmp_path, monkeypatch):
     body = """
 import sys, time
 for step in range(4):
@@ -316,8 +339,10 @@ for step in range(4):
 print("\\ndone", file=sys.stderr, flush=True)
 print("one\\ntwo")
 """
-    ws = open_workspace(tmp_path / "w")
-    run_notebooks([make_notebook(tmp_path, "01_a", body)], ws, {})
+    ws, said = open_workspace(tmp_path / "w"), []
+    monkeypatch.setattr(pipeline, "EVERY_S", 0)
+    run_notebooks([make_notebook(tmp_path, "01_a", body)], ws, {}, say=said.append)
+    assert "      step 3 of 3" in said and "      cell 4 of 5: The middle part" in said
     executed = nbformat.read(ws.path("executed", "01_a.ipynb"), as_version=4)
     texts = {output.name: output.text for cell in executed.cells for output in cell.get("outputs", [])
              if output.output_type == "stream"}  # fmt: skip
