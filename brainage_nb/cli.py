@@ -54,9 +54,19 @@ exit status: 0 well, 1 failed, 2 wrong usage, 75 paused, 130 interrupted"""
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 well, 1 a notebook failed, 2 wrong usage, 75 paused."""
-    options = _make_parser().parse_args(arguments)
+    options, unknown = _make_parser().parse_known_args(arguments)
     try:
-        return options.command(options)
+        if unknown:
+            raise ParameterError(
+                f"{' '.join(unknown)}: there is no such option. Values go as -p name=value; "
+                "`brainage-nb --help` and, for one, `brainage-nb run --help` show what is known."
+            )
+        status = options.command(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except tuple(STATUS) as error:
         print(f"brainage-nb: {error}", file=sys.stderr)
         return next(status for kind, status in STATUS.items() if isinstance(error, kind))
@@ -223,6 +233,10 @@ def predict_command(options: argparse.Namespace) -> int:
     from brainage_nb.predict.cautions import Prediction
     from brainage_nb.predict.explain import explain
 
+    if Path(options.out).is_dir() and options.out:
+        raise ParameterError(
+            f"--out {options.out} is a folder: name the CSV file, as {options.out}/ages.csv."
+        )
     try:
         scans = find_scans(options.scans)
         ages = find_ages(scans, options.table) if options.table else None
@@ -281,10 +295,8 @@ def find_newest_bundle() -> Path:
 
     found, damaged = find_bundles()
     if not found:
-        none = (
-            "No bundle was named and none lies in the workspace. Give --bundle, or make one: `make demo`, or"
-        )
-        raise MissingInput(" ".join([*damaged, f"{none} notebook 04 or 05."]))
+        none = f"No bundle was named and none lies in the workspace {locate_workspace()}. Give --bundle, or"
+        raise MissingInput(" ".join([*damaged, f"{none} make one with `brainage-nb run --to 04`."]))
     for sentence in damaged:
         print(f"Left out: {sentence}")
     return found[0]
@@ -366,6 +378,8 @@ def app_command(options: argparse.Namespace) -> int:
     """Serve the app on this machine until this process is ended, which ends the server too."""
     from brainage_nb.bundle_format import BundleError, open_bundle
 
+    if not 0 < options.port < 65536:
+        raise ParameterError(f"--port {options.port}: expected 1 to 65535, as 8501.")
     try:
         from streamlit.web import cli as streamlit
 

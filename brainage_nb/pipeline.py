@@ -49,6 +49,14 @@ if TYPE_CHECKING:
 
 END_OF_GROUP = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"  # Windows has no groups
 
+NEEDS = {
+    "02_data_cleaning": "cohort.csv",
+    "03_preprocessing_preview": "splits.csv",
+    "04_train_resnet18": "volumes/current",
+    "05_train_vgg16_svr": "volumes/current",
+    "06_evaluate": "runs",
+}
+"""What a notebook cannot start without, in the workspace."""
 EVERY_S = 60.0  # seconds between two lines of progress where no terminal shows it live
 
 PATHS = ("bundle", "external", "init_from", "scan", "vgg_weights")  # must exist before a kernel starts
@@ -157,6 +165,8 @@ def find_notebooks(first: str = "", last: str = "") -> list[Notebook]:
             raise ParameterError(
                 f"There is no notebook {asked}. There are: {', '.join(n.name for n in every)}."
             )
+    if lowest > highest:
+        raise ParameterError(f"From notebook {first} to {last} there is none; the first number is the lower.")
     return [notebook for notebook in every if lowest <= notebook.number <= highest]
 
 
@@ -187,7 +197,8 @@ def plan_run(
 ) -> list[tuple[Notebook, dict[str, Any], dict[str, Any] | None]]:
     """Each notebook with the lines of its cell and, where it is done and need not run, its result.
 
-    Once one has to run, all after it have to; `ParameterError` where one of those would refuse its values.
+    Once one has to run, all after it have to; `ParameterError` where one of those would refuse its values,
+    `MissingInput` where the first needs what an earlier notebook makes.
     """
     plan: list[tuple[Notebook, dict[str, Any], dict[str, Any] | None]] = []
     for notebook in notebooks:
@@ -196,6 +207,8 @@ def plan_run(
         result = _find_result(notebook, workspace, values) if all_done else None
         if result is None:
             notebook.check(overrides)
+            if not plan and notebook.name in NEEDS:
+                workspace.need(NEEDS[notebook.name])
         plan.append((notebook, values, result))
     return plan
 

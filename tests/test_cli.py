@@ -119,6 +119,7 @@ def test_the_device_is_said_and_a_gpu_that_is_not_there_is_refused(tiny, tmp_pat
         (["--bundle", "nowhere.zip", "a.nii"], "No bundle at"),
         (["a.nii"], "No bundle was named"),
         (["--bundle", "nowhere.zip", "empty"], "No NIfTI or MGH image"),
+        (["a.nii", "--out", "empty"], "--out empty is a folder: name the CSV file"),
     ],
 )
 def test_wrong_usage_is_said_and_ends_with_2(arguments, said, tmp_path, monkeypatch, capsys):
@@ -238,6 +239,14 @@ def test_a_map_of_another_scan_is_never_overwritten(tiny, tmp_path, monkeypatch)
 def test_the_app_is_served_to_this_machine_only():
     arguments = cli.app_arguments(8599)
     assert "--server.address=127.0.0.1" in arguments and "--browser.gatherUsageStats=false" in arguments
+
+
+def test_a_port_that_cannot_be_is_refused_and_a_reader_that_has_enough_is_no_error(capsys):
+    assert run("app", "--port", "99999") == 2
+    assert "expected 1 to 65535" in capsys.readouterr().err
+    command = f"{sys.executable} -m brainage_nb.cli list | head -n 1; echo ${{PIPESTATUS[0]}}"
+    said = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (said.stdout, said.stderr) == ("01_data_access\n0\n", "")
 
 
 def test_a_bundle_the_app_cannot_open_is_said_at_once(tiny, capsys):

@@ -148,6 +148,10 @@ def test_any_text_survives_the_way_through_more(text):
         (["source=folder", "data_dir=HERE/nothing"], "There is no folder .*nothing"),
         (["source=folder", "data_dir=HERE", "table=nothing.csv"], "There is no table nothing.csv"),
         (["source=folder", "data_dir=HERE", "n_subjects=30"], "n_subjects = 30 is not read"),
+        (["source=folder", "data_dir=HERE/notes.txt"], "notes.txt' is a file, and none of .tar.gz"),
+        (["source=folder", "data_dir=HERE/empty"], "No NIfTI or MGZ image lies in .*empty"),
+        (["source=folder", "data_dir=HERE/scans"], "No table lies in .*scans. Set table"),
+        (["source=folder", "data_dir=HERE/scans", "table=HERE/empty"], "empty' is a folder. Set table"),
         (["source=folders"], "Did you mean folder"),
         (["recipe=custom"], "expected one of reference, best"),
         (["brain_only=no"], "brain_only = False cannot be had"),
@@ -161,8 +165,27 @@ def test_the_command_refuses_folders_tables_choices_and_bundles_before_it_starts
     tmp_path, given, told, monkeypatch, capsys
 ):
     monkeypatch.setattr(pipeline, "_execute", None)
+    for name in ("notes.txt", "scans/a.nii.gz", "empty/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     words = [word for item in given for word in ("-p", item.replace("HERE", str(tmp_path)))]
     assert main(["run", "--workspace", str(tmp_path / "ws"), *words]) == 2
+    assert re.search(told, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--from", "03"], "splits.csv is not in the workspace .*Run notebook 02_data_cleaning first"),
+        (["--from", "05", "--to", "02"], "From notebook 05 to 02 there is none"),
+        (["-p", "epochs", "40"], "40: there is no such option. Values go as -p name=value"),
+    ],
+)
+def test_a_run_that_cannot_begin_is_refused_before_any_kernel_starts(
+    tmp_path, given, told, monkeypatch, capsys
+):
+    monkeypatch.setattr(pipeline, "_execute", None)
+    assert main(["run", "--workspace", str(tmp_path / "ws"), *given]) == 2
     assert re.search(told, capsys.readouterr().err)
 
 
