@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import signal
+import socket
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -182,6 +183,7 @@ def run_command(options: argparse.Namespace) -> int:
 
 def list_command(options: argparse.Namespace) -> int:
     """Print each notebook with its parameters: name, default, meaning, choices."""
+    width = min(110, shutil.get_terminal_size().columns)
     for notebook in pipeline.find_notebooks(options.notebook, options.notebook):
         print(notebook.name)
         cell = notebook.cell_parameters()
@@ -189,7 +191,6 @@ def list_command(options: argparse.Namespace) -> int:
             choices = f" ({item.expected})" if item.choices else ""
             mark = " " if name in cell else "+"
             line = f"{mark} {name:<22} {format_value(item.default) or '-':<14} {item.comment}{choices}"
-            width = min(110, shutil.get_terminal_size().columns)
             print(textwrap.fill(line, width, subsequent_indent=" " * 40))
         print()
     print('+ is set by -p name=value too, and in a notebook by more = "name=value name=value".')
@@ -380,6 +381,10 @@ def app_command(options: argparse.Namespace) -> int:
 
     if not 0 < options.port < 65536:
         raise ParameterError(f"--port {options.port}: expected 1 to 65535, as 8501.")
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", options.port)) == 0:
+            place = f"http://127.0.0.1:{options.port}"
+            raise ParameterError(f"Something is served at {place} already; open it, or give another --port.")
     try:
         from streamlit.web import cli as streamlit
 
