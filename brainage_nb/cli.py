@@ -88,7 +88,8 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--version", action=_ShowVersions, nargs=0, help="show versions, for a report, and exit"
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
+    parser.set_defaults(command=lambda _: parser.print_help() or 2)
+    commands = parser.add_subparsers(metavar="command")
     for add_command in (_add_run, _add_list, _add_predict, _add_app, _add_completion):
         add_command(commands)
     return parser

@@ -188,6 +188,11 @@ def test_each_command_has_examples_that_it_takes_and_names_the_workspace(command
     assert max(map(len, help_text.splitlines())) <= 80
 
 
+def test_without_a_command_the_help_is_shown_as_wrong_usage(capsys):
+    assert run() == 2
+    assert "first steps:" in capsys.readouterr().out
+
+
 def test_the_version_names_what_decides_results(capsys):
     with pytest.raises(SystemExit, match="0"):
         run("--version")
