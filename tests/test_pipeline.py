@@ -250,12 +250,15 @@ def test_what_a_done_notebook_left_and_is_torn_or_gone_is_made_again(tmp_path, n
     assert ws.path("table.csv").read_text() == whole
 
 
-def test_a_failing_cell_is_named_with_its_error(tmp_path):
-    notebook = make_notebook(tmp_path, "01_a", body="values = {}\nvalues['age']")
+def test_a_failing_cell_is_named_with_its_error_after_its_progress(tmp_path, monkeypatch):
+    body = "import sys\nprint('\\rstep 1 of 3', file=sys.stderr, flush=True)\nvalues = {}\nvalues['age']"
+    notebook, said = make_notebook(tmp_path, "01_a", body=body), []
+    monkeypatch.setattr(pipeline, "EVERY_S", 0)
     with pytest.raises(
         NotebookFailed, match=r"(?s)01_a stopped in cell 3 \(The middle part\).*KeyError: 'age'"
     ):
-        run_notebooks([notebook], open_workspace(tmp_path / "ws"), {}, say=lambda line: None)
+        run_notebooks([notebook], open_workspace(tmp_path / "ws"), {}, say=said.append)
+    assert said[-2:] == ["      cell 4 of 5: The middle part", "      step 1 of 3"]
 
 
 @pytest.mark.parametrize(
@@ -330,6 +333,37 @@ def test_a_table_edited_after_a_notebook_read_it_runs_that_notebook_and_the_late
     assert [line.split(":")[1].split()[0] for line in lines[-3:]] == ["done"] * 3
 
 
+def test_an_executed_notebook_keeps_the_last_state_of_a_progress_bar_only(tmp_path):
+    body = """
+import sys, time
+for step in range(4):
+    print(f"\\rstep {step} of 3", end="", file=sys.stderr, flush=True)
+    time.sleep(0.05)
+print("\\ndone", file=sys.stderr, flush=True)
+print("one\\ntwo")
+"""
+    ws = open_workspace(tmp_path / "w")
+    run_notebooks([make_notebook(tmp_path, "01_a", body)], ws, {})
+    executed = nbformat.read(ws.path("executed", "01_a.ipynb"), as_version=4)
+    texts = {output.name: output.text for cell in executed.cells for output in cell.get("outputs", [])
+             if output.output_type == "stream"}  # fmt: skip
+    assert texts == {"stderr": "step 3 of 3\ndone\n", "stdout": "one\ntwo\n"}
+
+
+def test_a_run_that_ends_well_interrupts_no_kernel(tmp_path, capfd):
+    body = """
+import time
+kernel = get_ipython().kernel
+answer = kernel.shell_handlers["kernel_info_request"]
+async def slowly(*message):
+    await answer(*message)
+    time.sleep(0.5)  # a busy machine: what asked has its answer before the kernel is done with it
+kernel.shell_handlers["kernel_info_request"] = slowly
+"""
+    run_notebooks([make_notebook(tmp_path, "01_a", body)], open_workspace(tmp_path / "w"), {})
+    assert "KeyboardInterrupt" not in "".join(capfd.readouterr())
+
+
 def test_progress_is_shown_live_in_a_terminal_and_once_a_minute_elsewhere(tmp_path, monkeypatch, capsys):
     bar = "\rnet:   0%|     | 0/90\rnet:  40%|##   | 36/90 [00:12<00:18, epoch 2/5, val MAE 9.1 years]"
     said = []
@@ -351,39 +385,6 @@ def test_progress_is_shown_live_in_a_terminal_and_once_a_minute_elsewhere(tmp_pa
         "cell 8 of 40: Train", "net:  40% 36/90 [00:12<00:18, epoch 2/5", ""
     ]  # fmt: skip
     assert {len(line) for line in shown} == {39} and len(said) == 1
-
-
-def test_an_executed_notebook_keeps_the_last_state_of_a_progress_bar_only(tmp_path, monkeypatch):
-    body = """
-import sys, time
-for step in range(4):
-    print(f"\\rstep {step} of 3", end="", file=sys.stderr, flush=True)
-    time.sleep(0.05)
-print("\\ndone", file=sys.stderr, flush=True)
-print("one\\ntwo")
-"""
-    ws, said = open_workspace(tmp_path / "w"), []
-    monkeypatch.setattr(pipeline, "EVERY_S", 0)
-    run_notebooks([make_notebook(tmp_path, "01_a", body)], ws, {}, say=said.append)
-    assert "      step 3 of 3" in said and "      cell 4 of 5: The middle part" in said
-    executed = nbformat.read(ws.path("executed", "01_a.ipynb"), as_version=4)
-    texts = {output.name: output.text for cell in executed.cells for output in cell.get("outputs", [])
-             if output.output_type == "stream"}  # fmt: skip
-    assert texts == {"stderr": "step 3 of 3\ndone\n", "stdout": "one\ntwo\n"}
-
-
-def test_a_run_that_ends_well_interrupts_no_kernel(tmp_path, capfd):
-    body = """
-import time
-kernel = get_ipython().kernel
-answer = kernel.shell_handlers["kernel_info_request"]
-async def slowly(*message):
-    await answer(*message)
-    time.sleep(0.5)  # a busy machine: what asked has its answer before the kernel is done with it
-kernel.shell_handlers["kernel_info_request"] = slowly
-"""
-    run_notebooks([make_notebook(tmp_path, "01_a", body)], open_workspace(tmp_path / "w"), {})
-    assert "KeyboardInterrupt" not in "".join(capfd.readouterr())
 
 
 def test_notebooks_run_in_this_interpreter_whatever_kernels_there_are(tmp_path, monkeypatch):

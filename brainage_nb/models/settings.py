@@ -68,8 +68,8 @@ class TrainingSettings:
         set. A handful of validation subjects chooses by luck; with the cosine at its end the last epoch
         is a fair choice.
     linear : bool
-        Average each predicted age with that of a ridge regression on the smoothed training volumes, fitted
-        in seconds once the network is trained; the recipe's if not set.
+        Average each predicted age with that of a ridge regression on the smoothed training volumes
+        (`fit_linear`), fitted in seconds once the network is trained; the recipe's if not set.
     shortcut : {"A", "B"}
         Of the residual blocks; A where MedicalNet's weights are to be loaded.
     widths : ints
@@ -103,8 +103,8 @@ class TrainingSettings:
     checkpoint_minutes : float
         Time between checkpoints, minutes; 0 for every step.
     cluster : str
-        Dask workers that train the models of a run side by side: local, tcp://host:port, or a scheduler
-        file (.json); empty for one after the other here.
+        Dask workers that train the models of a run side by side, see `open_cluster`; empty for one after
+        the other here.
     """
 
     epochs: int = 60
