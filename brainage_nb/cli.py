@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except BrokenPipeError:  # `| head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 141  # as a shell names it
     except tuple(STATUS) as error:
         print(f"brainage-nb: {error}", file=sys.stderr)
         return next(status for kind, status in STATUS.items() if isinstance(error, kind))
@@ -85,9 +85,7 @@ def _make_parser() -> argparse.ArgumentParser:
         epilog=EPILOG.format(place=locate_workspace()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--version", action=_ShowVersions, nargs=0, help="show versions, for a report, and exit"
-    )
+    parser.add_argument("--version", action=_ShowVersions, nargs=0, help="show versions and exit")
     parser.set_defaults(command=lambda _: parser.print_help() or 2)
     commands = parser.add_subparsers(metavar="command")
     for add_command in (_add_run, _add_list, _add_predict, _add_app, _add_completion):
@@ -235,10 +233,8 @@ def predict_command(options: argparse.Namespace) -> int:
     from brainage_nb.predict.cautions import Prediction
     from brainage_nb.predict.explain import explain
 
-    if Path(options.out).is_dir() and options.out:
-        raise ParameterError(
-            f"--out {options.out} is a folder: name the CSV file, as {options.out}/ages.csv."
-        )
+    if options.out and Path(options.out).is_dir():
+        raise ParameterError(f"--out {options.out} is a folder: name the CSV file in it.")
     try:
         scans = find_scans(options.scans)
         ages = find_ages(scans, options.table) if options.table else None

