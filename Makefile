@@ -19,7 +19,7 @@ $(READY): pyproject.toml
 	  { echo "Python 3.11, 3.12 or 3.13 is needed; $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[app,cluster,data,dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[app,cluster,completion,data,dev]'
 	@touch $(READY)
 
 demo: $(READY)  ## the whole way on the embedded known-answer cohort, in minutes, into workspace/demo

@@ -148,6 +148,10 @@ def test_any_text_survives_the_way_through_more(text):
         (["source=folder", "data_dir=HERE/nothing"], "There is no folder .*nothing"),
         (["source=folder", "data_dir=HERE", "table=nothing.csv"], "There is no table nothing.csv"),
         (["source=folder", "data_dir=HERE", "n_subjects=30"], "n_subjects = 30 is not read"),
+        (["source=folder", "data_dir=HERE/notes.txt"], "notes.txt' is a file, and none of .tar.gz"),
+        (["source=folder", "data_dir=HERE/empty"], "No NIfTI or MGZ image lies in .*empty"),
+        (["source=folder", "data_dir=HERE/scans"], "No table lies in .*scans. Set table"),
+        (["source=folder", "data_dir=HERE/scans", "table=HERE/empty"], "empty' is a folder. Set table"),
         (["source=folders"], "Did you mean folder"),
         (["recipe=custom"], "expected one of reference, best"),
         (["brain_only=no"], "brain_only = False cannot be had"),
@@ -161,8 +165,27 @@ def test_the_command_refuses_folders_tables_choices_and_bundles_before_it_starts
     tmp_path, given, told, monkeypatch, capsys
 ):
     monkeypatch.setattr(pipeline, "_execute", None)
+    for name in ("notes.txt", "scans/a.nii.gz", "empty/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     words = [word for item in given for word in ("-p", item.replace("HERE", str(tmp_path)))]
     assert main(["run", "--workspace", str(tmp_path / "ws"), *words]) == 2
+    assert re.search(told, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--from", "03"], "splits.csv is not in the workspace .*Run notebook 02_data_cleaning first"),
+        (["--from", "05", "--to", "02"], "From notebook 05 to 02 there is none"),
+        (["-p", "epochs", "40"], "40: there is no such option. Values go as -p name=value"),
+    ],
+)
+def test_a_run_that_cannot_begin_is_refused_before_any_kernel_starts(
+    tmp_path, given, told, monkeypatch, capsys
+):
+    monkeypatch.setattr(pipeline, "_execute", None)
+    assert main(["run", "--workspace", str(tmp_path / "ws"), *given]) == 2
     assert re.search(told, capsys.readouterr().err)
 
 
@@ -227,12 +250,15 @@ def test_what_a_done_notebook_left_and_is_torn_or_gone_is_made_again(tmp_path, n
     assert ws.path("table.csv").read_text() == whole
 
 
-def test_a_failing_cell_is_named_with_its_error(tmp_path):
-    notebook = make_notebook(tmp_path, "01_a", body="values = {}\nvalues['age']")
+def test_a_failing_cell_is_named_with_its_error_after_its_progress(tmp_path, monkeypatch):
+    body = "import sys\nprint('\\rstep 1 of 3', file=sys.stderr, flush=True)\nvalues = {}\nvalues['age']"
+    notebook, said = make_notebook(tmp_path, "01_a", body=body), []
+    monkeypatch.setattr(pipeline, "EVERY_S", 0)
     with pytest.raises(
         NotebookFailed, match=r"(?s)01_a stopped in cell 3 \(The middle part\).*KeyError: 'age'"
     ):
-        run_notebooks([notebook], open_workspace(tmp_path / "ws"), {}, say=lambda line: None)
+        run_notebooks([notebook], open_workspace(tmp_path / "ws"), {}, say=said.append)
+    assert said[-2:] == ["      cell 4 of 5: The middle part", "      step 1 of 3"]
 
 
 @pytest.mark.parametrize(
@@ -336,6 +362,29 @@ kernel.shell_handlers["kernel_info_request"] = slowly
 """
     run_notebooks([make_notebook(tmp_path, "01_a", body)], open_workspace(tmp_path / "w"), {})
     assert "KeyboardInterrupt" not in "".join(capfd.readouterr())
+
+
+def test_progress_is_shown_live_in_a_terminal_and_once_a_minute_elsewhere(tmp_path, monkeypatch, capsys):
+    bar = "\rnet:   0%|     | 0/90\rnet:  40%|##   | 36/90 [00:12<00:18, epoch 2/5, val MAE 9.1 years]"
+    said = []
+    progress = pipeline._Progress(said.append, 40)
+    progress.write(bar)
+    assert said == []
+    monkeypatch.setattr(pipeline, "EVERY_S", 0)
+    for text in (bar, "a warning\n", "\r   \r"):
+        progress.write(text)
+    assert said == ["      net:  40% 36/90 [00:12<00:18, epoch 2/5, val MAE 9.1 years]"]
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    live = pipeline._Progress(said.append, 40)
+    live.start_cell({"cell_type": "markdown", "source": "## Train\nFor long."}, 7)
+    live.write(bar)
+    live.end()
+    shown = capsys.readouterr().err.split("\r")[1::2]
+    assert [line.strip() for line in shown] == [
+        "cell 8 of 40: Train", "net:  40% 36/90 [00:12<00:18, epoch 2/5", ""
+    ]  # fmt: skip
+    assert {len(line) for line in shown} == {39} and len(said) == 1
 
 
 def test_notebooks_run_in_this_interpreter_whatever_kernels_there_are(tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ class TrainingSettings:
     flip_averaging : bool
         Predict each scan and its mirror image and average.
     init_from : str
-        Bundle or file of weights to start from (`load_pretrained`); empty for random ones.
+        Bundle, or file of MedicalNet's weights, to start from; empty for random ones.
     seeds : ints
         One model for each seed; several are an ensemble.
     folds : int

@@ -358,6 +358,15 @@ def _notes_on_matching(rows: pd.DataFrame, matches: list[Match]) -> list[str]:
     return notes
 
 
+def check_names(data_dir: Path, table: str = "") -> None:
+    """Raise what `match_scans` would before it opens a file: no image, no table, or several tables."""
+    images = find_images(data_dir)
+    if images.empty:
+        raise SourceError(_no_image(images, data_dir))
+    if table or not _sets_side_by_side(data_dir):
+        find_table(data_dir, table)
+
+
 def _no_image(images: pd.DataFrame, data_dir: Path) -> str:
     left = images.attrs["left_out"]
     if left.empty:
