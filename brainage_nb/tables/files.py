@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, time
 from itertools import pairwise
@@ -19,7 +19,14 @@ from typing import Any
 import pandas as pd
 
 from brainage_nb.tables.ages import parse_age
-from brainage_nb.tables.columns import find_age_columns, is_header, plain_name
+from brainage_nb.tables.columns import (
+    COLUMN_PARAMETERS,
+    ROLE_NAMES,
+    find_age_columns,
+    find_role,
+    is_header,
+    plain_name,
+)
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".xls", ".xlsx", ".xlsm", ".ods")
 _DELIMITERS = {"\t": "tab", ";": "semicolon", ",": "comma", "|": "bar", " ": "space"}
@@ -58,17 +65,43 @@ class TextTable:
         header. Under "" stands why a sidecar could not be read.
     notes : list of str
         What was assumed or resolved so far, and by what rule.
+    named : mapping
+        Role -> the column that a person named for it.
+    ages : list of str
+        The columns that ages were read from.
     """
 
     cells: pd.DataFrame
     where: str
     sidecar: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    named: Mapping[str, str] = field(default_factory=dict)
+    ages: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         """Note a thing once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def find(self, role: str, taken: str = "") -> str | None:
+        """The column of a role: the one a person named, else one of a known name that is not `taken`."""
+        if role in self.named:
+            return self.find_named(role, self.named[role])
+        name = find_role(role, self.cells)
+        if name in (None, taken):
+            return None
+        if plain_name(name) != ROLE_NAMES[role][0]:
+            self.note(f"{role} is read from column '{name}'.")
+        return name
+
+    def find_named(self, role: str, wanted: str) -> str:
+        """The column that a person means; case and punctuation may differ where that leaves one."""
+        alike = [name for name in self.cells if plain_name(name) == plain_name(wanted)]
+        alike = [wanted] if wanted in self.cells else alike
+        if len(alike) != 1:
+            name = COLUMN_PARAMETERS[role]
+            raise self.error(f"{name} = {wanted!r} is not a column", f"set {name} to one of the columns")
+        return alike[0]
 
     def described(self, column: str) -> list[tuple[str, str]]:
         """What sidecar and labels say of a column, as (key, text); names may differ in case."""
