@@ -103,7 +103,7 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
     Raises
     ------
     ScanError
-        With a code of `SCAN_ERRORS`, whatever goes wrong (but MemoryError stays what it is).
+        With a code of `SCAN_ERRORS`, whatever goes wrong.
 
     Examples
     --------
@@ -115,7 +115,7 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
 
     path = Path(path)
     header, flags = read_header(path)
-    with _any_error_as_reason(path):
+    with errors_as_reason(path):
         _check_header(header, max_voxels)
         affine = placement(header, path, flags)
         array = _voxels(header, path)
@@ -130,20 +130,28 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
 
 
 @contextmanager
-def errors_as_reason(path: Path, done: str) -> Iterator[None]:
+def errors_as_reason(path: Path, done: str = "") -> Iterator[None]:
     """Whatever is raised while a scan is read, measured or preprocessed becomes its `ScanError`, so that one
-    scan never ends a cohort; `done` is what cannot be done to it."""
+    scan never ends a cohort.
+
+    `done` is what cannot be done to it. Left out where the file is read; reasons begin with its name then.
+    """
     try:
         yield
-    except ScanError:
-        raise
+    except ScanError as error:
+        if done:
+            raise
+        raise ScanError(error.code, f"{path.name}: {error.sentence}") from error
     except FileNotFoundError as error:
         raise ScanError("missing", f"{path} does not exist or is not a file.") from error
+    except (EOFError, zlib.error) as error:
+        sentence = f"{path.name}: the compressed data end early or are damaged; copy the file again."
+        raise ScanError("truncated", sentence) from error
     except MemoryError as error:
         raise ScanError("too_large", f"{path.name} does not fit into memory.") from error
-    except Exception as error:
+    except Exception as error:  # nibabel raises many kinds on broken files
         reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise ScanError("unreadable", f"{path.name} cannot be {done} ({reason}).") from error
+        raise ScanError("unreadable", f"{path.name} cannot be {done or 'read'} ({reason}).") from error
 
 
 def voxel_sizes(affine: np.ndarray) -> np.ndarray:
@@ -169,7 +177,7 @@ def read_header(path: str | Path) -> tuple[Any, dict[str, str]]:
         As `load_scan`.
     """
     path = Path(path)
-    with _any_error_as_reason(path):
+    with errors_as_reason(path):
         if not path.is_file():
             raise ScanError("missing", f"{path} does not exist or is not a file.")
         first, second = _halves(path)
@@ -216,23 +224,6 @@ def placement(header: Any, path: Path, flags: dict[str, str]) -> np.ndarray:
             "bad_affine", f"voxels have an edge of {least:.2g} mm, as no scan has; repair the header."
         )
     return scale @ affine
-
-
-@contextmanager
-def _any_error_as_reason(path: Path) -> Iterator[None]:
-    """Whatever is raised while a file is read becomes a ScanError that begins with its name."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except ScanError as error:
-        raise ScanError(error.code, f"{path.name}: {error.sentence}") from error
-    except (EOFError, zlib.error) as error:
-        sentence = f"{path.name}: the compressed data end early or are damaged; copy the file again."
-        raise ScanError("truncated", sentence) from error
-    except Exception as error:  # nibabel raises many kinds on broken files
-        sentence = f"{path.name}: it cannot be read as an image ({_first_line(error)})."
-        raise ScanError("unreadable", sentence) from error
 
 
 def _first_line(error: Exception) -> str:
