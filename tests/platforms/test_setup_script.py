@@ -3,6 +3,7 @@
 import functools
 import http.server
 import os
+import shutil
 import subprocess
 import threading
 import zipfile
@@ -42,15 +43,16 @@ def script(tmp_path_factory):
         )
         return done.returncode, (done.stdout + done.stderr).strip().splitlines()[-1]
 
-    yield run
-    subprocess.run([python, "-m", "pip", "uninstall", "-qy", "brainage-nb"], capture_output=True)
+    return run
 
 
 @pytest.fixture(autouse=True)
 def clean(script, tmp_path_factory):
-    """Each test starts without the package."""
-    python = next(tmp_path_factory.getbasetemp().glob("platform*/python/bin/python"))
-    subprocess.run([python, "-m", "pip", "uninstall", "-qy", "brainage-nb"], capture_output=True)
+    """Each test starts with what is preinstalled and nothing else."""
+    packages = next(tmp_path_factory.getbasetemp().glob("platform0/python/lib/python3*/site-packages"))
+    for path in packages.iterdir():
+        if path.name != "preinstalled.pth":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def wheel(folder, version=VERSION, requires="", name="brainage_nb", **more):
