@@ -420,7 +420,7 @@ def test_where_no_epoch_is_chosen_all_others_are_trained_on_and_the_last_epoch_i
     assert not best.predictions["predicted_age"].equals(last.predictions["predicted_age"])
 
 
-@pytest.mark.slow  # stops at chosen steps, a crash, signals and torn writes are tested above and in test_resume
+@pytest.mark.slow  # chosen steps, a crash, signals and torn writes are tested above and in test_resume
 def test_a_run_killed_at_a_random_moment_or_in_a_write_ends_bit_for_bit_the_same():
     script = Path(__file__).parents[2] / "benchmarks" / "resume.py"
     command = [sys.executable, script, "--runs", "2", "--kills", "1"]
