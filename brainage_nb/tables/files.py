@@ -228,19 +228,20 @@ def _read_text(path: Path, text: str, notes: list[str]) -> pd.DataFrame:
 
 def _cut_above_header(text: str) -> tuple[str, list[str]]:
     """A text from its header on, where that stands below other lines, and these lines."""
-    lines = text.split("\n")
-    filled = [number for number, line in enumerate(lines) if line.strip()][:_LINES_ABOVE]
-    for mark in _DELIMITERS:
-        starts = [lines[number][:9999] for number in filled]
-        number = _find_header([next(_split(start, mark)) for start in starts])
-        if number is not None:
-            above = [lines[line].strip() for line in filled[:number]]
-            return "\n".join(lines[filled[number] :]) if number else text, above
-    # columns with other names: what is marked as a comment is above them, unless it is the header (`#id,age`)
-    above = next((n for n, line in enumerate(filled[:-1]) if not re.match(r"\s*(?:[#%]|//)", lines[line])), 0)
-    if above and any(0 < lines[filled[above - 1]].count(m) == lines[filled[above]].count(m) for m in "\t;,|"):
-        above -= 1
-    return "\n".join(lines[filled[above] :]), [lines[line].strip() for line in filled[:above]]
+    filled = [line for line in text.split("\n") if line.strip()][:_LINES_ABOVE]
+    starts = {mark: [next(_split(line[:9999], mark)) for line in filled] for mark in _DELIMITERS}
+    found = [number for rows in starts.values() if (number := _find_header(rows)) is not None]
+    number = found[0] if found else _count_comments(filled)
+    if not number:
+        return text, []
+    return text[text.index(f"\n{filled[number]}") + 1 :], [line.strip() for line in filled[:number]]
+
+
+def _count_comments(lines: list[str]) -> int:
+    """How many of the first lines are comments, the header (`#id,age`) being none."""
+    number = next((n for n, line in enumerate(lines[:-1]) if not re.match(r"\s*(?:[#%]|//)", line)), 0)
+    is_header = number and any(0 < lines[number - 1].count(m) == lines[number].count(m) for m in "\t;,|")
+    return number - 1 if is_header else number
 
 
 def _find_header(rows: list[list[str]]) -> int | None:

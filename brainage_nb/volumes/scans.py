@@ -181,7 +181,7 @@ def read_header(path: str | Path) -> tuple[Any, dict[str, str]]:
         if not path.is_file():
             raise ScanError("missing", f"{path} does not exist or is not a file.")
         first, second = _halves(path)
-        start = _start(first)
+        start = _read(first, HEADER_READ).getvalue()[:HEADER_READ]
         if not start:
             raise ScanError("truncated", "the file is empty; copy it again.")
         if b"/annex/objects/" in start or start.startswith(b"version https://git-lfs"):
@@ -240,7 +240,7 @@ def _meaning(code: str) -> str:
 def _halves(path: Path) -> tuple[Path, Path]:
     """The file with the header and the file with the voxels: one, or the halves of a pair."""
     ending = re.search(r"\.(hdr|img)(\.gz)?$", path.name, re.IGNORECASE)
-    start = _start(path) if ending else b""
+    start = _read(path, HEADER_READ).getvalue() if ending else b""
     if not ending or start[344:347] == b"n+1" or start[4:7] == b"n+2":
         return path, path
     is_header = ending[1].lower() == "hdr"
@@ -287,21 +287,13 @@ def _unpacked(pieces: Iterator[bytes]) -> Iterator[bytes]:
         packed = (member.unused_data + next(pieces, b"")).lstrip(b"\0")
 
 
-def _start(path: Path) -> bytes:
-    """The first bytes of a file's content."""
-    start, pieces = b"", _pieces(path)
-    while len(start) < HEADER_READ and (piece := next(pieces, b"")):
-        start += piece
-    return start[:HEADER_READ]
-
-
-def _content(path: Path, limit: int) -> io.BytesIO:
-    """A file's whole content; refused where it is longer than `limit`."""
+def _read(path: Path, limit: int) -> io.BytesIO:
+    """A file's content, up to the piece that passes the limit."""
     content = io.BytesIO()
     for piece in _pieces(path):
         content.write(piece)
         if content.tell() > limit:
-            raise ScanError("unreadable", "it holds far more than its header claims.")
+            break
     return content
 
 
@@ -458,7 +450,10 @@ def _voxels(header: Any, path: Path) -> np.ndarray:
     if not place.is_file():
         raise ScanError("header_only", f"it is a header only: {place.name} is missing.")
     n_bytes = int(np.prod(header.get_data_shape(), dtype=float)) * header.get_data_dtype().itemsize
-    content = _content(place, header.get_data_offset() + n_bytes + SLACK_BYTES)
+    most = header.get_data_offset() + n_bytes + SLACK_BYTES
+    content = _read(place, most)
+    if content.tell() > most:
+        raise ScanError("unreadable", "it holds far more than its header claims.")
     try:
         return np.asanyarray(ArrayProxy(content, header), dtype=np.float32)
     except (OSError, ValueError) as error:
