@@ -51,6 +51,19 @@ notebooks: $(READY)  ## regenerate notebooks/*.ipynb from notebooks/src/*.py
 pictures: demo  ## remake the README's pictures from the demo
 	$(BIN)/python docs/make_pictures.py $(DEMO)
 
+.PHONY: docs
+DOCS_READY := .venv/.docs-ready
+
+docs: $(DOCS_READY) $(DEMO)/results/07_predict_and_explain.json  ## the site, from the executed demo, into build/site/html
+	$(BIN)/python docs/build_site.py $(DEMO) build/site
+
+$(DOCS_READY): pyproject.toml | $(READY)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[docs]'
+	@touch $(DOCS_READY)
+
+$(DEMO)/results/07_predict_and_explain.json:
+	$(MAKE) demo
+
 bench: $(READY)  ## run every benchmark; tables on screen, JSON under benchmarks/out (QUICK=1 for short forms)
 	$(BIN)/python benchmarks/run_all.py $(if $(QUICK),--quick)
 

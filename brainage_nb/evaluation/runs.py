@@ -300,7 +300,7 @@ def read_splits(workspace: Workspace, with_volume: Sequence[str] | None = None) 
 
     Examples
     --------
-    >>> splits = read_splits(ws, store.scan_ids)
+    >>> splits = read_splits(ws, store.scan_ids)  # doctest: +SKIP
     """
     failed, known = workspace.path("scans_without_volume.csv"), None
     if with_volume is not None:

@@ -91,6 +91,16 @@ def match_scans(
     ------
     FileNotFoundError, TableError, SourceError
         Where the folder is missing, the table cannot be read safely, or nothing fits together.
+
+    Examples
+    --------
+    >>> found = match_scans("scans", "participants.tsv")
+    >>> found.cohort[["subject_id", "age"]]
+      subject_id   age
+    0         01  34.2
+    1         02  71.0
+    >>> found.unmatched_images["reason"].tolist()
+    ["no id of the table is in its name: no row is of subject '99'"]
     """
     data_dir = Path(data_dir).expanduser().absolute()
     if unknown := set(columns or {}) - set(COLUMN_PARAMETERS):

@@ -124,6 +124,17 @@ def read_table(path: Path | str, *, age_unit: str = "auto", **columns: str | Non
     ------
     TableError
         Where no age can be read safely; the message says what to set.
+
+    Examples
+    --------
+    >>> people = read_table("participants.tsv", age_unit="years")
+    >>> people[["subject_id", "age", "sex"]]
+      subject_id   age sex
+    0         01  34.2   F
+    1         02  71.0   M
+    >>> refused_rows(people)[["subject_id", "reason"]]
+      subject_id                        reason
+    0         03  '89+' is a bound, not an age
     """
     if unknown := columns.keys() - COLUMN_PARAMETERS:
         roles = ", ".join(COLUMN_PARAMETERS)
