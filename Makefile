@@ -32,7 +32,7 @@ pretrain: $(READY)  ## a bundle to start from (init_from), trained on 600 artifi
 	  -p recipe=best -p spacing_mm=4 -p size=48 -p epochs=30
 
 test: $(READY) lint  ## lint, layers, twins, unit tests, and every notebook executed with smoke values
-	$(BIN)/pytest -n auto -m "not slow"
+	$(BIN)/pytest -n auto --dist loadfile -m "not slow"
 	rm -rf $(SMOKE)
 	$(BIN)/pytest --nbmake --nbmake-timeout=900 notebooks
 

@@ -342,7 +342,7 @@ def load_run_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             raise ValueError("it ends too early")
         return table
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+        raise ValueError(f"{path} is damaged ({error.__cause__ or error})") from error
 
 
 def read_run_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
