@@ -149,8 +149,8 @@ def _read_statistics(cleaning: pd.DataFrame, scan_ids: Sequence[str]) -> np.ndar
     """Statistics (n, 10) of scans before preprocessing; None where an older notebook 02 measured none."""
     if "scan_statistics" not in cleaning:
         return None
-    cells = cleaning.set_index("scan_id")["scan_statistics"].reindex(scan_ids)
-    return np.array([cell.split(" x ") for cell in cells], dtype=float) if cells.notna().all() else None
+    cells = cleaning.set_index("scan_id")["scan_statistics"].reindex(scan_ids).fillna("")
+    return np.array([cell.split(" x ") for cell in cells], dtype=float) if cells.ne("").all() else None
 
 
 # --- the model ------------------------------------------------------------------------------------------
