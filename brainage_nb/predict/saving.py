@@ -78,7 +78,7 @@ def save_bundle(
     store = VolumeStore(ws.path("volumes", run.settings["fingerprint"])).verify()
     people = learning_rows(run).drop_duplicates("subject_id")  # two scans of one would look too alike
     learning = _choose_evenly(people["scan_id"].tolist(), REFERENCE_SCANS)
-    statistics = _read_statistics(ws.read("cleaning.csv"), learning)
+    statistics = read_statistics(ws.read("cleaning.csv"), learning)
     reference = Reference.fit((store[scan_id] for scan_id in learning), statistics)
     collect = _collect_svr if (folder / "model").is_dir() else _collect_networks
     model, entries, arrays = collect(folder, run.settings)
@@ -145,7 +145,7 @@ def _choose_evenly(items: Sequence[str], n: int) -> list[str]:
     return [items[place] for place in chosen]
 
 
-def _read_statistics(cleaning: pd.DataFrame, scan_ids: Sequence[str]) -> np.ndarray | None:
+def read_statistics(cleaning: pd.DataFrame, scan_ids: Sequence[str]) -> np.ndarray | None:
     """Statistics (n, 10) of scans before preprocessing; None where an older notebook 02 measured none."""
     if "scan_statistics" not in cleaning:
         return None

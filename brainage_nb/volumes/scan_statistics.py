@@ -14,7 +14,7 @@ from brainage_nb.volumes.scans import voxel_sizes
 
 SCAN_STATISTICS = (
     "the scan's noise", *["the scan's sharpness"] * 3, *["the scan's contrast"] * 2, "the scan's voxels",
-    "what was cut away around the head", "the head's size", "the size of the face",
+    "the empty space around the head", "the head's size", "the size of the face",
 )  # fmt: skip
 """What each number that `measure_scan` gives is about."""
 FINE_MM = 2.0  # edge at which noise and sharpness are measured; finer voxels are no difference
