@@ -19,6 +19,8 @@ SCAN_STATISTICS = (
 """What each number that `measure_scan` gives is about."""
 FINE_MM = 2.0  # edge at which noise and sharpness are measured; finer voxels are no difference
 MIDDLE_MM = 45.0  # radius around the head's middle: brain, whose brightness is the unit of all others
+AROUND_MM = 110.0  # radius in which empty space counts; further out it is a matter of the field of view
+EMPTY = 0.01  # of that unit above the lowest value: nothing was measured there, or it was cut away
 TISSUE = 0.2  # of that unit; what is darker is air or fluid
 LEAST = 1e-3  # of the unit, added before a logarithm is taken
 NECK_MM = 70.0  # below the head's middle; what lies lower does not count, as it may be cut
@@ -31,13 +33,14 @@ def measure_scan(image: Any) -> np.ndarray:
 
     Noise: median of second differences along the axis where it is least. Sharpness: mean of first ones along
     left-right, front-back and up-down. Contrast: how far dark, middle and bright parts of the brain are
-    apart. Then the longest edge of a voxel, mm; the share of voxels with the lowest value of all; litres of
+    apart. Then the longest edge of a voxel, mm; the share around the head that is empty; litres of
     the head without neck, and of the face.
     """
     array, head = np.asanyarray(image.dataobj, dtype=np.float32), find_head(image)
     coarse, affine = coarse_picture(array, image.affine)
     places = np.stack(np.indices(coarse.shape), axis=-1) @ affine[:3, :3].T + affine[:3, 3] - head.centre_mm
-    middle = coarse[(places**2).sum(axis=-1) < MIDDLE_MM**2]
+    away_mm = np.sqrt((places**2).sum(axis=-1))
+    middle = coarse[away_mm < MIDDLE_MM]
     dark, grey, bright = np.percentile(middle, [10, 50, 90]) if middle.size else np.zeros(3)
     air = np.percentile(coarse, 1)
     unit = max(float(bright - air), 1e-6)
@@ -49,7 +52,8 @@ def measure_scan(image: Any) -> np.ndarray:
     steps = np.log(np.array([noise.min(), *sharpness]) + LEAST)
     edge = np.log(max(FINE_MM, voxel_sizes(image.affine).max()))
     contrast = np.array([bright - grey, grey - dark]) / unit
-    return np.array([*steps, *contrast, edge, np.mean(array == array.min()), *np.log(litres + LEAST_L)])
+    empty = coarse[away_mm < AROUND_MM] <= coarse.min() + EMPTY * unit
+    return np.array([*steps, *contrast, edge, np.mean(empty), *np.log(litres + LEAST_L)])
 
 
 def _measure_steps(picture: np.ndarray) -> tuple[float, float]:
