@@ -3,7 +3,7 @@ everything.
 
 Noise test: predictions that know nothing of age. Recovery test: 200 cohorts whose slope, offset and noise are
 known. False alarms: how many ordinary scans are called far from training, beside how many are said to be; of
-drawn numbers and, with `--store`, of the volumes of a workspace, some learned from and the rest judged.
+drawn numbers and, with `--store`, of the scans of a workspace, some learned from and the rest judged.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
 from brainage_nb.evaluation.metrics import regression_metrics
 from brainage_nb.evaluation.report import write_report
 from brainage_nb.predict.cautions import STATISTICS, Reference, measure_remoteness
+from brainage_nb.predict.saving import read_statistics
+from brainage_nb.volumes.scan_statistics import SCAN_STATISTICS
 from brainage_nb.volumes.store import VolumeStore
 from tests.evaluation.fake_workspace import cohort_frame, write_run, write_workspace
 
@@ -105,14 +107,16 @@ def _true_mae() -> float:
     return float(stats.foldnorm.mean(np.abs(bias) / NOISE, scale=NOISE).mean())
 
 
-def count_false_alarms(volumes: np.ndarray | None = None, judged: int = JUDGED) -> pd.DataFrame:
+def count_false_alarms(
+    volumes: np.ndarray | None = None, statistics: np.ndarray | None = None, judged: int = JUDGED
+) -> pd.DataFrame:
     """For each number of training scans, the share of ordinary scans called far and the share claimed.
 
     Drawn scans have long tails (t of 4 degrees) and differ in eight ways; each is judged by its own training
-    set. Of real scans, a training set judges ten.
+    set. Of real scans, with their statistics (n, 10) before preprocessing, a training set judges ten.
     """
     rng = np.random.default_rng(7)
-    mixing = rng.normal(size=(8, len(STATISTICS)))
+    mixing = rng.normal(size=(8, len(STATISTICS) + len(SCAN_STATISTICS)))
     rows = []
     for n in (n for n in REFERENCES if volumes is None or len(volumes) >= n + 10):
         found = []
@@ -122,8 +126,8 @@ def count_false_alarms(volumes: np.ndarray | None = None, judged: int = JUDGED) 
                 found.append(measure_remoteness(np.array(training), new))
                 continue
             order = rng.permutation(len(volumes))
-            reference = Reference.fit(volumes[order[:n]])
-            new = [reference.describe(volume) for volume in volumes[order[n : n + 10]]]
+            reference = Reference.fit(volumes[order[:n]], statistics[order[:n]])
+            new = [reference.describe(volumes[k], statistics[k]) for k in order[n : n + 10]]
             found += [measure_remoteness(reference.rows, scan) for scan in new]
         far = np.mean([one.p_value <= one.limit for one in found])
         rows.append({"n": n, "claimed": found[0].limit, "called far": far})
@@ -153,7 +157,9 @@ def main() -> None:
     alarms = {"drawn": count_false_alarms()}
     if options.store:
         store = VolumeStore(options.store)
-        alarms["scans"] = count_false_alarms(np.stack([store[scan_id] for scan_id in store.scan_ids]), 1000)
+        cleaning = pd.read_csv(store.folder.parents[1] / "cleaning.csv", dtype={"scan_id": str})
+        statistics = read_statistics(cleaning, store.scan_ids)
+        alarms["scans"] = count_false_alarms(store.read(store.scan_ids), statistics, 1000)
     for name, table in alarms.items():
         print(f"\nFalse alarms, {name}\n{table.round(4).to_string(index=False)}")
     holds = {

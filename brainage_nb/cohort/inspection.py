@@ -18,6 +18,7 @@ import pandas as pd
 from brainage_nb.cluster import process_pool
 from brainage_nb.platforms import n_workers
 from brainage_nb.volumes.heads import coarse_picture, find_head, head_mask
+from brainage_nb.volumes.scan_statistics import measure_scan
 from brainage_nb.volumes.scans import (
     MAX_VOXELS,
     ScanError,
@@ -34,7 +35,7 @@ FACTS = (
     *("scan_id", "error", "error_detail", "file_flags", "shape", "voxel_mm", "field_of_view_mm"),
     *("orientation", "dtype", "oblique_degrees", "nonfinite_fraction", "intensity_p1", "intensity_p50"),
     *("intensity_p99", "n_values", "equal_neighbours", "at_maximum", "head_ml", "head_mm", "edge_fractions"),
-    *("bottom_cut", "skull_stripped", "brightness", "sha256", "voxels_sha256"),
+    *("bottom_cut", "skull_stripped", "brightness", "scan_statistics", "sha256", "voxels_sha256"),
 )
 BRIGHT = 0.1
 """A voxel above this share of the range (1st to 99th percentile) stands out from the background."""
@@ -83,6 +84,7 @@ def inspect_scans(
         bottom_cut : whether the image ends too close below the crown to hold the whole brain
         skull_stripped : whether the outermost tissue looks like brain, not like scalp over bone
         brightness : median over 99th percentile of intensity inside it, both above the background
+        scan_statistics : what a scan to be predicted is compared by with these (`measure_scan`)
         sha256 : SHA-256 of the file
         voxels_sha256 : SHA-256 of shape and intensities in the orientation nearest to RAS: equal for the same
             picture under another compression, number type or axis order
@@ -220,6 +222,7 @@ def _measure_head(image: Any) -> dict[str, Any]:
         "bottom_cut": "bottom" in head.cut_off,
         "skull_stripped": head.skull_stripped,
         "brightness": round(float((np.median(inside) - level) / spread), 3) if spread > 0 else float("nan"),
+        "scan_statistics": tuple(measure_scan(image).round(4).tolist()),
     }
 
 

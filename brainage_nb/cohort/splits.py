@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from brainage_nb.drawing import PALETTE, label_axes
+from brainage_nb.parameters import check_fields
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,10 +24,32 @@ SPLITS = ("train", "val", "test")
 COLUMNS = ("scan_id", "subject_id", "session_id", "image", "age", "sex", "site", "split", "fold")
 
 
+FEWEST_SITES = 3
+NO_SITE = "not known"
+
+
+@dataclass(frozen=True)
+class FoldRules:
+    """How folds are cut.
+
+    Attributes
+    ----------
+    folds_by : {"age", "site"}
+        `age`: each fold spans the ages. `site`: each fold is one site, for which the others train, so that
+        the figures are those of a scanner that the model has never seen; from 3 sites.
+    """
+
+    folds_by: str = "age"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 def deal_splits(
     scans: pd.DataFrame,
     *,
     folds: int = 0,
+    folds_by: str = "age",
     seed: int = 0,
     existing: pd.DataFrame | None = None,
     fractions: tuple[float, float, float] = (0.70, 0.15, 0.15),
@@ -38,6 +62,8 @@ def deal_splits(
         One row per usable scan: `scan_id, subject_id, session_id, image, age` (years), `sex, site` if known.
     folds : int
         Number of cross-validation folds over the subjects of train and validation; 0 for none.
+    folds_by : {"age", "site"}
+        With `site`, the subjects of one site are one fold, whatever `folds` is (`deal_sites`).
     seed : int
         Turns the dealing pattern and breaks ties of age; the same seed deals the same subjects alike.
     existing : DataFrame, optional
@@ -75,7 +101,10 @@ def deal_splits(
     split = _deal_new(age.drop(known.index), known["split"], shares, rng)
     split = pd.concat([known["split"], split]).reindex(age.index)
     _require_every_split(split, shares)
-    fold = _fold_of_subjects(age[split != "test"], known["fold"], folds, rng)
+    if folds_by == "site":
+        fold = deal_sites(scans[scans["subject_id"].map(split) != "test"])
+    else:
+        fold = _fold_of_subjects(age[split != "test"], known["fold"], folds, rng)
     dealt = scans.reset_index(drop=True).assign(
         split=scans["subject_id"].map(split).to_numpy(),
         fold=scans["subject_id"].map(fold).fillna(-1).astype(int).to_numpy(),
@@ -116,6 +145,30 @@ def deal_folds(
         fold[block] = emptiest
         sizes[emptiest] += 1
     return fold
+
+
+def deal_sites(scans: pd.DataFrame) -> pd.Series:
+    """The fold of each subject, indexed by `subject_id`: sites in alphabetical order, from 0.
+
+    Parameters
+    ----------
+    scans : DataFrame
+        `subject_id, site`; who was at several sites counts for the first.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than 3 sites, or some scans have none.
+    """
+    site = _name_sites(scans).groupby(scans["subject_id"], sort=False).first()
+    counts = site.value_counts().sort_index()
+    if NO_SITE in counts or len(counts) < FEWEST_SITES:
+        found = ", ".join(f"{name} {n}" for name, n in counts.items())
+        raise ValueError(
+            f"folds_by = site: expected at least {FEWEST_SITES} sites among the subjects of train and val, "
+            f"and one for each scan; there are {found}. Name them in the table, or set folds_by = age."
+        )
+    return site.map({name: fold for fold, name in enumerate(counts.index)})
 
 
 def deal_everybody(splits: pd.DataFrame, folds: int) -> pd.DataFrame:
@@ -211,6 +264,27 @@ def split_table(splits: pd.DataFrame) -> pd.DataFrame:
         women_percent=("women", "mean"),
     )
     return table.round(1).rename_axis("split")
+
+
+def site_table(scans: pd.DataFrame) -> pd.DataFrame:
+    """Count subjects by site and decade of age: where they go together, a model can learn one for the other.
+
+    Returns
+    -------
+    DataFrame
+        A row a site, a column a decade, as `20-29`, then `subjects` and `mean_age` (years).
+    """
+    about = scans.assign(site=_name_sites(scans)).groupby("subject_id").agg({"age": "mean", "site": "first"})
+    decade = (about["age"] // 10 * 10).astype(int).map(lambda low: f"{low}-{low + 9}")
+    table = pd.crosstab(about["site"], decade)
+    ages = about.groupby("site")["age"]
+    return table.assign(subjects=ages.size(), mean_age=ages.mean().round(1)).rename_axis(columns=None)
+
+
+def _name_sites(scans: pd.DataFrame) -> pd.Series:
+    """The site of each scan, in words where none is known."""
+    given = scans["site"] if "site" in scans else pd.Series("", index=scans.index)
+    return given.fillna("").astype(str).replace("", NO_SITE)
 
 
 def plot_splits(ax: Axes, splits: pd.DataFrame) -> Axes:

@@ -123,14 +123,14 @@ class Bundle:
         'After preprocessing this scan does not look like the training scan'
         """
         age, scan = check_age(age), Path(scan)
-        volume, affine, noticed = self._prepare(scan)
+        volume, affine, statistics, noticed = self._prepare(scan)
         members = self.model.predict(volume)
         predicted = self._check_predicted(float(members.mean()), scan)
         interval, correction = self.interval, self.correction
         low, high = interval.predict(predicted) if interval else (-np.inf, np.inf)
         supports = [part.support_ for part in (interval, correction) if part and part.support_]
         cautions = [
-            *find_likeness_cautions(self.reference, volume),
+            *find_likeness_cautions(self.reference, volume, statistics),
             *find_age_cautions(predicted, age, self.manifest["training"]),
             *noticed,
             *find_member_cautions(members),
@@ -199,10 +199,11 @@ class Bundle:
         except Exception as error:
             return Failure(scan.name, "failed", f"{scan.name}: {type(error).__name__}: {error}", str(scan))
 
-    def _prepare(self, scan: Path) -> tuple[np.ndarray, np.ndarray, list[Caution]]:
-        """The volume as the model takes it, its affine, and what was noticed on the way."""
+    def _prepare(self, scan: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Caution]]:
+        """The volume as the model takes it, its affine, the scan's statistics, and what was noticed."""
         from brainage_nb.volumes.heads import find_head
         from brainage_nb.volumes.preprocessing import as_stored, grid_affine, preprocess
+        from brainage_nb.volumes.scan_statistics import measure_scan
         from brainage_nb.volumes.scans import load_scan, voxel_sizes
 
         try:
@@ -218,7 +219,7 @@ class Bundle:
         ]
         if self.trained_on_files([scan])[0]:
             cautions.append(Caution.of("training_scan"))
-        return volume, grid_affine(image, self.settings), cautions
+        return volume, grid_affine(image, self.settings), measure_scan(image), cautions
 
     def _check_predicted(self, age: float, scan: Path) -> float:
         if np.isnan(age) and self.model.kind == VGG:

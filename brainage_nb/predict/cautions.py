@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from brainage_nb.volumes.scan_statistics import SCAN_STATISTICS
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -187,7 +189,8 @@ STATISTICS = (
     *["contrast or tissue volume"] * (len(PERCENTILES) + 1), *["sharpness"] * 3, "noise", *["position"] * 3,
     *["symmetry"] * 3, "likeness to their mean",
 )  # fmt: skip
-"""What each number that `Reference.describe` gives is about."""
+"""What each number is about that `Reference.describe` gives of a volume; `SCAN_STATISTICS` may follow."""
+SAME = 0.05  # scan statistics that differ by less count as equal: training scans may have one voxel size
 REFERENCE_FILE = "reference.safetensors"
 
 
@@ -199,7 +202,7 @@ class Remoteness(NamedTuple):
     n_nearer, n : int
         How many of the n training scans lie nearer to the middle of them all.
     most_in : str
-        One of `STATISTICS`: in what the scan differs most.
+        One of `STATISTICS` or `SCAN_STATISTICS`: in what the scan differs most.
     """
 
     n_nearer: int
@@ -227,16 +230,19 @@ def measure_remoteness(training: np.ndarray, scan: np.ndarray) -> Remoteness:
 
     Parameters
     ----------
-    training : array (n, 18)
+    training : array (n, 18) or (n, 28)
         Of people who are not the scan's; one row each, as `Reference.describe` gives it.
-    scan : array (18,)
+    scan : array (18,) or (28,)
     """
     from sklearn.covariance import LedoitWolf
     from sklearn.preprocessing import StandardScaler
 
-    everybody = StandardScaler().fit_transform(np.vstack([training, scan]))
+    everybody = np.vstack([training, scan])
+    spread = everybody.std(axis=0)
+    everybody = StandardScaler().fit_transform(everybody)
+    everybody[:, len(STATISTICS) :] *= (spread / np.hypot(spread, SAME))[len(STATISTICS) :]
     distances = LedoitWolf(assume_centered=True).fit(everybody).mahalanobis(everybody)
-    most_in = STATISTICS[int(np.abs(everybody[-1]).argmax())]
+    most_in = (*STATISTICS, *SCAN_STATISTICS)[int(np.abs(everybody[-1]).argmax())]
     return Remoteness(int((distances[:-1] < distances[-1]).sum()), len(training), most_in)
 
 
@@ -292,8 +298,9 @@ class Reference:
         Lowest, 5 % and median correlation of training volumes with the mean.
     n_volumes : int
         Volumes behind it.
-    rows : array (n, 18) or None
-        Each training scan, as `describe` gives it; None where there were fewer than 20, and in old bundles.
+    rows : array (n, 18) or (n, 28) or None
+        Each training scan, as `describe` gives it, the scan before preprocessing too where it was measured;
+        None where there were fewer than 20, and in old bundles.
     distance : Distance or None
         Of old bundles only.
     mean_volume : float16 array (size, size, size) or None
@@ -309,8 +316,10 @@ class Reference:
     mean_volume: np.ndarray | None = None
 
     @classmethod
-    def fit(cls, volumes: Iterable[np.ndarray]) -> Reference:
-        """From training volumes (size, size, size), as stored, RAS; one of each person."""
+    def fit(cls, volumes: Iterable[np.ndarray], scans: np.ndarray | None = None) -> Reference:
+        """From training volumes (size, size, size), as stored, RAS, one of each person, and, where they are
+        known, the statistics (n, 10) of their scans (`measure_scan`).
+        """
         described, whole = [], 0.0
         for volume in volumes:
             described.append((blur(volume), image_statistics(volume)))
@@ -320,7 +329,8 @@ class Reference:
         # Each volume is compared with the mean of the others: alone among few, it would resemble itself.
         values = [_correlate(each, total - each if n > 1 else total) for each in coarse]
         likeness = tuple(float(np.quantile(values, share)) for share in (0.0, 0.05, 0.5))
-        rows = np.column_stack([statistics, _stretch(values)]) if n >= FEWEST else None
+        parts = [statistics, _stretch(values), *([] if scans is None else [scans])]
+        rows = np.column_stack(parts) if n >= FEWEST else None
         mean_volume = (whole / n).astype(np.float16)
         return cls((total / n).astype(np.float32), likeness, n, rows, mean_volume=mean_volume)
 
@@ -338,9 +348,12 @@ class Reference:
         """Correlation of one volume (size, size, size), blurred, with the mean."""
         return _correlate(blur(volume), self.mean)
 
-    def describe(self, volume: np.ndarray) -> np.ndarray:
-        """Numbers (18,) to compare one volume (size, size, size) by: its statistics and its likeness."""
-        return np.append(image_statistics(volume), _stretch(self.correlation(volume)))
+    def describe(self, volume: np.ndarray, scan: np.ndarray) -> np.ndarray:
+        """Numbers to compare one volume (size, size, size) by, as many as a row has: its statistics and its
+        likeness, then the statistics (10,) of its scan.
+        """
+        numbers = [*image_statistics(volume), _stretch(self.correlation(volume)), *scan]
+        return np.array(numbers)[: self.rows.shape[1]]
 
     def to_dict(self) -> dict[str, Any]:
         """All but the arrays, as plain JSON values."""
@@ -373,8 +386,9 @@ class Reference:
 
 
 def _check_rows(rows: np.ndarray) -> np.ndarray:
-    expected = f"{FEWEST} to {MOST} rows of {len(STATISTICS)} numbers below a million"
-    right = rows.ndim == 2 and FEWEST <= len(rows) <= MOST and rows.shape[1] == len(STATISTICS)
+    few, many = len(STATISTICS), len(STATISTICS) + len(SCAN_STATISTICS)
+    expected = f"{FEWEST} to {MOST} rows of {few} or {many} numbers below a million"
+    right = rows.ndim == 2 and FEWEST <= len(rows) <= MOST and rows.shape[1] in (few, many)
     if not (right and (np.abs(rows) < 1e6).all()):
         raise ValueError(f"what describes the training scans has shape {rows.shape}; expected {expected}")
     return rows.astype(float)
@@ -427,10 +441,10 @@ def _correlate(one: np.ndarray, other: np.ndarray) -> float:
 # --- what to warn about ---------------------------------------------------------------------------------
 
 
-def find_likeness_cautions(reference: Reference, volume: np.ndarray) -> list[Caution]:
-    """Whether a volume is unlike the training scans, in one caution."""
+def find_likeness_cautions(reference: Reference, volume: np.ndarray, scan: np.ndarray) -> list[Caution]:
+    """Whether a volume, or its scan (statistics (10,)), is unlike the training scans, in one caution."""
     if reference.rows is not None:
-        found = measure_remoteness(reference.rows, reference.describe(volume))
+        found = measure_remoteness(reference.rows, reference.describe(volume, scan))
         if found.p_value > found.limit:
             return []
         than = f"all {found.n}" if found.n_nearer == found.n else f"{found.n_nearer} of the {found.n}"

@@ -78,7 +78,8 @@ def save_bundle(
     store = VolumeStore(ws.path("volumes", run.settings["fingerprint"])).verify()
     people = learning_rows(run).drop_duplicates("subject_id")  # two scans of one would look too alike
     learning = _choose_evenly(people["scan_id"].tolist(), REFERENCE_SCANS)
-    reference = Reference.fit(store[scan_id] for scan_id in learning)
+    statistics = read_statistics(ws.read("cleaning.csv"), learning)
+    reference = Reference.fit((store[scan_id] for scan_id in learning), statistics)
     collect = _collect_svr if (folder / "model").is_dir() else _collect_networks
     model, entries, arrays = collect(folder, run.settings)
     known = run.predictions.set_index("scan_id")["predicted_age"]
@@ -142,6 +143,14 @@ def _is_current(run_folder: Path | str) -> bool:
 def _choose_evenly(items: Sequence[str], n: int) -> list[str]:
     chosen = np.unique(np.linspace(0, len(items) - 1, min(n, len(items))).round().astype(int))
     return [items[place] for place in chosen]
+
+
+def read_statistics(cleaning: pd.DataFrame, scan_ids: Sequence[str]) -> np.ndarray | None:
+    """Statistics (n, 10) of scans before preprocessing; None where an older notebook 02 measured none."""
+    if "scan_statistics" not in cleaning:
+        return None
+    cells = cleaning.set_index("scan_id")["scan_statistics"].reindex(scan_ids).fillna("")
+    return np.array([cell.split(" x ") for cell in cells], dtype=float) if cells.ne("").all() else None
 
 
 # --- the model ------------------------------------------------------------------------------------------

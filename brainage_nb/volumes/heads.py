@@ -113,8 +113,10 @@ def _describe_head(coarse: np.ndarray, affine: np.ndarray) -> Head:
     )
 
 
-def coarse_picture(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Average blocks of voxels to about 4 mm, axes turned and flipped to the nearest RAS.
+def coarse_picture(
+    array: np.ndarray, affine: np.ndarray, edge_mm: float = COARSE_MM
+) -> tuple[np.ndarray, np.ndarray]:
+    """Average blocks of voxels to edges of about 4 mm, axes turned and flipped to the nearest RAS.
 
     Parameters
     ----------
@@ -132,7 +134,7 @@ def coarse_picture(array: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, n
 
     orientation = io_orientation(affine)
     orientation[:, 0] = np.where(np.isnan(orientation[:, 0]), range(3), orientation[:, 0])
-    steps = np.clip(np.round(COARSE_MM / voxel_sizes(affine)), 1, array.shape).astype(int)
+    steps = np.clip(np.round(edge_mm / voxel_sizes(affine)), 1, array.shape).astype(int)
     blocks = [
         _block_means(n, step, flipped)
         for n, step, flipped in zip(array.shape, steps, orientation[:, 1] < 0, strict=True)

@@ -61,13 +61,13 @@ import matplotlib.pyplot as plt
 from brainage_nb.cohort.cleaning import CleaningRules, clean, counts_by_reason
 from brainage_nb.cohort.cleaning_plots import age_histogram, flagged_montage
 from brainage_nb.cohort.inspection import inspect_scans
-from brainage_nb.cohort.splits import deal_splits, plot_splits, split_table
+from brainage_nb.cohort.splits import FoldRules, deal_splits, plot_splits, site_table, split_table
 from brainage_nb.parameters import pick_fields, read_parameters
 from brainage_nb.platforms import session_summary
 from brainage_nb.volumes.scans import voxel_file
 from brainage_nb.workspace import open_workspace, write_csv
 
-parameters = read_parameters(globals(), CleaningRules)
+parameters = read_parameters(globals(), CleaningRules, FoldRules)
 ws = open_workspace(workspace).begin("02_data_cleaning")
 print(session_summary(ws.root))
 
@@ -134,6 +134,13 @@ age_histogram(axes[1], kept, by="site")
 plt.show()
 
 # %% [markdown]
+# Subjects by site and age. Where a site's people are older than another's, a model can read the age from the scanner:
+# look at the gaps of each site in notebook 06, and judge it with `more = folds_by=site`: each fold is then one site.
+
+# %%
+site_table(kept)
+
+# %% [markdown]
 # ## Deal the splits
 # The rule is that of dealing cards: people are sorted by age and go in turn to train, validation and test, 70 : 15 : 15,
 # so that each split spans the ages. All scans of a person go together. The seed says where the turn starts.
@@ -142,8 +149,10 @@ plt.show()
 
 # %%
 existing = ws.read("splits.csv") if ws.path("splits.csv").exists() else None
-splits = deal_splits(kept, folds=folds, seed=seed, existing=existing)
+rules_of_folds = FoldRules(**pick_fields(parameters, FoldRules))
+splits = deal_splits(kept, folds=folds, folds_by=rules_of_folds.folds_by, seed=seed, existing=existing)
 write_csv(splits, ws.path("splits.csv"))
+print(f"folds: {splits['fold'].max() + 1}; set as many in notebooks 04 and 05")
 split_table(splits)
 
 # %%

@@ -13,6 +13,7 @@ from brainage_nb.cohort.splits import (
     deal_folds,
     deal_splits,
     plot_splits,
+    site_table,
     split_table,
 )
 
@@ -117,6 +118,29 @@ def test_without_folds_the_fold_is_minus_one_everywhere():
     assert (deal_splits(scans_of(12))["fold"] == -1).all()
     with_folds = deal_splits(scans_of(12), folds=2)
     assert (deal_splits(scans_of(12), existing=with_folds)["fold"] == -1).all()
+
+
+def test_folds_by_site_are_the_sites_and_never_test():
+    scans = scans_of(60, sessions=2)
+    scans["site"] = scans["subject_id"].str[-1].map(lambda last: "north" if last < "5" else "east")
+    with pytest.raises(ValueError, match=r"at least 3 sites .* there are east 27, north 24"):
+        deal_splits(scans, folds_by="site")
+    scans.loc[scans["subject_id"] < "s020", "site"] = "a new one"
+    splits = deal_splits(scans, folds_by="site", existing=deal_splits(scans, folds=5))
+    dealt = splits[splits["split"] != "test"].groupby("site")["fold"].unique().map(list)
+    assert dealt.to_dict() == {"a new one": [0], "east": [1], "north": [2]}
+    assert (splits.loc[splits["split"] == "test", "fold"] == -1).all()
+    with pytest.raises(ValueError, match="not known 1"):
+        deal_splits(scans.assign(site=scans["site"].mask(scans["subject_id"] == "s030", "")), folds_by="site")
+
+
+def test_sites_are_counted_by_age_and_people_once():
+    scans = scans_of(30, sessions=2).assign(site="A")
+    scans.loc[scans["subject_id"] < "s010", "site"] = ""
+    table = site_table(scans)
+    assert table["subjects"].to_dict() == {"A": 20, "not known": 10}
+    decades = table.drop(columns=["subjects", "mean_age"])
+    assert (decades.sum(axis=1) == table["subjects"]).all() and "20-29" in decades
 
 
 def test_new_subjects_fill_the_smallest_folds():

@@ -32,6 +32,16 @@ def test_adjustment_for_age_recovers_the_planted_difference():
     assert found["adjusted_for"] == "age, sex"
 
 
+def test_what_a_scanner_adds_is_not_taken_for_the_diagnosis_where_there_are_several():
+    rows, rng = patients(), np.random.default_rng(1)
+    ill = (rows["diagnosis"] == "AD").to_numpy()
+    north = rng.random(len(rows)) < np.where(ill, 0.8, 0.2)
+    rows = rows.assign(site=np.where(north, "north", "south"), gap=rows["gap"] + 6 * north)
+    found, blind = (diagnosis_differences(each).iloc[0] for each in (rows, rows.drop(columns="site")))
+    assert found["adjusted_for"] == "age, sex, site"
+    assert found["adjusted_low"] < 5 < found["adjusted_high"] < blind["adjusted"]
+
+
 def test_repeated_scans_of_a_subject_do_not_narrow_the_interval():
     rows = patients(100)
     once = diagnosis_differences(rows).iloc[0]

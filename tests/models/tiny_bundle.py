@@ -15,6 +15,8 @@ from brainage_nb.predict.cautions import NOT_A_DEVICE, REFERENCE_FILE, Reference
 from brainage_nb.predict.predictors import round_weights
 from brainage_nb.predict.saving import _collect_svr, write_card
 from brainage_nb.volumes.preprocessing import as_stored, preprocess
+from brainage_nb.volumes.scan_statistics import measure_scan
+from brainage_nb.volumes.scans import load_scan
 from brainage_nb.volumes.settings import PreprocessingSettings
 
 ARCHITECTURE = {"widths": [4, 4, 8, 8], "blocks": [1, 1, 1, 1], "shortcut": "A"}
@@ -119,7 +121,8 @@ def write_tiny_bundle(folder: Path, *, n: int = 1, n_scans: int = 3, **changes) 
     scratch = folder.with_name(f"{folder.name}-scans")
     scratch.mkdir(parents=True)
     scans = [write_scan(scratch / f"{k}.nii", k) for k in range(n_scans)]
-    reference = Reference.fit(as_stored(preprocess(scan, SETTINGS)) for scan in scans)
+    statistics = np.array([measure_scan(load_scan(scan)) for scan in scans])
+    reference = Reference.fit((as_stored(preprocess(scan, SETTINGS)) for scan in scans), statistics)
     arrays = {f"member-{k:02d}.safetensors": round_weights(net) for k, net in enumerate(networks(n))}
     said = manifest(n, reference=reference.to_dict(), **changes)
     return write_bundle(folder, said, arrays | {REFERENCE_FILE: reference.arrays()}, write_card(said))

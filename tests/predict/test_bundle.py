@@ -10,16 +10,20 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from brainage_nb.bundle_format import BundleError, zip_bundle
+from brainage_nb.cohort.cleaning import clean
+from brainage_nb.cohort.inspection import inspect_scan
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
 from brainage_nb.evaluation.plots import draw_figures
 from brainage_nb.evaluation.report import write_report
 from brainage_nb.models.settings import RECIPES, TrainingSettings
 from brainage_nb.models.train import train
+from brainage_nb.predict import cautions
 from brainage_nb.predict.bundle import load_bundle
-from brainage_nb.predict.cautions import Failure
+from brainage_nb.predict.cautions import STATISTICS, Failure
 from brainage_nb.predict.predictors import round_weights
 from brainage_nb.predict.saving import current_bundle, facts_of_run, save_bundle, update_bundle, write_card
-from brainage_nb.volumes.scans import ScanError
+from brainage_nb.volumes.scan_statistics import measure_scan
+from brainage_nb.volumes.scans import ScanError, load_scan
 from brainage_nb.volumes.store import VolumeStore, build_store
 from brainage_nb.workspace import open_workspace, read_json, sha256_of, write_csv, write_json
 from tests.evaluation.fake_workspace import (
@@ -477,8 +481,13 @@ def filled(value):
     [
         ("reference.safetensors", "mean", filled(np.inf), "damaged: mean of reference"),
         ("reference.safetensors", "mean", lambda mean: mean[1:], "reference volume"),
-        ("reference.safetensors", "image.rows", lambda rows: rows[:, 1:], r"has shape \(30, 17\)"),
-        ("reference.safetensors", "image.rows", lambda rows: rows[:3], "expected 20 to 1000 rows of 18"),
+        ("reference.safetensors", "image.rows", lambda rows: rows[:, 1:], r"has shape \(30, 27\)"),
+        (
+            "reference.safetensors",
+            "image.rows",
+            lambda rows: rows[:3],
+            "20 to 1000 rows of 18 or 28",
+        ),
         ("reference.safetensors", "image.rows", filled(1e300), "numbers below a million"),
         ("reference.safetensors", "image.rows", filled(np.nan), "damaged: image.rows"),
         ("member-00.safetensors", "conv1.weight", filled(np.nan), "damaged: conv1.weight"),
@@ -490,6 +499,35 @@ def filled(value):
 def test_damaged_arrays_are_refused(file, name, change, said, measured, tmp_path):
     with pytest.raises(BundleError, match=said):
         load_bundle(with_array(measured, tmp_path / "bundle", file, name, change))
+
+
+def test_a_scan_is_far_by_what_preprocessing_hides_where_the_bundle_knows_it(measured, tmp_path):
+    scan = write_scan(tmp_path / "a.nii", 41)
+    noise = len(STATISTICS)
+
+    def far(name, change):
+        changed = with_array(measured, tmp_path / name, "reference.safetensors", "image.rows", change)
+        return load_bundle(changed).predict(scan).do_not_use_because
+
+    assert "most of all in the scan's noise" in far("quiet", lambda rows: rows - 3 * np.eye(28)[noise])
+    assert far("old", lambda rows: np.ascontiguousarray(rows[:, :noise])) == ""  # of a bundle without
+
+
+def test_what_training_scans_were_before_preprocessing_comes_from_their_cleaning(
+    trained, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cautions, "FEWEST", 5)
+    ws = open_workspace(shutil.copytree(trained.root, tmp_path / "copy"))
+    cohort, before = ws.read("cohort.csv").assign(session_id=""), ws.read("cleaning.csv")
+    named = zip(cohort["scan_id"], cohort["image"], strict=True)
+    facts = [
+        inspect_scan(image) | {"scan_id": scan, "error": "", "error_detail": ""} for scan, image in named
+    ]
+    cleaning = clean(cohort, pd.DataFrame(facts))
+    write_csv(before.assign(scan_statistics=cleaning["scan_statistics"]), ws.path("cleaning.csv"))
+    rows = load_bundle(save_bundle(ws.run("resnet18"))).reference.rows
+    expected = [measure_scan(load_scan(image)) for image in cohort["image"][:15]]
+    assert rows[:, 18:] == pytest.approx(np.array(expected), abs=1e-3)
 
 
 def test_odd_voxels_and_ages_out_of_range_are_noticed(tiny, tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from brainage_nb.predict.cautions import STATISTICS, Distance, find_head_cautions, measure_remoteness
+from brainage_nb.volumes.scan_statistics import SCAN_STATISTICS
 
 N = len(STATISTICS)
 
@@ -80,3 +81,16 @@ def test_a_head_prepared_otherwise_than_those_of_training_gives_no_age_to_use(st
     assert find_head_cautions(head, trained_stripped=stripped) == []
     (caution,) = find_head_cautions(head, trained_stripped=not stripped)
     assert caution.forbids_use and caution.sentence.startswith("Do not use this age")
+
+
+def test_a_scan_is_far_by_what_it_was_before_preprocessing_too(draw):
+    rng = np.random.default_rng(5)
+    scans = np.column_stack([draw(66, 3), 3 + 0.02 * rng.normal(size=(66, len(SCAN_STATISTICS)))])
+    scans[:, -4] = np.log(2.0)  # the voxels of all are alike
+    *training, one = scans
+    alike = measure_remoteness(np.array(training), one)
+    one[-4] += 0.01
+    assert measure_remoteness(np.array(training), one).n_nearer - alike.n_nearer < 10
+    one[-4] = np.log(3.0)
+    far = measure_remoteness(np.array(training), one)
+    assert (far.n_nearer, far.most_in) == (65, "the scan's voxels")
