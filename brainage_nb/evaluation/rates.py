@@ -253,8 +253,8 @@ def _choose_people(found: Rates) -> pd.DataFrame:
     backwards = [name for name, part in found.visits.groupby("subject_id") if _goes_backwards(part)]
     if backwards:
         found.warnings.append(
-            f"{len(backwards)} people are younger at a later session, so an age or a session is wrong; they "
-            f"have no rate (first: {', '.join(backwards[:5])}). Put the table of ages right, and run from "
+            f"People younger at a later session: {len(backwards)} (first: {', '.join(backwards[:5])}). An "
+            "age or a session is wrong, so they have no rate. Put the table of ages right, and run from "
             "notebook 01."
         )
     found.visits = found.visits[~found.visits["subject_id"].isin(backwards)]
@@ -267,11 +267,11 @@ def _choose_people(found: Rates) -> pd.DataFrame:
         )
     if n := int((lines["years"] == 0).sum()):
         found.notes.append(
-            f"{n} people have one age in all their sessions: no rate. Repeats tell the model's error, unless "
-            "it is the age at the first visit; then give the age at each visit in the table (age_column)."
+            f"People with one age in all their sessions: {n}; no rate. Repeats tell the model's error, "
+            "unless it is the age at the first visit: then the table must give that at each (age_column)."
         )
     if n := int(lines["years"].between(0, least, inclusive="neither").sum()):
-        found.notes.append(f"{n} people have less than {least:g} years between their visits: no rate.")
+        found.notes.append(f"People with less than {least:g} years between their visits: {n}; no rate.")
     return lines[lines["years"] >= least]
 
 
@@ -334,7 +334,7 @@ def _measure_groups(found: Rates, scale: RateScale, reference: str, slope_interv
         known = {"mean": rows[0]["rate"], "spread": spread if enough else None, "n_subjects": len(people)}
         scale = replace(scale, **known)
     else:
-        found.notes.append(f"Only {len(people)} people kept their scanner: no rate of the group.")
+        found.notes.append(f"People who kept their scanner: {len(people)}; too few for a rate of the group.")
     words = "not known: too few visits tell it from error"
     if scale.spread is not None:
         words = f"{scale.spread:.2f} years a year, from {scale.n_subjects} people"
@@ -437,8 +437,8 @@ def _warn_of_scanners(found: Rates) -> None:
     people = found.people[found.people["scanner"] != ""]
     for change, part in people.groupby("scanner"):
         names = ", ".join(part["subject_id"].head(5)) + (", …" if len(part) > 5 else "")
-        said = f"{len(part)} people changed the scanner between visits ({change}: {names}): what it adds is "
-        said += "in their rates, so they are in no rate of a group"
+        said = f"Scanner changed between visits, {change}: {len(part)} ({names}). What the change adds is in "
+        said += "their rates, so they are in no rate of a group"
         if len(part) < FEWEST:
             found.warnings.append(f"{said}; too few to say how much.")
             continue

@@ -87,7 +87,8 @@ def _merge_ages(ages: list[Age]) -> Age:
     years = sorted({age.years for age in readable})
     shown = " and ".join(f"{year:.2f}" for year in years)
     if years[-1] - years[0] > SAME_AGE_YEARS:
-        return Age(reason=f"its rows give ages over {SAME_AGE_YEARS:g} year apart: {shown}")
+        remedy = "if they are visits, set session_column"
+        return Age(reason=f"its rows give ages over {SAME_AGE_YEARS:g} year apart: {shown}; {remedy}")
     if len(years) == 1:
         return readable[0]
     return Age(years=sum(years) / len(years), rule=f"mean of {shown}, ages of its rows within a year")
@@ -316,9 +317,9 @@ def _note_unchanged_ages(rows: pd.DataFrame, table: TextTable) -> None:
     """Note tables that repeat the age of the first visit in later ones."""
     people = rows.groupby("subject_id")["age"]
     several = people.size() > 1
-    if several.sum() > 1 and (people.nunique()[several] == 1).all():
-        told = "subjects with several rows have one age in all of them: it may be that at their first visit"
-        table.note(f"All {several.sum()} {told}.")
+    if n := int((people.nunique()[several] == 1).sum()):
+        told = f"Subjects with one age in all of their several rows: {n} of {several.sum()}"
+        table.note(f"{told}; it may be that at their first visit, which is no age at the others.")
 
 
 def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from brainage_nb.bundle_format import BundleError, zip_bundle
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
 from brainage_nb.evaluation.plots import draw_figures
+from brainage_nb.evaluation.rates import RateScale
 from brainage_nb.evaluation.report import write_report
 from brainage_nb.models.settings import RECIPES, TrainingSettings
 from brainage_nb.models.train import train
@@ -547,6 +548,7 @@ def changed(bundle, target, **changes):
     return target
 
 
+RATES = vars(RateScale(slope=0.8, error=1.0, error_from="repeats"))
 MANY = {"salt": "00", "subjects": [], "images": []}
 TRAINING, INTERVAL, CORRECTION = (manifest()[name] for name in ("training", "interval", "correction"))
 
@@ -586,6 +588,10 @@ TRAINING, INTERVAL, CORRECTION = (manifest()[name] for name in ("training", "int
         ({"correction": CORRECTION | {"slope": 0}}, "correction.slope"),
         ({"correction": CORRECTION | {"mae": -1}}, "correction.mae"),
         ({"correction": CORRECTION | {"slope": "0.8"}}, "correction.slope"),
+        ({"rates": {"slope": 0.8}}, "rates: 'error'"),
+        ({"rates": RATES | {"slope": 0}}, "rates.slope"),
+        ({"rates": RATES | {"error": -1}}, "rates.error"),
+        ({"rates": RATES | {"surprise": 1}}, "surprise"),
         ({"reference": {}}, "likeness"),
         ({"seen": MANY | {"salt": "not hex"}}, "seen.salt"),
         ({"seen_before": [MANY] * 99}, "seen_before: .*too long"),
