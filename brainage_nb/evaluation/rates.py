@@ -24,7 +24,8 @@ WORTH = 0.5  # reliability below which nothing is said of one person
 FOLLOW_UP = (2, 4, 6)  # years, of the reliability table
 FEWEST = 3  # people behind a group's rate, or behind the bias of a change of scanner
 ENOUGH = 10  # people behind a spread, or degrees of freedom behind an error
-UNIT = 5.0  # years since the first visit are given to the mixed model in these, or it does not converge
+UNIT = 5.0  # years between visits are given to the mixed model in these, or it does not converge
+COMMON = "departures from one common rate, so real differences are in it"
 NO_RATE = "A brain-age gap at one age is no rate of ageing: it may be as old as the person."
 NOBODY = f"No rate of ageing: no person has two predicted sessions at different ages. {NO_RATE}"
 NOT_IN_BUNDLE = (
@@ -61,16 +62,17 @@ class RateScale:
     n_subjects: int = 0
 
     def reliability(self, error: pd.Series | np.ndarray | float) -> Any:
-        """Share of the differences between people's rates that is real, where a rate has this error."""
-        spread = self.spread or 0.0
-        return spread**2 / (spread**2 + np.square(error))
+        """Share of the differences between people's rates that is real, where a rate has this error; NaN
+        where the spread is not known."""
+        real = np.nan if self.spread is None else self.spread**2
+        return real / (real + np.square(error))
 
     def table(self) -> pd.DataFrame:
         """What the rate of one person with two visits is worth: `years, error, reliability, verdict`."""
         years = np.array(FOLLOW_UP, float)
         error = self.error * np.sqrt(2) / (self.slope * years)
         worth = self.reliability(error)
-        verdicts = np.where(worth < WORTH, "none on one person", "can be given")
+        verdicts = np.where(worth >= WORTH, "can be given", "none on one person")
         return pd.DataFrame({"years": years, "error": error, "reliability": worth, "verdict": verdicts})
 
     def rate_people(self, visits: pd.DataFrame) -> pd.DataFrame:
@@ -84,7 +86,7 @@ class RateScale:
         people["reliability"] = self.reliability(people["error"])
         away = (people["rate"] - self.mean) / people["error"]
         words = ["no verdict: mostly error", "faster than the mean", "slower than the mean"]
-        chosen = [people["reliability"] < WORTH, away > 1.96, away < -1.96]
+        chosen = [~(people["reliability"] >= WORTH), away > 1.96, away < -1.96]
         people["verdict"] = np.select(chosen, words, "not told from the mean")
         return people
 
@@ -153,13 +155,11 @@ class Rates:
     warnings: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for `results.json`; names nobody."""
-        known = {"scale": asdict(self.scale), "reliability": self.scale.table()} if self.scale else {}
-        tables = known | {"groups": self.groups}
-        return {
-            name: table.to_dict("records") if isinstance(table, pd.DataFrame) else table
-            for name, table in tables.items()
-        } | {"notes": self.warnings + self.notes}
+        """Plain values for `results.json`."""
+        told: dict[str, Any] = {"groups": self.groups.to_dict("records"), "notes": self.warnings + self.notes}
+        if self.scale is not None:
+            told |= {"scale": asdict(self.scale), "reliability": self.scale.table().to_dict("records")}
+        return told
 
 
 def measure_rates(
@@ -190,21 +190,29 @@ def measure_rates(
     if calibration.corrector is None:
         return Rates(notes=[f"No rate of ageing: {calibration.refused}"])
     rated = _choose_people(found)
-    scale = find_scale(found.visits, rated, calibration.corrector.slope_)
+    changes = _find_scanner_changes(found.visits)
+    stayed = [table[~table["subject_id"].isin(changes)] for table in (found.visits, rated)]
+    scale = find_scale(*stayed, calibration.corrector.slope_)
+    visits = stayed[0][stayed[0]["subject_id"].isin(rated["subject_id"])]
     found.visits = found.visits[found.visits["subject_id"].isin(rated["subject_id"])]
     if scale is None or rated.empty:
-        few = "the visits are too few to tell the model's own error from a change"
+        few = "visits on one scanner are too few to tell the model's own error from a change"
         found.notes += [NOBODY if rated.empty else f"No rate of ageing: {few}."]
         return found
-    _measure_groups(found, scale, reference, calibration.corrector.slope_interval_)
-    found.people["scanner"] = found.people["subject_id"].map(_find_scanner_changes(found.visits)).fillna("")
-    changed = found.people["scanner"] != ""
-    found.people["verdict"] = found.people["verdict"].mask(changed, "no verdict: another scanner")
+    scale, found.groups = _measure_groups(visits, scale, reference, calibration.corrector.slope_interval_)
+    found.scale, found.people = scale, scale.rate_people(found.visits)
+    found.people["scanner"] = found.people["subject_id"].map(changes).fillna("")
+    moved = found.people["scanner"] != ""
+    found.people["verdict"] = found.people["verdict"].mask(moved, "no verdict: another scanner")
     _warn_of_scanners(found)
     if truth is not None and "rate" in truth:
         _compare_with_planted(found, truth)
+    spread = "not known: the visits are too few to tell it from error"
+    if scale.spread is not None:
+        spread = f"{scale.spread:.2f} years a year, from {scale.n_subjects} people"
     found.notes += [
         f"Error of one prediction about its person's own line: {scale.error:.2f} years ({scale.error_from}).",
+        f"Spread of true rates between people (standard deviation): {spread}.",
         NO_RATE,
     ]
     return found
@@ -294,8 +302,9 @@ def _goes_backwards(visits: pd.DataFrame) -> bool:
 def find_scale(visits: pd.DataFrame, rated: pd.DataFrame, slope: float) -> RateScale | None:
     """Slope and test-retest error: the larger of what repeats at one age and people's own lines say.
 
-    Each counts from `ENOUGH` degrees of freedom on. With neither, departures from one common change stand for
-    it, and real differences between people are in them. None where even those are too few.
+    Give visits and lines of people whose scanner stayed. Each source counts from `ENOUGH` degrees of freedom
+    on. With neither, departures from one common change stand for it, and real differences between people are
+    in them. None where even those are too few.
     """
     lines = fit_lines(visits)
     repeats = lines[lines["years"] < SAME_AGE]
@@ -312,8 +321,7 @@ def find_scale(visits: pd.DataFrame, rated: pd.DataFrame, slope: float) -> RateS
     if not errors and (df := int((rated["sessions"] - 1).sum()) - 1) >= FEWEST:
         common = np.average(rated["change"], weights=rated["sum_squares"])
         squares = rated["residual"] + (rated["change"] - common) ** 2 * rated["sum_squares"]
-        words = "departures from one common rate, so real differences are in it"
-        errors[f"{words}; {len(rated)} people"] = np.sqrt(squares.sum() / df)
+        errors[f"{COMMON}; {len(rated)} people"] = np.sqrt(squares.sum() / df)
     if not errors or not max(errors.values()) > 0:
         return None
     worst = max(errors, key=errors.get)
@@ -323,38 +331,34 @@ def find_scale(visits: pd.DataFrame, rated: pd.DataFrame, slope: float) -> RateS
 # --- groups ---------------------------------------------------------------------------------------------
 
 
-def _measure_groups(found: Rates, scale: RateScale, reference: str, slope_interval: list[float]) -> None:
-    """Mean rate, spread and differences between groups, of people whose scanner stayed; then all people."""
-    visits = found.visits[~found.visits["subject_id"].isin(_find_scanner_changes(found.visits))]
+def _measure_groups(
+    visits: pd.DataFrame, scale: RateScale, reference: str, slope_interval: list[float]
+) -> tuple[RateScale, pd.DataFrame]:
+    """The scale with mean and spread of people whose scanner stayed, and `Rates.groups`."""
     people = scale.rate_people(visits)
-    if len(people) >= FEWEST:
-        spread, *rows = fit_groups(visits, people, scale.slope, reference)
-        found.groups = pd.DataFrame([_widen(row, slope_interval) for row in rows])
-        enough = len(people) >= ENOUGH and "common rate" not in scale.error_from
-        known = {"mean": rows[0]["rate"], "spread": spread if enough else None, "n_subjects": len(people)}
-        scale = replace(scale, **known)
-    else:
-        found.notes.append(f"People who kept their scanner: {len(people)}; too few for a rate of the group.")
-    words = "not known: too few visits tell it from error"
-    if scale.spread is not None:
-        words = f"{scale.spread:.2f} years a year, from {scale.n_subjects} people"
-    found.notes.append(f"Spread of true rates between people (standard deviation): {words}.")
-    found.scale, found.people = scale, scale.rate_people(found.visits)
+    if len(people) < FEWEST:
+        return scale, pd.DataFrame()
+    spread, *rows = fit_groups(visits, people, scale.slope, reference)
+    enough = len(people) >= ENOUGH and not scale.error_from.startswith(COMMON)
+    known = {"mean": rows[0]["rate"], "spread": spread if enough else None}
+    groups = pd.DataFrame([_widen(row, slope_interval) for row in rows])
+    return replace(scale, **known, n_subjects=len(people)), groups
 
 
 def fit_groups(visits: pd.DataFrame, people: pd.DataFrame, slope: float, reference: str) -> list[Any]:
     """Spread between people, then rows of `Rates.groups`: everybody, and differences from the reference.
 
-    A linear mixed model: corrected age on age at the first visit and years since, random intercept, and
-    random slope where `ENOUGH` people have three or more sessions. Where it does not converge, people's own
-    rates are pooled (random effects), and `method` says so.
+    A linear mixed model: corrected age on the mean age at visits and years before or after it, so that only
+    what changes within people makes the rate; random intercept, and random slope where `ENOUGH` people have
+    three or more sessions. Where it does not converge, people's own rates are pooled (random effects), and
+    `method` says so.
     """
     from statsmodels.stats.meta_analysis import combine_effects
 
     pooled = combine_effects(people["rate"], people["error"] ** 2, method_re="dl", use_t=True)
     spread, ends = float(np.sqrt(max(pooled.tau2, 0.0))), pooled.conf_int()[1]
-    first = visits.groupby("subject_id")["age"].transform("min")
-    rows = visits.assign(decades=(first - first.mean()) / 10, since=(visits["age"] - first) / UNIT)
+    middle = visits.groupby("subject_id")["age"].transform("mean")
+    rows = visits.assign(decades=(middle - middle.mean()) / 10, since=(visits["age"] - middle) / UNIT)
     rows["corrected"] = (rows["predicted"] - rows["predicted"].mean()) / slope
     with_slope = (people["sessions"] > 2).sum() >= ENOUGH
     fitted, method = fit_mixed("corrected ~ decades + since", rows, with_slope=with_slope)
