@@ -27,7 +27,10 @@ ENOUGH = 10  # people behind a spread, or degrees of freedom behind an error
 UNIT = 5.0  # years between visits are given to the mixed model in these, or it does not converge
 COMMON = "departures from one common rate, so real differences are in it"
 NO_RATE = "A brain-age gap at one age is no rate of ageing: it may be as old as the person."
-NOBODY = f"No rate of ageing: no person has two predicted sessions at different ages. {NO_RATE}"
+NOBODY = (
+    "No rate of ageing: no person has two predicted sessions at different ages. Only people whom the model "
+    f"had not seen count: those of the test split or, with final = True, everybody. {NO_RATE}"
+)
 NOT_IN_BUNDLE = (
     "No rate of ageing: this bundle does not say how far the model's ages of one person scatter. Train on a "
     "cohort in which people have two or more sessions at different ages, and run notebook 06."
@@ -232,9 +235,10 @@ def list_visits(rows: pd.DataFrame, controls: str | None = None) -> tuple[pd.Dat
     keys = ["subject_id", "session_id", "age"]
     visits = rows.assign(group=group).groupby(keys, as_index=False)
     visits = visits.agg(predicted=("predicted_age", "mean"), site=("site", "first"), group=("group", "first"))
-    people = visits.sort_values(["subject_id", "age"], ignore_index=True).groupby("subject_id")
-    visits = people.obj.assign(group=people["group"].transform("first"))
-    return visits[people["age"].transform("size") > 1].astype({"session_id": str}), reference
+    visits = visits.sort_values(["subject_id", "age"], ignore_index=True).astype({"session_id": str})
+    people = visits.groupby("subject_id")["group"]
+    visits["group"] = people.transform("first")
+    return visits[people.transform("size") > 1], reference
 
 
 def fit_lines(visits: pd.DataFrame) -> pd.DataFrame:
@@ -362,11 +366,7 @@ def fit_groups(visits: pd.DataFrame, people: pd.DataFrame, slope: float, referen
     rows["corrected"] = (rows["predicted"] - rows["predicted"].mean()) / slope
     with_slope = (people["sessions"] > 2).sum() >= ENOUGH
     fitted, method = fit_mixed("corrected ~ decades + since", rows, with_slope=with_slope)
-    everybody = {
-        "rate": float(pooled.mean_effect_re),
-        "rate_low": float(ends[0]),
-        "rate_high": float(ends[1]),
-    }
+    everybody = _as_rate(pooled.mean_effect_re, *ends)
     if fitted is None:
         method = f"{method}; people's own rates pooled instead"
     else:
@@ -405,11 +405,16 @@ def fit_mixed(formula: str, rows: pd.DataFrame, *, with_slope: bool) -> tuple[An
 
 
 def _read_term(fitted: Any, term: str) -> dict[str, float]:
-    return _as_rate(fitted.fe_params[term] / UNIT, fitted.conf_int().loc[term] / UNIT)
+    """Rate with its 95 % t-interval, which counts people, not visits."""
+    from scipy import stats
+
+    rate = fitted.fe_params[term] / UNIT
+    half = fitted.bse_fe[term] / UNIT * stats.t.ppf(0.975, max(fitted.model.n_groups - 2, 1))
+    return _as_rate(rate, rate - half, rate + half)
 
 
-def _as_rate(value: float, ends: Any) -> dict[str, float]:
-    return dict(zip(("rate", "rate_low", "rate_high"), map(float, (value, *ends)), strict=True))
+def _as_rate(rate: float, low: float, high: float) -> dict[str, float]:
+    return {"rate": float(rate), "rate_low": float(low), "rate_high": float(high)}
 
 
 def _widen(row: dict[str, Any], slope_interval: list[float]) -> dict[str, Any]:
