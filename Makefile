@@ -31,7 +31,7 @@ demo-longitudinal: $(READY)  ## people seen two to four times and their rates of
 	$(BIN)/brainage-nb run --workspace workspace/longitudinal --to 03 -p source=demo -p n_subjects=80 -p demo_voxel_mm=2 \
 	  -p followed=0.8 -p rate_sd=0.4 -p recipe=reference -p spacing_mm=4 -p size=48
 	$(BIN)/brainage-nb run --workspace workspace/longitudinal --from 05 --to 06 -p final=true \
-	  -p vgg_weights=random_projection -p image_size=64 -p per_band=4
+	  -p vgg_weights=random_projection -p image_size=64
 
 pretrain: $(READY)  ## a bundle to start from (init_from), trained on 600 artificial heads, into workspace/pretrain
 	$(BIN)/brainage-nb run --workspace workspace/pretrain --to 04 -p source=demo -p n_subjects=600 -p demo_voxel_mm=2 \

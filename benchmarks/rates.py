@@ -76,11 +76,13 @@ def main() -> None:
     """Print what was found beside what was planted, then one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"{COHORTS[0]} cohorts, {PEOPLE[0]} heads")
+    parser.add_argument("--folder", default="", help="keep the heads there instead of a temporary folder")
     options = parser.parse_args()
     n, people = COHORTS[not options.quick], PEOPLE[not options.quick]
     table = pd.DataFrame([judge(simulate(seed, people), seed) for seed in range(1, n + 1)]).astype(float)
-    with tempfile.TemporaryDirectory() as folder:
-        heads = baseline_ages(make_demo_cohort(folder, people, SEED, voxel_mm=2, **VISITS))
+    with tempfile.TemporaryDirectory() as temporary:
+        place = options.folder or temporary
+        heads = baseline_ages(make_demo_cohort(place, people, SEED, voxel_mm=2, **VISITS))
     seen, found = judge(heads, SEED), measure(heads)
     shown = {f"{n} simulated models, mean": table.mean(), "ridge on heads": pd.Series(seen, dtype=float)}
     print(pd.DataFrame(shown).round(2).to_string(), "\n")

@@ -189,7 +189,7 @@ def rates_tables(rates: Rates) -> list[pd.DataFrame]:
         return []
     names = ["years between two visits", "error of a rate [years a year]", "reliability", "verdict"]
     groups = text_table(rates.groups.to_dict("records"), ("who", "n_subjects", "rate", "method"))
-    return [rates.scale.table().round(2).set_axis(names, axis=1), groups]
+    return [rates.scale.table().round(2).set_axis(names, axis=1), *([groups] if len(groups) else [])]
 
 
 def external_tables(found: ExternalEvaluation) -> dict[str, pd.DataFrame]:
