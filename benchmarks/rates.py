@@ -52,7 +52,7 @@ def judge(rows: pd.DataFrame, seed: int) -> dict[str, float]:
     kept = found.people[found.people["scanner"] == ""]
     recovered, planted = kept["rate"], kept["planted"]
     real = planted.var()
-    adds = [tuple(map(float, one.groups())) for one in map(ADDS.search, found.warnings) if one]
+    adds = [tuple(map(float, one)) for text in found.warnings for one in ADDS.findall(text)]
     return {
         "people": len(kept),
         "mean rate": group["rate"],

@@ -443,22 +443,28 @@ def _warn_of_scanners(found: Rates) -> None:
 
     if (found.visits["site"] == "").all():
         found.notes.append("No site is known, so a change of scanner between visits cannot be seen.")
-    people = found.people[found.people["scanner"] != ""]
+    people, told = found.people[found.people["scanner"] != ""], []
     for change, part in people.groupby("scanner"):
         names = ", ".join(part["subject_id"].head(5)) + (", …" if len(part) > 5 else "")
-        said = f"Scanner changed between visits, {change}: {len(part)} ({names}). What the change adds is in "
-        said += "their rates, so they are in no rate of a group"
-        if len(part) < FEWEST:
-            found.warnings.append(f"{said}; too few to say how much.")
-            continue
-        rows = found.visits[found.visits["subject_id"].isin(part["subject_id"])]
-        last = rows["site"] == change.split(" to ")[-1]
-        before, after = (rows[of].groupby("subject_id")[["age", "predicted"]].mean() for of in (~last, last))
-        apart = after - before
-        added = apart["predicted"] / found.scale.slope - found.scale.mean * apart["age"]
-        low, high = DescrStatsW(added).tconfint_mean()
-        shown = with_interval({"value": added.mean(), "low": low, "high": high}, 1)
-        found.warnings.append(f"{said}; it adds {shown} years to the brain age.")
+        added, shown = _measure_change(found, part["subject_id"], change), "too few to say how much"
+        if len(added) >= FEWEST:
+            low, high = DescrStatsW(added).tconfint_mean()
+            shown = f"it adds {with_interval({'value': added.mean(), 'low': low, 'high': high}, 1)} years"
+        told.append(f"{change}, {len(part)} ({names}): {shown}")
+    if told:
+        found.warnings.append(
+            f"Scanner changed between visits of {len(people)} people: what that adds to the brain age is in "
+            f"their rates, so they are in no rate of a group. {'; '.join(told)}."
+        )
+
+
+def _measure_change(found: Rates, subjects: pd.Series, change: str) -> pd.Series:
+    """Years that a change of scanner adds to each of these people's brain age, beyond the mean rate."""
+    rows = found.visits[found.visits["subject_id"].isin(subjects)]
+    last = rows["site"] == change.split(" to ")[-1]
+    before, after = (rows[of].groupby("subject_id")[["age", "predicted"]].mean() for of in (~last, last))
+    apart = after - before
+    return apart["predicted"] / found.scale.slope - found.scale.mean * apart["age"]
 
 
 def _compare_with_planted(found: Rates, truth: pd.DataFrame) -> None:

@@ -185,8 +185,8 @@ tables.comparison_table(evaluation)
 
 # %%
 for name, found in evaluation.runs.items():
-    print(name, *found.rates.warnings, *found.rates.notes, sep="\n  ")
     display(*tables.rates_tables(found.rates))
+    print(name, *found.rates.warnings, *found.rates.notes, sep="\n  ")
 for drawn in figures:
     if drawn.section == "rates":
         display(drawn.figure)

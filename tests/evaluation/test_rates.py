@@ -105,7 +105,9 @@ def test_a_changed_scanner_is_named_its_bias_estimated_and_kept_out_of_the_group
     rows.loc[moved, "predicted_age"] += 4.0
     found = measure(rows)
     (warning,) = found.warnings
-    assert "Scanner changed between visits, north to south: 12 (000, 001" in warning
+    assert (
+        "Scanner changed between visits of 12 people" in warning and "north to south, 12 (000, 001" in warning
+    )
     low, high = map(float, warning.split("it adds ")[1].split("[")[1].split("]")[0].split(","))
     assert low < 4.0 / SLOPE < high
     assert found.groups["n_subjects"][0] == 68 and found.groups["rate_high"][0] < 1.3
