@@ -53,6 +53,9 @@ class RateScale:
         Mean rate of the cohort, years a year.
     spread : float or None
         Standard deviation of true rates between people; None where too few people tell.
+    differs : bool
+        Whether rates are shown to differ at all (chi-square test of homogeneity, 5 %); else no verdict is
+        given.
     n_subjects : int
         People behind mean and spread.
     """
@@ -62,6 +65,7 @@ class RateScale:
     error_from: str
     mean: float = 1.0
     spread: float | None = None
+    differs: bool = False
     n_subjects: int = 0
 
     def reliability(self, error: pd.Series | np.ndarray | float) -> Any:
@@ -70,12 +74,15 @@ class RateScale:
         real = np.nan if self.spread is None else self.spread**2
         return real / (real + np.square(error))
 
+    def _is_worth(self, reliability: Any) -> Any:
+        return self.differs & (reliability >= WORTH)
+
     def table(self) -> pd.DataFrame:
         """What the rate of one person with two visits is worth: `years, error, reliability, verdict`."""
         years = np.array(FOLLOW_UP, float)
         error = self.error * np.sqrt(2) / (self.slope * years)
         worth = self.reliability(error)
-        verdicts = np.where(worth >= WORTH, "can be given", "none on one person")
+        verdicts = np.where(self._is_worth(worth), "can be given", "none on one person")
         return pd.DataFrame({"years": years, "error": error, "reliability": worth, "verdict": verdicts})
 
     def rate_people(self, visits: pd.DataFrame) -> pd.DataFrame:
@@ -88,8 +95,8 @@ class RateScale:
         people["error"] = self.error / (self.slope * np.sqrt(people["sum_squares"]))
         people["reliability"] = self.reliability(people["error"])
         away = (people["rate"] - self.mean) / people["error"]
-        words = ["no verdict: mostly error", "faster than the mean", "slower than the mean"]
-        chosen = [~(people["reliability"] >= WORTH), away > 1.96, away < -1.96]
+        words = ["no verdict", "faster than the mean", "slower than the mean"]
+        chosen = [~self._is_worth(people["reliability"]), away > 1.96, away < -1.96]
         people["verdict"] = np.select(chosen, words, "not told from the mean")
         return people
 
@@ -123,8 +130,8 @@ def rate_one_person(known: dict[str, Any] | None, ages: list[float], predicted: 
     person = scale.rate_people(visits).iloc[0]
     said = f"Rate of ageing: {person['rate']:.2f} years a year, standard error {person['error']:.2f}"
     said += f" ({len(ages)} scans over {years:.1f} years; error from {scale.error_from})."
-    if scale.spread is None:
-        return f"{said} No verdict: how far people's rates differ is not known from this model's cohort."
+    if not scale.differs:
+        return f"{said} No verdict: the rates of this model's own cohort are not shown to differ."
     said += f" Reliability {person['reliability']:.2f}: that share of the differences between people is real"
     if person["reliability"] < WORTH:
         return f"{said}, the rest is error. No verdict on one person below {WORTH}."
@@ -213,6 +220,7 @@ def measure_rates(
     spread = "not known: the visits are too few to tell it from error"
     if scale.spread is not None:
         spread = f"{scale.spread:.2f} years a year, from {scale.n_subjects} people"
+        spread += "" if scale.differs else "; not shown to be above 0, so no verdict on one person is given"
     found.notes += [
         f"Error of one prediction about its person's own line: {scale.error:.2f} years ({scale.error_from}).",
         f"Spread of true rates between people (standard deviation): {spread}.",
@@ -342,15 +350,16 @@ def _measure_groups(
     people = scale.rate_people(visits)
     if len(people) < FEWEST:
         return scale, pd.DataFrame()
-    spread, *rows = fit_groups(visits, people, scale.slope, reference)
-    enough = len(people) >= ENOUGH and not scale.error_from.startswith(COMMON)
-    known = {"mean": rows[0]["rate"], "spread": spread if enough else None}
-    groups = pd.DataFrame([_widen(row, slope_interval) for row in rows])
-    return replace(scale, **known, n_subjects=len(people)), groups
+    spread, p, *rows = fit_groups(visits, people, scale.slope, reference)
+    scale = replace(scale, mean=rows[0]["rate"], n_subjects=len(people))
+    if len(people) >= ENOUGH and not scale.error_from.startswith(COMMON):
+        scale = replace(scale, spread=spread, differs=bool(p < 0.05))
+    return scale, pd.DataFrame([_widen(row, slope_interval) for row in rows])
 
 
 def fit_groups(visits: pd.DataFrame, people: pd.DataFrame, slope: float, reference: str) -> list[Any]:
-    """Spread between people, then rows of `Rates.groups`: everybody, and differences from the reference.
+    """Spread between people, p of no spread, then rows of `Rates.groups`: everybody, and differences from the
+    reference.
 
     A linear mixed model: corrected age on the mean age at visits and years before or after it, so that only
     what changes within people makes the rate; random intercept, and random slope where `ENOUGH` people have
@@ -361,6 +370,7 @@ def fit_groups(visits: pd.DataFrame, people: pd.DataFrame, slope: float, referen
 
     pooled = combine_effects(people["rate"], people["error"] ** 2, method_re="dl", use_t=True)
     spread, ends = float(np.sqrt(max(pooled.tau2, 0.0))), pooled.conf_int()[1]
+    p = float(pooled.test_homogeneity().pvalue)
     middle = visits.groupby("subject_id")["age"].transform("mean")
     rows = visits.assign(decades=(middle - middle.mean()) / 10, since=(visits["age"] - middle) / UNIT)
     rows["corrected"] = (rows["predicted"] - rows["predicted"].mean()) / slope
@@ -376,14 +386,14 @@ def fit_groups(visits: pd.DataFrame, people: pd.DataFrame, slope: float, referen
     found = [{"who": "everybody", "n_subjects": len(people)} | everybody | {"method": method}]
     counts = rows.groupby("group")["subject_id"].nunique().drop("", errors="ignore")[lambda n: n >= FEWEST]
     if reference not in counts or len(counts) < 2:
-        return [spread, *found]
+        return [spread, p, *found]
     contrast = f"C(group, Treatment({reference!r}))"
     rows = rows[rows["group"].isin(counts.index)]
     fitted, method = fit_mixed(f"corrected ~ decades + since * {contrast}", rows, with_slope=with_slope)
     for name, n in counts.drop(reference).items():
         term = _read_term(fitted, f"since:{contrast}[T.{name}]") if fitted is not None else {}
         found.append({"who": f"{name} minus {reference}", "n_subjects": int(n)} | term | {"method": method})
-    return [spread, *found]
+    return [spread, p, *found]
 
 
 def fit_mixed(formula: str, rows: pd.DataFrame, *, with_slope: bool) -> tuple[Any, str]:

@@ -136,7 +136,7 @@ def with_two_scans(page, tmp_path, ages):
 
 
 def test_two_scans_of_one_person_give_a_rate_with_its_error_and_what_it_is_worth(tmp_path, monkeypatch):
-    scale = RateScale(0.8, 1.5, "40 people seen again", mean=1.0, spread=0.3, n_subjects=40)
+    scale = RateScale(0.8, 1.5, "40 people seen again", mean=1.0, spread=0.3, differs=True, n_subjects=40)
     bundle = write_tiny_bundle(tmp_path / "bundle", rates=vars(scale))
     monkeypatch.setenv("BRAINAGE_WORKSPACE", str(tmp_path / "none"))
     monkeypatch.setattr("sys.argv", ["streamlit_app.py", "--bundle", str(bundle)])

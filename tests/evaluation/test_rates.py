@@ -53,6 +53,7 @@ def test_mean_rate_error_and_spread_that_were_planted_are_found():
     assert found.scale.spread == pytest.approx(0.4, rel=0.3)
     people = found.people.set_index("subject_id")
     of_errors = (people["rate"] - planted) / people["error"]
+    assert found.scale.differs
     assert 0.8 < of_errors.std() < 1.25  # each standard error is what it says
     assert said(found, "Known answers: recovered on planted rate of 90 people")
 
@@ -70,12 +71,12 @@ def test_visits_shuffled_within_a_person_give_no_rate():
 def test_two_visits_alone_cannot_part_error_from_real_differences_so_no_verdict_is_given():
     found = measure(cohort(30, sessions=2)[0])
     assert "one common rate" in found.scale.error_from and found.scale.spread is None
-    assert set(found.people["verdict"]) == {"no verdict: mostly error"}
+    assert set(found.people["verdict"]) == {"no verdict"}
     assert found.groups["method"][0] == "mixed model, random intercept"
 
 
 def test_reliability_is_that_of_the_planted_spread_and_decides_whether_a_verdict_is_given():
-    scale = RateScale(slope=0.8, error=1.6, error_from="", spread=0.5, n_subjects=90)
+    scale = RateScale(slope=0.8, error=1.6, error_from="", spread=0.5, differs=True, n_subjects=90)
     table = scale.table().set_index("years")
     assert table["error"][4] == pytest.approx(1.6 * 2**0.5 / 0.8 / 4)
     assert table["reliability"][4] == pytest.approx(0.25 / (0.25 + 0.5))
@@ -86,6 +87,15 @@ def test_reliability_is_that_of_the_planted_spread_and_decides_whether_a_verdict
         assert f"{rate:.2f} years a year" in text and verdict in text
     near = rate_one_person(vars(scale), [60.0, 62.0], [60.0, 66.0])
     assert "No verdict on one person" in near
+    doubted = RateScale(slope=0.8, error=1.6, error_from="", spread=0.5, n_subjects=90)
+    assert set(doubted.table()["verdict"]) == {"none on one person"}
+    assert "not shown to differ" in rate_one_person(vars(doubted), list(60 + years), list(60 + years))
+
+
+def test_people_who_all_age_alike_are_not_told_apart():
+    found = measure(cohort(90, rate_sd=0.0)[0])
+    assert not found.scale.differs and set(found.people["verdict"]) == {"no verdict"}
+    assert said(found, "not shown to be above 0")
 
 
 def test_repeats_at_one_age_tell_the_error_and_the_larger_of_both_counts():
