@@ -7,10 +7,10 @@ SMOKE := build/smoke
 NOTEBOOKS := $(wildcard notebooks/src/*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo pretrain pictures test test-all notebooks lint bench badges clean
+.PHONY: help setup demo demo-longitudinal pretrain pictures test test-all notebooks lint bench badges clean
 
 help:  ## show what each target does
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sort | awk -F ':.*## ' '{printf "  make %-17s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## make the virtual environment .venv with everything in it
 
@@ -26,6 +26,12 @@ demo: $(READY)  ## the whole way on the embedded known-answer cohort, in minutes
 	$(BIN)/brainage-nb run --workspace $(DEMO) -p source=demo -p n_subjects=210 -p demo_voxel_mm=2 \
 	  -p recipe=reference -p spacing_mm=4 -p size=48 -p epochs=15 -p widths=32,64,128,256 \
 	  -p vgg_weights=random_projection -p image_size=64 -p per_band=4
+
+demo-longitudinal: $(READY)  ## people seen two to four times and their rates of ageing, in minutes, into workspace/longitudinal
+	$(BIN)/brainage-nb run --workspace workspace/longitudinal --to 03 -p source=demo -p n_subjects=80 -p demo_voxel_mm=2 \
+	  -p followed=0.8 -p rate_sd=0.4 -p recipe=reference -p spacing_mm=4 -p size=48
+	$(BIN)/brainage-nb run --workspace workspace/longitudinal --from 05 --to 06 -p final=true \
+	  -p vgg_weights=random_projection -p image_size=64
 
 pretrain: $(READY)  ## a bundle to start from (init_from), trained on 600 artificial heads, into workspace/pretrain
 	$(BIN)/brainage-nb run --workspace workspace/pretrain --to 04 -p source=demo -p n_subjects=600 -p demo_voxel_mm=2 \

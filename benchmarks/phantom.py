@@ -34,8 +34,9 @@ BASELINE_BOX_MM = (120.0, 156.0, 114.0)  # left-right, back-front, up-down: the 
 BASELINE_BELOW_CROWN_MM = 18.0  # where that box begins: below scalp and skull
 
 
-def baseline_mae(folder: Path | str, *, folds: int = 5, n_jobs: int = 0, seed: int = 0) -> float:
-    """MAE in years of ridge regression on smoothed, coarsely resampled voxels, cross-validated by subject.
+def baseline_ages(folder: Path | str, *, folds: int = 5, n_jobs: int = 0, seed: int = 0) -> pd.DataFrame:
+    """`truth.csv` with `predicted_age`: ridge regression on smoothed, coarsely resampled voxels,
+    cross-validated by subject.
 
     Parameters
     ----------
@@ -60,7 +61,7 @@ def baseline_mae(folder: Path | str, *, folds: int = 5, n_jobs: int = 0, seed: i
     cut = GroupKFold(folds, shuffle=True, random_state=seed)
     ridge = RidgeCV(np.logspace(-3, 3, 13))
     guess = cross_val_predict(ridge, scores, truth["age"], groups=truth["subject_id"], cv=cut)
-    return float(np.abs(guess - truth["age"]).mean())
+    return truth.assign(predicted_age=guess)
 
 
 def coarse_voxels(path: Path | str) -> np.ndarray:
@@ -101,7 +102,8 @@ def main() -> None:
     n_subjects = 150 if options.quick else 200
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_demo_cohort(options.folder or temporary, n_subjects, options.seed, voxel_mm=2)
-        truth, ridge = read_csv(folder / TRUTH), baseline_mae(folder)
+        truth = baseline_ages(folder)
+    ridge = float((truth["predicted_age"] - truth["age"]).abs().mean())
     many = draw_truth(MANY, options.seed, voxel_mm=2)
     rows = [
         ("mean predictor", n_subjects, mean_predictor_mae(truth)),

@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from brainage_nb import __version__
 from brainage_nb.cohort.images import image_stem
+from brainage_nb.evaluation.rates import rate_one_person
 from brainage_nb.predict.cautions import COLUMNS, NOT_A_DEVICE, Failure, Prediction
 from brainage_nb.predict.explain import age_among_held_out, explain, strongest
 from brainage_nb.workspace import guard_formula
@@ -57,6 +58,7 @@ def show_results(bundle: Bundle) -> None:
         names = [f"{number}. {result.scan}" for number, result in enumerate(results, start=1)]
         _overview(names, results)
         place = names.index(st.selectbox("Scan to look at", names, key=_key("chosen")))
+        _show_rate(bundle, results)
     chosen, pictures = results[place], {}
     if isinstance(chosen, Failure):
         st.error(chosen.sentence, icon=":material/error:")
@@ -94,6 +96,21 @@ def _overview(names: Sequence[str], results: Sequence[Prediction | Failure]) -> 
         "gap": st.column_config.NumberColumn("Gap [years]", format="%+.1f"),
     }
     st.dataframe(pd.DataFrame(rows), hide_index=True, column_config=columns)
+
+
+def _show_rate(bundle: Bundle, results: Sequence[Prediction | Failure]) -> None:
+    """The rate of ageing from scans of one person, where two have a true age and somebody says they are."""
+    known = [one for one in results if isinstance(one, Prediction) and one.age is not None]
+    label = "The scans with a true age are of one person: show the rate of ageing"
+    if len(known) < 2 or not st.checkbox(label, key=_key("one person")):
+        return
+    if refused := [one.scan for one in known if one.do_not_use_because]:
+        said = f"No rate of ageing: the age of {', '.join(refused)} is not to be used."
+    else:
+        scans = [one.age for one in known], [one.predicted_age for one in known]
+        said = rate_one_person(bundle.manifest.get("rates"), *scans)
+    st.info(as_text(said))
+    st.caption("It holds for scans of one scanner and protocol: a change of scanner can add years.")
 
 
 def _say_use(result: Prediction | Failure) -> str:

@@ -213,7 +213,10 @@ def _true_ages(uploads: Sequence[Any]) -> list[float | None]:
         arrived.setdefault(thing[0].file_id, len(arrived))
     labels = ["True age in years, if known; only for the gap"]
     if len(things) > 1:
-        st.caption("True ages in years, where known; only for the gap, the prediction does not use them.")
+        st.caption(
+            "True ages in years, where known; only for the gap, and for the rate of ageing between scans of "
+            "one person. The prediction does not use them."
+        )
         labels = [f"{n}. {as_text(shown_name(thing[0].name))}" for n, thing in enumerate(things, start=1)]
     keys = [arrived[thing[0].file_id] for thing in things] or [len(arrived)]
     columns = [column for _ in range(0, len(labels), 3) for column in st.columns(3)]

@@ -18,6 +18,7 @@ from brainage_nb.parameters import check_fields
 _CONTROL, _PEOPLE, _ABBREVIATED = (
     "|".join(unicodedata.normalize("NFKD", term) for term in terms) for terms in WORDS["diagnoses"].values()
 )
+CONTROLS = "(controls)"  # all of them together
 _FIRST_VISITS = set(WORDS["visits"]["first"])
 
 
@@ -140,6 +141,15 @@ def judge_controls(cohort: pd.DataFrame, control_words: str = "") -> pd.Series:
         rating = pd.to_numeric(cohort["cdr"], errors="coerce")
         control &= ~(rating.groupby(cohort["subject_id"]).transform("max") > 0)
     return control.map({True: "yes", False: "no"}).astype(str)
+
+
+def name_controls(rows: pd.DataFrame, controls: str | None = None) -> tuple[pd.Series, str]:
+    """Each row's diagnosis, and the name of controls: the one given, else one name for all of them, however
+    their diagnosis is written."""
+    diagnosis = rows["diagnosis"].fillna("")
+    if controls is not None:
+        return diagnosis, controls
+    return diagnosis.mask((judge_controls(rows) == "yes") & (diagnosis != ""), CONTROLS), CONTROLS
 
 
 def count_diagnoses(cohort: pd.DataFrame) -> str:

@@ -48,7 +48,14 @@ SHOWN_MM = (4.0, -14.0, 14.0)  # MNI152 point whose three slices are shown: they
 
 
 def make_demo_cohort(
-    folder: Path | str, n_subjects: int = 200, seed: int = 1, *, voxel_mm: float = 1.0, n_jobs: int = 0
+    folder: Path | str,
+    n_subjects: int = 200,
+    seed: int = 1,
+    *,
+    voxel_mm: float = 1.0,
+    followed: float = 0.0,
+    rate_sd: float = 0.0,
+    n_jobs: int = 0,
 ) -> Path:
     """Write the known-answer cohort, or finish one that was begun with the same settings.
 
@@ -62,6 +69,9 @@ def make_demo_cohort(
         With the subject's number it fixes everything about a subject, whatever the jobs and subjects beside.
     voxel_mm : 1 or 2
         Usual voxel edge in mm: 1 is realistic, 2 is the fast form for demo and tests.
+    followed, rate_sd : float
+        Share of people with two to four sessions over 2 to 9 years instead, one in five of them on another
+        scanner later, and the spread of their planted rates of ageing (column `rate` of `truth.csv`).
     n_jobs : int
         Worker processes; 0 for as many as there are processors.
 
@@ -86,8 +96,13 @@ def make_demo_cohort(
         raise ValueError(f"voxel_mm = {voxel_mm}: the known-answer cohort comes at 1 or 2 mm.")
     if not 1 <= n_subjects <= 9999:
         raise ValueError(f"n_subjects = {n_subjects}: give a number from 1 to 9999.")
-    _begin(folder, {"seed": int(seed), "voxel_mm": int(voxel_mm), "recipe": RECIPE}, n_subjects)
-    truth = draw_truth(n_subjects, seed, voxel_mm=voxel_mm)
+    if not (0 <= followed <= 1 and 0 <= rate_sd <= 2):
+        raise ValueError(
+            f"followed = {followed}, rate_sd = {rate_sd}: give a share from 0 to 1, and a spread from 0 to 2."
+        )
+    visits = {"followed": followed, "rate_sd": rate_sd} if followed else {}
+    _begin(folder, {"seed": int(seed), "voxel_mm": int(voxel_mm), "recipe": RECIPE} | visits, n_subjects)
+    truth = draw_truth(n_subjects, seed, voxel_mm=voxel_mm, **visits)
     rows = [row for row in truth.to_dict("records") if not (folder / image_path(row)).exists()]
     if rows or not (folder / AGEING_MAP).exists():
         anatomy = template_anatomy(int(voxel_mm))
@@ -102,11 +117,14 @@ def make_demo_cohort(
     return folder
 
 
-def draw_truth(n_subjects: int, seed: int, *, voxel_mm: float) -> pd.DataFrame:
-    """The content of `truth.csv`: one row per scan, every planted parameter and nuisance; ages in years."""
+def draw_truth(n_subjects: int, seed: int, *, voxel_mm: float, **visits: float) -> pd.DataFrame:
+    """The content of `truth.csv`: one row per scan, every planted parameter and nuisance; ages in years.
+
+    `followed` and `rate_sd` are as in `draw_subject`.
+    """
     rows = []
     for index in range(1, n_subjects + 1):
-        for row in draw_subject(seed, index):
+        for row in draw_subject(seed, index, **visits):
             session = int(row["session_id"] or 1)
             site = SITES[str(row["site"])]
             rows.append(row | draw_acquisition(seed, index, session, site, voxel_mm))
@@ -142,7 +160,7 @@ def _without_nuisance(anatomy: Anatomy, planted: dict[str, float]) -> np.ndarray
     )
 
 
-def _begin(folder: Path, settings: dict[str, int], n_subjects: int) -> None:
+def _begin(folder: Path, settings: dict[str, float], n_subjects: int) -> None:
     """Claim the folder for these settings, or say what differs from the cohort that lies there."""
     there = settings
     if (folder / DESCRIPTION).exists():
@@ -151,9 +169,9 @@ def _begin(folder: Path, settings: dict[str, int], n_subjects: int) -> None:
         raise ValueError(
             f"{folder} is not empty and holds no known-answer cohort. Choose an empty or new folder."
         )
-    differing = [name for name in settings if there.get(name) != settings[name]]
+    differing = [name for name in settings | there if there.get(name) != settings.get(name)]
     if differing:
-        differs = ", ".join(f"{one} is {there.get(one)}, asked for {settings[one]}" for one in differing)
+        differs = ", ".join(f"{n} is {there.get(n)}, asked for {settings.get(n)}" for n in differing)
         raise ValueError(f"{folder} holds another cohort ({differs}). Choose another folder or remove it.")
     if (present := len(list(folder.glob("sub-*")))) > n_subjects:
         raise ValueError(

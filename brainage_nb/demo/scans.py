@@ -5,6 +5,7 @@ Seeded draws make the rows of `truth.csv`, and arrays are made of those rows; fi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -75,8 +76,20 @@ def planted_anatomy(brain_age: np.ndarray | float) -> dict[str, np.ndarray | flo
     }
 
 
-def draw_subject(seed: int, index: int) -> list[dict[str, object]]:
-    """The truth about one subject: one row per session (one or two).
+class Visit(NamedTuple):
+    """One session: its label, age and gap in years, site, and what draws how far the anatomy departs anew."""
+
+    session_id: str
+    age: float
+    gap: float
+    site: str
+    random: np.random.Generator | None = None
+
+
+def draw_subject(
+    seed: int, index: int, *, followed: float = 0.0, rate_sd: float = 0.0
+) -> list[dict[str, object]]:
+    """The truth about one subject: one row per session.
 
     Parameters
     ----------
@@ -84,6 +97,9 @@ def draw_subject(seed: int, index: int) -> list[dict[str, object]]:
         The cohort's seed.
     index : int
         The subject's number, from 1. A subject does not depend on how many others there are.
+    followed, rate_sd : float
+        Share of people with two to four sessions over 2 to 9 years, and the spread of their planted `rate`
+        (years of brain age a year) about 1. With 0, 15 % have a second session and no rate is planted.
     """
     random = np.random.default_rng((seed, index))
     age = random.uniform(YOUNGEST, OLDEST)
@@ -93,28 +109,58 @@ def draw_subject(seed: int, index: int) -> list[dict[str, object]]:
     departure = {name: random.normal(0, planted.departure_sd) for name, planted in ANATOMY.items()}
     size = random.normal(1.02 if sex == "M" else 0.985, 0.018)
     stretch = random.normal(1, 0.012, 3)
-    sessions = ("01", "02") if random.random() < 0.15 else ("",)
-    subject_id, rows = f"{index:04d}", []
-    for session_id in sessions:
-        again = random if session_id == "02" else None
-        now = age + (again.uniform(0.8, 4.0) if again else 0.0)
-        gap_now = gap + (again.normal(0, 0.5) if again else 0.0)
-        anatomy = _at_session(now + gap_now, departure, again)
+    subject_id, rows, planted = f"{index:04d}", [], {}
+    visits = _visit_twice(random, Visit("", age, gap, site))
+    if followed:
+        own = np.random.default_rng((seed, index, 50))
+        planted["rate"] = round(own.normal(1, rate_sd), 3) if own.random() < followed else np.nan
+        visits = _visit_often(own, Visit("", age, gap, site), planted["rate"])
+    for visit in visits:
+        brain_age = visit.age + visit.gap
+        anatomy = _at_session(brain_age, departure, visit.random)
         rows.append(
             {
-                "scan_id": f"{subject_id}_{session_id}" if session_id else subject_id,
+                "scan_id": f"{subject_id}_{visit.session_id}" if visit.session_id else subject_id,
                 "subject_id": subject_id,
-                "session_id": session_id,
-                "age": round(now, 2),
+                "session_id": visit.session_id,
+                "age": round(visit.age, 2),
                 "sex": sex,
-                "site": site,
-                "brain_age": round(now + gap_now, 3),
-                "gap": round(now + gap_now - round(now, 2), 3),
+                "site": visit.site,
+                "brain_age": round(brain_age, 3),
+                "gap": round(brain_age - round(visit.age, 2), 3),
                 **anatomy,
                 **{f"size_{axis}": round(size * stretch[i], 4) for i, axis in enumerate("xyz")},
+                **planted,
             }
         )
     return rows
+
+
+def _visit_twice(random: np.random.Generator, first: Visit) -> Iterator[Visit]:
+    """The one visit of most people, two of some; draws as it goes, so the anatomy's draws fall between."""
+    if random.random() >= 0.15:
+        yield first
+        return
+    yield first._replace(session_id="01")
+    age, gap = first.age + random.uniform(0.8, 4.0), first.gap + random.normal(0, 0.5)
+    yield Visit("02", age, gap, first.site, random)
+
+
+def _visit_often(random: np.random.Generator, first: Visit, rate: float) -> Iterator[Visit]:
+    """Two to four visits, evenly apart, at which the brain has aged at this rate; one where it is NaN.
+
+    One person in five is scanned at another site from some visit on.
+    """
+    if np.isnan(rate):
+        yield first
+        return
+    n, span = random.integers(2, 5), random.uniform(2.0, 9.0)
+    moved_at = random.integers(1, n) if random.random() < 0.2 else n
+    elsewhere = str(random.choice([name for name in SITES if name != first.site]))
+    start = min(first.age, OLDEST - span)
+    for number, since in enumerate(np.linspace(0, span, n)):
+        site = elsewhere if number >= moved_at else first.site
+        yield Visit(f"{number + 1:02d}", start + since, first.gap + (rate - 1) * since, site, random)
 
 
 def _at_session(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from brainage_nb.cohort.rules import count_diagnoses, judge_controls
+from brainage_nb.cohort.rules import count_diagnoses, judge_controls, name_controls
 from brainage_nb.cohort.splits import SPLITS
 from brainage_nb.evaluation import metrics
 from brainage_nb.evaluation.correction import (
@@ -23,6 +23,7 @@ from brainage_nb.evaluation.correction import (
     coverage,
 )
 from brainage_nb.evaluation.external import ExternalEvaluation
+from brainage_nb.evaluation.rates import measure_rates
 from brainage_nb.evaluation.runs import (
     OUT_OF_FOLD,
     Run,
@@ -38,7 +39,6 @@ from brainage_nb.evaluation.runs import (
 from brainage_nb.workspace import MissingInput, Workspace, open_workspace
 
 FEWEST = 3  # subjects a diagnosis needs to be compared at all
-CONTROLS = "(controls)"  # all of them together, however their diagnosis is written
 FEW_TEST_SUBJECTS = 30
 TEST_OBJECT = (
     "These scans are a known-answer cohort: heads built by rule, with planted ageing. It is a test object; "
@@ -85,6 +85,7 @@ class Evaluation:
             "_calibration": {name: found.calibration.to_dict() for name, found in each},
             **tables,
             "_known_answers": {name: found.known for name, found in each if found.known},
+            "_rates": {name: found.rates.to_dict() for name, found in each},
             "_external": {name: found.summary() for name, found in self.external.items()},
             "_comparisons": self.comparisons.to_dict("records"),
             "_test_object": self.is_test_object,
@@ -191,6 +192,7 @@ def evaluate_run(
         diagnosis=diagnosis_differences(test, "adjusted_gap" if corrector else "gap", controls),
         known=check_known_answers(planted, truth, **bootstrap),
         planted=planted,
+        rates=measure_rates(run.unseen, calibration, controls=controls, truth=truth),
     )
 
 
@@ -228,11 +230,10 @@ def diagnosis_differences(rows: pd.DataFrame, gap: str = "gap", controls: str | 
     rows = rows[rows["diagnosis"].fillna("") != ""] if "diagnosis" in rows else rows.iloc[:0]
     if rows.empty:
         return pd.DataFrame()
-    if controls is None:
-        controls = CONTROLS
-        rows = rows.assign(diagnosis=rows["diagnosis"].mask(judge_controls(rows) == "yes", CONTROLS))
-    elif controls not in (known := sorted(rows["diagnosis"].unique())):
+    if controls is not None and controls not in (known := sorted(rows["diagnosis"].unique())):
         raise ValueError(f"controls = {controls!r} is not a diagnosis here; there are {known}.")
+    diagnosis, controls = name_controls(rows, controls)
+    rows = rows.assign(diagnosis=diagnosis)
     counts = rows.groupby("diagnosis")["subject_id"].nunique()[lambda n: n >= FEWEST]
     if controls not in counts or len(counts) < 2:
         return pd.DataFrame()
@@ -309,7 +310,7 @@ def find_cautions(
     with_mean = comparisons[comparisons["b"] == "mean predictor"].set_index("a")
     for name, one in found.items():
         own = [_of_figures(one, with_mean.loc[name]), _of_calibration(one), _of_missing(one, splits)]
-        own += [_of_twins(one, cleaning)]
+        own += [_of_twins(one, cleaning), one.rates.warnings]
         sentences += [f"{name}: {text}" for texts in own for text in texts if text]
     return sentences + [text for text in _of_workspace(found, ws.read("cohort.csv"), cleaning) if text]
 

@@ -29,6 +29,7 @@ TITLES = METRICS | {  # of the columns of tables for people
     "difference": "gap difference [years]",
     "adjusted": "adjusted difference [years]",
     "adjusted_for": "adjusted for",
+    "rate": "rate [years a year]",
 }
 
 Metrics = dict[str, Any]  # n, n_subjects: int; each name of METRICS: {"value", "low", "high"}

@@ -17,6 +17,7 @@ from brainage_nb.drawing import BLUE, GREEN, PURPLE, SMALL, VERMILLION, label_ax
 from brainage_nb.evaluation.evaluate import Evaluation
 from brainage_nb.evaluation.external import ExternalEvaluation
 from brainage_nb.evaluation.metrics import Metrics, flat, regression_metrics, with_interval
+from brainage_nb.evaluation.rates import MIN_YEARS
 from brainage_nb.evaluation.runs import RECOVERED_KINDS, RunEvaluation
 from brainage_nb.workspace import writing
 
@@ -379,6 +380,29 @@ def _draw_diagnosis(found: RunEvaluation) -> Figure | None:
     return _draw_table(table, "adjusted", table["diagnosis"], labels=labels, mark=0)
 
 
+def _draw_rates(found: RunEvaluation) -> Figure | None:
+    """Raw predicted age at each visit, a line a person. Black: how predictions rise with age between
+    people, which is a rate of 1. Dashed: the scanner changed, and what that adds is in the line."""
+    rates, corrector = found.rates, found.calibration.corrector
+    if rates.people.empty or corrector is None:
+        return None
+    ax = drawing.new_figure(width=5.6, height=4.4)[1]
+    moved = set(rates.people.loc[rates.people["scanner"] != "", "subject_id"])
+    for name, part in rates.visits.groupby("subject_id"):
+        label = "another scanner" if name in moved else "a person"
+        style = {"color": VERMILLION, "ls": "--"} if name in moved else {"color": BLUE}
+        ax.plot(part["age"], part["predicted"], marker="o", ms=3, lw=1, alpha=0.7, label=label, **style)
+    ends = np.array([rates.visits["age"].min(), rates.visits["age"].max()])
+    line = corrector.intercept_ + corrector.slope_ * ends
+    ax.plot(ends, line, color="black", lw=1.2, label="rate 1")
+    handles = dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
+    drawing.legend_under(ax, list(handles.values()))
+    title = f"{len(rates.people)} people with visits {MIN_YEARS:g} year or more apart"
+    if len(rates.groups):
+        title += f"\nrate of those who kept their scanner {with_interval(rates.groups.iloc[0], key='rate')}"
+    return label_axes(ax, title, TRUE_AGE, "predicted age [years]").figure
+
+
 def _draw_planted(found: RunEvaluation) -> Figure | None:
     """The gap that was planted in each scan against the gap the model found. Black: found as planted;
     red: straight line through the dots."""
@@ -406,5 +430,6 @@ RUN_FIGURES = {  # name -> section and drawing; the docstring is the caption
     "intervals": ("intervals", _draw_intervals),
     "groups": ("groups", _draw_groups),
     "diagnosis": ("groups", _draw_diagnosis),
+    "rates": ("rates", _draw_rates),
     "planted_gap": ("known", _draw_planted),
 }

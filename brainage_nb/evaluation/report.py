@@ -19,6 +19,7 @@ from brainage_nb.evaluation.evaluate import HEADLINE, TEST_OBJECT, Evaluation, h
 from brainage_nb.evaluation.external import ExternalEvaluation
 from brainage_nb.evaluation.metrics import flat, text_table, with_interval
 from brainage_nb.evaluation.plots import ReportFigure, draw_figures
+from brainage_nb.evaluation.rates import Rates
 from brainage_nb.evaluation.runs import OUT_OF_FOLD, RunEvaluation
 from brainage_nb.platforms import version_of
 from brainage_nb.volumes.settings import PreprocessingSettings
@@ -182,6 +183,15 @@ def diagnosis_table(found: RunEvaluation) -> pd.DataFrame:
     return text_table(found.diagnosis.to_dict("records"), names)
 
 
+def rates_tables(rates: Rates) -> list[pd.DataFrame]:
+    """What the rate of one person is worth, then rates of groups, as text; empty where there is none."""
+    if rates.scale is None:
+        return []
+    names = ["years between two visits", "error of a rate [years a year]", "reliability", "verdict"]
+    groups = text_table(rates.groups.to_dict("records"), ("who", "n_subjects", "rate", "method"))
+    return [rates.scale.table().round(2).set_axis(names, axis=1), *([groups] if len(groups) else [])]
+
+
 def external_tables(found: ExternalEvaluation) -> dict[str, pd.DataFrame]:
     """Another cohort as text: `raw` figures of all its scans, `offsets` of its sites and, where named
     controls calibrated, the `rest` of it before and after."""
@@ -209,7 +219,7 @@ def write_report(
     -------
     list of Path
         `report.html` (one page that needs no other file and no network), `results.json`, `predictions.csv`,
-        `model_card.md` and the figures as PNG.
+        `model_card.md`, where people have several visits `rates.csv`, and the figures as PNG.
 
     Examples
     --------
@@ -223,6 +233,9 @@ def write_report(
         write_csv(evaluation.predictions, folder / "predictions.csv"),
         write_text(model_card(evaluation), folder / "model_card.md"),
     ]
+    people = {name: found.rates.people for name, found in evaluation.runs.items()}
+    if rated := [table.assign(run=name) for name, table in people.items() if len(table)]:
+        written.append(write_csv(pd.concat(rated), folder / "rates.csv"))
     pictures = [drawn.save(folder / "figures") for drawn in figures]
     encoded = [base64.b64encode(path.read_bytes()).decode("ascii") for path in pictures]
     page = _report_html(evaluation, list(zip(figures, encoded, strict=True)), title)

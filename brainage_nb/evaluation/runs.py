@@ -26,6 +26,7 @@ from brainage_nb.evaluation.correction import (
     CorrectionRefused,
     EvaluationError,
 )
+from brainage_nb.evaluation.rates import Rates
 from brainage_nb.workspace import MissingInput, Workspace, read_csv, read_json, sha256_of
 
 KEYS = ["scan_id", "subject_id", "session_id", "split"]
@@ -95,6 +96,11 @@ class Run:
             return rows[(rows["split"] != "test") & (rows["fold"] >= 0)]
         return rows[rows["split"] == split]
 
+    @property
+    def unseen(self) -> pd.DataFrame:
+        """Rows of people whom the model that predicted them had not seen: test and out of fold."""
+        return pd.concat([self.part("test"), self.part(OUT_OF_FOLD)])
+
     def splits(self) -> list[str]:
         """Names of the parts that have rows, test last."""
         return [name for name in ("train", "val", OUT_OF_FOLD, "test") if len(self.part(name))]
@@ -132,6 +138,8 @@ class RunEvaluation:
         Known-answer checks (`check_known_answers`); empty where no truth was planted.
     planted : DataFrame
         The judging rows behind them.
+    rates : Rates
+        Of ageing between visits, from test and out-of-fold rows.
     """
 
     run: Run
@@ -145,6 +153,7 @@ class RunEvaluation:
     diagnosis: pd.DataFrame
     known: dict[str, Any]
     planted: pd.DataFrame
+    rates: Rates
 
     @property
     def judged(self) -> pd.DataFrame:

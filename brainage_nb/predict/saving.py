@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from brainage_nb.bundle_format import (
 )
 from brainage_nb.evaluation.correction import ConformalInterval
 from brainage_nb.evaluation.metrics import regression_metrics, with_interval
+from brainage_nb.evaluation.rates import measure_rates
 from brainage_nb.evaluation.report import load_templates
 from brainage_nb.evaluation.runs import OUT_OF_FOLD, add_gaps, calibrate, read_run, reported_level
 from brainage_nb.platforms import version_of
@@ -209,8 +211,8 @@ def _collect_svr(folder: Path, settings: Mapping[str, Any]) -> Parts:
 
 
 def facts_of_run(run: Run, workspace: Workspace) -> dict[str, Any]:
-    """Manifest entries `training, correction, interval, figures, position, seen, seen_before`, all from the
-    run's own files.
+    """Manifest entries `training, correction, interval, rates, figures, position, seen, seen_before`, all
+    from the run's own files.
 
     Correction and interval are those of the evaluation (`calibrate`), at the level of the workspace's report
     where there is one; test rows only give figures.
@@ -229,8 +231,13 @@ def facts_of_run(run: Run, workspace: Workspace) -> dict[str, Any]:
 
 
 def _describe_calibration(run: Run, calibration: Calibration) -> dict[str, Any]:
-    """`Calibration.to_dict`, its correction with `mae`: of corrected ages on the scans that judge the run."""
+    """`Calibration.to_dict`, its correction with `mae`: of corrected ages on the scans that judge the run.
+
+    Beside it `rates`, by which two scans of one person give a rate of ageing.
+    """
     facts, judged = calibration.to_dict(), run.part(run.judged_on)
+    scale = measure_rates(run.unseen, calibration).scale
+    facts["rates"] = asdict(scale) if scale else None
     if facts["correction"] and len(judged):
         errors = add_gaps(run, calibration).loc[judged.index, "corrected_gap"].abs()
         if errors.notna().all():

@@ -104,6 +104,10 @@ class SourceSettings:
         People in the demo cohort (source demo).
     demo_voxel_mm : float
         Voxel size of the demo heads, mm: 2 (fast) or 1 (six seconds of a core each) (source demo).
+    followed : float
+        Share of the demo's people with two to four sessions over 2 to 9 years (source demo).
+    rate_sd : float
+        Spread of their planted rates of ageing, years a year (source demo).
     seed : int
         Seed of the demo cohort.
 
@@ -136,6 +140,8 @@ class SourceSettings:
     keep_archives: bool = False
     n_subjects: int = 220
     demo_voxel_mm: float = 2.0
+    followed: float = 0.0
+    rate_sd: float = 0.0
     seed: int = 1
 
     @property
@@ -257,7 +263,8 @@ def _bring_demo(settings: SourceSettings, downloads: Path, root: Path) -> Place:
     from brainage_nb.demo.cohort import make_demo_cohort  # a second that no other source needs
 
     people, size = settings.n_subjects, settings.demo_voxel_mm
-    made = Path(make_demo_cohort(root / "demo", n_subjects=people, seed=settings.seed, voxel_mm=size))
+    visits = {"followed": settings.followed, "rate_sd": settings.rate_sd} if settings.followed else {}
+    made = make_demo_cohort(root / "demo", n_subjects=people, seed=settings.seed, voxel_mm=size, **visits)
     return Place(made, made / "participants.tsv", "demo")
 
 

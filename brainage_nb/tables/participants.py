@@ -84,7 +84,8 @@ def _merge_ages(ages: list[Age]) -> Age:
     if unusable:
         return Age(reason=f"its rows disagree on the age: {shown}, but {unusable[0].reason}")
     if years[-1] - years[0] > SAME_AGE_YEARS:
-        return Age(reason=f"its rows give ages over {SAME_AGE_YEARS:g} year apart: {shown}")
+        remedy = "if they are visits, set session_column"
+        return Age(reason=f"its rows give ages over {SAME_AGE_YEARS:g} year apart: {shown}; {remedy}")
     if len(years) == 1:
         return next(age for age in ages if age.years is not None)
     return Age(years=sum(years) / len(years), rule=f"mean of {shown}, ages of its rows within a year")
@@ -300,9 +301,9 @@ def _note_unchanged_ages(rows: pd.DataFrame, table: TextTable) -> None:
     """Note tables that repeat the age of the first visit in later ones."""
     people = rows.groupby("subject_id")["age"]
     several = people.size() > 1
-    if several.sum() > 1 and (people.nunique()[several] == 1).all():
-        told = "subjects with several rows have one age in all of them: it may be that at their first visit"
-        table.note(f"All {several.sum()} {told}.")
+    if n := int((people.nunique()[several] == 1).sum()):
+        told = f"Subjects with one age in all of their several rows: {n} of {several.sum()}"
+        table.note(f"{told}; it may be that at their first visit, which is no age at the others.")
 
 
 def read_participants(path: Path | str, data_dir: Path | None, columns: Mapping[str, str]) -> pd.DataFrame:

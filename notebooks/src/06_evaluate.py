@@ -179,6 +179,19 @@ for name, found in evaluation.runs.items():
 tables.comparison_table(evaluation)
 
 # %% [markdown]
+# ## Rate of ageing
+# Where people have visits a year or more apart: the change of predicted age a year, divided by the slope above, so 1 is
+# expected. The first table says what that is worth for one person. A gap at one age is no rate.
+
+# %%
+for name, found in evaluation.runs.items():
+    display(*tables.rates_tables(found.rates))
+    print(name, *found.rates.warnings, *found.rates.notes, sep="\n  ")
+for drawn in figures:
+    if drawn.section == "rates":
+        display(drawn.figure)
+
+# %% [markdown]
 # ## Known answers
 # On the demo cohort the truth is known, so the model can be checked against it. Oracle and attainable are those of
 # notebook 01. The oracle errs less over the whole cohort. On a few test scans chance may turn the two round. Other

@@ -12,6 +12,7 @@ from streamlit.testing.v1 import AppTest
 
 from brainage_nb import apps
 from brainage_nb.bundle_format import zip_bundle
+from brainage_nb.evaluation.rates import RateScale
 from brainage_nb.predict.bundle import load_bundle
 from tests.models.tiny_bundle import bomb, head_array, noisy_head, write_scan, write_tiny_bundle
 
@@ -122,6 +123,34 @@ def test_an_age_stays_with_its_upload_when_another_one_is_taken_away(app, tmp_pa
     page = page.run()
     uploader(page)._files = files[1:]
     assert [field.value for field in page.run().number_input] == [80.0]
+
+
+def with_two_scans(page, tmp_path, ages):
+    files = [(f"{n}.nii", write_scan(tmp_path / "a.nii", n).read_bytes(), "") for n in range(len(ages))]
+    page = uploader(page).set_value(files).run()
+    for field, age in zip(page.number_input, ages, strict=True):
+        field.set_value(age)
+    return page.run().button(key="predict").click().run()
+
+
+def test_two_scans_of_one_person_give_a_rate_with_its_error_and_what_it_is_worth(tmp_path, monkeypatch):
+    scale = RateScale(0.8, 1.5, "40 people seen again", mean=1.0, spread=0.3, differs=True, n_subjects=40)
+    bundle = write_tiny_bundle(tmp_path / "bundle", rates=vars(scale))
+    monkeypatch.setenv("BRAINAGE_WORKSPACE", str(tmp_path / "none"))
+    monkeypatch.setattr("sys.argv", ["streamlit_app.py", "--bundle", str(bundle)])
+    page = AppTest.from_file(SCRIPT, default_timeout=120).run()
+    page = with_two_scans(page, tmp_path, (60.0, 64.0))
+    assert not any("Rate" in text.value for text in page.info)  # whose scans they are is for a person to say
+    first, second = (one.predicted_age for one in page.session_state["results"])
+    page = page.checkbox[0].check().run()
+    told = page.info[0].value.replace("\\", "")
+    assert f"{(second - first) / 4 / 0.8:.2f} years a year, standard error 0.66" in told
+    assert "40 people seen again" in told and "No verdict on one person" in told
+
+
+def test_a_bundle_that_cannot_tell_a_rate_and_scans_of_one_age_are_said_to(app, tmp_path):
+    page = with_two_scans(app, tmp_path, (60.0, 60.0)).checkbox[0].check().run()
+    assert "this bundle does not say how far" in page.info[0].value
 
 
 def hostile():

@@ -16,6 +16,7 @@ from brainage_nb.cohort.splits import (
     site_table,
     split_table,
 )
+from brainage_nb.demo.cohort import draw_truth
 
 
 def scans_of(n_subjects, *, seed=0, sessions=1, first=0):
@@ -42,6 +43,16 @@ def test_a_subject_with_two_sessions_is_in_one_split_and_one_fold():
     splits = deal_splits(scans_of(40, sessions=2), folds=5)
     by_subject = splits.groupby("subject_id")[["split", "fold"]].nunique()
     assert len(splits) == 80
+    assert (by_subject == 1).all(axis=None)
+
+
+def test_all_visits_of_a_followed_person_of_the_demo_are_in_one_split_and_one_fold():
+    scans = draw_truth(80, 1, voxel_mm=2, followed=0.8, rate_sd=0.4)
+    scans["image"] = scans["scan_id"] + ".nii.gz"
+    assert scans.groupby("subject_id").size().max() == 4
+    splits = deal_splits(scans, folds=5)
+    assert len(splits) == len(scans)
+    by_subject = splits.groupby("subject_id")[["split", "fold"]].nunique()
     assert (by_subject == 1).all(axis=None)
 
 

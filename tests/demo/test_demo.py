@@ -71,6 +71,25 @@ def test_another_seed_gives_other_subjects(many):
     assert not np.isclose(draw_truth(5, 4, voxel_mm=2)["age"][:5], many["age"][:5]).any()
 
 
+def test_the_usual_cohort_stays_the_one_it_was(many):
+    assert "rate" not in many
+    row = many.set_index("scan_id").loc["0001":"0003", ["age", "brain_age", "ventricle_mm"]]
+    assert row.to_numpy().tolist() == [[36.71, 34.802, 0.63283], [21.69, 15.87, 0.0], [26.78, 28.786, 0.0]]
+
+
+def test_followed_people_age_at_their_planted_rate_over_two_to_four_visits_some_on_another_scanner():
+    truth = draw_truth(300, 3, voxel_mm=2, followed=0.6, rate_sd=0.4)
+    assert truth.equals(draw_truth(300, 3, voxel_mm=2, followed=0.6, rate_sd=0.4))
+    people = truth.groupby("subject_id")
+    rate, visits, span = people["rate"].first(), people.size(), people["age"].agg(np.ptp)
+    assert ((visits > 1) == rate.notna()).all() and set(visits) == {1, 2, 3, 4}
+    assert 0.5 < rate.notna().mean() < 0.7 and 0.33 < rate.std() < 0.47 and abs(rate.mean() - 1) < 0.1
+    assert span[visits > 1].between(1.99, 9.01).all() and truth["age"].between(20, 86).all()
+    change = people["brain_age"].last() - people["brain_age"].first()
+    np.testing.assert_allclose((change / span)[visits > 1], rate[visits > 1], atol=0.02)
+    assert 0.1 < (people["site"].nunique() > 1)[visits > 1].mean() < 0.3
+
+
 def test_ages_cover_20_to_86_and_sites_sexes_and_second_sessions_occur(many):
     first = many.drop_duplicates("subject_id")
     assert first["age"].between(20, 86).all()

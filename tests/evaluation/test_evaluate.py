@@ -4,7 +4,7 @@ import pytest
 from brainage_nb.cohort.rules import CohortRules, apply_rules
 from brainage_nb.evaluation.correction import ConformalInterval, EvaluationError
 from brainage_nb.evaluation.evaluate import evaluate_run, evaluate_runs, headline_table
-from brainage_nb.evaluation.report import other_splits
+from brainage_nb.evaluation.report import other_splits, write_report
 from brainage_nb.evaluation.runs import read_run
 from brainage_nb.predict.saving import facts_of_run
 from brainage_nb.workspace import MissingInput, read_csv, read_json, write_csv, write_json
@@ -127,6 +127,21 @@ def test_the_interval_whose_coverage_is_reported_is_the_one_that_the_bundle_save
     assert kept.title.startswith(f"75% conformal interval, calibrated on {n} subjects ({kind}); by chance")
     assert found.calibration.corrector.n_subjects_ == n
     assert facts_of_run(read_run(ws, "run"), ws)["training"]["age_mean"] == found.run.reference_age
+
+
+def test_the_rates_that_are_reported_are_those_that_the_bundle_gives_by(tmp_path):
+    scans = cohort_frame(120, twice=15)
+    scans["age"] += 4.0 * (scans["session_id"] == "2")
+    ws = write_workspace(tmp_path, scans)
+    write_run(ws, "run", scans, simulated(scans, noise=1.0))
+    evaluation = evaluate_runs(ws, **FEW)
+    assert list(evaluation.runs["run"].rates.people["years"]) == [4.0] * 15
+    kept, told = facts_of_run(read_run(ws, "run"), ws)["rates"], evaluation.results["_rates"]["run"]
+    assert kept == told["scale"] and kept["slope"] == evaluation.runs["run"].calibration.corrector.slope_
+    page = write_report(evaluation)[0].read_text(encoding="utf-8")
+    assert 'id="rates_run"' in page and "years between two visits" in page
+    assert len(read_csv(ws.path("evaluation", "rates.csv"))) == 15
+    assert scans["subject_id"].iloc[-1] not in str(told)  # names nobody
 
 
 def test_all_spellings_of_controls_enter_the_correction_and_no_patient_does(tmp_path):

@@ -87,6 +87,7 @@ def test_the_page_has_every_section_a_reader_needs(page):
         "Gap against age, raw and corrected",
         "Prediction intervals",
         "Groups",
+        "Rate of ageing",
         "Models side by side",
         "Known answers",
         "Settings and versions",

@@ -106,6 +106,8 @@ ABSURD = [  # what a manifest might say at places that matter most
     (("interval", "quantile"), -8),
     (("interval", "quantile"), 1e300),
     (("interval", "level"), 7),
+    (("rates",), {"slope": 0, "error": -1}),
+    (("rates",), [0.8] * 10),
     (("seen_before",), [SEEN] * 200_000),
     (("seen_before",), [SEEN | {"images": ["0" * 24] * LONG}]),
     (("members",), [{"file": "member-00.safetensors"}] * 10_000),

@@ -14,6 +14,7 @@ from brainage_nb.cohort.cleaning import clean
 from brainage_nb.cohort.inspection import inspect_scan
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
 from brainage_nb.evaluation.plots import draw_figures
+from brainage_nb.evaluation.rates import RateScale
 from brainage_nb.evaluation.report import write_report
 from brainage_nb.models.settings import RECIPES, TrainingSettings
 from brainage_nb.models.train import train
@@ -585,6 +586,7 @@ def changed(bundle, target, **changes):
     return target
 
 
+RATES = vars(RateScale(slope=0.8, error=1.0, error_from="repeats"))
 MANY = {"salt": "00", "subjects": [], "images": []}
 TRAINING, INTERVAL, CORRECTION = (manifest()[name] for name in ("training", "interval", "correction"))
 
@@ -624,6 +626,10 @@ TRAINING, INTERVAL, CORRECTION = (manifest()[name] for name in ("training", "int
         ({"correction": CORRECTION | {"slope": 0}}, "correction.slope"),
         ({"correction": CORRECTION | {"mae": -1}}, "correction.mae"),
         ({"correction": CORRECTION | {"slope": "0.8"}}, "correction.slope"),
+        ({"rates": {"slope": 0.8}}, "rates: 'error'"),
+        ({"rates": RATES | {"slope": 0}}, "rates.slope"),
+        ({"rates": RATES | {"error": -1}}, "rates.error"),
+        ({"rates": RATES | {"surprise": 1}}, "surprise"),
         ({"reference": {}}, "likeness"),
         ({"seen": MANY | {"salt": "not hex"}}, "seen.salt"),
         ({"seen_before": [MANY] * 99}, "seen_before: .*too long"),

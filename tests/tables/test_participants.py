@@ -12,6 +12,7 @@ import brainage_nb
 from brainage_nb.cohort.rules import CohortRules
 from brainage_nb.parameters import fields_of
 from brainage_nb.pipeline import Notebook, notebooks_folder
+from brainage_nb.sources.folder import match_scans
 from brainage_nb.sources.opening import SourceSettings
 from brainage_nb.tables.columns import COLUMN_PARAMETERS
 from brainage_nb.tables.files import TableError, read_cells
@@ -506,9 +507,16 @@ def test_sessions_stay_one_row_each(table):
     assert list(frame["age"]) == [20.9, 22.9]
 
 
-def test_ages_that_never_change_over_sessions_are_noted(table):
-    frame = table("ID\tsession\tage\n1\t1\t20\n1\t2\t20\n2\t1\t30\n2\t2\t30\n")
-    assert noted(frame, "at their first visit")
+def test_an_age_that_never_changes_over_sessions_is_noted_also_where_others_do(table):
+    frame = table("ID\tsession\tage\n1\t1\t20\n1\t2\t20\n2\t1\t30\n2\t2\t33\n")
+    assert noted(frame, "one age in all of their several rows: 1 of 2; it may be that at their first visit")
+
+
+def test_rows_of_one_person_years_apart_ask_for_the_column_of_visits(table):
+    with pytest.raises(TableError, match=r"20\.00 and 24.00; if they are visits, set session_column"):
+        table("ID\tage\tround\n1\t20\tA\n1\t24\tB\n")
+    frame = table("ID\tage\tround\n1\t20\tA\n1\t24\tB\n", session_id="round")
+    assert list(frame["session_id"]) == ["A", "B"] and list(frame["age"]) == [20, 24]
 
 
 def test_tables_can_be_put_together_although_they_carry_notes(table):
@@ -616,6 +624,30 @@ def test_each_age_of_a_real_table_is_that_of_its_own_row(shared_data):
         )
         own = set(zip(cells[subject], pd.to_numeric(cells[name], errors="coerce"), strict=True))
         assert set(zip(frame["table_id"], frame["age"], strict=True)) <= own, path.name
+
+
+def test_dallas_lifespan_gives_the_age_at_each_visit_once_its_columns_are_named(shared_data, tmp_path):
+    path = shared_data / "tables" / "ds004856.tsv"
+    with pytest.raises(TableError) as refused:
+        read_table(path)
+    named = re.search(r"age_column='(\S+)' for a row per visit", str(refused.value))[1]
+    frame = read_table(path, age=named)
+    by_visit = frame.pivot_table(index="subject_id", columns="session_id", values="age")
+    assert by_visit.loc["1003"].to_dict() == {"w1": 54, "w2": 58, "w3": 63}
+    assert by_visit.notna().sum().to_dict() == {"w1": 464, "w2": 300, "w3": 193}
+    assert ((by_visit["w2"] - by_visit["w1"]).dropna()).between(2, 8).all()
+    names = [f"sub-1003/ses-wave{n}/anat/sub-1003_ses-wave{n}_T1w.nii.gz" for n in (1, 2, 3)]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"")
+    assert list(match_scans(tmp_path, path, columns={"age": named}).cohort["age"]) == [54, 58, 63]
+
+
+def test_real_tables_of_visits_give_the_age_at_each_or_say_that_it_never_changes(shared_data):
+    visits = read_table(shared_data / "tables" / "BrainScape_MLStudy.tsv")
+    assert list(visits["age"][visits["subject_id"] == "05"]) == [20.9, 23.1, 25.2]
+    assert list(visits["session_id"][visits["subject_id"] == "05"]) == ["1", "2", "3"]
+    assert noted(read_table(shared_data / "tables" / "BrainScape_CORR.tsv"), "rows: 266 of 275")
 
 
 CHILDREN = [52, 61, 70, 88]
