@@ -171,8 +171,8 @@ def current_store(
     """
     if modality != "T1w" and not (Path(volumes_folder) / name_of_modality("current", modality)).is_file():
         raise MissingInput(
-            f"There are no {modality} volumes in {volumes_folder}. Notebook 03 makes them where notebook 01 was "
-            f"given modalities=T1w,{modality} and found such scans."
+            f"There are no {modality} volumes in {volumes_folder}. Notebook 03 makes them where notebook 01 "
+            f"was given modalities=T1w,{modality} and found such scans."
         )
     try:
         store = VolumeStore(_current_folder(Path(volumes_folder), modality))
