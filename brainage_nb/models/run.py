@@ -78,6 +78,11 @@ class Job:
         self.notes: list[str] = []
 
     def _check_own(self) -> None:
+        if self.store.settings.modality != self.settings.modality:
+            raise TrainingRefused(
+                f"modality = {self.settings.modality!r}, and these volumes are of "
+                f"{self.store.settings.modality}: open them with current_store(..., modality=...)."
+            )
         if self.settings.loss == "own" and self.loss is None:
             raise TrainingRefused("loss = 'own' stands for a function: give it as train(..., loss=...).")
 
@@ -216,6 +221,7 @@ class Job:
             "variant": "single" if len(self.members) == 1 else "mean",
             "fingerprint": self.store.fingerprint,
             "preprocessing": self.store.settings.to_json(),
+            "modality": self.settings.modality,
             "recipe": self.settings.recipe,
             "final": self.settings.final,
             "own": self.own,

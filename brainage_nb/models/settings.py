@@ -18,7 +18,7 @@ import pandas as pd
 
 from brainage_nb.cohort.splits import deal_folds
 from brainage_nb.parameters import check_fields
-from brainage_nb.volumes.settings import AugmentationSettings, name_recipe, recipe_defaults
+from brainage_nb.volumes.settings import AugmentationSettings, check_modality, name_recipe, recipe_defaults
 from brainage_nb.workspace import read_csv, read_json
 
 # How and where a run is computed. These may differ when a run is continued; all others decide its result.
@@ -105,6 +105,8 @@ class TrainingSettings:
     cluster : str
         Dask workers that train the models of a run side by side, see `open_cluster`; empty for one after
         the other here.
+    modality : str
+        What the volumes are of: T1w, or one that 01 had in `modalities` and 03 made volumes of (T2w, ...).
     """
 
     epochs: int = 60
@@ -131,9 +133,11 @@ class TrainingSettings:
     max_minutes: float = 0.0
     checkpoint_minutes: float = 5.0
     cluster: str = ""
+    modality: str = "T1w"
 
     def __post_init__(self):
         check_fields(self)  # JSON brings lists
+        check_modality(self.modality)
         if self.final and not self.folds:
             object.__setattr__(self, "folds", FINAL_FOLDS)
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}

@@ -88,7 +88,8 @@ class Bundle:
         """The model in a few words."""
         n, members = self.manifest["training"]["n_subjects"], len(self.manifest["members"])
         count = f"{members} members, " if members > 1 else ""
-        return f"{TITLES[self.model.kind]} ({count}trained on {n} people)"
+        scans = "" if self.settings.modality == "T1w" else f"{self.settings.modality} scans of "
+        return f"{TITLES[self.model.kind]} ({count}trained on {scans}{n} people)"
 
     @property
     def is_test_object(self) -> bool:

@@ -84,7 +84,7 @@ from brainage_nb.platforms import session_summary
 from brainage_nb.predict.saving import current_bundle
 from brainage_nb.volumes.augment import augment, augmentation_examples
 from brainage_nb.volumes.pictures import montage
-from brainage_nb.volumes.settings import AugmentationSettings, list_changes
+from brainage_nb.volumes.settings import AugmentationSettings, list_changes, name_run
 from brainage_nb.volumes.store import current_store
 from brainage_nb.workspace import open_workspace
 
@@ -100,8 +100,10 @@ print(session_summary(ws.root))
 ws.need("volumes/current")
 elsewhere = parameters.get("cluster", "") not in ("", "local")
 scratch = None if elsewhere else ws.scratch  # other machines do not see this disk
-store = current_store(ws.path("volumes"), scratch)
-splits = read_splits(ws, store.scan_ids)
+modality = parameters.get("modality", "T1w")
+run = name_run(run, "resnet18", modality)
+store = current_store(ws.path("volumes"), scratch, modality)
+splits = read_splits(ws, store.scan_ids, modality)
 print(f"{len(store.scan_ids)} volumes of {store.size}^3 voxels of {store.spacing_mm:g} mm")
 splits.groupby("split").agg(
     scans=("scan_id", "size"),
