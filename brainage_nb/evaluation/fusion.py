@@ -5,7 +5,7 @@ All of it is fitted on held-out ages, and those themselves are fused by what oth
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
@@ -146,8 +146,8 @@ class Fusion:
 
     Attributes
     ----------
-    names : tuple of str
-        The runs.
+    modalities : dict
+        Run -> which scan of a session it reads, as T2w.
     parts : dict
         `resnet18 + resnet18_t2w` -> `FusedPart`: of all runs first, then of fewer.
     rows : DataFrame
@@ -156,15 +156,24 @@ class Fusion:
         What a reader must know of it.
     """
 
-    names: tuple[str, ...]
+    modalities: dict[str, str]
     parts: dict[str, FusedPart]
     rows: pd.DataFrame
     notes: list[str]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The runs."""
+        return tuple(self.modalities)
+
+    @property
     def whole(self) -> FusedPart:
         """What those have who have everything."""
         return self.parts[_join(self.names)]
+
+    def find_part(self, modalities: Collection[str]) -> FusedPart | None:
+        """What all runs of these modalities give together; None where that is nothing."""
+        return self.parts.get(_join(name for name, one in self.modalities.items() if one in modalities))
 
     @property
     def run(self) -> Run:
@@ -245,12 +254,13 @@ def fuse_runs(runs: Mapping[str, Run], level: float = LEVEL) -> Fusion:
     if _join(names) not in parts:
         raise EvaluationError(f"fuse = {','.join(names)!r}: no run's held-out ages follow true age.")
     own = [part.rows[part.rows["fused_from"] == name] for name, part in parts.items()]
-    fusion = Fusion(names, parts, pd.concat(own).sort_index(), [])
+    modalities = {name: run.modality for name, run in runs.items()}
+    fusion = Fusion(modalities, parts, pd.concat(own).sort_index(), [])
     fusion.notes = _list_notes(fusion, about)
     return fusion
 
 
-def _join(names: Sequence[str]) -> str:
+def _join(names: Iterable[str]) -> str:
     return " + ".join(names)
 
 

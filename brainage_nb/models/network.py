@@ -16,7 +16,7 @@ import torch
 from monai.networks.nets.resnet import ResNet
 from torch import Tensor, nn
 
-from brainage_nb.bundle_format import all_seen, among, open_bundle
+from brainage_nb.bundle_format import RESNET, all_seen, among, open_bundle
 from brainage_nb.models.settings import TrainingRefused, TrainingSettings
 from brainage_nb.volumes.resampling import FWHM_PER_SD
 
@@ -389,7 +389,8 @@ def list_training_people(path: str | Path) -> list[dict[str, Any]]:
         place = place.parent  # a file of weights may lie in a bundle
         if not (place / "bundle.json").is_file():
             return []
-    return all_seen(open_bundle(place).manifest)
+    files = open_bundle(place)
+    return [seen for one in [*files.members.values()] or [files] for seen in all_seen(one.manifest)]
 
 
 def _is_bundle(path: Path) -> bool:
@@ -399,9 +400,9 @@ def _is_bundle(path: Path) -> bool:
 def _read_weights(path: Path) -> Mapping[str, Tensor]:
     if _is_bundle(path):
         files = open_bundle(path)
-        if not files.manifest.get("members"):
+        if files.manifest["kind"] != RESNET:
             raise ValueError(
-                f"{path} holds no network ({files.manifest.get('kind')}); start from a ResNet-18."
+                f"{path} holds no single network ({files.manifest['kind']}); start from a ResNet-18."
             )
         arrays = files.arrays(files.manifest["members"][0]["file"])
         return {name: torch.from_numpy(array).float() for name, array in arrays.items()}

@@ -82,7 +82,7 @@ from brainage_nb.evaluation.report import write_report
 from brainage_nb.parameters import read_parameters
 from brainage_nb.platforms import session_summary
 from brainage_nb.predict.bundle import apply_to_workspace, load_bundle, read_subject_ids
-from brainage_nb.predict.saving import current_bundle, update_bundle
+from brainage_nb.predict.saving import current_bundle, offer_fused_bundle, update_bundle
 from brainage_nb.workspace import open_workspace
 
 set_matplotlib_formats("png")  # figures appear in their cells
@@ -236,6 +236,8 @@ written = write_report(evaluation, figures)
 trained = [name for name in evaluation.runs if name != FUSED]
 for name in trained:
     print(f"{name}: {update_bundle(ws.run(name), evaluation.runs[name].calibration)}")
+if evaluation.fusion:
+    print(f"{FUSED}: {offer_fused_bundle(evaluation.fusion, ws)}")
 print(f"Report: {ws.path('evaluation', 'report.html')}")
 
 # %%
