@@ -504,7 +504,8 @@ def apply_to_workspace(
     subjects = scans["subject_id"].drop_duplicates().tolist()
     refuse_trained_on(subjects, bundle.trained_on(subjects), "subjects")
     refuse_trained_on([file.name for file in files], bundle.trained_on_files(files), "image files")
-    predicted, notes = _predict_scans(bundle, scans, files)
+    also = list_beside(scans, bundle.others, ws)
+    predicted, notes = _predict_scans(bundle, scans, files, also)
     training = bundle.manifest["training"]
     found = evaluate_external(
         predicted,
@@ -518,6 +519,13 @@ def apply_to_workspace(
     return found
 
 
+def list_beside(rows: pd.DataFrame, others: Sequence[str], ws: Workspace) -> list[dict[str, Path]]:
+    """The further scans of each row's session that its table names, as `Bundle.predict` takes them."""
+    named = [name for name in others if name in rows]
+    cells = rows[named].fillna("").to_dict("records")
+    return [{name: ws.resolve(file) for name, file in row.items() if file} for row in cells]
+
+
 def kept_scans(ws: Workspace) -> pd.DataFrame:
     """The scans of a workspace that cleaning kept, with all that `cohort.csv` knows of them."""
     cohort, cleaning = ws.read("cohort.csv"), ws.read("cleaning.csv")
@@ -525,9 +533,11 @@ def kept_scans(ws: Workspace) -> pd.DataFrame:
     return cohort[cohort["scan_id"].isin(cleaning.loc[cleaning["kept"], "scan_id"])].reset_index(drop=True)
 
 
-def _predict_scans(bundle: Bundle, scans: pd.DataFrame, files: list[Path]) -> tuple[pd.DataFrame, list[str]]:
+def _predict_scans(
+    bundle: Bundle, scans: pd.DataFrame, files: list[Path], also: list[dict[str, Path]]
+) -> tuple[pd.DataFrame, list[str]]:
     """Rows with `ADDED` of the scans that have an age; a sentence per failure and kind of warning."""
-    results = list(bundle.predict_many(files))
+    results = list(bundle.predict_many(files, also=also))
     found = [isinstance(result, Prediction) for result in results]
     predictions = [result for result in results if isinstance(result, Prediction)]
     rows = scans.loc[found, [name for name in ABOUT if name in scans]]

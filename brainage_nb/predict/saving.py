@@ -242,6 +242,11 @@ def _collect_networks(folder: Path, settings: Mapping[str, Any]) -> Parts:
             f"{folder} was trained with a network of your own ({own}): a bundle runs nothing, so it can only "
             "hold the ResNet-18 of this package. Keep checkpoints/*/weights.safetensors and the code."
         )
+    if channels := settings["settings"].get("channels"):
+        raise ValueError(
+            f"{folder} reads {channels} together, and a bundle holds models of one scan each. Fuse runs of "
+            'one scan each (notebook 06, more = "fuse=..."), or keep checkpoints/*/weights.safetensors.'
+        )
     training, places = settings["settings"], sorted(folder.glob("checkpoints/*/weights.safetensors"))
     if not places:
         raise FileNotFoundError(

@@ -1,18 +1,30 @@
 """A fused bundle: one age from the scans of a session, from whatever of them is there and fits."""
 
 import json
+import os
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from brainage_nb.bundle_format import BundleError, open_bundle, zip_bundle
 from brainage_nb.cli import main
+from brainage_nb.evaluation.evaluate import evaluate_runs
 from brainage_nb.models.network import list_training_people, load_pretrained
 from brainage_nb.predict.bundle import load_bundle
 from brainage_nb.predict.cautions import Failure
 from brainage_nb.predict.explain import explain
-from tests.models.tiny_bundle import head_array, networks, write_fused_bundle, write_scan
+from brainage_nb.predict.saving import current_bundle, offer_fused_bundle, save_fused_bundle
+from brainage_nb.workspace import MissingInput
+from tests.evaluation.fake_workspace import cohort_frame, simulated, write_run, write_workspace
+from tests.models.tiny_bundle import (
+    head_array,
+    networks,
+    write_fused_bundle,
+    write_scan,
+    write_tiny_bundle,
+)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +121,57 @@ def shorten_weights(manifest):
     said = json.loads(manifest.read_text())
     del said["parts"][0]["weights"][1]
     manifest.write_text(json.dumps(said))
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """A workspace of two runs with bundles of their own, the second of T2w scans that a fifth lack."""
+    people = cohort_frame(300)
+    ws = write_workspace(tmp_path / "ws", people)
+    lacks = people.index % 5 == 0
+    for n, (name, rows) in enumerate({"resnet18": people, "resnet18_t2w": people[~lacks]}.items()):
+        folder = write_run(ws, name, rows, simulated(rows, seed=n))
+        if n:
+            change(folder / "settings.json", settings={"modality": "T2w"})
+        write_tiny_bundle(folder / "bundle", n=n + 1)
+    return ws
+
+
+def test_what_was_evaluated_is_what_the_saved_bundle_gives(evaluated, scans):
+    found = evaluate_runs(evaluated, fuse="resnet18_t2w,resnet18", level=0.8, n_bootstrap=50)
+    model, fusion = load_bundle(save_fused_bundle(found.fusion, evaluated)), found.fusion
+    both, alone = model.predict(scans[0], also={"T2w": scans[1]}), model.predict(scans[0])
+    ages = dict(zip(("resnet18", "resnet18_t2w"), both.members, strict=True))
+    rows = pd.DataFrame([ages])
+    assert both.predicted_age == pytest.approx(fusion.whole.combination.predict(rows)[0])
+    assert alone.predicted_age == pytest.approx(fusion.parts["resnet18"].combination.predict(rows)[0])
+    for prediction, part in ((both, fusion.whole), (alone, fusion.parts["resnet18"])):
+        assert (prediction.high - prediction.low) / 2 == pytest.approx(part.calibration.interval.quantile_)
+        assert prediction.level == 0.8
+    assert fusion.whole.combination.words in (evaluated.run("fused") / "bundle" / "README.md").read_text()
+    assert model.manifest["figures"]["test"]["n"] == found.results["fused"]["test"]["n"]
+
+
+def test_a_fused_bundle_older_than_one_of_its_runs_is_not_offered(evaluated):
+    fusion = evaluate_runs(evaluated, fuse=["resnet18", "resnet18_t2w"], n_bootstrap=5).fusion
+    place = save_fused_bundle(fusion, evaluated)
+    assert current_bundle(evaluated.run("fused")) == place
+    later = place.stat().st_mtime + 60
+    os.utime(evaluated.run("resnet18_t2w") / "predictions.csv", (later, later))
+    with pytest.raises(MissingInput, match="Run notebook 06 with"):
+        current_bundle(evaluated.run("fused"))
+
+
+def test_without_a_run_of_t1w_scans_there_is_no_bundle_and_it_is_said(evaluated):
+    change(evaluated.run("resnet18") / "settings.json", settings={"modality": "FLAIR"})
+    fusion = evaluate_runs(evaluated, fuse=["resnet18", "resnet18_t2w"], n_bootstrap=5).fusion
+    assert "none of them gives ages that follow true age from the T1w scan" in offer_fused_bundle(
+        fusion, evaluated
+    )
+
+
+def change(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def rename(manifest):
