@@ -112,6 +112,7 @@ def parse_parameters(source: str) -> dict[str, Parameter]:
 @lru_cache
 def fields_of(settings: type) -> dict[str, Parameter]:
     """The fields of a settings class that a text can set; meaning, unit and choices are its docstring's.
+    Those marked `by_code` are for the package alone.
 
     An entry reads `name : type` or `name : {"choice", "choice"}`, with its meaning indented below.
     """
@@ -123,7 +124,7 @@ def fields_of(settings: type) -> dict[str, Parameter]:
     }
     found = {}
     for item in dataclasses.fields(settings):
-        if isinstance(item.default, str | bool | int | float | tuple):
+        if isinstance(item.default, str | bool | int | float | tuple) and not item.metadata.get("by_code"):
             kind, text = told.get(item.name, ("", ""))
             choices = tuple(re.findall(r'"(.*?)"', kind)) if kind.startswith("{") else ()
             found[item.name] = Parameter(item.name, item.default, text or kind, choices)

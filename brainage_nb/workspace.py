@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 MARKER = "brainage_workspace.json"
 IDS = ("scan_id", "subject_id", "session_id")
-TEXTS = (*IDS, "image", "sex", "site", "source", "reason", "flags", "detail", "variant")
+MODALITIES = ("T1w", "T2w", "PDw", "FLAIR", "dwi-FA", "dwi-MD", "bold-fALFF")
+"""What may be scanned; the first is `image` in cohort.csv, each of the others a column of its name."""
+TEXTS = (*IDS, "image", "sex", "site", "source", "reason", "flags", "detail", "variant", *MODALITIES)
 YEARS = ("age", "predicted_age")
 MAKERS = {
     **dict.fromkeys(("cohort.csv", "cohort_dropped.csv", "cohort_unmatched.csv"), "01_data_access"),

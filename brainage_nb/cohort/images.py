@@ -31,6 +31,7 @@ _MADE_BY_ANTS_OR_FIRST = re.compile(
 _ANTS_PICTURE = re.compile(r"(?:Brain|N4|(?<!Inverse)Warped|BrainNormalizedToTemplate)$")
 _IN_WORKSPACE = "it lies in a workspace of this package; set data_dir to that folder itself to take it"
 _COUNTED = ("Crop", "Eq")  # by dcm2niix: X_Crop_1
+_ASIDE = re.compile(r"(?:^|/)(?:derivatives|sourcedata|code)(?:/|$)")
 _DERIVED_OF_BIDS = re.compile(r"_(?:desc|space|res|den|label|from|to|mode)-[^_]+")
 # SPM and CAT12 write before the name: msub-01, smwc1sub-01, u_rc1sub-01, mwp1sub-01
 _SPM = r"(?:iy_|y_|u_|v_|w?j_)?(?:s\d{0,2}|m[0i]?|r|w)*"
@@ -196,10 +197,15 @@ def _split_off(found: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     return images
 
 
+def is_raw_bids(stem: str, folders: str) -> bool:
+    """Whether an image with a name of BIDS is a scan itself, and was not made from one."""
+    return not (_ASIDE.search(folders) or _DERIVED_OF_BIDS.search(stem))
+
+
 def _check_bids(images: pd.DataFrame) -> pd.Series:
     """Why an image of a folder with raw BIDS scans is none of them; "" where nothing is against it."""
     stems, folders = images["stem"], images["folders"]
-    aside = folders.str.contains(r"(?:^|/)(?:derivatives|sourcedata|code)(?:/|$)")
+    aside = folders.str.contains(_ASIDE)
     bids, t1 = stems.str.match("sub-[^_]+_"), stems.str.endswith("_T1w")
     derived = stems.str.contains(_DERIVED_OF_BIDS) | folders.str.contains(r"(?:^|/)mri(?:/orig)?$")
     raw = bids & t1 & ~aside & ~derived

@@ -6,6 +6,7 @@ A test object for the whole kit. How well a model does on it says nothing about 
 from __future__ import annotations
 
 import gzip
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from brainage_nb.demo.anatomy import Anatomy, template_anatomy
 from brainage_nb.demo.scans import (
     ANATOMY,
+    CONTRASTS,
     OLDEST,
     SITES,
     YOUNGEST,
@@ -48,7 +50,13 @@ SHOWN_MM = (4.0, -14.0, 14.0)  # MNI152 point whose three slices are shown: they
 
 
 def make_demo_cohort(
-    folder: Path | str, n_subjects: int = 200, seed: int = 1, *, voxel_mm: float = 1.0, n_jobs: int = 0
+    folder: Path | str,
+    n_subjects: int = 200,
+    seed: int = 1,
+    *,
+    voxel_mm: float = 1.0,
+    n_jobs: int = 0,
+    modalities: Sequence[str] = ("T1w",),
 ) -> Path:
     """Write the known-answer cohort, or finish one that was begun with the same settings.
 
@@ -64,11 +72,13 @@ def make_demo_cohort(
         Usual voxel edge in mm: 1 is realistic, 2 is the fast form for demo and tests.
     n_jobs : int
         Worker processes; 0 for as many as there are processors.
+    modalities : sequence of str
+        What is scanned in each session: T1w, and what else of `CONTRASTS` (T2w, FLAIR) is named.
 
     Returns
     -------
     Path
-        The folder: `sub-0001[/ses-01]/anat/*_T1w.nii.gz`, `participants.tsv`, `truth.csv`,
+        The folder: `sub-0001[/ses-01]/anat/*_T1w.nii.gz` (and `*_T2w`, ...), `participants.tsv`, `truth.csv`,
         `derivatives/ageing_map.nii.gz` and a `README` that says in words what is planted.
 
     Raises
@@ -88,12 +98,14 @@ def make_demo_cohort(
         raise ValueError(f"n_subjects = {n_subjects}: give a number from 1 to 9999.")
     _begin(folder, {"seed": int(seed), "voxel_mm": int(voxel_mm), "recipe": RECIPE}, n_subjects)
     truth = draw_truth(n_subjects, seed, voxel_mm=voxel_mm)
-    rows = [row for row in truth.to_dict("records") if not (folder / image_path(row)).exists()]
-    if rows or not (folder / AGEING_MAP).exists():
+    shown = ["T1w", *(name for name in CONTRASTS if name in modalities)]
+    scans = [(row, name) for row in truth.to_dict("records") for name in shown]
+    scans = [scan for scan in scans if not (folder / image_path(*scan)).exists()]
+    if scans or not (folder / AGEING_MAP).exists():
         anatomy = template_anatomy(int(voxel_mm))
-        work = (delayed(_write_scan)(anatomy, row, seed, folder / image_path(row)) for row in rows)
+        work = (delayed(_write_scan)(anatomy, *scan, seed, folder / image_path(*scan)) for scan in scans)
         done = Parallel(n_jobs=n_workers(n_jobs), return_as="generator")(work)
-        for _ in tqdm(done, total=len(rows), desc="known-answer heads", unit="scan"):
+        for _ in tqdm(done, total=len(scans), desc="known-answer heads", unit="scan"):
             pass
         _write_image(nib.Nifti1Image(ageing_map(anatomy), anatomy.affine), folder / AGEING_MAP)
     write_csv(truth, folder / TRUTH)
@@ -113,10 +125,10 @@ def draw_truth(n_subjects: int, seed: int, *, voxel_mm: float) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def image_path(row: dict[str, object]) -> Path:
+def image_path(row: dict[str, object], modality: str = "T1w") -> Path:
     """Where a row's scan lies in the cohort's folder."""
     parts = [f"sub-{row['subject_id']}"] + ([f"ses-{row['session_id']}"] if row["session_id"] else [])
-    return Path(*parts, "anat", "_".join([*parts, "T1w.nii.gz"]))
+    return Path(*parts, "anat", "_".join([*parts, f"{modality}.nii.gz"]))
 
 
 def ageing_map(anatomy: Anatomy) -> np.ndarray:
@@ -166,8 +178,8 @@ def _begin(folder: Path, settings: dict[str, int], n_subjects: int) -> None:
     write_text((files(__package__) / "README.txt").read_text(encoding="utf-8"), folder / "README")
 
 
-def _write_scan(anatomy: Anatomy, row: dict[str, object], seed: int, path: Path) -> None:
-    data, affine = scan_head(anatomy, row, seed)
+def _write_scan(anatomy: Anatomy, row: dict[str, object], modality: str, seed: int, path: Path) -> None:
+    data, affine = scan_head(anatomy, row, seed, modality)
     turned = ornt_transform(io_orientation(affine), axcodes2ornt(tuple(str(row["axcodes"]))))
     _write_image(nib.Nifti1Image(data, affine).as_reoriented(turned), path)
 

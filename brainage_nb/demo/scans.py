@@ -54,6 +54,25 @@ SITES = {
 }
 
 
+class Contrast(NamedTuple):
+    """How bright a sequence shows what a head is made of; white matter of a T1w scan is near 0.9."""
+
+    grey: float
+    white: float
+    fluid: float
+    texture: float  # of the brain, as a factor of the T1w scan's
+    lesion: float  # added to white matter where a lesion is
+    outside: float  # of skull, muscle and skin, as a factor of the T1w scan's
+    fat: float
+
+
+# Here lesions stand out about twice as much as on a T1w scan, and grey and white matter keep their contrast.
+CONTRASTS = {
+    "T2w": Contrast(0.58, 0.40, 1.0, -0.5, 0.60, 0.45, 0.7),
+    "FLAIR": Contrast(0.62, 0.50, 0.12, -0.4, 0.55, 0.50, 0.8),
+}
+
+
 def planted_anatomy(brain_age: np.ndarray | float) -> dict[str, np.ndarray | float]:
     """The mean of each anatomy parameter at a brain age in years.
 
@@ -149,6 +168,18 @@ def draw_acquisition(seed: int, index: int, session: int, site: Site, voxel_mm: 
     }
 
 
+def acquire_again(row: dict[str, object], seed: int, modality: str, voxel_mm: float) -> dict[str, object]:
+    """A row of `truth.csv` as another sequence of the session finds the head: it has moved a little, and
+    slices are thicker.
+    """
+    session, number = int(row["session_id"] or 1), list(CONTRASTS).index(modality)
+    random = np.random.default_rng((seed, int(row["subject_id"]), session, number))
+    moves = dict(zip(("pitch_deg", "yaw_deg", "roll_deg"), random.normal(0, 1.5, 3), strict=True))
+    moves["table_z_mm"] = random.normal(0, 3.0)
+    edges = {f"voxel_{axis}_mm": edge * voxel_mm for axis, edge in zip("xyz", (0.95, 0.95, 1.5), strict=True)}
+    return row | {name: float(row[name]) + move for name, move in moves.items()} | edges
+
+
 DEFORMATION_MM, DEFORMATION_KNOTS_MM = 1.3, 38.0
 # Semi-axes and centre (mm, MNI152) of an ellipsoid around the brain; the field of view is set by it.
 BRAIN_CENTRE, BRAIN_AXES = np.array([0.0, -17.0, 2.0]), np.array([73.0, 91.0, 82.0])
@@ -164,6 +195,7 @@ def aged_head(
     contrast: float = 1.0,
     fat: float = 1.0,
     random: np.random.Generator | None = None,
+    modality: str = "T1w",
 ) -> np.ndarray:
     """The template head with planted tissue changes (all but the ventricles' widening), in template space.
 
@@ -179,20 +211,24 @@ def aged_head(
         Brightness of fat relative to the usual.
     random : Generator, optional
         Draws where lesions lie; without it they follow the distance from the ventricles only.
+    modality : str
+        T1w, or a key of `CONTRASTS`.
 
     Returns
     -------
     (nx, ny, nz) float32 array
-        Intensities, white matter near 0.9.
+        Intensities, white matter of a T1w scan near 0.9.
     """
     middle, half = (GREY + WHITE) / 2, 0.5 * planted["grey_white_contrast"] * contrast
+    t1w = Contrast(middle * (1 - half), middle * (1 + half), CSF, 1.0, -0.30, 1.0, FAT)
+    shown = CONTRASTS.get(modality, t1w)
     grey = anatomy.grey * (1 - planted["sulcal_opening"] * anatomy.sulci)
     fluid = anatomy.inside - grey - anatomy.white
-    inside = (middle * (1 - half)) * grey + (middle * (1 + half)) * anatomy.white
-    inside += CSF * fluid
-    inside += anatomy.texture
-    inside -= (0.30 * lesion_map(anatomy, planted["lesions"], random)) * anatomy.white
-    head = anatomy.head + np.float32(FAT * fat) * anatomy.fat
+    inside = shown.grey * grey + shown.white * anatomy.white
+    inside += shown.fluid * fluid
+    inside += shown.texture * anatomy.texture
+    inside += (shown.lesion * lesion_map(anatomy, planted["lesions"], random)) * anatomy.white
+    head = shown.outside * anatomy.head + np.float32(shown.fat * fat) * anatomy.fat
     head[anatomy.brain] += inside
     return head
 
@@ -226,7 +262,9 @@ def displacement(
 # --- how the scanner saw it -----------------------------------------------------------------------------
 
 
-def scan_head(anatomy: Anatomy, truth: dict[str, object], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def scan_head(
+    anatomy: Anatomy, truth: dict[str, object], seed: int, modality: str = "T1w"
+) -> tuple[np.ndarray, np.ndarray]:
     """Acquire one scan.
 
     Parameters
@@ -237,6 +275,8 @@ def scan_head(anatomy: Anatomy, truth: dict[str, object], seed: int) -> tuple[np
         A row of `truth.csv`: the subject's and the acquisition's draws.
     seed : int
         The cohort's seed. With the subject it fixes the shape, with the session also noise and bias field.
+    modality : str
+        T1w, or a key of `CONTRASTS`: the same head, acquired again (`acquire_again`).
 
     Returns
     -------
@@ -246,12 +286,16 @@ def scan_head(anatomy: Anatomy, truth: dict[str, object], seed: int) -> tuple[np
         Voxel index -> scanner position in mm.
     """
     site, index, session = SITES[str(truth["site"])], int(truth["subject_id"]), int(truth["session_id"] or 1)
-    own = np.random.default_rng((seed, index, 90))
-    head = aged_head(anatomy, truth, contrast=site.contrast, fat=float(truth["fat"]), random=own)
+    own, draws = np.random.default_rng((seed, index, 90)), 100
+    if modality != "T1w":
+        truth = acquire_again(truth, seed, modality, anatomy.voxel_mm)
+        draws = 200 + 100 * list(CONTRASTS).index(modality)
+    shown = {"contrast": site.contrast, "fat": float(truth["fat"]), "modality": modality}
+    head = aged_head(anatomy, truth, **shown, random=own)
     field = displacement(anatomy, float(truth["ventricle_mm"]), own)
     shape, affine, to_template = place_scan(truth)
     image = sample_head(anatomy, head, field, shape, to_template)
-    random = np.random.default_rng((seed, index, 100 + session))
+    random = np.random.default_rng((seed, index, draws + session))
     voxels = np.linalg.norm(affine[:3, :3], axis=0)
     width = np.hypot(site.blur_mm, 0.6 * np.maximum(voxels - anatomy.voxel_mm, 0)) / 2.355
     image = ndimage.gaussian_filter(image, width / voxels, truncate=3.0)

@@ -412,7 +412,9 @@ def _of_workspace(
             f"Controls are those with the diagnosis {known}; the others ({others}) take no part in bias "
             "correction and site offset. Where that is wrong, set control_words in notebook 01."
         )
-    if len({one.run.settings.get("fingerprint") for one in found.values()} - {None, ""}) > 1:
+    volumes = {(one.run.modality, one.run.settings.get("fingerprint")) for one in found.values()}
+    known = [modality for modality, fingerprint in volumes if fingerprint]
+    if len(known) > len({*known}):
         yield (
             "The runs were trained on differently preprocessed volumes; differences between them may come "
             "from that."

@@ -26,6 +26,7 @@ from brainage_nb.evaluation.correction import (
     CorrectionRefused,
     EvaluationError,
 )
+from brainage_nb.volumes.settings import name_of_modality
 from brainage_nb.workspace import MissingInput, Workspace, read_csv, read_json, sha256_of
 
 KEYS = ["scan_id", "subject_id", "session_id", "split"]
@@ -65,7 +66,7 @@ class Run:
     @property
     def modality(self) -> str:
         """Which scan of a session it reads, by its BIDS suffix."""
-        return self.settings.get("settings", {}).get("modality", "T1w")
+        return self.settings.get("modality", "T1w")
 
     @property
     def folds(self) -> bool:
@@ -287,7 +288,9 @@ def _check_members(members: pd.DataFrame, source: str) -> None:
         _refuse(members["scan_id"], wrong, f"{source}: {{}} {what}{{}}. {again}")
 
 
-def read_splits(workspace: Workspace, with_volume: Sequence[str] | None = None) -> pd.DataFrame:
+def read_splits(
+    workspace: Workspace, with_volume: Sequence[str] | None = None, modality: str = "T1w"
+) -> pd.DataFrame:
     """`splits.csv`, once it fits the cohort and, where given, the volumes.
 
     Parameters
@@ -296,6 +299,8 @@ def read_splits(workspace: Workspace, with_volume: Sequence[str] | None = None) 
     with_volume : sequence of str, optional
         `scan_id` of every volume (`VolumeStore.scan_ids`). Then each scan must have one, or stand among those
         that gave none in notebook 03.
+    modality : str
+        What those volumes are of.
 
     Raises
     ------
@@ -307,7 +312,7 @@ def read_splits(workspace: Workspace, with_volume: Sequence[str] | None = None) 
     --------
     >>> splits = read_splits(ws, store.scan_ids)
     """
-    failed, known = workspace.path("scans_without_volume.csv"), None
+    failed, known = workspace.path(name_of_modality("scans_without_volume.csv", modality)), None
     if with_volume is not None:
         known = [*with_volume, *(read_csv(failed)["scan_id"] if failed.exists() else ())]
     splits, cohort = check_splits(workspace.read("splits.csv"), known), workspace.read("cohort.csv")

@@ -83,14 +83,15 @@ class Job:
         self.notes: list[str] = []
 
     def _check_own(self) -> None:
-        if self.settings.loss == "own" and self.loss is None:
-            raise TrainingRefused("loss = 'own' stands for a function: give it as train(..., loss=...).")
-        if len(self.stores) != len(names := self.settings.channel_names):
+        asked, found = self.settings.channel_names, tuple(one.settings.modality for one in self.stores)
+        if asked != found:
             raise TrainingRefused(
-                f"channels = {', '.join(names)!r}, but {len(self.stores)} volume stores were given: give one "
-                "for each, in that order."
+                f"{'channels' if self.settings.channels else 'modality'} = {','.join(asked)!r}, and these "
+                f"volumes are of {','.join(found)}: open them with current_store(..., modality=...)."
             )
         common_grid(self.stores)
+        if self.settings.loss == "own" and self.loss is None:
+            raise TrainingRefused("loss = 'own' stands for a function: give it as train(..., loss=...).")
 
     def check_start(self, *, fresh: bool) -> None:
         """Refuse weights to start from that are absent, would be deleted first, or know the answers."""
@@ -227,6 +228,7 @@ class Job:
             "variant": "single" if len(self.members) == 1 else "mean",
             "fingerprint": self.store.fingerprint,
             "preprocessing": self.store.settings.to_json(),
+            "modality": " + ".join(self.settings.channel_names),
             "recipe": self.settings.recipe,
             "final": self.settings.final,
             "own": self.own,

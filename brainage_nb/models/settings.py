@@ -18,7 +18,7 @@ import pandas as pd
 
 from brainage_nb.cohort.splits import deal_folds
 from brainage_nb.parameters import check_fields
-from brainage_nb.volumes.settings import AugmentationSettings, name_recipe, recipe_defaults
+from brainage_nb.volumes.settings import AugmentationSettings, check_modality, name_recipe, recipe_defaults
 from brainage_nb.workspace import read_csv, read_json
 
 # How and where a run is computed. These may differ when a run is continued; all others decide its result.
@@ -110,6 +110,8 @@ class TrainingSettings:
     cluster : str
         Dask workers that train the models of a run side by side, see `open_cluster`; empty for one after
         the other here.
+    modality : str
+        What the volumes are of: T1w, or one that 01 had in `modalities` and 03 made volumes of (T2w, ...).
     """
 
     epochs: int = 60
@@ -138,9 +140,12 @@ class TrainingSettings:
     max_minutes: float = 0.0
     checkpoint_minutes: float = 5.0
     cluster: str = ""
+    modality: str = "T1w"
 
     def __post_init__(self):
         check_fields(self)  # JSON brings lists
+        for name in self.channel_names:
+            check_modality(name, "channels" if self.channels else "modality")
         if self.final and not self.folds:
             object.__setattr__(self, "folds", FINAL_FOLDS)
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
@@ -188,7 +193,7 @@ class TrainingSettings:
     @property
     def channel_names(self) -> tuple[str, ...]:
         """Which scan each of the network's channels reads, as (T1w, T2w)."""
-        return tuple(name.strip() for name in self.channels.split(",") if name.strip()) or ("T1w",)
+        return tuple(name.strip() for name in self.channels.split(",") if name.strip()) or (self.modality,)
 
     @property
     def recipe(self) -> str:

@@ -675,6 +675,7 @@ def _settings(features: Features, network: Vgg16Features, fusions: Fusions, inpu
         "variant": min(fusions, key=lambda name: fusions[name].inner_mae_),
         "variant_chosen_by": "inner cross-validation on training subjects",
         "fingerprint": features.facts["volumes"],
+        "modality": features.facts.get("modality", "T1w"),
         "weights": network.mode,
         "weights_sha256": network.weights_sha256,
         "features": features.facts,

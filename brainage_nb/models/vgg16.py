@@ -409,6 +409,8 @@ def _facts_of(store: VolumeStore, network: Vgg16Features, settings: FeatureSetti
         "n_features": network.n_features(settings.image_size),
         "settings": asdict(settings),
     }
+    if store.settings.modality != "T1w":
+        facts["modality"] = store.settings.modality
     content = json.dumps(facts, sort_keys=True)
     return {"fingerprint": hashlib.sha256(content.encode()).hexdigest()[:12], **facts}
 

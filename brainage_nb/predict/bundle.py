@@ -99,7 +99,8 @@ class Bundle:
         """The model in a few words."""
         n, members = self.manifest["training"]["n_subjects"], len(self.manifest["members"])
         count = f"{members} members, " if members > 1 else ""
-        return f"{TITLES[self.model.kind]} ({count}trained on {n} people)"
+        scans = "" if self.settings.modality == "T1w" else f"{self.settings.modality} scans of "
+        return f"{TITLES[self.model.kind]} ({count}trained on {scans}{n} people)"
 
     @property
     def is_test_object(self) -> bool:
@@ -110,8 +111,8 @@ class Bundle:
 
     @property
     def others(self) -> tuple[str, ...]:
-        """Which scans of the session it can take beside the T1w scan, as T2w."""
-        return ()
+        """Which scans of the session it takes beside the T1w scan, as T2w."""
+        return () if self.settings.modality == "T1w" else (self.settings.modality,)
 
     def predict(
         self, scan: Path | str, age: float | None = None, also: Mapping[str, Path | str] | None = None
@@ -125,7 +126,8 @@ class Bundle:
         age : float, optional
             True age in years, for the gap; the predicted age does not use it.
         also : mapping, optional
-            Further scans of the same session, for a fused bundle: one of `others` -> path.
+            Further scans of the same session: one of `others` -> path. A model of T2w scans needs that scan,
+            a fused one does without.
 
         Raises
         ------
@@ -140,7 +142,7 @@ class Bundle:
         """
         age, scan = check_age(age), Path(scan)
         self.refuse_unknown(also or {})
-        read = self._read(scan)
+        read = self._read_beside(scan, also or {}) if self.others else self._read(scan)
         return self._conclude(scan, age, read, read.age, self.manifest)
 
     def refuse_unknown(self, also: Mapping[str, Any]) -> None:
@@ -153,15 +155,22 @@ class Bundle:
             )
             raise ValueError(f"{unknown[0]}: {self.title} {takes}. Names of scans are written as in BIDS.")
 
-    def _read(self, scan: Path) -> Reading:
-        volume, affine, noticed = self._prepare(scan)
+    def _read(self, scan: Path, other: Path | None = None) -> Reading:
+        volume, affine, noticed = self._prepare(scan, other)
         members = self.model.predict(volume)
         cautions = [*find_likeness_cautions(self.reference, volume), *noticed, *find_member_cautions(members)]
         return Reading(volume, affine, members, self._check_predicted(float(members.mean()), scan), cautions)
 
-    def _read_beside(self, scan: Path, other: Path) -> Reading:
-        """As `_read`, of another scan of the T1w scan's session; ScanError where it is not to be used."""
-        read = self._read(other)
+    def _read_beside(self, scan: Path, also: Mapping[str, Path | str]) -> Reading:
+        """As `_read`, of the other scan of the T1w scan's session; ScanError where it is not to be used."""
+        modality = self.settings.modality
+        if modality not in also:
+            raise ScanError(
+                "other_scan_needed",
+                f"{scan.name}: {self.title} reads the {modality} scan of a session. Give the T1w scan and, "
+                f"beside it, that one (--also {modality}=FILE).",
+            )
+        read = self._read(scan, Path(also[modality]))
         if unlike := [caution.sentence for caution in read.cautions if caution.forbids_use]:
             raise ScanError("unlike_training", unlike[0])
         return read
@@ -251,23 +260,30 @@ class Bundle:
         except Exception as error:
             return Failure(scan.name, "failed", f"{scan.name}: {type(error).__name__}: {error}", str(scan))
 
-    def _prepare(self, scan: Path) -> tuple[np.ndarray, np.ndarray, list[Caution]]:
-        """The volume as the model takes it, its affine, and what was noticed on the way."""
+    def _prepare(self, scan: Path, other: Path | None = None) -> tuple[np.ndarray, np.ndarray, list[Caution]]:
+        """The volume as the model takes it, its affine, and what was noticed on the way.
+
+        Of the T1w scan, or of another scan of its session, laid onto it.
+        """
         from brainage_nb.volumes.heads import find_head
+        from brainage_nb.volumes.modalities import lay_onto_t1w
         from brainage_nb.volumes.preprocessing import as_stored, grid_affine, preprocess
         from brainage_nb.volumes.scans import load_scan, voxel_sizes
 
         try:
             image = load_scan(scan, max_voxels=MAX_VOXELS)
+            if other is not None:
+                image = lay_onto_t1w(other, image, self.settings.modality)
             volume = as_stored(preprocess(image, self.settings))
         except MemoryError:
             raise ScanError("too_large", f"{scan.name} does not fit into memory.") from None
         training = self.manifest["training"]
         cautions = [
             *(Caution(*flag) for flag in image.extra["flags"].items()),
-            *find_voxel_cautions(voxel_sizes(image.affine), training.get("voxel_mm")),
-            *find_head_cautions(find_head(image), trained_stripped=training.get("skull_stripped")),
         ]
+        if other is None:  # what is known of voxels and heads in training is known of T1w scans
+            cautions += find_voxel_cautions(voxel_sizes(image.affine), training.get("voxel_mm"))
+            cautions += find_head_cautions(find_head(image), trained_stripped=training.get("skull_stripped"))
         if self.trained_on_files([scan])[0]:
             cautions.append(Caution.of("training_scan"))
         return volume, grid_affine(image, self.settings), cautions
@@ -332,7 +348,7 @@ class FusedBundle(Bundle):
                 read[place] = member._read(scan)
             elif name in also:
                 try:
-                    read[place] = member._read_beside(scan, Path(also[name]))
+                    read[place] = member._read_beside(scan, also)
                 except ScanError as error:
                     facts = {"modality": name, "scan": Path(also[name]).name, "reason": error.sentence}
                     left_out.append(Caution.of("other_scan_not_used", **facts))
@@ -424,7 +440,9 @@ def load_bundle(source: Path | str | IO[bytes], device: str = "cpu", *, max_byte
         return _build(files, place)
     folders = [member["folder"] for member in files.manifest["members"]]
     members = tuple(_build(files.members[folder], place) for folder in folders)
-    first = members[0]
+    first, said = members[0], [member["modality"] for member in files.manifest["members"]]
+    if said != [member.settings.modality for member in members]:
+        raise BundleError(f"{files.name}: its models read other scans than {MANIFEST} says. Copy it again.")
     manifest = {name: first.manifest[name] for name in ("training", "seen")} | files.manifest
     own = {
         "manifest": manifest,

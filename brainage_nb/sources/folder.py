@@ -18,9 +18,11 @@ import pandas as pd
 
 from brainage_nb.cohort.images import clean_text, describe_images, find_images, take_named
 from brainage_nb.cohort.matching import Match, match_images
+from brainage_nb.cohort.pairing import pair_modalities
 from brainage_nb.tables.columns import COLUMN_PARAMETERS
 from brainage_nb.tables.files import TABLE_SUFFIXES, TableError
 from brainage_nb.tables.participants import read_participants
+from brainage_nb.workspace import MODALITIES
 
 COHORT_COLUMNS = ["scan_id", "subject_id", "session_id", "image", "age", "sex", "site", "source"]
 _NAMES = ("subject_id", "table_id", "image_id")  # of people and images, in a table
@@ -41,6 +43,7 @@ class FolderCohort:
         As `cohort.csv`: `scan_id, subject_id, session_id, image, age` [years]`, sex, site, source`, then
         `diagnosis` and `cdr` where the table knows them, and `age_note`: how the age came from several
         rows, or, where `age` is empty, why the table gives none. Cleaning drops those scans with that reason.
+        Last a column per further modality.
     unmatched_images : DataFrame
         `image, reason`.
     unmatched_rows : DataFrame
@@ -65,6 +68,7 @@ def match_scans(
     columns: Mapping[str, str] | None = None,
     root: Path | str | None = None,
     source: str = "folder",
+    modalities: Sequence[str] = (),
 ) -> FolderCohort:
     """Put the images of a folder and the rows of a table together.
 
@@ -81,6 +85,8 @@ def match_scans(
         The workspace: images inside it are written relative to it, all others absolute.
     source : str
         What the column `source` says.
+    modalities : sequence of str
+        What else of `MODALITIES` is put beside the T1w scan of each session, see `pair_modalities`.
 
     Returns
     -------
@@ -99,7 +105,8 @@ def match_scans(
     if images.empty:
         raise SourceError(_no_image(images, data_dir))
     if not str(table) and (sets := _sets_side_by_side(data_dir)):
-        return _join_sets(sets, images, columns, root, source)
+        how = {"columns": columns, "root": root, "source": source, "modalities": modalities}
+        return _join_sets(sets, images, how)
     path = find_table(data_dir, table)
     rows, notes = _read_rows(path, data_dir, columns or {})
     if not str(table) and path.parent != data_dir:
@@ -111,11 +118,16 @@ def match_scans(
     reasons = images.assign(reason=[match.reason for match in matches])
     unmatched = [images.attrs["left_out"], reasons[reasons["reason"] != ""]]
     unmatched = pd.concat([frame[["image", "reason"]] for frame in unmatched], ignore_index=True)
+    every = pd.concat([images, images.attrs["left_out"]])
+    cohort, paired, told = pair_modalities(_join_rows(images, rows, matches, source), every, modalities)
+    unmatched["reason"] = [
+        paired.get(*pair) for pair in zip(unmatched["image"], unmatched["reason"], strict=True)
+    ]
     return FolderCohort(
-        _write_relative(_join_rows(images, rows, matches, source), root),
-        _write_relative(unmatched, root),
+        _write_relative(cohort, root),
+        _write_relative(unmatched[unmatched["reason"] != ""], root),
         _list_unmatched_rows(rows, matches),
-        [*images.attrs["notes"], *notes, *_notes_on_matching(rows, matches)],
+        [*images.attrs["notes"], *notes, *_notes_on_matching(rows, matches), *told],
         [path, *sorted(data_dir.glob("sub-*/sub-*_sessions.tsv"))],
     )
 
@@ -178,11 +190,10 @@ def _has_participants(folder: Path) -> bool:
     return (folder / "participants.tsv").exists() or (folder / "participants.tsv").is_symlink()
 
 
-def _join_sets(sets: list[Path], images: pd.DataFrame, columns: Any, root: Any, source: str) -> FolderCohort:
+def _join_sets(sets: list[Path], images: pd.DataFrame, how: dict[str, Any]) -> FolderCohort:
     """Several data sets, each with its own table; ids take the folder's name: `site1_01`, `site2_01`."""
     found, refused = {}, {}
     for folder in sets:
-        how = {"columns": columns, "root": root, "source": source}
         try:
             found[clean_text(folder.name)] = match_scans(folder, folder / "participants.tsv", **how)
         except (TableError, SourceError) as error:
@@ -199,7 +210,7 @@ def _join_sets(sets: list[Path], images: pd.DataFrame, columns: Any, root: Any, 
     refused[None] = "no participants.tsv lies in its data set"
     within = [[one for one in sets if Path(image).is_relative_to(one)] for image in images["image"]]
     aside = images[["image"]].assign(reason=[refused.get((*own, None)[0], "") for own in within])
-    aside = _write_relative(aside[aside["reason"] != ""], root)
+    aside = _write_relative(aside[aside["reason"] != ""], how["root"])
     names = ", ".join(f"{name}_…" for name in found)
     return FolderCohort(
         cohort.fillna(dict.fromkeys(cohort.columns.drop("age"), "")),
@@ -314,14 +325,15 @@ def _make_distinct(names: pd.Series) -> list[str]:
 
 
 def _write_relative(frame: pd.DataFrame, root: Path | str | None) -> pd.DataFrame:
-    """Images inside the workspace relative to it, all others absolute."""
+    """Images inside the workspace relative to it, all others absolute; those of other modalities too."""
     top = Path(root).absolute() if root else None
 
     def show(image: str) -> str:
         path = Path(image)
         return path.relative_to(top).as_posix() if top and path.is_relative_to(top) else str(path)
 
-    return frame.assign(image=[show(image) for image in frame["image"]])
+    columns = frame.columns.intersection(["image", *MODALITIES])
+    return frame.assign(**{name: [image and show(image) for image in frame[name]] for name in columns})
 
 
 def _list_unmatched_rows(rows: pd.DataFrame, matches: list[Match]) -> pd.DataFrame:

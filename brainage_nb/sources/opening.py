@@ -29,11 +29,16 @@ from brainage_nb.sources.folder import (
 )
 from brainage_nb.tables.columns import COLUMN_PARAMETERS, plain_name
 from brainage_nb.tables.files import TABLE_SUFFIXES, TableError, read_cells
+from brainage_nb.volumes.settings import check_modality
 
 # Addresses and the archive's md5 are those of TorchIO's `torchio.datasets.IXI`, not tried against the live
 # server here. The table has no hash on record, so it is taken by what it holds.
 _IXI_HOST = "biomedic.doc.ic.ac.uk/brain-development/downloads/IXI"
 IXI_IMAGES = tuple(f"{scheme}://{_IXI_HOST}/IXI-T1.tar" for scheme in ("https", "http"))
+IXI_MORE = {  # the archives beside it, with their md5
+    "T2w": ("IXI-T2.tar", "e3140d78730ecdd32ba92da48c0a9aaa"),
+    "PDw": ("IXI-PD.tar", "88ecd9d1fa33cb4a2278183b42ffd749"),
+}
 IXI_TABLE = tuple(f"{scheme}://{_IXI_HOST}/IXI.xls" for scheme in ("https", "http"))
 IXI_MD5 = "34901a0593b41dd19c1a1f746eac2d58"
 
@@ -98,6 +103,9 @@ class SourceSettings:
         Voxel size of the demo heads, mm: 2 (fast) or 1 (six seconds of a core each) (source demo).
     seed : int
         Seed of the demo cohort.
+    modalities : texts
+        What to take of each session, with commas: T1w, and beside it T2w, PDw, FLAIR, dwi-FA, dwi-MD or
+        bold-fALFF. Each but T1w gets a column of its name in cohort.csv, and volumes of its own in 03.
 
     Raises
     ------
@@ -129,16 +137,24 @@ class SourceSettings:
     n_subjects: int = 220
     demo_voxel_mm: float = 2.0
     seed: int = 1
+    modalities: tuple[str, ...] = ("T1w",)
 
     @property
     def columns(self) -> dict[str, str]:
         """Names of columns by role, and `age_unit`, as `match_scans` takes them."""
         return {role: getattr(self, name) for role, name in COLUMN_PARAMETERS.items()}
 
+    @property
+    def further_modalities(self) -> list[str]:
+        """All but T1w, each once."""
+        return [name for name in dict.fromkeys(self.modalities) if name != "T1w"]
+
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise SourceError(f"source = {self.source!r}: it is one of {', '.join(SOURCES)}.")
         check_fields(self)
+        for modality in self.modalities:
+            check_modality(modality, "modalities")
         for item in fields(self):
             readers = [source for source, names in READS.items() if item.name in names]
             value = getattr(self, item.name)
@@ -207,7 +223,8 @@ def open_source(source: str, parameters: Mapping[str, Any], root: Path | str) ->
     downloads = Path(settings.download_dir or root / "downloads").expanduser().absolute()
     try:
         place, columns = SOURCES[source](settings, downloads, root), settings.columns
-        found = match_scans(place.data_dir, place.table, columns=columns, root=root, source=place.label)
+        how = {"root": root, "source": place.label, "modalities": settings.further_modalities}
+        found = match_scans(place.data_dir, place.table, columns=columns, **how)
     except TableError as error:
         if str(downloads) not in str(error):
             raise
@@ -242,7 +259,8 @@ def _bring_demo(settings: SourceSettings, downloads: Path, root: Path) -> Place:
     from brainage_nb.demo.cohort import make_demo_cohort  # a second that no other source needs
 
     people, size = settings.n_subjects, settings.demo_voxel_mm
-    made = Path(make_demo_cohort(root / "demo", n_subjects=people, seed=settings.seed, voxel_mm=size))
+    how = {"seed": settings.seed, "voxel_mm": size, "modalities": settings.modalities}
+    made = Path(make_demo_cohort(root / "demo", n_subjects=people, **how))
     return Place(made, made / "participants.tsv", "demo")
 
 
@@ -279,11 +297,16 @@ def _bring_ixi(settings: SourceSettings, downloads: Path, root: Path) -> Place:
     ending = Path(urlsplit(tables[0]).path).suffix.lower()  # a mirror may hold it as CSV
     table = fetch(tables, folder / f"IXI{ending if ending in TABLE_SUFFIXES else '.xls'}")
     md5 = settings.ixi_md5 or ("" if settings.ixi_images_url else IXI_MD5)
-    archive, images = folder / "IXI-T1.tar", folder / "images"
-    if not find_unpacked(images, archive.name):
-        checksum = f"md5:{md5}" if md5 not in ("", "none") else ""
-        fetch(split_addresses(settings.ixi_images_url) or IXI_IMAGES, archive, checksum=checksum)
-    return Place(images, table, "ixi", unpack(archive, images, delete=not settings.keep_archives))
+    addresses, left_out = split_addresses(settings.ixi_images_url) or IXI_IMAGES, []
+    archives = {"IXI-T1.tar": md5} | dict(
+        IXI_MORE[name] for name in settings.further_modalities if name in IXI_MORE
+    )
+    for name, md5 in archives.items():
+        archive, checksum = folder / name, f"md5:{md5}" if md5 not in ("", "none") else ""
+        if not find_unpacked(folder / "images", name):
+            fetch([url.replace("IXI-T1.tar", name) for url in addresses], archive, checksum=checksum)
+        left_out += unpack(archive, folder / "images", delete=not settings.keep_archives)
+    return Place(folder / "images", table, "ixi", left_out)
 
 
 def _bring_openneuro(settings: SourceSettings, downloads: Path, root: Path) -> Place:

@@ -64,7 +64,7 @@ def preprocess(
     Parameters
     ----------
     scan : path or nibabel image
-        A scan file, or what `load_scan` gave.
+        A scan file, or what `load_scan` gave; for other modalities than T1w what `lay_onto_t1w` gave.
     settings : PreprocessingSettings, optional
         2 mm and 96 voxels where left out.
 
@@ -77,8 +77,8 @@ def preprocess(
     Raises
     ------
     ScanError
-        The scan cannot be used, its brain was not found (`brain_not_found`), or its tissues cannot be told
-        apart (`tissues_unclear`).
+        The scan cannot be used, its brain was not found (`brain_not_found`), its tissues cannot be told
+        apart (`tissues_unclear`), or it was opened as another modality (`other_modality`).
 
     Examples
     --------
@@ -87,7 +87,7 @@ def preprocess(
     (48, 48, 48)
     """
     settings = settings or PreprocessingSettings()
-    stage = start(scan)
+    stage = start(scan, settings.modality)
     try:
         for step in list_steps(settings):
             stage = step(stage)
@@ -117,13 +117,25 @@ def grid_affine(
 ) -> np.ndarray:
     """Affine (4, 4) from a voxel of `preprocess`'s result to the scan's world coordinates, mm."""
     settings = settings or PreprocessingSettings()
-    return _grid(start(scan).scan, settings.spacing_mm, settings.size, settings.to_mni, settings.found_masks)
+    opened = start(scan, settings.modality).scan
+    return _grid(opened, settings.spacing_mm, settings.size, settings.to_mni, settings.found_masks)
 
 
-def start(scan: str | Path | nib.spatialimages.SpatialImage) -> Stage:
-    """Open a scan: voxels and axes as in the file, lengths in mm; ScanError where it cannot be used."""
+def start(scan: str | Path | nib.spatialimages.SpatialImage, modality: str = "T1w") -> Stage:
+    """Open a scan: voxels and axes as in the file, lengths in mm; ScanError where it cannot be used.
+
+    Head and brain of another modality than T1w are those of the T1w scan that it was laid onto.
+    """
     image = load_scan(scan) if isinstance(scan, str | Path) else scan
-    return Stage(_voxels(image), image.affine, voxel_sizes(image.affine), image)
+    if (opened := image.extra.get("modality", "T1w")) != modality:
+        told = f"This is to be a {modality} scan, and it was opened as {opened}"
+        remedy = (
+            ""
+            if modality == "T1w"
+            else f": give it with its T1w scan, as lay_onto_t1w(scan, t1w, {modality!r})"
+        )
+        raise ScanError("other_modality", f"{told}{remedy}.")
+    return Stage(_voxels(image), image.affine, voxel_sizes(image.affine), image.extra.get("t1w", image))
 
 
 def smooth_and_sample(

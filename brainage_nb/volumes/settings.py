@@ -9,10 +9,12 @@ import ast
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from brainage_nb.parameters import check_fields
+from brainage_nb.workspace import MODALITIES
 
 # Raised whenever the same settings give other numbers than before; part of every fingerprint.
 VERSION = 1
@@ -33,6 +35,7 @@ MOST_TEXT = 1000  # characters of `extra`
 # The numbers of each step as `preprocessing.json` lists them. The fingerprint is made of them, so that a step
 # that changes gives a store of another name.
 STEPS: dict[str, dict[str, Any]] = {
+    "lay onto the T1w scan": {"move": "rigid", "measure": "normalised mutual information"},
     "orientation": {"axes": "RAS"},
     "find the brain": {
         "template": "MNI152, nilearn",
@@ -67,11 +70,11 @@ def recipe_defaults(recipe: str, recipes: Mapping[str, dict[str, Any]]) -> dict[
 def name_recipe(settings: Any, recipes: Mapping[str, dict[str, Any]]) -> str:
     """The recipe that these settings follow, as `best`, or the nearest, as `best with to_mni=False`."""
     differing = {
-        name: [field for field in decided if getattr(settings, field) != decided[field]]
+        name: [one for one in decided if getattr(settings, one) != decided[one]]
         for name, decided in recipes.items()
     }
     nearest = min(differing, key=lambda name: len(differing[name]))
-    changes = ", ".join(f"{field}={getattr(settings, field)!r}" for field in differing[nearest])
+    changes = ", ".join(f"{one}={getattr(settings, one)!r}" for one in differing[nearest])
     return f"{nearest} with {changes}" if changes else nearest
 
 
@@ -82,6 +85,23 @@ def list_changes(settings: Any, recipe: str) -> str:
         values.update(*[values.pop(name) for name in list(values) if isinstance(values[name], dict)])
     names = [name for name in now if now[name] != plain[name] and name != "seeds"]  # a draw, no choice
     return "; ".join(f"{name}={now[name]!r} instead of {plain[name]!r}" for name in names) or "nothing"
+
+
+def check_modality(modality: str, parameter: str = "modality") -> None:
+    """ValueError with the choices where there is no such modality."""
+    if modality not in MODALITIES:
+        raise ValueError(f"{parameter}: {modality!r} is none of {', '.join(MODALITIES)}.")
+
+
+def name_of_modality(name: str, modality: str) -> str:
+    """What a file or run is called for a modality: `current` for T1w is `current_T2w` for T2w."""
+    path = Path(name)
+    return name if modality == "T1w" else f"{path.stem}_{modality}{path.suffix}"
+
+
+def name_run(run: str, usual: str, modality: str) -> str:
+    """The name of a run: as given, or, where that is the usual one, with the modality (`resnet18_t2w`)."""
+    return name_of_modality(run, modality).lower() if run == usual else run
 
 
 def parse_transforms(text: str) -> list[tuple[str, dict[str, Any]]]:
@@ -155,6 +175,9 @@ class PreprocessingSettings:
     extra : str
         Transforms of MONAI after the last step, as MedianSmooth(radius=1); several are separated by a
         semicolon.
+    modality : str
+        What was scanned, one of `MODALITIES`. All but T1w are laid onto the T1w scan of their session, whose
+        head, brain and place on the template they take; they hold brightness, never shares of grey matter.
     """
 
     spacing_mm: float = 2.0
@@ -165,9 +188,15 @@ class PreprocessingSettings:
     grey_matter: bool = False
     found_masks: bool = True
     extra: str = ""
+    modality: str = field(default="T1w", metadata={"by_code": True})  # 03 makes the volumes of each
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_modality(self.modality)
+        if self.grey_matter and self.modality != "T1w":
+            raise ValueError(
+                f"grey_matter = True: shares of grey matter are read from T1w scans, not {self.modality}."
+            )
         if not 0.5 <= self.spacing_mm <= 10:
             raise ValueError(f"spacing_mm = {self.spacing_mm}: expected 0.5 to 10 mm, usually 2 or 4.")
         if not 8 <= self.size <= 512:
@@ -185,13 +214,18 @@ class PreprocessingSettings:
         **numbers
             Any settings; they go before the recipe's. ValueError where one cannot be had beside the others.
         """
-        settings = cls(**recipe_defaults(recipe, RECIPES) | numbers)
+        other = {"grey_matter": False} if numbers.get("modality", "T1w") != "T1w" else {}
+        settings = cls(**recipe_defaults(recipe, RECIPES) | other | numbers)
         if settings.brain_only != numbers.get("brain_only", settings.brain_only):
             raise ValueError(
                 f"brain_only = {numbers['brain_only']!r} cannot be had with recipe = {recipe!r}: grey_matter "
                 "implies brain_only. Set grey_matter as well."
             )
         return settings
+
+    def for_modality(self, modality: str) -> PreprocessingSettings:
+        """The same settings for another contrast, with brightness in place of shares of grey matter."""
+        return replace(self, modality=modality, grey_matter=self.grey_matter and modality == "T1w")
 
     @property
     def recipe(self) -> str:
@@ -207,13 +241,15 @@ class PreprocessingSettings:
     @property
     def steps(self) -> list[dict[str, Any]]:
         """Every step with its numbers, in order, as `preprocessing.json` lists them."""
-        from brainage_nb.volumes import brain, tissues
+        from brainage_nb.volumes import brain, modalities, tissues
 
+        laid = {"modality": self.modality, "version": modalities.VERSION}
         grid = {"spacing_mm": self.spacing_mm, "size": self.size}
         grid |= IN_TEMPLATE if self.to_mni else BELOW_CROWN
         grid |= {} if self.needs_brain else {"axes": "world"}
         found = {"version": brain.VERSION, "masks_of_other_tools": self.found_masks}
         every = (  # name, whether it is taken, numbers
+            ("lay onto the T1w scan", self.modality != "T1w", laid),
             ("orientation", not self.needs_brain, {}),
             ("find the brain", self.needs_brain, found),
             ("tissues", self.grey_matter, {"version": tissues.VERSION}),
@@ -242,7 +278,7 @@ class PreprocessingSettings:
         given = dict(content["settings"])
         if not given.get("n4"):  # a switch that older versions had
             given.pop("n4", None)
-        known = {field.name for field in fields(cls)}
+        known = {item.name for item in fields(cls)}
         if extra := set(given) - known:
             raise ValueError(f"Unknown preprocessing settings {sorted(extra)}; known are {sorted(known)}.")
         settings = cls(**given)
@@ -253,6 +289,22 @@ class PreprocessingSettings:
                 "them, or preprocess again."
             )
         return settings
+
+
+@dataclass(frozen=True)
+class ModalityChoice:
+    """Which of the volumes of 03 a model learns from.
+
+    Parameters
+    ----------
+    modality : str
+        What they are of: T1w, or one that 01 had in `modalities` and 03 made volumes of (T2w, ...).
+    """
+
+    modality: str = "T1w"
+
+    def __post_init__(self) -> None:
+        check_modality(self.modality)
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,21 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from brainage_nb.cluster import ClusterError, in_order, open_cluster, process_pool
 from brainage_nb.platforms import n_workers
+from brainage_nb.volumes.modalities import lay_onto_t1w
 from brainage_nb.volumes.preprocessing import as_stored, build_transforms, preprocess
 from brainage_nb.volumes.scans import ScanError, errors_as_reason, load_scan, voxel_file
-from brainage_nb.volumes.settings import PreprocessingSettings
+from brainage_nb.volumes.settings import PreprocessingSettings, name_of_modality
 from brainage_nb.workspace import (
     MAKERS,
+    MODALITIES,
     MissingInput,
     copy_verified,
     read_json,
@@ -157,15 +159,21 @@ class VolumeStore:
         return self.__dict__ | {"_maps": {}}  # a worker maps the files itself
 
 
-def current_store(volumes_folder: str | Path, scratch: Path | None = None) -> VolumeStore:
+def current_store(
+    volumes_folder: str | Path, scratch: Path | None = None, modality: str = "T1w"
+) -> VolumeStore:
     """Open the store that `volumes/current` names, every volume checked (`VolumeStore.verify`).
+
+    Of another modality than T1w it is the one that `volumes/current_<modality>` names.
 
     With `scratch`, a copy of it on that fast local disk. Where the store is missing or damaged, notebook 03
     no longer counts as done in that workspace: the same `brainage-nb run` mends it first.
     """
     try:
-        store = VolumeStore(_current_folder(Path(volumes_folder)))
+        store = VolumeStore(_current_folder(Path(volumes_folder), modality))
         check_name(store.folder, store.settings)
+        if store.settings.modality != modality:
+            raise StoreError(f"{store.folder} holds {store.settings.modality}, not {modality}. {REMEDY}")
         if scratch is not None:
             store = VolumeStore(StoreMirror(store.folder, scratch).fetch())
         return store.verify()
@@ -179,10 +187,11 @@ def current_store(volumes_folder: str | Path, scratch: Path | None = None) -> Vo
 # --- on disk ----------------------------------------------------------------------------------------------
 
 
-def _current_folder(volumes_folder: Path) -> Path:
-    current = volumes_folder / "current"
+def _current_folder(volumes_folder: Path, modality: str) -> Path:
+    current = volumes_folder / name_of_modality("current", modality)
     if not current.is_file():
-        raise MissingInput(f"{current} is missing. Run notebook 03 first; it makes the volume store.")
+        need = "" if modality == "T1w" else f" It makes one of {modality} where 01 had it in modalities."
+        raise MissingInput(f"{current} is missing. Run notebook 03 first; it makes the volume store.{need}")
     name = current.read_text(encoding="utf-8", errors="replace").strip()
     if not name or Path(name).name != name or not (volumes_folder / name).is_dir():
         raise StoreError(
@@ -303,6 +312,33 @@ def check_name(folder: Path, settings: PreprocessingSettings) -> None:
         )
 
 
+class Source(NamedTuple):
+    """The file of a scan and, of another modality than T1w, of the T1w scan that it is laid onto."""
+
+    image: Path
+    t1w: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """One, or both."""
+        return [self.image] if self.t1w is None else [self.image, self.t1w]
+
+    def exists(self) -> bool:
+        """Whether all is there."""
+        return all(file.exists() for file in self.files)
+
+    def stamp(self) -> dict[str, int]:
+        """Bytes together, and the later time."""
+        found = [file.stat() for file in self.files]
+        times = (one.st_mtime_ns for one in found)
+        return {"source_bytes": sum(one.st_size for one in found), "source_mtime_ns": max(times)}
+
+    def sha256(self) -> str:
+        """Of the file; of two, that of their hashes."""
+        hashes = [sha256_of(file) for file in self.files]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
 class StoreWriter:
     """Appends rows; the only one that writes a store. Rows reach the disk before the index names them.
 
@@ -349,15 +385,16 @@ class StoreWriter:
                 mended.append(shard_path(self.folder, shard).name)
         return mended
 
-    def has(self, scan_id: str, path: Path) -> bool:
+    def has(self, scan_id: str, source: Source) -> bool:
         """Whether the scan is stored and its file is what it was."""
         entry = self.entries.get(scan_id)
-        if entry is None or not path.exists():
+        if entry is None or not source.exists():
             return entry is not None
-        found = path.stat()
-        if found.st_size != entry["source_bytes"]:
+        found = source.stamp()
+        if found["source_bytes"] != entry["source_bytes"]:
             return False
-        return found.st_mtime_ns == entry["source_mtime_ns"] or sha256_of(path) == entry["source_sha256"]
+        same_time = found["source_mtime_ns"] == entry["source_mtime_ns"]
+        return same_time or source.sha256() == entry["source_sha256"]
 
     def add(self, scan_id: str, volume: np.ndarray, source: dict) -> None:
         """Append one volume."""
@@ -514,7 +551,8 @@ def build_store(
     Parameters
     ----------
     scans : DataFrame
-        Columns scan_id and image; one row per scan.
+        Columns scan_id and image, and, for another modality than T1w, t1w: the T1w scan of the same session
+        that `image` is laid onto; one row per scan.
     folder : path
         `volumes` of the workspace; the store is `folder/<fingerprint>`.
     settings : PreprocessingSettings, optional
@@ -554,9 +592,8 @@ def build_store(
     build_transforms(settings.extra)  # a wrong argument is told before any scan is opened
     home = Path(folder) / settings.fingerprint
     notes = [_claim(home, settings)]
-    paths = {
-        scan: voxel_file(resolve(image)) for scan, image in zip(scans["scan_id"], scans["image"], strict=True)
-    }
+    columns = [scans[name].map(resolve).map(voxel_file) for name in ("image", "t1w") if name in scans]
+    paths = dict(zip(scans["scan_id"], map(Source, *columns), strict=True))
     mirror = StoreMirror(home, scratch) if scratch else None
     writer = StoreWriter(mirror.fetch() if mirror else home, settings.size, mirror)
     todo = {scan: path for scan, path in paths.items() if not writer.has(scan, path)}
@@ -567,7 +604,7 @@ def build_store(
     made = f"{settings.fingerprint}: {new} volumes made, {present} were there, {len(failed)} failed."
     notes = [made, *notes, _say_changes(Path(folder), settings)]
     notes += [f"Masks beside {len(masks)} scans were not taken, such as {masks[0]}"] if masks else []
-    write_text(settings.fingerprint + "\n", Path(folder) / "current")
+    write_text(settings.fingerprint + "\n", Path(folder) / name_of_modality("current", settings.modality))
     table = pd.DataFrame(failed, columns=FAILED_COLUMNS)
     return StoreReport(VolumeStore(writer.folder), table, new, present, " ".join(filter(None, notes)))
 
@@ -598,7 +635,7 @@ def _say_repairs(writer: StoreWriter, todo: Iterable[str]) -> list[str]:
     return [f"{what}: {_name_some(which)}." for what, which in sentences.items() if which]
 
 
-def _fill(writer: StoreWriter, todo: dict[str, Path], results: Iterable) -> tuple[list[tuple], list[str]]:
+def _fill(writer: StoreWriter, todo: dict[str, Source], results: Iterable) -> tuple[list[tuple], list[str]]:
     """Write what was preprocessed, in the table's order; give rows of `FAILED_COLUMNS` and notes."""
     from tqdm import tqdm
 
@@ -609,7 +646,7 @@ def _fill(writer: StoreWriter, todo: dict[str, Path], results: Iterable) -> tupl
             if isinstance(result, ClusterError):
                 result = ScanError("lost", f"Not preprocessed: {result}. Run this again.")
             if isinstance(result, ScanError):
-                failed.append((scan, str(todo[scan]), result.code, result.sentence))
+                failed.append((scan, str(todo[scan].image), result.code, result.sentence))
                 writer.drop(scan)
                 continue
             *row, note = result
@@ -622,12 +659,12 @@ def _fill(writer: StoreWriter, todo: dict[str, Path], results: Iterable) -> tupl
 
 @contextmanager
 def _preprocessed(
-    paths: list[Path], settings: PreprocessingSettings, workers: int, cluster: str
+    paths: list[Source], settings: PreprocessingSettings, workers: int, cluster: str
 ) -> Iterator[Iterable]:
     """The result of `_row` for each path, in order; at most a few volumes wait in memory."""
     tasks = ((path, settings) for path in paths)
     if cluster and paths:
-        folder = Path(os.path.commonpath([path.absolute().parent for path in paths]))
+        folder = Path(os.path.commonpath([path.image.absolute().parent for path in paths]))
         with open_cluster(cluster, folder) as client:
             yield in_order(client, _row, tasks)
     elif min(workers, len(paths)) < 2:
@@ -639,24 +676,62 @@ def _preprocessed(
         yield pool(delayed(_row)(*task) for task in tasks)
 
 
-def _row(path: Path, settings: PreprocessingSettings) -> tuple[np.ndarray, dict, str] | ScanError:
+def _row(source: Source, settings: PreprocessingSettings) -> tuple[np.ndarray, dict, str] | ScanError:
     """One scan's row, what its file was and a note on it, or why there is none."""
     try:
-        with errors_as_reason(path, "preprocessed"):
-            found = path.stat()
-            image = load_scan(path)
+        with errors_as_reason(source.image, "preprocessed"):
+            found = source.stamp()
+            image = load_scan(source.t1w or source.image)
+            flags = image.extra["flags"]
+            if source.t1w:
+                image = lay_onto_t1w(source.image, image, settings.modality)
             volume = as_stored(preprocess(image, settings))
-            source = {"source_bytes": found.st_size, "source_mtime_ns": found.st_mtime_ns}
-            note = image.extra["flags"].get("mask_not_taken", "")
-            return volume, source | {"source_sha256": sha256_of(path)}, note
+            return volume, found | {"source_sha256": source.sha256()}, flags.get("mask_not_taken", "")
     except ScanError as error:
         return error
+
+
+def build_modalities(
+    cohort: pd.DataFrame, scans: pd.DataFrame, folder: str | Path, settings: PreprocessingSettings, **how: Any
+) -> dict[str, StoreReport]:
+    """The stores of all modalities of a cohort but T1w, one after the other; the report of each by its name.
+
+    Parameters
+    ----------
+    cohort : DataFrame
+        `cohort.csv`: `scan_id`, `image` (the T1w scan) and a column per further modality, empty where a
+        session has none.
+    scans : DataFrame
+        Those of the cohort to preprocess (`splits.csv`).
+    settings : PreprocessingSettings
+        Of the T1w volumes.
+    folder, **how
+        As in `build_store`.
+
+    Returns
+    -------
+    dict of StoreReport
+        `failed` holds the scans whose session has none as well (`none`), so that each scan is accounted for.
+    """
+    import pandas as pd
+
+    known, reports = cohort[cohort["scan_id"].isin(scans["scan_id"])], {}
+    for modality in (name for name in MODALITIES if name in cohort):
+        there = known[modality] != ""
+        pairs = known[there].assign(t1w=known["image"], image=known[modality])
+        report = build_store(pairs, folder, settings.for_modality(modality), **how)
+        without = [
+            (scan, "", "none", f"no {modality} scan of this session") for scan in known["scan_id"][~there]
+        ]
+        failed = pd.concat([report.failed, pd.DataFrame(without, columns=FAILED_COLUMNS)], ignore_index=True)
+        reports[modality] = replace(report, failed=failed, note=f"{modality}: {report.note}")
+    return reports
 
 
 def _say_changes(folder: Path, settings: PreprocessingSettings) -> str:
     """A sentence on the settings that were in use before, where they were others."""
     try:
-        before = _current_folder(folder)
+        before = _current_folder(folder, settings.modality)
         old = dict(read_json(before / "preprocessing.json")["settings"])
     except StoreError:
         return "volumes/current named no store; it names this one now."

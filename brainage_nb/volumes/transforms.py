@@ -22,11 +22,14 @@ from brainage_nb.volumes.settings import PreprocessingSettings, write_transforms
 class OpenScan(Transform):
     """A scan file to a MetaTensor (1, i, j, k) with the file's axes; ScanError says why it cannot be used."""
 
+    def __init__(self, modality: str = "T1w") -> None:
+        self.modality = modality
+
     def __call__(self, scan: str | Path | nib.spatialimages.SpatialImage) -> MetaTensor:
-        return _to_tensor(start(scan))
+        return _to_tensor(start(scan, self.modality))
 
     def __repr__(self) -> str:
-        return "OpenScan()"
+        return "OpenScan()" if self.modality == "T1w" else f"OpenScan(modality={self.modality!r})"
 
 
 class ScanTransform(Transform):
@@ -95,7 +98,7 @@ def preprocessing_chain(settings: PreprocessingSettings | None = None) -> Compos
     settings = settings or PreprocessingSettings()
     ours = [TRANSFORMS[step.func](**step.keywords) for step in list_steps(settings)]
     ours[-1].keeps_scan = False
-    return Compose([OpenScan(), *ours, *build_transforms(settings.extra)])
+    return Compose([OpenScan(settings.modality), *ours, *build_transforms(settings.extra)])
 
 
 def add_transforms(settings: PreprocessingSettings, *transforms: Transform) -> PreprocessingSettings:

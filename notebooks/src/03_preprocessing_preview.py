@@ -71,8 +71,8 @@ from brainage_nb.parameters import pick_fields, read_parameters
 from brainage_nb.platforms import session_summary
 from brainage_nb.volumes.pictures import brain_preview, montage, steps_figure
 from brainage_nb.volumes.scans import ScanError
-from brainage_nb.volumes.settings import PreprocessingSettings, list_changes
-from brainage_nb.volumes.store import build_store
+from brainage_nb.volumes.settings import PreprocessingSettings, list_changes, name_of_modality
+from brainage_nb.volumes.store import build_modalities, build_store
 from brainage_nb.volumes.transforms import describe_transform, preprocessing_chain, run_steps
 from brainage_nb.workspace import open_workspace, write_csv
 
@@ -145,7 +145,8 @@ found
 # Scans that give no volume are listed in `scans_without_volume.csv`, with the reason.
 
 # %%
-report = build_store(scans, ws.path("volumes"), settings, ws.resolve, scratch=ws.scratch, cluster=cluster)
+where = {"resolve": ws.resolve, "scratch": ws.scratch, "cluster": cluster}
+report = build_store(scans, ws.path("volumes"), settings, **where)
 print(report.note)
 
 # %%
@@ -161,6 +162,23 @@ if not ready.any():
     raise ScanError(
         report.failed["code"].iloc[0], f"No scan gave a volume. The first: {report.failed['reason'].iloc[0]}"
     )
+
+# %% [markdown]
+# ## Other modalities
+# Each scan of another modality (`modalities` of 01) is laid onto the T1w scan of its session by a rigid move, then
+# takes that scan's way to the cube: one registration decides for all. A scan that does not fit is listed, not bent.
+
+# %%
+others = build_modalities(ws.read("cohort.csv"), scans, ws.path("volumes"), settings, **where)
+written = [ws.path("volumes", "current"), ws.path("volumes", report.store.fingerprint), without_volume]
+for modality, made in others.items():
+    print(made.note)
+    table = ws.path(name_of_modality(without_volume.name, modality))
+    written += [write_csv(made.failed, table), ws.path("volumes", made.store.fingerprint)]
+    display(made.failed[made.failed["code"] != "none"])
+    some = made.store.scan_ids[:: max(1, len(made.store) // 8)][:8]
+    if some:
+        display(montage(list(made.store.read(some)), some, name="axial", heading=f"{modality}, axial slices"))
 
 # %% [markdown]
 # ## The cohort as a model sees it
@@ -191,7 +209,7 @@ montage(
 ws.finish(
     "03_preprocessing_preview",
     parameters,
-    written=[ws.path("volumes", store.fingerprint), ws.path("volumes", "current"), without_volume],
-    read=["splits.csv"],
+    written=written,
+    read=["splits.csv", *(["cohort.csv"] if others else [])],
     figures={"volumes": len(store.scan_ids), "scans without a volume": len(report.failed)},
 )

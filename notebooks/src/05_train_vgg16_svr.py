@@ -65,6 +65,8 @@ final = False  # @param {type:"boolean"}
 n_bootstrap = 2000  # @param {type:"integer"}
 # seed of the random projection; nothing else here is random
 seed = 1  # @param {type:"integer"}
+# further settings by name, as modality=T2w; `brainage-nb list 05` shows them all
+more = ""  # @param {type:"string"}
 
 # %%
 import matplotlib.pyplot as plt
@@ -81,13 +83,14 @@ from brainage_nb.models.vgg16 import (
     triplets_with_brain,
     vgg16_features,
 )
-from brainage_nb.parameters import read_parameters
+from brainage_nb.parameters import pick_fields, read_parameters
 from brainage_nb.platforms import session_summary
 from brainage_nb.predict.saving import current_bundle
+from brainage_nb.volumes.settings import ModalityChoice, name_run
 from brainage_nb.volumes.store import current_store
 from brainage_nb.workspace import open_workspace
 
-parameters = read_parameters(globals())
+parameters = read_parameters(globals(), ModalityChoice)
 ws = open_workspace(workspace).begin("05_train_vgg16_svr")
 print(session_summary(ws.root))
 
@@ -96,8 +99,10 @@ print(session_summary(ws.root))
 
 # %%
 ws.need("volumes/current")
-store = current_store(ws.path("volumes"), ws.scratch)
-splits = read_splits(ws, store.scan_ids)
+modality = ModalityChoice(**pick_fields(parameters, ModalityChoice)).modality
+run = name_run(run, "vgg16_svr", modality)
+store = current_store(ws.path("volumes"), ws.scratch, modality)
+splits = read_splits(ws, store.scan_ids, modality)
 splits.groupby("split").agg(
     scans=("scan_id", "size"),
     subjects=("subject_id", "nunique"),

@@ -21,7 +21,7 @@ COLOURLESS = AugmentationSettings(pose=1, gamma=0, bias_field=0, blur=0, noise=0
 @pytest.fixture
 def pair(tmp_path, tiny):
     """Two stores, of which the second lacks the last six people, and the splits."""
-    second, _ = make_tiny_cohort(tmp_path / "second", n=24)
+    second, _ = make_tiny_cohort(tmp_path / "second", n=24, modality="T2w")
     return [tiny[0], second], tiny[1]
 
 
@@ -32,8 +32,9 @@ def test_one_network_reads_all_channels_and_who_lacks_one_is_left_out_by_name(pa
     assert result.complete and result.predictions["scan_id"].nunique() == 24
     again = train(*pair, tmp_path / "run", settings)
     assert "nothing was trained again" in again.notes[0]
+    pair[0][1].index["source_sha256"] = "a" * 64  # of other files
     with pytest.raises(TrainingRefused, match="channel_2"):
-        train([pair[0][0]] * 2, pair[1], tmp_path / "run", settings)
+        train(*pair, tmp_path / "run", settings)
 
 
 def test_a_channel_is_where_its_store_has_it(pair):
@@ -80,6 +81,8 @@ def test_channels_that_are_none_are_refused(channels):
 
 
 def test_stores_and_channels_must_agree(pair, tmp_path, tiny_settings):
-    with pytest.raises(TrainingRefused, match="2 volume stores were given: give one for each"):
+    with pytest.raises(TrainingRefused, match="modality = 'T1w', and these volumes are of T1w,T2w"):
         Job(*pair, tmp_path / "run", tiny_settings)
+    with pytest.raises(TrainingRefused, match="channels = 'T2w,T1w', and these volumes are of T1w,T2w"):
+        Job(*pair, tmp_path / "run", replace(tiny_settings, channels="T2w,T1w"))
     assert resnet18_regressor(channels=2).conv1.in_channels == 2

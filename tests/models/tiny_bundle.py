@@ -128,7 +128,12 @@ def write_tiny_bundle(folder: Path, *, n: int = 1, n_scans: int = 3, **changes) 
 def write_fused_bundle(folder: Path) -> Path:
     """Two tiny bundles, of a T1w and a T2w scan, and how their ages are fused."""
     scratch = folder.with_name(f"{folder.name}-members")
-    inner = {f"model-{k}": write_tiny_bundle(scratch / f"{k}", n=k + 1) for k in (0, 1)}
+    inner = {
+        f"model-{k}": write_tiny_bundle(
+            scratch / f"{k}", n=k + 1, preprocessing=SETTINGS.for_modality(modality).to_json()
+        )
+        for k, modality in enumerate(("T1w", "T2w"))
+    }
     said = manifest()
     calibration = {name: said[name] for name in ("correction", "interval")}
     wide = {"interval": said["interval"] | {"quantile": 11.0}}

@@ -16,9 +16,11 @@ from brainage_nb.predict.bundle import load_bundle
 from brainage_nb.predict.cautions import Failure
 from brainage_nb.predict.explain import explain
 from brainage_nb.predict.saving import current_bundle, offer_fused_bundle, save_fused_bundle
+from brainage_nb.volumes.scans import ScanError
 from brainage_nb.workspace import MissingInput
 from tests.evaluation.fake_workspace import cohort_frame, simulated, write_run, write_workspace
 from tests.models.tiny_bundle import (
+    SETTINGS,
     head_array,
     networks,
     write_fused_bundle,
@@ -51,7 +53,10 @@ def codes(prediction):
 def test_both_scans_are_fused_by_the_weights_of_the_bundle(bundle, scans):
     t1, t2 = scans
     found = bundle.predict(t1, 50.0, also={"T2w": t2})
-    alone = [member.predict(scan).predicted_age for member, scan in zip(bundle.members, scans, strict=True)]
+    alone = [
+        member.predict(t1, also=given).predicted_age
+        for member, given in zip(bundle.members, ({}, {"T2w": t2}), strict=False)
+    ]
     assert found.predicted_age == pytest.approx(1 + 0.7 * alone[0] + 0.3 * alone[1])
     assert found.members == pytest.approx(alone) and (found.high - found.low) / 2 == pytest.approx(8)
     assert found.gap == pytest.approx(found.predicted_age - 50) and "fused_from_fewer" not in codes(found)
@@ -92,6 +97,13 @@ def test_a_scan_by_an_unknown_name_is_refused_with_the_choices(bundle, scans, pl
     assert "FLAIR: Fused" in said and "2 scans are to be predicted" in said
 
 
+def test_a_model_of_the_second_scan_alone_asks_for_it(bundle, scans):
+    second = bundle.members[1]
+    assert second.others == ("T2w",)
+    with pytest.raises(ScanError, match=r"t1.nii: .* reads the T2w scan of a session. .*--also T2w=FILE"):
+        second.predict(scans[0])
+
+
 def test_the_command_fuses_and_says_what_it_had_to_do_without(scans, place, capsys):
     t1, t2 = map(str, scans)
     assert main(["predict", t1, "--bundle", str(place), "--also", f"T2w={t2}"]) == 0
@@ -111,10 +123,8 @@ def test_a_failing_first_scan_is_a_failure_and_maps_explain_the_first_model(bund
 
 def test_a_zip_opens_as_its_folder_does(place, scans, bundle, tmp_path):
     zipped = load_bundle(zip_bundle(place, tmp_path / "fused.zip"))
-    also = {"T2w": scans[1]}
-    assert (
-        zipped.predict(scans[0], also=also).predicted_age == bundle.predict(scans[0], also=also).predicted_age
-    )
+    assert zipped.predict(scans[0]).predicted_age == bundle.predict(scans[0]).predicted_age
+    assert zipped.others == bundle.others
 
 
 def shorten_weights(manifest):
@@ -126,14 +136,15 @@ def shorten_weights(manifest):
 @pytest.fixture
 def evaluated(tmp_path):
     """A workspace of two runs with bundles of their own, the second of T2w scans that a fifth lack."""
-    people = cohort_frame(300)
+    people = cohort_frame(200)
     ws = write_workspace(tmp_path / "ws", people)
     lacks = people.index % 5 == 0
     for n, (name, rows) in enumerate({"resnet18": people, "resnet18_t2w": people[~lacks]}.items()):
         folder = write_run(ws, name, rows, simulated(rows, seed=n))
         if n:
-            change(folder / "settings.json", settings={"modality": "T2w"})
-        write_tiny_bundle(folder / "bundle", n=n + 1)
+            change(folder / "settings.json", modality="T2w")
+        preparing = SETTINGS.for_modality("T2w" if n else "T1w").to_json()
+        write_tiny_bundle(folder / "bundle", n=n + 1, preprocessing=preparing)
     return ws
 
 
@@ -163,7 +174,7 @@ def test_a_fused_bundle_older_than_one_of_its_runs_is_not_offered(evaluated):
 
 
 def test_without_a_run_of_t1w_scans_there_is_no_bundle_and_it_is_said(evaluated):
-    change(evaluated.run("resnet18") / "settings.json", settings={"modality": "FLAIR"})
+    change(evaluated.run("resnet18") / "settings.json", modality="FLAIR")
     fusion = evaluate_runs(evaluated, fuse=["resnet18", "resnet18_t2w"], n_bootstrap=5).fusion
     assert "none of them gives ages that follow true age from the T1w scan" in offer_fused_bundle(
         fusion, evaluated
