@@ -34,7 +34,7 @@ from brainage_nb.volumes.scans import ScanError
 from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.workspace import read_csv
 
-SUBJECTS, QUICK_SUBJECTS, SEED, FOLDS = 240, 60, 1, 5
+SUBJECTS, QUICK_SUBJECTS, SEED, FOLDS = 200, 60, 1, 5
 SETTINGS = PreprocessingSettings(spacing_mm=4.0, size=48)
 LACK = 0.3  # of the people, who are left without a T2w scan
 KINDS = ("own T2w", "another person's T2w", "T2w computed from T1w", "own T2w, three in ten lack it")
@@ -77,8 +77,11 @@ def read_session(heads: Path, row: dict[str, object]) -> tuple[np.ndarray, np.nd
     t1w = heads / image_path(row)
     volume = preprocess(t1w, SETTINGS)
     try:
-        beside = preprocess(lay_onto_t1w(heads / image_path(row, "T2w"), t1w, "T2w"), SETTINGS)
-    except ScanError:
+        laid = lay_onto_t1w(heads / image_path(row, "T2w"), t1w, "T2w")
+        beside = preprocess(laid, SETTINGS.for_modality("T2w"))
+    except ScanError as error:
+        if error.code != "not_registered":
+            raise
         beside = np.full_like(volume, np.nan)
     return volume.astype(np.float16), beside.astype(np.float16)
 
