@@ -267,7 +267,9 @@ def _join(names: Iterable[str]) -> str:
 def _describe(runs: Mapping[str, Run]) -> dict[str, Any]:
     """What stands for settings.json of the fused run."""
     keep = "best" if any(run.chose_epoch for run in runs.values()) else "last"
-    return {"run": FUSED, "variant": FUSED, "fuse": ", ".join(runs), "settings": {"keep": keep}}
+    modality = " + ".join(dict.fromkeys(run.modality for run in runs.values()))
+    about = {"run": FUSED, "variant": FUSED, "fuse": ", ".join(runs), "modality": modality}
+    return about | {"settings": {"keep": keep}}
 
 
 def _refuse_other_splits(runs: Mapping[str, Run]) -> None:
