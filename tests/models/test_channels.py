@@ -85,4 +85,5 @@ def test_stores_and_channels_must_agree(pair, tmp_path, tiny_settings):
         Job(*pair, tmp_path / "run", tiny_settings)
     with pytest.raises(TrainingRefused, match="channels = 'T2w,T1w', and these volumes are of T1w,T2w"):
         Job(*pair, tmp_path / "run", replace(tiny_settings, channels="T2w,T1w"))
-    assert resnet18_regressor(channels=2).conv1.in_channels == 2
+    network = resnet18_regressor(channels=2, linear_edge=4, widths=(4, 4, 8, 8)).eval()
+    assert network(torch.zeros(3, 2, 16, 16, 16)).shape == (3,)
