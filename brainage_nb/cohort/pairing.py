@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from brainage_nb.cohort.images import is_raw_bids
@@ -41,17 +42,20 @@ def pair_modalities(
     -------
     cohort : DataFrame
         With a column per modality that somebody has: the path, or "" where a session has none, or several.
+        Without rows whose image is of one of these modalities (`T2/001`, whose `T1/001` is missing).
     reasons : dict
         Each image of these modalities -> "" where it was taken, else why not.
     notes : list of str
     """
-    rows, t1w = {row.image: row for row in images.itertuples()}, set(cohort["image"])
+    rows = {row.image: row for row in images.itertuples()}
+    suffixes = {modality: modality.split("-")[0] for modality in modalities}  # of BIDS
+    is_other = [any(_is_of(rows[image], *one) for one in suffixes.items()) for image in cohort["image"]]
+    cohort = cohort[~np.array(is_other, bool)].reset_index(drop=True)
     reasons, notes = {}, []
-    for modality in modalities:
-        suffix = modality.split("-")[0]  # in BIDS
+    for modality, suffix in suffixes.items():
         found = defaultdict(list)
         for image, row in rows.items():
-            if image not in t1w and _is_of(row, modality, suffix):
+            if _is_of(row, modality, suffix):
                 found[_session_key(row, suffix)].append(image)
         keys = [_session_key(rows[image], "T1w") for image in cohort["image"]]
         taken = [found[key][0] if len(found.get(key, ())) == 1 else "" for key in keys]

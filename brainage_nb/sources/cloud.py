@@ -12,7 +12,7 @@ import os
 import re
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -60,11 +60,12 @@ _REMEDIES = {
     403: "you have no permission: open its page while logged in, accept its terms, or ask its owner",
     404: "there is no such data set: take owner/name from the address of its page",
 }
-# Of an OpenNeuro data set its tables are downloaded and, with their subject, its T1-weighted scans.
-_WANTED = re.compile(
-    r"participants\.(tsv|json)|dataset_description\.json|sessions\.json|sub-[^/]+/sub-[^/]+_sessions\.(tsv|json)"
-    r"|(?P<who>sub-[^/]+)/(ses-[^/]+/)?anat/sub-[^/]+_T1w\.nii(\.gz)?"
+# Of an OpenNeuro data set its tables are downloaded and, with their subject, its scans.
+_TABLES = (
+    r"participants\.(tsv|json)|dataset_description\.json|sessions\.json|dwi\.(bval|bvec)"
+    r"|sub-[^/]+/sub-[^/]+_sessions\.(tsv|json)"
 )
+_SCANS = r"(?P<who>sub-[^/]+)/(ses-[^/]+/)?(anat|dwi|func)/sub-[^/]+_({})\.(nii(\.gz)?|bval|bvec)"
 
 
 def _call_client(
@@ -272,8 +273,9 @@ def fetch_openneuro(
     max_subjects: int = 0,
     base: str = BUCKET,
     columns: Mapping[str, str] | None = None,
+    modalities: Sequence[str] = (),
 ) -> Path:
-    """Download the tables and T1-weighted scans of an OpenNeuro data set, newest snapshot; its folder.
+    """Download the tables and scans of an OpenNeuro data set, newest snapshot; its folder.
 
     Parameters
     ----------
@@ -287,6 +289,8 @@ def fetch_openneuro(
         Address of the bucket.
     columns : mapping
         As `match_scans` takes them: without ages in the table no scan is downloaded.
+    modalities : sequence of str
+        What is taken beside T1-weighted scans.
 
     Raises
     ------
@@ -299,10 +303,12 @@ def fetch_openneuro(
     if not re.fullmatch(r"ds\d{6}", accession):
         raise SourceError(f"openneuro_id = {accession!r}: expected a number such as ds000001.")
     folder = Path(folder) / accession
-    files = _list_once(folder, base, accession)
+    files = _list_once(folder, base, accession, ["T1w", *modalities])
     tables = [file for file in files if not file["subject"]]
     scans = [file for file in files if file["subject"]]
-    if not scans or not any(table["path"] == "participants.tsv" for table in tables):
+    if not any("_T1w." in scan["path"] for scan in scans) or not any(
+        table["path"] == "participants.tsv" for table in tables
+    ):
         raise SourceError(f"{accession} lacks T1-weighted scans or participants.tsv: choose another one.")
     _fetch_keys(tables, folder, base)
     read_participants(folder / "participants.tsv", folder, columns or {})  # no ages, no download of scans
@@ -331,19 +337,22 @@ def read_openneuro_terms(folder: Path) -> Terms:
     return replace(TERMS["openneuro"], **{fact: text for fact, text in facts.items() if text})
 
 
-def _list_once(folder: Path, base: str, accession: str) -> list[dict[str, Any]]:
+def _list_once(folder: Path, base: str, accession: str, modalities: Sequence[str]) -> list[dict[str, Any]]:
     """Tables and scans, kept beside the data: a second run asks nothing and sees the same snapshot."""
+    suffixes = list(dict.fromkeys(name.split("-")[0] for name in modalities))
     kept = folder / ".listing.json"
-    files = read_notes(kept).get("files")
+    notes = read_notes(kept)
+    known = re.compile(f"{_TABLES}|{_SCANS.format('|'.join(suffixes))}")
+    files = notes.get("files") if {*suffixes} <= {*notes.get("suffixes", ["T1w"])} else None
     if files is None:
         files = list(_list_bucket(base, accession, folder))
         if not files:
             raise SourceError(f"There is nothing under {accession} in the bucket {base}: check openneuro_id.")
-        wanted = [(file, _WANTED.fullmatch(file["path"])) for file in files]
+        wanted = [(file, known.fullmatch(file["path"])) for file in files]
         files = [file | {"subject": match["who"] or ""} for file, match in wanted if match]
         with explain_disk(folder):
-            write_json({"files": files}, kept)
-    return files
+            write_json({"files": files, "suffixes": suffixes}, kept)
+    return [file for file in files if known.fullmatch(file["path"])]
 
 
 def _list_bucket(base: str, accession: str, folder: Path) -> Iterator[dict[str, Any]]:

@@ -116,16 +116,16 @@ def match_scans(
     if all(match.row is None for match in matches):
         raise SourceError(_nothing_fits(images, rows, matches, path))
     reasons = images.assign(reason=[match.reason for match in matches])
-    unmatched = [images.attrs["left_out"], reasons[reasons["reason"] != ""]]
-    unmatched = pd.concat([frame[["image", "reason"]] for frame in unmatched], ignore_index=True)
-    every = pd.concat([images, images.attrs["left_out"]])
+    every = pd.concat([images.attrs["left_out"], reasons], ignore_index=True)
     cohort, paired, told = pair_modalities(_join_rows(images, rows, matches, source), every, modalities)
-    unmatched["reason"] = [
-        paired.get(*pair) for pair in zip(unmatched["image"], unmatched["reason"], strict=True)
-    ]
+    if cohort.empty:
+        others = ", ".join(modalities)
+        raise SourceError(f"All images with a row are of {others}; these need the T1w scan of their session.")
+    every["reason"] = every["image"].map(paired).fillna(every["reason"])
+    unmatched = every.loc[every["reason"] != "", ["image", "reason"]].reset_index(drop=True)
     return FolderCohort(
         _write_relative(cohort, root),
-        _write_relative(unmatched[unmatched["reason"] != ""], root),
+        _write_relative(unmatched, root),
         _list_unmatched_rows(rows, matches),
         [*images.attrs["notes"], *notes, *_notes_on_matching(rows, matches), *told],
         [path, *sorted(data_dir.glob("sub-*/sub-*_sessions.tsv"))],

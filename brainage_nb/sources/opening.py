@@ -92,7 +92,8 @@ class SourceSettings:
     ixi_images_url, ixi_table_url : str
         Addresses of IXI-T1.tar and IXI.xls, mirrors separated by blanks; empty: the publisher's (source ixi).
     ixi_md5 : str
-        MD5 of IXI-T1.tar, or none; empty: the one on record for the publisher's (source ixi).
+        MD5 of IXI-T1.tar, or none (of all archives); empty: the one on record for the publisher's
+        (source ixi).
     download_dir : str
         Folder for downloads; empty: downloads in the workspace.
     keep_archives : bool
@@ -302,7 +303,8 @@ def _bring_ixi(settings: SourceSettings, downloads: Path, root: Path) -> Place:
         IXI_MORE[name] for name in settings.further_modalities if name in IXI_MORE
     )
     for name, md5 in archives.items():
-        archive, checksum = folder / name, f"md5:{md5}" if md5 not in ("", "none") else ""
+        archive = folder / name
+        checksum = f"md5:{md5}" if md5 and settings.ixi_md5 != "none" else ""
         if not find_unpacked(folder / "images", name):
             fetch([url.replace("IXI-T1.tar", name) for url in addresses], archive, checksum=checksum)
         left_out += unpack(archive, folder / "images", delete=not settings.keep_archives)
@@ -311,6 +313,7 @@ def _bring_ixi(settings: SourceSettings, downloads: Path, root: Path) -> Place:
 
 def _bring_openneuro(settings: SourceSettings, downloads: Path, root: Path) -> Place:
     how = {"max_subjects": settings.max_subjects, "columns": settings.columns}
+    how["modalities"] = settings.further_modalities
     base = settings.openneuro_url or BUCKET
     folder = fetch_openneuro(downloads / "openneuro", settings.openneuro_id, base=base, **how)
     table, label = folder / "participants.tsv", f"openneuro {folder.name}"

@@ -19,7 +19,16 @@ from brainage_nb.demo.cohort import (
     mean_predictor_mae,
     oracle_mae,
 )
-from brainage_nb.demo.scans import SITES, aged_head, displacement, place_scan, planted_anatomy, sample_head
+from brainage_nb.demo.scans import (
+    CONTRASTS,
+    SITES,
+    acquire_again,
+    aged_head,
+    displacement,
+    place_scan,
+    planted_anatomy,
+    sample_head,
+)
 from brainage_nb.tables.participants import read_table
 from brainage_nb.workspace import read_csv, sha256_of
 
@@ -223,3 +232,30 @@ def test_the_figure_shows_the_heads_asked_for(folder, truth):
     shown = [ax for ax in figure.axes if ax.images]
     assert len(shown) == 9 and len(figure.axes) == 13
     assert next(ax.get_title() for ax in shown if ax.get_title()).startswith(f"age {truth['age'].min():.0f}")
+
+
+def test_a_t2w_scan_shows_the_same_head_moved_and_the_t1w_scan_stays_as_it_was(folder, truth, tmp_path):
+    made = make_demo_cohort(tmp_path / "both", 1, SEED, voxel_mm=2, n_jobs=1, modalities=("T1w", "T2w"))
+    row = truth[truth["subject_id"] == "0001"].iloc[0].fillna("").to_dict()
+    t1w, t2w = (nib.as_closest_canonical(nib.load(made / image_path(row, name))) for name in ("T1w", "T2w"))
+    assert sha256_of(made / image_path(row)) == sha256_of(folder / image_path(row))
+    moved = acquire_again(row, SEED, "T2w", 2)
+    assert 0.2 < np.abs(moved["pitch_deg"] - row["pitch_deg"]) < 6
+    fluid, white = [], []
+    for image, about in ((t1w, row), (t2w, moved)):  # the same points of the template in both
+        head = np.asanyarray(image.dataobj)
+        to_scan = np.linalg.inv(place_scan(about)[2])
+        at = [(to_scan @ [x, y, z, 1])[:3].round().astype(int) for x, y, z in ((-6, -20, 20), (-28, -30, 26))]
+        fluid.append(head[tuple(at[0])])
+        white.append(head[tuple(at[1])])
+    assert fluid[0] < 0.7 * white[0] and fluid[1] > 1.3 * white[1]
+
+
+@pytest.mark.parametrize("modality", CONTRASTS)
+def test_lesions_are_far_clearer_than_on_a_t1w_scan(anatomy, modality):
+    few, many = planted_anatomy(40), planted_anatomy(40) | {"lesions": 0.8}
+    shown = [
+        np.abs(aged_head(anatomy, many, modality=name) - aged_head(anatomy, few, modality=name)).sum()
+        for name in ("T1w", modality)
+    ]
+    assert shown[1] > 1.7 * shown[0]

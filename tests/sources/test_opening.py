@@ -118,6 +118,22 @@ def test_ixi_becomes_a_cohort_and_a_second_run_asks_nothing_of_the_server(loopba
     assert len(loopback.seen) == asked
 
 
+def test_ixis_t2_and_pd_archives_come_beside_t1_where_asked(loopback, ixi, tmp_path, monkeypatch):
+    more = {}
+    for n, (modality, (name, _)) in enumerate(opening.IXI_MORE.items()):
+        tar = tarred({IXI_NAMES[1].replace("-T1", f"-{name[4:6]}"): nifti(10 + n)})
+        loopback.put(f"/{name}", tar)
+        more[modality] = (name, hashlib.md5(tar).hexdigest())
+    monkeypatch.setattr(opening, "IXI_MORE", more)
+    opened = open_source("ixi", ixi | {"modalities": "T1w,T2w,PDw"}, tmp_path)
+    found = opened.cohort.set_index("scan_id")[["T2w", "PDw"]]
+    assert found.loc["IXI012"].str.contains("IXI012-HH-1211-(?:T2|PD).nii.gz").all()
+    assert (found.drop(index="IXI012") == "").all(axis=None)
+    asked = len(loopback.seen)
+    open_source("ixi", ixi | {"modalities": "T1w,T2w,PDw"}, tmp_path)
+    assert len(loopback.seen) == asked
+
+
 def test_ixi_through_faults_comes_out_the_same(loopback, ixi, tmp_path):
     loopback.pages["/IXI-T1.tar"].faults = [503, ("cut", 9000), ("cut", 9000)]
     loopback.pages["/IXI.csv"].faults = [("status", 429, {"Retry-After": "0"}, b"")]
@@ -205,7 +221,7 @@ DATASET = {
     b'"DatasetDOI": "doi:10.18112/openneuro.ds000999.v1"}',
     **{f"sub-{n}/anat/sub-{n}_T1w.nii.gz": nifti(int(n)) for n in ("01", "02", "03")},
     "sub-10/ses-a/anat/sub-10_ses-a_T1w.nii.gz": nifti(10),
-    "sub-01/anat/sub-01_T2w.nii.gz": b"never fetched",
+    "sub-01/anat/sub-01_T2w.nii.gz": nifti(21),
     "sub-01/func/sub-01_task-rest_bold.nii.gz": b"never fetched",
     "derivatives/fmriprep/sub-01/anat/sub-01_T1w.nii.gz": b"never fetched",
 }
@@ -232,6 +248,14 @@ def test_openneuro_takes_tables_and_t1w_scans_only(loopback, bucket, tmp_path):
     asked = len(loopback.seen)
     open_source("openneuro", parameters, tmp_path)
     assert len(loopback.seen) == asked
+
+
+def test_openneuro_fetches_other_modalities_where_they_are_asked_for_later(bucket, tmp_path):
+    parameters = {"openneuro_id": "ds000999", "openneuro_url": bucket.url}
+    assert "T2w" not in open_source("openneuro", parameters, tmp_path).cohort
+    found = open_source("openneuro", parameters | {"modalities": "T1w,T2w"}, tmp_path)
+    assert found.cohort["T2w"].str.contains("sub-01_T2w").tolist() == [True, False, False]
+    assert "T2w" not in open_source("openneuro", parameters, tmp_path).cohort
 
 
 def test_openneuro_takes_the_first_subjects_only_where_asked(bucket, tmp_path):
@@ -668,7 +692,8 @@ def test_another_table_is_refused_by_name(tmp_path, source):
 
 
 def test_the_demo_is_read_like_anyone_s_data(tmp_path, monkeypatch):
-    def make_demo_cohort(folder, n_subjects, seed, voxel_mm):
+    def make_demo_cohort(folder, n_subjects, seed, voxel_mm, modalities):
+        assert modalities == ("T1w",)
         for session in ("01", "02"):
             scan = folder / "sub-0001" / "anat" / f"sub-0001_ses-{session}_T1w.nii.gz"
             scan.parent.mkdir(parents=True, exist_ok=True)
