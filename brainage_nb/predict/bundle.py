@@ -380,18 +380,6 @@ class FusedBundle(Bundle):
         facts = {"missing": " and ".join(missing), "used": " and ".join(part["modalities"])}
         return [Caution.of("fused_from_fewer", **facts, width=width, usual=usual)]
 
-    def trained_on(self, subject_ids: Sequence[str]) -> list[bool]:
-        """Which of these subjects any of its models was trained or chosen on."""
-        return [
-            any(found) for found in zip(*(one.trained_on(subject_ids) for one in self.members), strict=True)
-        ]
-
-    def trained_on_files(self, files: Sequence[Path | str]) -> list[bool]:
-        """Which of these files, byte for byte, were among the training scans of any of its models."""
-        return [
-            any(found) for found in zip(*(one.trained_on_files(files) for one in self.members), strict=True)
-        ]
-
 
 def read_calibration(
     manifest: Mapping[str, Any],
@@ -443,15 +431,11 @@ def load_bundle(source: Path | str | IO[bytes], device: str = "cpu", *, max_byte
     first, said = members[0], [member["modality"] for member in files.manifest["members"]]
     if said != [member.settings.modality for member in members]:
         raise BundleError(f"{files.name}: its models read other scans than {MANIFEST} says. Copy it again.")
-    manifest = {name: first.manifest[name] for name in ("training", "seen")} | files.manifest
-    own = {
-        "manifest": manifest,
-        "model": first.model,
-        "settings": first.settings,
-        "reference": first.reference,
-    }
-    correction, interval = read_calibration(manifest)
-    return FusedBundle(**own, correction=correction, interval=interval, members=members)
+    seen, *before = [people for member in members for people in all_seen(member.manifest)]
+    learned = {"training": first.manifest["training"], "seen": seen, "seen_before": before}
+    calibration = read_calibration(files.manifest)
+    parts = (first.model, first.settings, *calibration, first.reference, members)
+    return FusedBundle(files.manifest | learned, *parts)
 
 
 def _build(files: BundleFiles, place: torch.device | str) -> Bundle:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from brainage_nb.bundle_format import BundleError, open_bundle, zip_bundle
+from brainage_nb.bundle_format import BundleError, all_seen, open_bundle, zip_bundle
 from brainage_nb.cli import main
 from brainage_nb.evaluation.evaluate import evaluate_runs
 from brainage_nb.models.network import list_training_people, load_pretrained
@@ -210,6 +210,6 @@ def test_a_changed_fused_bundle_is_refused_in_words(place, tmp_path, sentence):
 
 
 def test_no_training_starts_from_it_but_its_people_are_known(place):
-    assert len(list_training_people(place)) == 2
+    assert len(list_training_people(place)) == 2 == len(all_seen(load_bundle(place).manifest))
     with pytest.raises(ValueError, match="no single network"):
         load_pretrained(networks()[0], place)
