@@ -19,7 +19,7 @@ $(READY): pyproject.toml
 	  { echo "Python 3.11, 3.12 or 3.13 is needed; $(PYTHON) is $$($(PYTHON) -V). Try: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[app,cluster,data,dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[app,cluster,completion,data,dev]'
 	@touch $(READY)
 
 demo: $(READY)  ## the whole way on the embedded known-answer cohort, in minutes, into workspace/demo
@@ -32,7 +32,7 @@ pretrain: $(READY)  ## a bundle to start from (init_from), trained on 600 artifi
 	  -p recipe=best -p spacing_mm=4 -p size=48 -p epochs=30
 
 test: $(READY) lint  ## lint, layers, twins, unit tests, and every notebook executed with smoke values
-	$(BIN)/pytest -n auto -m "not slow"
+	$(BIN)/pytest -n auto --dist loadfile -m "not slow"
 	rm -rf $(SMOKE)
 	$(BIN)/pytest --nbmake --nbmake-timeout=900 notebooks
 
@@ -50,6 +50,19 @@ notebooks: $(READY)  ## regenerate notebooks/*.ipynb from notebooks/src/*.py
 
 pictures: demo  ## remake the README's pictures from the demo
 	$(BIN)/python docs/make_pictures.py $(DEMO)
+
+.PHONY: docs
+DOCS_READY := .venv/.docs-ready
+
+docs: $(DOCS_READY) $(DEMO)/results/07_predict_and_explain.json  ## the site, from the executed demo, into build/site/html
+	$(BIN)/python docs/build_site.py $(DEMO) build/site
+
+$(DOCS_READY): pyproject.toml | $(READY)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[docs]'
+	@touch $(DOCS_READY)
+
+$(DEMO)/results/07_predict_and_explain.json:
+	$(MAKE) demo
 
 bench: $(READY)  ## run every benchmark; tables on screen, JSON under benchmarks/out (QUICK=1 for short forms)
 	$(BIN)/python benchmarks/run_all.py $(if $(QUICK),--quick)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import platform
+import shutil
 import signal
+import socket
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from brainage_nb import __version__, pipeline
 from brainage_nb.parameters import ParameterError, format_value, split_items
 from brainage_nb.pipeline import NotebookFailed, NotebookPaused
+from brainage_nb.platforms import version_of
 from brainage_nb.workspace import (
     MissingInput,
     Workspace,
@@ -34,13 +38,36 @@ if TYPE_CHECKING:
 
 STATUS = {ParameterError: 2, FileNotFoundError: 2, NotebookPaused: 75, NotebookFailed: 1, OSError: 1}
 """What a command ends with for an error; 0 is well, 130 interrupted."""
+EPILOG = """\
+first steps:
+  brainage-nb run --workspace demo    the whole way, on artificial heads
+  brainage-nb run -p source=folder -p data_dir=scans -p table=ages.csv
+  brainage-nb list 01                 what can be set in a notebook
+  brainage-nb predict head.nii.gz     the age of one new scan
+
+Without --workspace everything is written to
+  {place}
+($BRAINAGE_WORKSPACE names another folder.) `brainage-nb run --help` and so on
+show the options of each command.
+
+exit status: 0 well, 1 failed, 2 wrong usage, 75 paused, 130 interrupted"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 well, 1 a notebook failed, 2 wrong usage, 75 paused."""
-    options = _make_parser().parse_args(arguments)
+    options, unknown = _make_parser().parse_known_args(arguments)
     try:
-        return options.command(options)
+        if unknown:
+            raise ParameterError(
+                f"{' '.join(unknown)}: there is no such option. Values go as -p name=value; "
+                "`brainage-nb --help` and, for one, `brainage-nb run --help` show what is known."
+            )
+        status = options.command(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # as a shell names it
     except tuple(STATUS) as error:
         print(f"brainage-nb: {error}", file=sys.stderr)
         return next(status for kind, status in STATUS.items() if isinstance(error, kind))
@@ -53,26 +80,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="brainage-nb", description="From T1 scans and ages to an evaluated brain-age model."
+        prog="brainage-nb",
+        description="From T1 scans and ages to an evaluated brain-age model.",
+        epilog=EPILOG.format(place=locate_workspace()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="command")
-    for add_command in (_add_run, _add_list, _add_predict, _add_app):
+    parser.add_argument("--version", action=_ShowVersions, nargs=0, help="show versions and exit")
+    parser.set_defaults(command=lambda _: parser.print_help() or 2)
+    commands = parser.add_subparsers(metavar="command")
+    for add_command in (_add_run, _add_list, _add_predict, _add_app, _add_completion):
         add_command(commands)
     return parser
 
 
+class _ShowVersions(argparse.Action):
+    """Versions of this package and of what decides its results, looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        others = ", ".join(f"{name} {version_of(name)}" for name in ("torch", "monai", "numpy", "pandas"))
+        python = f"Python {platform.python_version()} on {platform.platform()}"
+        print(f"brainage-nb {__version__} ({python}; {others})")
+        parser.exit()
+
+
 def _add(commands: Any, call: Callable[..., int], name: str, told: str, *examples: str) -> Any:
     """Add a command whose help ends with examples."""
+    lines = [f"  brainage-nb {name} {example}".rstrip() for example in examples]
     command = commands.add_parser(
         name,
         help=told,
         description=f"{told[0].upper()}{told[1:]}.",
-        epilog="examples:\n" + "\n".join(f"  brainage-nb {name} {example}" for example in examples),
+        epilog="\n".join(["examples:", *lines]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(command=call)
     return command
+
+
+def _default_place() -> str:
+    return str(locate_workspace()).replace("%", "%%")  # argparse fills in what follows a %
 
 
 # --- run and list ---------------------------------------------------------------------------------------
@@ -88,8 +134,8 @@ def _add_run(commands: Any) -> None:
         "-p source=folder -p data_dir=scans -p table=ages.csv --dry-run",
         "--from 04 --to 04 -p epochs=40 -p weight_decay=1e-3",
     )
-    place = str(locate_workspace()).replace("%", "%%")  # argparse fills in what follows a %
-    run.add_argument("--workspace", default="", help=f"folder for everything written (default: {place})")
+    told = f"folder for everything written (default: {_default_place()})"
+    run.add_argument("--workspace", default="", metavar="FOLDER", help=told)
     run.add_argument("--from", dest="first", default="", metavar="NN", help="first notebook, as 02")
     run.add_argument("--to", dest="last", default="", metavar="NN", help="last notebook, as 04")
     run.add_argument("--again", action="store_true", help="run also what is done")
@@ -115,9 +161,12 @@ def run_command(options: argparse.Namespace) -> int:
     if options.dry_run:
         there = Workspace(locate_workspace(root))
         plan = pipeline.plan_run(notebooks, there, overrides, again=options.again)
+        print(f"Workspace: {there.root}{'' if there.root.exists() else ' (would be made)'}")
         for notebook, values, done in plan:
-            lines = "".join(f"\n      {name} = {value!r}" for name, value in values.items())
-            print(f"{notebook.name}: {'done before, nothing to do' if done else f'would run with{lines}'}")
+            given = [f"\n      {name} = {value!r}" for name, value in values.items() if name != "workspace"]
+            how = f"would run with{''.join(given)}" if given else "would run with its defaults"
+            print(f"{notebook.name}: {'done before, nothing to do' if done else how}")
+        print("Nothing was run or written; without --dry-run it is.")
         return 0
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
@@ -133,6 +182,7 @@ def run_command(options: argparse.Namespace) -> int:
 
 def list_command(options: argparse.Namespace) -> int:
     """Print each notebook with its parameters: name, default, meaning, choices."""
+    width = min(110, shutil.get_terminal_size().columns)
     for notebook in pipeline.find_notebooks(options.notebook, options.notebook):
         print(notebook.name)
         cell = notebook.cell_parameters()
@@ -140,7 +190,7 @@ def list_command(options: argparse.Namespace) -> int:
             choices = f" ({item.expected})" if item.choices else ""
             mark = " " if name in cell else "+"
             line = f"{mark} {name:<22} {format_value(item.default) or '-':<14} {item.comment}{choices}"
-            print(textwrap.fill(line, 110, subsequent_indent=" " * 40))
+            print(textwrap.fill(line, width, subsequent_indent=" " * 40))
         print()
     print('+ is set by -p name=value too, and in a notebook by more = "name=value name=value".')
     return 0
@@ -157,20 +207,22 @@ def _add_predict(commands: Any) -> None:
         "predict the age of scans with a saved model",
         "head.nii.gz",
         "scans/ --table ages.csv --out results.csv",
-        "head.nii.gz --bundle workspace/runs/resnet18/bundle --explain",
-        "t1.nii.gz --bundle workspace/runs/fused/bundle --also T2w=t2.nii.gz",
+        "head.nii.gz --bundle W/runs/resnet18/bundle --explain",
+        "t1.nii.gz --bundle W/runs/fused/bundle --also T2w=t2.nii.gz",
     )
     predict.add_argument("scans", nargs="+", metavar="SCAN", help="NIfTI or MGH file, or a folder of them")
-    told = "bundle folder or .zip (default: the newest in the workspace)"
-    predict.add_argument("--bundle", default="", help=told)
+    told = f"bundle folder or .zip (default: the newest in {_default_place()})"
+    predict.add_argument("--bundle", default="", metavar="PLACE", help=told)
     told = "another scan of the same session, for a fused model (repeatable)"
     predict.add_argument("--also", action="append", default=[], metavar="T2w=SCAN", help=told)
     told = "table with true ages (CSV, TSV, XLS, XLSX), for the gaps"
-    predict.add_argument("--table", default="", help=told)
-    predict.add_argument("--out", default="", help="write the results to this CSV file")
+    predict.add_argument("--table", default="", metavar="FILE", help=told)
+    told = "write the results to this CSV file"
+    predict.add_argument("--out", default="", metavar="FILE", help=told)
     told = "write a heat map in years (NIfTI, PNG) of each scan beside the results: seconds to minutes"
     predict.add_argument("--explain", action="store_true", help=told)
-    predict.add_argument("--jobs", type=int, default=0, help="scans prepared at once (default: processors)")
+    told = "scans prepared at once (default: processors)"
+    predict.add_argument("--jobs", type=int, default=0, metavar="N", help=told)
     told = "where the model computes (default auto: a GPU where one works and there are many scans)"
     predict.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=told)
 
@@ -184,6 +236,8 @@ def predict_command(options: argparse.Namespace) -> int:
     from brainage_nb.predict.cautions import Prediction
     from brainage_nb.predict.explain import explain
 
+    if options.out and Path(options.out).is_dir():
+        raise ParameterError(f"--out {options.out} is a folder: name the CSV file in it.")
     try:
         scans = find_scans(options.scans)
         also = read_also(options.also, len(scans))
@@ -254,10 +308,8 @@ def find_newest_bundle() -> Path:
 
     found, damaged = find_bundles()
     if not found:
-        none = (
-            "No bundle was named and none lies in the workspace. Give --bundle, or make one: `make demo`, or"
-        )
-        raise MissingInput(" ".join([*damaged, f"{none} notebook 04 or 05."]))
+        none = f"No bundle was named and none lies in the workspace {locate_workspace()}. Give --bundle, or"
+        raise MissingInput(" ".join([*damaged, f"{none} make one with `brainage-nb run --to 04`."]))
     for sentence in damaged:
         print(f"Left out: {sentence}")
     return found[0]
@@ -329,8 +381,9 @@ def _print_details(bundle: Bundle, frame: pd.DataFrame) -> None:
 def _add_app(commands: Any) -> None:
     told = "open the prediction app in a browser"
     app = _add(commands, app_command, "app", told, "", "--bundle model.zip --port 8600 --no-browser")
-    app.add_argument("--bundle", default="", help="bundle to offer first (default: those of the workspace)")
-    app.add_argument("--port", type=int, default=8501, help="port (default: 8501)")
+    told = f"bundle to offer first (default: those of {_default_place()})"
+    app.add_argument("--bundle", default="", metavar="PLACE", help=told)
+    app.add_argument("--port", type=int, default=8501, metavar="N", help="port (default: 8501)")
     app.add_argument("--no-browser", action="store_true", help="only serve; do not open a browser")
 
 
@@ -338,6 +391,12 @@ def app_command(options: argparse.Namespace) -> int:
     """Serve the app on this machine until this process is ended, which ends the server too."""
     from brainage_nb.bundle_format import BundleError, open_bundle
 
+    if not 0 < options.port < 65536:
+        raise ParameterError(f"--port {options.port}: expected 1 to 65535, as 8501.")
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", options.port)) == 0:
+            place = f"http://127.0.0.1:{options.port}"
+            raise ParameterError(f"Something is served at {place} already; open it, or give another --port.")
     try:
         from streamlit.web import cli as streamlit
 
@@ -371,6 +430,36 @@ def app_arguments(port: int, bundle: str = "", *, browser: bool = False) -> list
     script = Path(__file__).parent / "apps" / "streamlit_app.py"
     given = ["--", "--bundle", str(Path(bundle).absolute())] if bundle else []
     return ["run", str(script), *(f"--{name}={value}" for name, value in settings.items()), *given]
+
+
+# --- completion -----------------------------------------------------------------------------------------
+
+
+def _add_completion(commands: Any) -> None:
+    told = "print a script with which a shell completes commands, options and parameters"
+    examples = ("bash >> ~/.bash_completion", "zsh > ~/.zfunc/_brainage-nb")
+    command = _add(commands, completion_command, "completion", told, *examples)
+    command.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell")
+
+
+def completion_command(options: argparse.Namespace) -> int:
+    """Print the script; parameters of the notebooks are those of this release."""
+    try:
+        import shtab
+    except ImportError:
+        raise ParameterError("shtab is not installed. Run: pip install 'brainage-nb[completion]'") from None
+    names = dict.fromkeys(name for one in pipeline.find_notebooks() for name in one.parameters())
+    parser = _make_parser()
+    for command in parser._subparsers._group_actions[0].choices.values():
+        for action in command._actions:
+            if action.dest in ("scans", "bundle", "table", "out", "workspace"):
+                action.complete = shtab.FILE
+            elif action.metavar == "NN":
+                action.choices = [notebook.number for notebook in pipeline.find_notebooks()]
+            elif action.dest == "parameters":
+                action.choices = [f"{name}=" for name in names]
+    print(shtab.complete(parser, options.shell))
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ import ast
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,6 +48,16 @@ if TYPE_CHECKING:
     from jupyter_client.manager import KernelManager
 
 END_OF_GROUP = "import os, sys; sys.stdin.read(); os.killpg(int(sys.argv[1]), 9)"  # Windows has no groups
+
+NEEDS = {
+    "02_data_cleaning": "cohort.csv",
+    "03_preprocessing_preview": "splits.csv",
+    "04_train_resnet18": "volumes/current",
+    "05_train_vgg16_svr": "volumes/current",
+    "06_evaluate": "runs",
+}
+"""What a notebook cannot start without, in the workspace."""
+EVERY_S = 60.0  # seconds between two lines of progress where no terminal shows it live
 
 PATHS = ("bundle", "external", "init_from", "scan", "vgg_weights")  # must exist before a kernel starts
 
@@ -153,6 +165,8 @@ def find_notebooks(first: str = "", last: str = "") -> list[Notebook]:
             raise ParameterError(
                 f"There is no notebook {asked}. There are: {', '.join(n.name for n in every)}."
             )
+    if lowest > highest:
+        raise ParameterError(f"From notebook {first} to {last} there is none; the first number is the lower.")
     return [notebook for notebook in every if lowest <= notebook.number <= highest]
 
 
@@ -183,7 +197,8 @@ def plan_run(
 ) -> list[tuple[Notebook, dict[str, Any], dict[str, Any] | None]]:
     """Each notebook with the lines of its cell and, where it is done and need not run, its result.
 
-    Once one has to run, all after it have to; `ParameterError` where one of those would refuse its values.
+    Once one has to run, all after it have to; `ParameterError` where one of those would refuse its values,
+    `MissingInput` where the first needs what an earlier notebook makes.
     """
     plan: list[tuple[Notebook, dict[str, Any], dict[str, Any] | None]] = []
     for notebook in notebooks:
@@ -192,6 +207,8 @@ def plan_run(
         result = _find_result(notebook, workspace, values) if all_done else None
         if result is None:
             notebook.check(overrides)
+            if not plan and notebook.name in NEEDS:
+                workspace.need(NEEDS[notebook.name])
         plan.append((notebook, values, result))
     return plan
 
@@ -216,7 +233,8 @@ def run_notebooks(
     again : bool
         Run also what is done.
     say : callable
-        Receives one line of progress at a time.
+        Receives one line of progress at a time: of a notebook that runs, one a minute, but for a terminal,
+        which shows it live.
 
     Returns
     -------
@@ -247,7 +265,7 @@ def run_notebooks(
                 say(f"{head}: done before with the same parameters, nothing to do")
             else:
                 say(f"{head}: running")
-                done = _execute(notebook, workspace, values, use)
+                done = _execute(notebook, workspace, values, use, say)
                 figures = "".join(f"\n      {name}: {value}" for name, value in done["figures"].items())
                 say(f"{head}: complete in {done['duration_s']:.0f} s{figures}")
             results.append(done)
@@ -290,12 +308,60 @@ def _check_whole(path: Path) -> None:
             read_json(file)
 
 
-def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any], use: Use) -> dict[str, Any]:
+class _Progress:
+    """Where the notebook that runs is: one line of the terminal, rewritten, or else a line a minute.
+
+    Of the notebook's progress bars, which papermill writes into this as a file, the last state is shown
+    without the bar itself: `resnet18: 40% 120/300 [02:10<03:15, 1.08s/step, epoch 6/15, ...]`.
+    """
+
+    def __init__(self, say: Callable[[str], Any], n_cells: int):
+        self.say, self.n_cells, self.title = say, n_cells, ""
+        self.live, self.said = sys.stderr.isatty(), time.monotonic()
+
+    def start_cell(self, cell: Mapping[str, Any], cell_index: int) -> None:
+        """Take in that this cell begins, and under which heading."""
+        if cell["cell_type"] == "markdown":
+            self.title = (re.findall(r"^#+ *(.*)", cell["source"], flags=re.M) or [self.title])[-1]
+        self.show(f"cell {cell_index + 1} of {self.n_cells}: {self.title}")
+
+    def write(self, text: str) -> None:
+        """Take in what the notebook writes to stderr; after a carriage return stands a bar's new state."""
+        states = [re.sub(r" *\|.*?\|", "", state).strip() for state in text.split("\r")[1:]]
+        if states := list(filter(None, states)):
+            self.show(states[-1])
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def show(self, state: str) -> None:
+        """Rewrite the terminal's line; elsewhere say it, if the last one is a minute old."""
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r{state[:width]:<{width}}", end="\r", file=sys.stderr, flush=True)
+        elif time.monotonic() - self.said >= EVERY_S:
+            self.say(f"      {state}")
+            self.said = time.monotonic()
+
+    def end(self) -> None:
+        """Clear the terminal's line."""
+        if self.live:
+            self.show("")
+
+
+def _execute(
+    notebook: Notebook,
+    workspace: Workspace,
+    values: Mapping[str, Any],
+    use: Use,
+    say: Callable[[str], Any],
+) -> dict[str, Any]:
     import papermill
     from papermill.exceptions import PapermillExecutionError
 
     workspace.path("results", f"{notebook.name}.json").unlink(missing_ok=True)
     output = workspace.path("executed", f"{notebook.name}.ipynb")
+    progress = _Progress(say, len(notebook.cells()) + 1)  # papermill adds a cell with the parameters
     try:
         with explain_write_errors(output), _kernel({COVERED: use.record["token"]}) as kernel:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -305,11 +371,13 @@ def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
                 parameters=dict(values),
                 kernel_name="python3",
                 km=kernel,
-                progress_bar=sys.stderr.isatty(),
+                progress_bar=False,
+                stderr_file=progress,
+                on_cell_start=progress.start_cell,
                 request_save_on_cell_execute=True,
             )
     except PapermillExecutionError as error:
-        raise NotebookFailed(_describe_failure(notebook, error, output)) from error
+        raise NotebookFailed(_describe_failure(notebook, error, progress.title, output)) from error
     except RuntimeError as error:  # nbclient's DeadKernelError, or a kernel that never came up
         raise NotebookFailed(
             f"{notebook.name}: the kernel died ({error}), most often for want of memory. "
@@ -319,6 +387,7 @@ def _execute(notebook: Notebook, workspace: Workspace, values: Mapping[str, Any]
         use.check()  # not the user's, where another run has taken over
         raise
     finally:
+        progress.end()
         _keep_last_lines(output)
     use.check()
     return _read_ending(notebook, workspace, output)
@@ -399,14 +468,9 @@ def _kernel(environment: Mapping[str, str]) -> Iterator[KernelManager]:
         last.communicate()
 
 
-def _describe_failure(notebook: Notebook, error: Any, output: Path) -> str:
+def _describe_failure(notebook: Notebook, error: Any, title: str, output: Path) -> str:
     """One message of a failed cell: where, what, the error, where to look."""
-    first, title = error.source.strip().partition("\n")[0], ""
-    for cell in notebook.cells():
-        if cell["cell_type"] == "markdown":
-            title = (re.findall(r"^#+ *(.*)", cell["source"], flags=re.M) or [title])[-1]
-        elif cell["source"].strip() == error.source.strip():
-            break
+    first = error.source.strip().partition("\n")[0]
     return (
         f"{notebook.name} stopped in cell {error.exec_count} ({title}), which starts `{first}`:\n"
         f"  {error.ename}: {error.evalue}\n"

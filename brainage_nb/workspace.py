@@ -133,8 +133,9 @@ def explain_write_errors(path: Path | str) -> Iterator[None]:
         raise CannotWrite(
             number,
             f"{path} cannot be written: {UNWRITABLE[number]}. What was there before is unchanged. Make room, "
-            "or choose another folder (for the workspace: the parameter `workspace` or the environment "
-            "variable BRAINAGE_WORKSPACE); then run the same again: finished work is kept.",
+            "or choose another folder (for downloads: download_dir; for the workspace: the parameter "
+            "`workspace` or the environment variable BRAINAGE_WORKSPACE); then run the same again: finished "
+            "work is kept.",
         ) from error
 
 

@@ -32,6 +32,8 @@ def main(workspace: str) -> None:
     steps_figure(steps).savefig(TARGET / "steps.png", dpi=60)
     name = "predicted_vs_true_resnet18.png"
     shutil.copy(ws.path("evaluation", "figures", name), TARGET / name)
+    heat_map = min(ws.path("predictions").glob("*_heat.png"))
+    shutil.copy(heat_map, TARGET / "heat_map.png")
 
 
 if __name__ == "__main__":

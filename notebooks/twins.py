@@ -4,7 +4,8 @@ python notebooks/twins.py                       source -> notebook (what `make n
 python notebooks/twins.py --check               exit 1 where the two disagree, naming them
 python notebooks/twins.py --port NAME.ipynb     bring an edit made in Colab back into the source
 python notebooks/twins.py --repository [O/N]    write repository and version of pyproject.toml (with O/N: that
-                                                repository, there too) into badges, set-up cells and README
+                                                repository, there too) into badges, set-up cells, README,
+                                                CITATION.cff and the package
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent
 RUN_ALL = ROOT / "kaggle" / "run_all" / "run_all.py"
 SOURCES = [*sorted((FOLDER / "src").glob("*.py")), RUN_ALL]
-ADDRESSED = [ROOT / "README.md", ROOT / "colab_setup.sh", *SOURCES]
+NAMING = ("README.md", "CITATION.cff", "colab_setup.sh", "brainage_nb/__init__.py")
+ADDRESSED = [*(ROOT / name for name in NAMING), *SOURCES]
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 
 # The one set-up cell of every notebook. Where the package is absent it runs the set-up script: that of
@@ -170,7 +172,9 @@ def readdressed(text: str, old: str, new: str, tag: str) -> str:
     text = text.replace(old, new)
     text = re.sub(rf"({re.escape(new)}/blob/)[^/]+(/notebooks/)", rf"\g<1>{tag}\g<2>", text)
     text = re.sub(rf"({re.escape(new)} && cd )[\w.-]+", rf"\g<1>{new.split('/')[1]}", text)
-    text = re.sub(r"^VERSION=.*$", f"VERSION={tag.removeprefix('v')}", text, flags=re.M)
+    version = tag.removeprefix("v")
+    text = re.sub(r"^(VERSION=|version: ).*$", rf"\g<1>{version}", text, flags=re.M)
+    text = re.sub(r"^(__version__ = ).*$", rf'\g<1>"{version}"', text, flags=re.M)
     start, end = text.find("# %%\nimport importlib.util\n"), text.find("# %% [markdown]\n# ## Parameters")
     if 0 < start < end:
         text = text[:start] + "# %%\n" + setup_cell() + "\n" + text[end:]

@@ -1,5 +1,6 @@
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -118,6 +119,7 @@ def test_the_device_is_said_and_a_gpu_that_is_not_there_is_refused(tiny, tmp_pat
         (["--bundle", "nowhere.zip", "a.nii"], "No bundle at"),
         (["a.nii"], "No bundle was named"),
         (["--bundle", "nowhere.zip", "empty"], "No NIfTI or MGH image"),
+        (["a.nii", "--out", "empty"], "--out empty is a folder: name the CSV file"),
     ],
 )
 def test_wrong_usage_is_said_and_ends_with_2(arguments, said, tmp_path, monkeypatch, capsys):
@@ -166,20 +168,43 @@ def test_a_dry_run_checks_and_says_what_would_run_and_writes_nothing(tmp_path, c
     assert run(*given, "-p", "spacing_mm=4", "-p", "n_subjects=30") == 0
     said = capsys.readouterr().out
     assert "01_data_access: would run with\n      n_subjects = 30\n" in said and "spacing_mm = 4.0" in said
+    assert said.startswith(f"Workspace: {place} (would be made)\n")
+    assert "02_data_cleaning: would run with its defaults\n" in said
     assert run(*given, "-p", "source=folder", "-p", f"data_dir={tmp_path / 'none'}") == 2
     assert "There is no folder" in capsys.readouterr().err
     assert not place.exists()
 
 
-@pytest.mark.parametrize("command", ["run", "list", "predict", "app"])
+@pytest.mark.parametrize("command", ["", "run", "list", "predict", "app", "completion"])
 def test_each_command_has_examples_that_it_takes_and_names_the_workspace(command, monkeypatch, capsys):
     monkeypatch.setenv("BRAINAGE_WORKSPACE", "/a %place")
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit, match="0"):
-        run(command, "--help")
+        run(*command.split(), "--help")
     help_text = capsys.readouterr().out
-    examples = [line.split()[1:] for line in help_text.split("examples:")[1].splitlines() if line]
-    assert examples and all(cli._make_parser().parse_args(example) for example in examples)
-    assert command != "run" or "default: /a %place" in " ".join(help_text.split())
+    lines = re.findall(r"^  brainage-nb (.*?)(?:   .*| >.*)?$", help_text, flags=re.M)
+    assert lines and all(cli._make_parser().parse_args(line.split()) for line in lines)
+    assert "/a %place" in " ".join(help_text.split()) or command in ("list", "completion")
+    assert max(map(len, help_text.splitlines())) <= 80
+
+
+def test_without_a_command_the_help_is_shown_as_wrong_usage(capsys):
+    assert run() == 2
+    assert "first steps:" in capsys.readouterr().out
+
+
+def test_the_version_names_what_decides_results(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        run("--version")
+    assert re.match(r"brainage-nb \d\S+ \(Python 3.*; torch \d.*, monai \d.*\)\n$", capsys.readouterr().out)
+
+
+def test_a_shell_completes_commands_notebooks_and_parameters(capsys):
+    pytest.importorskip("shtab")
+    assert run("completion", "bash") == 0
+    script = capsys.readouterr().out
+    for word in ("predict", "--dry-run", "04", "weight_decay", "cuda", "_shtab_compgen_files"):
+        assert re.search(rf"[\s'\"]{word}\b", script), word
 
 
 def heads_of_one_name(folder, names=("S1/T1.nii.gz", "S2/T1.nii.gz", "S3/anat/T1.nii.gz")):
@@ -219,6 +244,19 @@ def test_a_map_of_another_scan_is_never_overwritten(tiny, tmp_path, monkeypatch)
 def test_the_app_is_served_to_this_machine_only():
     arguments = cli.app_arguments(8599)
     assert "--server.address=127.0.0.1" in arguments and "--browser.gatherUsageStats=false" in arguments
+
+
+def test_a_port_that_cannot_be_or_is_taken_is_refused_and_a_reader_that_has_enough_is_not_complained_of(
+    capsys,
+):
+    assert run("app", "--port", "99999") == 2
+    assert "expected 1 to 65535" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert run("app", "--port", taken.getsockname()[1]) == 2
+    assert "already; open it, or give another --port" in capsys.readouterr().err
+    command = f"{sys.executable} -m brainage_nb.cli list | head -n 1; echo ${{PIPESTATUS[0]}}"
+    said = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (said.stdout, said.stderr) == ("01_data_access\n141\n", "")
 
 
 def test_a_bundle_the_app_cannot_open_is_said_at_once(tiny, capsys):

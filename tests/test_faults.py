@@ -208,6 +208,7 @@ mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && exec "$2" -m tests.ti
 """
 
 
+@pytest.mark.slow  # test_workspace has what each kind of refusal to write is called
 def test_a_read_only_workspace_is_said_by_who_would_write_and_read_by_the_others(place):
     apart = ["unshare", "-rm"]
     if not shutil.which("unshare") or subprocess.run([*apart, "true"], capture_output=True).returncode:

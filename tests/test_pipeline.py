@@ -49,6 +49,22 @@ def make_notebook(folder, name, body="", ending=ENDING, extra=""):
     return Notebook(folder / f"{name}.ipynb")
 
 
+@pytest.fixture
+def no_kernel(monkeypatch):
+    """Run cells in this process: what is skipped and what runs again is decided outside of kernels."""
+
+    def run_here(notebook, workspace, values, use):
+        workspace.path("results", f"{notebook.name}.json").unlink(missing_ok=True)
+        names = {}
+        for cell in notebook.cells():
+            if cell["cell_type"] == "code":
+                exec(cell["source"], names)
+                names |= values if "parameters" in cell["metadata"].get("tags", []) else {}
+        return workspace.result(notebook.name)
+
+    monkeypatch.setattr(pipeline, "_execute", run_here)
+
+
 def test_parameters_are_read_with_defaults_and_comments(tmp_path):
     found = make_notebook(tmp_path, "01_a").parameters()
     assert [(item.name, item.default) for item in found.values()] == [
@@ -148,6 +164,10 @@ def test_any_text_survives_the_way_through_more(text):
         (["source=folder", "data_dir=HERE/nothing"], "There is no folder .*nothing"),
         (["source=folder", "data_dir=HERE", "table=nothing.csv"], "There is no table nothing.csv"),
         (["source=folder", "data_dir=HERE", "n_subjects=30"], "n_subjects = 30 is not read"),
+        (["source=folder", "data_dir=HERE/notes.txt"], "notes.txt' is a file, and none of .tar.gz"),
+        (["source=folder", "data_dir=HERE/empty"], "No NIfTI or MGZ image lies in .*empty"),
+        (["source=folder", "data_dir=HERE/scans"], "No table lies in .*scans. Set table"),
+        (["source=folder", "data_dir=HERE/scans", "table=HERE/empty"], "empty' is a folder. Set table"),
         (["source=folders"], "Did you mean folder"),
         (["recipe=custom"], "expected one of reference, best"),
         (["brain_only=no"], "brain_only = False cannot be had"),
@@ -161,8 +181,27 @@ def test_the_command_refuses_folders_tables_choices_and_bundles_before_it_starts
     tmp_path, given, told, monkeypatch, capsys
 ):
     monkeypatch.setattr(pipeline, "_execute", None)
+    for name in ("notes.txt", "scans/a.nii.gz", "empty/b.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
     words = [word for item in given for word in ("-p", item.replace("HERE", str(tmp_path)))]
     assert main(["run", "--workspace", str(tmp_path / "ws"), *words]) == 2
+    assert re.search(told, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["--from", "03"], "splits.csv is not in the workspace .*Run notebook 02_data_cleaning first"),
+        (["--from", "05", "--to", "02"], "From notebook 05 to 02 there is none"),
+        (["-p", "epochs", "40"], "40: there is no such option. Values go as -p name=value"),
+    ],
+)
+def test_a_run_that_cannot_begin_is_refused_before_any_kernel_starts(
+    tmp_path, given, told, monkeypatch, capsys
+):
+    monkeypatch.setattr(pipeline, "_execute", None)
+    assert main(["run", "--workspace", str(tmp_path / "ws"), *given]) == 2
     assert re.search(told, capsys.readouterr().err)
 
 
@@ -193,7 +232,7 @@ def test_one_run_name_for_two_training_notebooks_is_refused(tmp_path):
         parse_overrides(["run=y"], notebooks)
 
 
-def test_what_is_done_is_skipped_until_a_parameter_or_an_earlier_notebook_changes(tmp_path):
+def test_what_is_done_is_skipped_until_a_parameter_or_an_earlier_notebook_changes(tmp_path, no_kernel):
     notebooks = [make_notebook(tmp_path, "01_a"), make_notebook(tmp_path, "02_b")]
     ws = open_workspace(tmp_path / "ws")
     said = []
@@ -204,7 +243,6 @@ def test_what_is_done_is_skipped_until_a_parameter_or_an_earlier_notebook_change
     results = run_notebooks(notebooks, ws, {"epochs": 5}, say=said.append)
     assert not any("nothing to do" in line for line in said)
     assert [result["figures"]["epochs"] for result in results] == [5, 5]
-    assert ws.path("executed", "02_b.ipynb").exists()
 
 
 @pytest.mark.parametrize(
@@ -213,7 +251,7 @@ def test_what_is_done_is_skipped_until_a_parameter_or_an_earlier_notebook_change
     + [("table.csv", text) for text in ("", "a,b\n1")]
     + [("table.csv", None)],
 )
-def test_what_a_done_notebook_left_and_is_torn_or_gone_is_made_again(tmp_path, name, content):
+def test_what_a_done_notebook_left_and_is_torn_or_gone_is_made_again(tmp_path, no_kernel, name, content):
     ending = ENDING.replace("figures=", "written=[Path(workspace) / 'table.csv'], figures=")
     body = "from pathlib import Path\n(Path(workspace) / 'table.csv').write_text('a,b\\n1,2\\n')"
     notebook = make_notebook(tmp_path, "01_a", body, ending)
@@ -227,12 +265,15 @@ def test_what_a_done_notebook_left_and_is_torn_or_gone_is_made_again(tmp_path, n
     assert ws.path("table.csv").read_text() == whole
 
 
-def test_a_failing_cell_is_named_with_its_error(tmp_path):
-    notebook = make_notebook(tmp_path, "01_a", body="values = {}\nvalues['age']")
+def test_a_failing_cell_is_named_with_its_error_after_its_progress(tmp_path, monkeypatch):
+    body = "import sys\nprint('\\rstep 1 of 3', file=sys.stderr, flush=True)\nvalues = {}\nvalues['age']"
+    notebook, said = make_notebook(tmp_path, "01_a", body=body), []
+    monkeypatch.setattr(pipeline, "EVERY_S", 0)
     with pytest.raises(
         NotebookFailed, match=r"(?s)01_a stopped in cell 3 \(The middle part\).*KeyError: 'age'"
     ):
-        run_notebooks([notebook], open_workspace(tmp_path / "ws"), {}, say=lambda line: None)
+        run_notebooks([notebook], open_workspace(tmp_path / "ws"), {}, say=said.append)
+    assert said[-2:] == ["      cell 4 of 5: The middle part", "      step 1 of 3"]
 
 
 @pytest.mark.parametrize(
@@ -270,24 +311,9 @@ def test_the_command_line_stops_at_the_first_failure_and_says_so(tmp_path, monke
     assert "passes over the training set" in capsys.readouterr().out
 
 
-def test_a_figure_that_a_later_cell_updates_is_kept_where_it_was_shown(tmp_path):
-    body = """
-import sys
-from IPython.display import display
-for step in range(3):
-    print(step, file=sys.stderr, flush=True)
-    print(step, flush=True)
-shown = display("first", display_id=True)
-"""
-    notebook = make_notebook(tmp_path, "01_a", body, ending="shown.update('second')\n" + ENDING)
-    run_notebooks([notebook], open_workspace(tmp_path / "ws"), {})
-    book = nbformat.read(tmp_path / "ws" / "executed" / "01_a.ipynb", as_version=4)
-    texts = [output["data"]["text/plain"] for cell in book.cells for output in cell.get("outputs", [])
-             if output.output_type == "display_data"]  # fmt: skip
-    assert "'second'" in texts and "'first'" not in texts
-
-
-def test_a_table_edited_after_a_notebook_read_it_runs_that_notebook_and_the_later_ones_again(tmp_path):
+def test_a_table_edited_after_a_notebook_read_it_runs_that_notebook_and_the_later_ones_again(
+    tmp_path, no_kernel
+):
     table, lines = tmp_path / "people.tsv", []
     table.write_text("age\n50\n")
     reading = ENDING.replace("used, ", f"used, read=[{str(table)!r}], ")
@@ -307,21 +333,32 @@ def test_a_table_edited_after_a_notebook_read_it_runs_that_notebook_and_the_late
     assert [line.split(":")[1].split()[0] for line in lines[-3:]] == ["done"] * 3
 
 
-def test_an_executed_notebook_keeps_the_last_state_of_a_progress_bar_only(tmp_path):
+def test_an_executed_notebook_keeps_the_last_state_of_progress_bars_and_of_figures_that_a_later_cell_updates(
+    tmp_path,
+):
     body = """
 import sys, time
+from IPython.display import display
 for step in range(4):
     print(f"\\rstep {step} of 3", end="", file=sys.stderr, flush=True)
     time.sleep(0.05)
 print("\\ndone", file=sys.stderr, flush=True)
-print("one\\ntwo")
+for step in range(3):
+    print(step, file=sys.stderr, flush=True)
+    print(step, flush=True)
+shown = display("first", display_id=True)
 """
     ws = open_workspace(tmp_path / "w")
-    run_notebooks([make_notebook(tmp_path, "01_a", body)], ws, {})
+    run_notebooks([make_notebook(tmp_path, "01_a", body, ending="shown.update('second')\n" + ENDING)], ws, {})
     executed = nbformat.read(ws.path("executed", "01_a.ipynb"), as_version=4)
-    texts = {output.name: output.text for cell in executed.cells for output in cell.get("outputs", [])
-             if output.output_type == "stream"}  # fmt: skip
-    assert texts == {"stderr": "step 3 of 3\ndone\n", "stdout": "one\ntwo\n"}
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    texts = {"stderr": "", "stdout": ""}
+    for output in outputs:
+        if output.output_type == "stream":
+            texts[output.name] += output.text
+    assert texts == {"stderr": "step 3 of 3\ndone\n0\n1\n2\n", "stdout": "0\n1\n2\n"}
+    shown = [output["data"]["text/plain"] for output in outputs if output.output_type == "display_data"]
+    assert "'second'" in shown and "'first'" not in shown
 
 
 def test_a_run_that_ends_well_interrupts_no_kernel(tmp_path, capfd):
@@ -336,6 +373,29 @@ kernel.shell_handlers["kernel_info_request"] = slowly
 """
     run_notebooks([make_notebook(tmp_path, "01_a", body)], open_workspace(tmp_path / "w"), {})
     assert "KeyboardInterrupt" not in "".join(capfd.readouterr())
+
+
+def test_progress_is_shown_live_in_a_terminal_and_once_a_minute_elsewhere(tmp_path, monkeypatch, capsys):
+    bar = "\rnet:   0%|     | 0/90\rnet:  40%|##   | 36/90 [00:12<00:18, epoch 2/5, val MAE 9.1 years]"
+    said = []
+    progress = pipeline._Progress(said.append, 40)
+    progress.write(bar)
+    assert said == []
+    monkeypatch.setattr(pipeline, "EVERY_S", 0)
+    for text in (bar, "a warning\n", "\r   \r"):
+        progress.write(text)
+    assert said == ["      net:  40% 36/90 [00:12<00:18, epoch 2/5, val MAE 9.1 years]"]
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    live = pipeline._Progress(said.append, 40)
+    live.start_cell({"cell_type": "markdown", "source": "## Train\nFor long."}, 7)
+    live.write(bar)
+    live.end()
+    shown = capsys.readouterr().err.split("\r")[1::2]
+    assert [line.strip() for line in shown] == [
+        "cell 8 of 40: Train", "net:  40% 36/90 [00:12<00:18, epoch 2/5", ""
+    ]  # fmt: skip
+    assert {len(line) for line in shown} == {39} and len(said) == 1
 
 
 def test_notebooks_run_in_this_interpreter_whatever_kernels_there_are(tmp_path, monkeypatch):

@@ -1,1 +1,1 @@
-"""Who: tables of people, sources of scans, cleaning, splits and the known-answer cohort."""
+"""Who: scans matched to rows of the table, cohort rules, cleaning and splits."""

@@ -188,8 +188,9 @@ def clean(cohort: pd.DataFrame, facts: pd.DataFrame, rules: CleaningRules | None
 
     Examples
     --------
-    >>> cleaning = clean(cohort, inspect_scans(cohort, ws.resolve), CleaningRules(max_age=95))
-    >>> cleaning.loc[~cleaning["kept"], ["scan_id", "reason", "detail"]]
+    >>> facts = inspect_scans(cohort, ws.resolve)  # doctest: +SKIP
+    >>> cleaning = clean(cohort, facts, CleaningRules(max_age=95))  # doctest: +SKIP
+    >>> cleaning.loc[~cleaning["kept"], ["scan_id", "reason", "detail"]]  # doctest: +SKIP
     """
     rules, scans = rules or CleaningRules(), _join(cohort, facts)
     reasons: dict[str, tuple[str, str]] = {}

@@ -33,7 +33,7 @@ def age_histogram(ax: Axes, cohort: pd.DataFrame, by: str = "sex") -> Axes:
 
     Examples
     --------
-    >>> age_histogram(plt.subplot(), cohort, by="site")
+    >>> age_histogram(plt.subplot(), cohort, by="site")  # doctest: +SKIP
     """
     group = cohort[by].fillna("").astype(str) if by in cohort else pd.Series("", index=cohort.index)
     rows = cohort.assign(group=group)[np.isfinite(cohort["age"].astype(float))]
@@ -74,8 +74,8 @@ def flagged_montage(
 
     Examples
     --------
-    >>> figure, axes = plt.subplots(2, 6)
-    >>> flagged_montage(axes, cleaning, ws.resolve)
+    >>> figure, axes = plt.subplots(2, 6)  # doctest: +SKIP
+    >>> flagged_montage(axes, cleaning, ws.resolve)  # doctest: +SKIP
     """
     slices = _read_slices(_sort_by_rarity(cleaning), resolve)
     for ax in np.atleast_1d(axes).ravel():

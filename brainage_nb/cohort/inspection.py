@@ -89,8 +89,8 @@ def inspect_scans(
 
     Examples
     --------
-    >>> facts = inspect_scans(cohort, ws.resolve)
-    >>> facts[["scan_id", "voxel_mm", "head_ml"]]
+    >>> facts = inspect_scans(cohort, ws.resolve)  # doctest: +SKIP
+    >>> facts[["scan_id", "voxel_mm", "head_ml"]]  # doctest: +SKIP
     """
     tasks = [(resolve(image), max_voxels) for image in cohort["image"]]
     crashed = {"error": "unreadable", "error_detail": f"The file cannot be read: {CRASHED}"}

@@ -75,8 +75,13 @@ class AgeBiasCorrector(_Fitted):
 
     Examples
     --------
-    >>> corrector = AgeBiasCorrector().fit(predicted_val, age_val, "val")
-    >>> corrector.transform(predicted_test)
+    >>> age = np.linspace(20, 80, 41)  # of validation subjects, on whom the model was not trained
+    >>> predicted = 10 + 0.8 * age
+    >>> corrector = AgeBiasCorrector().fit(predicted, age, "val")
+    >>> corrector.transform([26.0, 50.0, 74.0]).round(1)  # no true age is needed
+    array([20., 50., 80.])
+    >>> corrector.adjust_gap([76.0], [80.0]).round(1)  # a gap of -4 years, where -6 was expected at 80
+    array([2.])
     """
 
     _KEPT = ("intercept_", "slope_", "slope_interval_", "n_subjects_", "age_range_", "support_")

@@ -140,8 +140,8 @@ def evaluate_runs(
 
     Examples
     --------
-    >>> evaluation = evaluate_runs("workspace", "resnet18,vgg16_svr")
-    >>> headline_table(evaluation.results)
+    >>> evaluation = evaluate_runs("workspace", "resnet18,vgg16_svr")  # doctest: +SKIP
+    >>> headline_table(evaluation.results)  # doctest: +SKIP
     """
     ws = workspace if isinstance(workspace, Workspace) else open_workspace(workspace)
     names, fused = _list_names(runs) or list_runs(ws), _list_names(fuse)

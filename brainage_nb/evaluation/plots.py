@@ -219,7 +219,8 @@ def draw_figures(evaluation: Evaluation) -> list[ReportFigure]:
 
     Examples
     --------
-    >>> [drawn.name for drawn in draw_figures(evaluation) if drawn.section == "bias"]
+    >>> figures = draw_figures(evaluation)  # doctest: +SKIP
+    >>> [drawn.name for drawn in figures if drawn.section == "bias"]  # doctest: +SKIP
     ['correction_resnet18', 'gap_vs_age_resnet18']
     """
     drawn = [ReportFigure("age_by_split", "splits", _draw_ages(evaluation), _caption(_draw_ages))]

@@ -234,7 +234,7 @@ def write_report(
 
     Examples
     --------
-    >>> write_report(evaluate_runs("workspace"))[0].name
+    >>> write_report(evaluate_runs("workspace"))[0].name  # doctest: +SKIP
     'report.html'
     """
     folder = evaluation.workspace.path("evaluation")

@@ -310,7 +310,7 @@ def read_splits(
 
     Examples
     --------
-    >>> splits = read_splits(ws, store.scan_ids)
+    >>> splits = read_splits(ws, store.scan_ids)  # doctest: +SKIP
     """
     failed, known = workspace.path(name_of_modality("scans_without_volume.csv", modality)), None
     if with_volume is not None:

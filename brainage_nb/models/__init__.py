@@ -1,1 +1,1 @@
-"""Learned: networks, training, checkpoints, the classic baseline, bundles and explanations."""
+"""Learned: the networks, training, checkpoints, and the classic baseline."""

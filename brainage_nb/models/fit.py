@@ -64,7 +64,7 @@ class VolumeDataset(torch.utils.data.Dataset):
         Where `batches` brings them.
 
     >>> volume, age = VolumeDataset(store, splits)[0]  # doctest: +SKIP
-    >>> volume.shape, volume.dtype  # (channel, right, anterior, superior)
+    >>> volume.shape, volume.dtype  # doctest: +SKIP
     (torch.Size([1, 96, 96, 96]), torch.float32)
     """
 
@@ -173,7 +173,8 @@ def make_schedule(
 def list_learning_rates(settings: TrainingSettings, steps_per_epoch: int) -> np.ndarray:
     """Learning rate of every step of a run, to be drawn.
 
-    >>> list_learning_rates(TrainingSettings(epochs=10), steps_per_epoch=4).argmax()  # two epochs of rise
+    >>> rates = list_learning_rates(TrainingSettings(epochs=10), steps_per_epoch=4)
+    >>> int(rates.argmax())  # two epochs of rise
     8
     """
     optimiser = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=settings.learning_rate)

@@ -86,7 +86,7 @@ class TrainingSettings:
     flip_averaging : bool
         Predict each scan and its mirror image and average.
     init_from : str
-        Bundle or file of weights to start from (`load_pretrained`); empty for random ones.
+        Bundle, or file of MedicalNet's weights, to start from; empty for random ones.
     seeds : ints
         One model for each seed; several are an ensemble.
     folds : int
@@ -366,7 +366,7 @@ def load_run_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:
             raise ValueError("it ends too early")
         return table
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+        raise ValueError(f"{path} is damaged ({error.__cause__ or error})") from error
 
 
 def read_run_table(path: Path, columns: Sequence[str]) -> pd.DataFrame:

@@ -93,7 +93,7 @@ def make_svr(C: float = PUBLISHED["C"], epsilon: float = PUBLISHED["epsilon"]) -
 
     Examples
     --------
-    >>> make_svr().fit(features[train], age[train]).predict(features[test])
+    >>> make_svr().fit(features[train], age[train]).predict(features[test])  # doctest: +SKIP
     """
     return make_pipeline(LinearKernel(), SVR(kernel="precomputed", C=C, epsilon=epsilon))
 
@@ -572,8 +572,8 @@ def train_vgg_svr(
 
     Examples
     --------
-    >>> run = train_vgg_svr(features, splits, ws.run("vgg16_svr"), network)
-    >>> run.accuracy("test")["late"]["mae"]
+    >>> run = train_vgg_svr(features, splits, ws.run("vgg16_svr"), network)  # doctest: +SKIP
+    >>> run.accuracy("test")["late"]["mae"]  # doctest: +SKIP
     """
     splits = deal_everybody(check_splits(splits), FINAL_FOLDS) if final else check_splits(splits)
     folder, inputs = Path(run_folder), _inputs(features, splits, network)

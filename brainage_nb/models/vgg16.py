@@ -362,8 +362,8 @@ def extract_features(
 
     Examples
     --------
-    >>> features = extract_features(store, ws.path("features"), network)
-    >>> features["sub-01"].shape
+    >>> features = extract_features(store, ws.path("features"), network)  # doctest: +SKIP
+    >>> features["sub-01"].shape  # doctest: +SKIP
     (32, 25088)
     """
     from tqdm import tqdm

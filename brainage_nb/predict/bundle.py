@@ -138,7 +138,11 @@ class Bundle:
 
         Examples
         --------
-        >>> load_bundle("bundle").predict("scan.nii.gz", age=54.0).frame()  # doctest: +SKIP
+        >>> prediction = load_bundle("bundle").predict("sub-01_T1w.nii.gz", age=54.0)
+        >>> f"{prediction.predicted_age:.1f} years, gap {prediction.gap:.1f}"
+        '56.1 years, gap 2.1'
+        >>> prediction.do_not_use_because[:66]  # a drawn ball is no head
+        'After preprocessing this scan does not look like the training scan'
         """
         age, scan = check_age(age), Path(scan)
         self.refuse_unknown(also or {})
@@ -419,8 +423,8 @@ def load_bundle(source: Path | str | IO[bytes], device: str = "cpu", *, max_byte
 
     Examples
     --------
-    >>> bundle = load_bundle("runs/resnet18/bundle")  # doctest: +SKIP
-    >>> bundle.title  # doctest: +SKIP
+    >>> bundle = load_bundle("bundle")
+    >>> bundle.title
     '3D ResNet-18 (trained on 34 people)'
     """
     place, files = working_device(device), open_bundle(source, max_bytes=max_bytes)

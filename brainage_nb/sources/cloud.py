@@ -28,7 +28,6 @@ from brainage_nb.sources.fetch import (
     PASSING,
     TIMEOUT_S,
     DownloadError,
-    explain_disk,
     fetch,
     find_target,
     find_unpacked,
@@ -42,7 +41,7 @@ from brainage_nb.sources.fetch import (
 )
 from brainage_nb.sources.folder import TERMS, SourceError, Terms
 from brainage_nb.tables.participants import read_participants
-from brainage_nb.workspace import write_json
+from brainage_nb.workspace import CannotWrite, explain_write_errors, write_json
 
 WAITS_S = (1, 4, 16, 60)  # pauses [s] between tries of gdown and kagglehub, which go on where the last ended
 BUCKET = "https://s3.amazonaws.com/openneuro.org"
@@ -82,9 +81,9 @@ def _call_client(
         raise DownloadError(f"{name} is not installed: pip install {name} (or brainage-nb[data]).") from None
     for wait in (*WAITS_S, None):
         try:
-            with explain_disk(folder):
+            with explain_write_errors(folder):
                 return work(client)
-        except DownloadError:
+        except (DownloadError, CannotWrite):
             raise
         except Exception as error:
             told, may_pass = explain(error)
@@ -184,7 +183,7 @@ def _fetch_drive_file(identity: str, place: str, folder: Path) -> Path:
     came = _call_client("gdown", download, folder, partial(_explain_drive, identity))
     name = place or Path(came).name
     path = find_target(folder, f"{identity}_{name}" if name in names.values() else name)
-    with explain_disk(folder):
+    with explain_write_errors(folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(came, path)
         incoming.rmdir()
@@ -350,8 +349,7 @@ def _list_once(folder: Path, base: str, accession: str, modalities: Sequence[str
             raise SourceError(f"There is nothing under {accession} in the bucket {base}: check openneuro_id.")
         wanted = [(file, known.fullmatch(file["path"])) for file in files]
         files = [file | {"subject": match["who"] or ""} for file, match in wanted if match]
-        with explain_disk(folder):
-            write_json({"files": files, "suffixes": suffixes}, kept)
+        write_json({"files": files, "suffixes": suffixes}, kept)
     return [file for file in files if known.fullmatch(file["path"])]
 
 

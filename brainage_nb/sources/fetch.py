@@ -5,7 +5,6 @@ A file that is there is whole and the right one: what is on its way has a hidden
 
 from __future__ import annotations
 
-import errno
 import lzma
 import os
 import re
@@ -15,7 +14,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -25,7 +24,7 @@ import urllib3
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 
-from brainage_nb.workspace import hash_of, read_json, write_json, writing
+from brainage_nb.workspace import explain_write_errors, hash_of, read_json, write_json, writing
 
 TIMEOUT_S = (20.0, 60.0)  # longest wait [s] for a connection and for the next bytes
 LONGEST_WAIT_S = 300.0  # a server that asks for a longer pause [s] is not waited for
@@ -52,9 +51,6 @@ _PAGE = (
     "some hours, or make a copy of your own), the server asks for a login or consent to terms, or the file "
     "is gone. Open the address in a browser, name another mirror, or use source = folder."
 )
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
-_ELSEWHERE = "set download_dir (source = folder: workspace) to another disk and run again: what came is kept."
 
 
 class DownloadError(RuntimeError):
@@ -134,6 +130,8 @@ def fetch(
     ------
     DownloadError
         Says what the server did and what to do; no file of the name `path` is left then.
+    CannotWrite
+        The disk is full or cannot be written.
 
     >>> fetch("https://example.org/IXI.xls", "downloads/IXI.xls")  # doctest: +SKIP
     PosixPath('downloads/IXI.xls')
@@ -151,7 +149,7 @@ def fetch(
     part, failures = PartialDownload(path, size, checksum, progress), []
     for url in mirrors:
         try:
-            with explain_disk(path.parent):
+            with explain_write_errors(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 _receive_all(url, part, session or open_session())
                 return part.finish()
@@ -289,36 +287,20 @@ def _read_validator(response: requests.Response) -> str:
 
 def read_notes(path: Path) -> dict[str, Any]:
     """What an earlier run noted beside a download; {} where nothing is, or what is there is torn."""
-    try:
-        noted = read_json(path)
-    except (OSError, ValueError):
-        return {}
-    return noted if isinstance(noted, dict) else {}
-
-
-# --- disk -------------------------------------------------------------------------------------------------
+    with suppress(OSError, ValueError):
+        return read_json(path)
+    return {}
 
 
 def refuse_full_disk(folder: Path, needed: int, what: str) -> None:
     """Raise `DownloadError` where `needed` bytes (and a little to spare) do not fit."""
     free = shutil.disk_usage(folder).free
     if needed + _SPARE_BYTES > free:
-        sizes = f"needs {needed / 2**30:.1f} GiB more, but {folder} has {free / 2**30:.1f} GiB left"
-        raise DownloadError(f"{what} {sizes}. Free some space or {_ELSEWHERE}")
-
-
-@contextmanager
-def explain_disk(folder: Path | str) -> Iterator[None]:
-    """Turn the system's error about a disk that is full or cannot be written into what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _FULL:
-            raise DownloadError(f"The disk of {folder} is full. Free some space or {_ELSEWHERE}") from None
-        if error.errno in _FORBIDDEN:
-            place = f"{error.filename or folder} cannot be written ({error.strerror})"
-            raise DownloadError(f"{place}. Make it writable or {_ELSEWHERE}") from None
-        raise
+        raise DownloadError(
+            f"{what} needs {needed / 2**30:.1f} GiB more, but {folder} has {free / 2**30:.1f} GiB left. Free "
+            "some space or set download_dir (source = folder: workspace) to another disk and run again: what "
+            "came is kept."
+        )
 
 
 # --- archives ---------------------------------------------------------------------------------------------
@@ -351,6 +333,8 @@ def unpack(archive: Path | str, folder: Path | str, *, delete: bool = False) -> 
     DownloadError
         Where a name leads outside the folder, the archive is damaged, encrypted or would grow beyond reason,
         or the disk is too small.
+    CannotWrite
+        As `fetch`.
     """
     archive, folder = Path(archive), Path(folder)
     done = find_unpacked(folder, archive.name)
@@ -358,7 +342,7 @@ def unpack(archive: Path | str, folder: Path | str, *, delete: bool = False) -> 
         found = archive.stat()  # tells two archives of one name apart
         identity = f"{found.st_size}-{found.st_mtime_ns}"
         if done is None or done["identity"] != identity:
-            with explain_disk(folder):
+            with explain_write_errors(folder):
                 done = _unpack(archive, folder, identity)
         if delete:
             archive.unlink()

@@ -97,6 +97,16 @@ def match_scans(
     ------
     FileNotFoundError, TableError, SourceError
         Where the folder is missing, the table cannot be read safely, or nothing fits together.
+
+    Examples
+    --------
+    >>> found = match_scans("scans", "participants.tsv")
+    >>> found.cohort[["subject_id", "age"]]
+      subject_id   age
+    0         01  34.2
+    1         02  71.0
+    >>> found.unmatched_images["reason"].tolist()
+    ["no id of the table is in its name: no row is of subject '99'"]
     """
     data_dir = Path(data_dir).expanduser().absolute()
     if unknown := set(columns or {}) - set(COLUMN_PARAMETERS):
@@ -358,6 +368,15 @@ def _notes_on_matching(rows: pd.DataFrame, matches: list[Match]) -> list[str]:
     if missing := int(rows["age"][[match.row for match in joined]].isna().sum()):
         notes.append(f"Images whose row gives no usable age: {missing}; cleaning drops them with the reason.")
     return notes
+
+
+def check_names(data_dir: Path, table: str = "") -> None:
+    """Raise what `match_scans` would before it opens a file: no image, no table, or several tables."""
+    images = find_images(data_dir)
+    if images.empty:
+        raise SourceError(_no_image(images, data_dir))
+    if table or not _sets_side_by_side(data_dir):
+        find_table(data_dir, table)
 
 
 def _no_image(images: pd.DataFrame, data_dir: Path) -> str:

@@ -21,7 +21,6 @@ from brainage_nb.tables.ages import (
 )
 from brainage_nb.tables.columns import (
     AGE_WORDS,
-    COLUMN_PARAMETERS,
     AgeColumn,
     find_age_columns,
     find_role,
@@ -75,22 +74,11 @@ def find_age(table: TextTable, subject: str, age_unit: str) -> AgeColumn:
     return chosen
 
 
-def find_named_column(table: TextTable, wanted: str, role: str) -> str:
-    """The column that a person named for a role; case and punctuation may differ where that leaves one."""
-    if wanted in table.cells:
-        return wanted
-    alike = [name for name in table.cells if plain_name(name) == plain_name(wanted)]
-    if len(alike) != 1:
-        name = COLUMN_PARAMETERS[role]
-        raise table.error(f"{name} = {wanted!r} is not a column", f"set {name} to one of the columns")
-    return alike[0]
-
-
-def read_named_ages(table: TextTable, wanted: str) -> list[AgeColumn]:
+def read_named_ages(table: TextTable) -> list[AgeColumn]:
     """The age columns that a person named: one, or one per visit with commas between."""
-    single = wanted in table.cells or "," not in wanted
-    parts = [wanted] if single else [part.strip() for part in wanted.split(",") if part.strip()]
-    names = [find_named_column(table, part, "age") for part in parts]
+    wanted = table.named["age"]
+    parts = [wanted] if wanted in table.cells else list(filter(None, map(str.strip, wanted.split(","))))
+    names = [table.find_named("age", part) for part in parts]
     columns = [read_age_name(name) for name in names]
     if len(columns) == 1 and not find_age_columns(names):
         columns = [replace(columns[0], wave="")]

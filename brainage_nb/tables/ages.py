@@ -235,8 +235,8 @@ def parse_age(cell: str, unit: str = "years") -> Age:
 
 def _in_years(number: str, unit: str, *, stated: bool) -> Age:
     if unit not in PER_YEAR:
-        told = f"its unit '{unit}' is not one of {', '.join(PER_YEAR)}" if unit else "its unit is not said"
-        return Age(reason=f"{number}: {told}")
+        why = f"its unit '{unit}' is not one of {', '.join(PER_YEAR)}" if unit else "its unit is not said"
+        return Age(reason=f"{number}: {why}")
     if unit == "days" and re.fullmatch(r"\d{1,3},\d{3}", number):
         return Age(reason=f"'{number}' days: the comma may stand between thousands or before decimals")
     value = float(number.replace(",", "."))

@@ -9,7 +9,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, time
 from itertools import pairwise
@@ -19,7 +19,14 @@ from typing import Any
 import pandas as pd
 
 from brainage_nb.tables.ages import parse_age
-from brainage_nb.tables.columns import find_age_columns, is_header, plain_name
+from brainage_nb.tables.columns import (
+    COLUMN_PARAMETERS,
+    ROLE_NAMES,
+    find_age_columns,
+    find_role,
+    is_header,
+    plain_name,
+)
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".txt", ".xls", ".xlsx", ".xlsm", ".ods")
 _DELIMITERS = {"\t": "tab", ";": "semicolon", ",": "comma", "|": "bar", " ": "space"}
@@ -58,17 +65,43 @@ class TextTable:
         header. Under "" stands why a sidecar could not be read.
     notes : list of str
         What was assumed or resolved so far, and by what rule.
+    named : mapping
+        Role -> the column that a person named for it.
+    ages : list of str
+        The columns that ages were read from.
     """
 
     cells: pd.DataFrame
     where: str
     sidecar: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    named: Mapping[str, str] = field(default_factory=dict)
+    ages: list[str] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         """Note a thing once."""
         if text not in self.notes:
             self.notes.append(text)
+
+    def find(self, role: str, taken: str = "") -> str | None:
+        """The column of a role: the one a person named, else one of a known name that is not `taken`."""
+        if role in self.named:
+            return self.find_named(role, self.named[role])
+        name = find_role(role, self.cells)
+        if name in (None, taken):
+            return None
+        if plain_name(name) != ROLE_NAMES[role][0]:
+            self.note(f"{role} is read from column '{name}'.")
+        return name
+
+    def find_named(self, role: str, wanted: str) -> str:
+        """The column that a person means; case and punctuation may differ where that leaves one."""
+        alike = [name for name in self.cells if plain_name(name) == plain_name(wanted)]
+        alike = [wanted] if wanted in self.cells else alike
+        if len(alike) != 1:
+            name = COLUMN_PARAMETERS[role]
+            raise self.error(f"{name} = {wanted!r} is not a column", f"set {name} to one of the columns")
+        return alike[0]
 
     def described(self, column: str) -> list[tuple[str, str]]:
         """What sidecar and labels say of a column, as (key, text); names may differ in case."""
@@ -195,19 +228,20 @@ def _read_text(path: Path, text: str, notes: list[str]) -> pd.DataFrame:
 
 def _cut_above_header(text: str) -> tuple[str, list[str]]:
     """A text from its header on, where that stands below other lines, and these lines."""
-    lines = text.split("\n")
-    filled = [number for number, line in enumerate(lines) if line.strip()][:_LINES_ABOVE]
-    for mark in _DELIMITERS:
-        starts = [lines[number][:9999] for number in filled]
-        number = _find_header([next(_split(start, mark)) for start in starts])
-        if number is not None:
-            above = [lines[line].strip() for line in filled[:number]]
-            return "\n".join(lines[filled[number] :]) if number else text, above
-    # columns with other names: what is marked as a comment is above them, unless it is the header (`#id,age`)
-    above = next((n for n, line in enumerate(filled[:-1]) if not re.match(r"\s*(?:[#%]|//)", lines[line])), 0)
-    if above and any(0 < lines[filled[above - 1]].count(m) == lines[filled[above]].count(m) for m in "\t;,|"):
-        above -= 1
-    return "\n".join(lines[filled[above] :]), [lines[line].strip() for line in filled[:above]]
+    filled = [line for line in text.split("\n") if line.strip()][:_LINES_ABOVE]
+    starts = {mark: [next(_split(line[:9999], mark)) for line in filled] for mark in _DELIMITERS}
+    found = [number for rows in starts.values() if (number := _find_header(rows)) is not None]
+    number = found[0] if found else _count_comments(filled)
+    if not number:
+        return text, []
+    return text[text.index(f"\n{filled[number]}") + 1 :], [line.strip() for line in filled[:number]]
+
+
+def _count_comments(lines: list[str]) -> int:
+    """How many of the first lines are comments, the header (`#id,age`) being none."""
+    number = next((n for n, line in enumerate(lines[:-1]) if not re.match(r"\s*(?:[#%]|//)", line)), 0)
+    is_header = number and any(0 < lines[number - 1].count(m) == lines[number].count(m) for m in "\t;,|")
+    return number - 1 if is_header else number
 
 
 def _find_header(rows: list[list[str]]) -> int | None:

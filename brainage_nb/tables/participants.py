@@ -17,7 +17,6 @@ import pandas as pd
 from brainage_nb.tables.age_column import (
     SAME_AGE_YEARS,
     find_age,
-    find_named_column,
     find_units,
     read_named_ages,
     set_labels_aside,
@@ -25,7 +24,6 @@ from brainage_nb.tables.age_column import (
 from brainage_nb.tables.ages import PER_YEAR, Age, is_missing, parse_age
 from brainage_nb.tables.columns import (
     COLUMN_PARAMETERS,
-    ROLE_NAMES,
     AgeColumn,
     find_age_columns,
     find_role,
@@ -69,31 +67,29 @@ def _merge_rows(group: pd.DataFrame, table: TextTable) -> pd.Series:
         table.note(f"{name}: {age.rule or f'{age.reason}; refused'}.")
     row: dict[str, Any] = {"age": age}
     for column in group.columns.drop("age"):
-        values = [value for value in group[column].unique() if value]
-        if len(values) > 1 and column != "table_id":
-            table.note(f"{name}: its rows disagree on {column} ({', '.join(values)}): left blank.")
-            values = []
-        row[column] = values[0] if values else ""
+        first, *others = [value for value in group[column].unique() if value] or [""]
+        if others and column != "table_id":
+            table.note(f"{name}: its rows disagree on {column} ({', '.join([first, *others])}): left blank.")
+            first = ""
+        row[column] = first
     return pd.Series(row, name=group.index[0])
 
 
 def _merge_ages(ages: list[Age]) -> Age:
-    readable = [age for age in ages if age.years is not None]
+    years = sorted({age.years for age in ages if age.years is not None})
     unusable = [age for age in ages if age.years is None and not age.blank]
-    if not readable:
+    shown = " and ".join(f"{year:.2f}" for year in years)
+    if not years:
         return (unusable or ages)[0]
     if unusable:
-        return Age(reason=f"its rows disagree on the age: {readable[0].years:g}, but {unusable[0].reason}")
-    years = sorted({age.years for age in readable})
-    shown = " and ".join(f"{year:.2f}" for year in years)
+        return Age(reason=f"its rows disagree on the age: {shown}, but {unusable[0].reason}")
     if years[-1] - years[0] > SAME_AGE_YEARS:
         return Age(reason=f"its rows give ages over {SAME_AGE_YEARS:g} year apart: {shown}")
     if len(years) == 1:
-        return readable[0]
+        return next(age for age in ages if age.years is not None)
     return Age(years=sum(years) / len(years), rule=f"mean of {shown}, ages of its rows within a year")
 
 
-_KNOWN_TEXT = ("site", "diagnosis", "cdr", "image_id")
 _SESSION_IN_ID = re.compile(
     r"(?i)^(.+?)[-_](ses-?[a-z0-9]+|MR\d+|MR_d\d+|baseline(?:_\d+)?|retest(?:_\d+)?|visit_?\d+)$"
 )
@@ -128,22 +124,27 @@ def read_table(path: Path | str, *, age_unit: str = "auto", **columns: str | Non
     ------
     TableError
         Where no age can be read safely; the message says what to set.
+
+    Examples
+    --------
+    >>> people = read_table("participants.tsv", age_unit="years")
+    >>> people[["subject_id", "age", "sex"]]
+      subject_id   age sex
+    0         01  34.2   F
+    1         02  71.0   M
+    >>> refused_rows(people)[["subject_id", "reason"]]
+      subject_id                        reason
+    0         03  '89+' is a bound, not an age
     """
     if unknown := columns.keys() - COLUMN_PARAMETERS:
         roles = ", ".join(COLUMN_PARAMETERS)
         raise TypeError(f"read_table knows no {', '.join(unknown)}; roles are {roles}.")
-    named = {role: name for role, name in columns.items() if name}
-    rows = _read_one(path, named, age_unit)
+    rows = read_participants(path, None, columns | {"age_unit": age_unit})
     usable = rows["age"].notna()
     refused = rows[~usable].drop(columns="age").rename(columns={"age_note": "reason"})
     found = rows[usable].copy()
     found.attrs["refused"] = refused.to_dict("records")
     return found
-
-
-def _read_one(path: Path | str, named: dict[str, str], age_unit: str) -> pd.DataFrame:
-    table = _open_table(path, named)
-    return _collect(*_read_rows(table, named, age_unit), table)
 
 
 def refused_rows(frame: pd.DataFrame) -> pd.DataFrame:
@@ -160,28 +161,27 @@ def bare_session(label: str) -> str:
     return re.sub(r"^ses-?(?=.)", "", re.sub(r"^(\d+)\.0$", r"\1", label.strip()), flags=re.IGNORECASE)
 
 
-def _read_rows(
-    table: TextTable, named: dict[str, str], age_unit: str = "auto"
-) -> tuple[pd.DataFrame, list[str]]:
-    """The rows of a table of text cells, each with its `Age`; and the names of the columns of ages."""
+def _read_rows(table: TextTable, age_unit: str) -> pd.DataFrame:
+    """The rows of a table of text cells, each with its `Age`."""
     if age_unit not in ("auto", *PER_YEAR):
         raise TableError(f"age_unit = {age_unit!r}: it is one of auto, {', '.join(PER_YEAR)}.")
-    subject = _find_column(table, named, "subject_id")
+    subject = table.find("subject_id")
     if subject is None:
         raise table.error("no column of subject ids was found", "set subject_column to its name")
     for line in table.cells.attrs.get("above", []):
         table.note(f"A line above the header is passed over: {line}")
     if problem := table.sidecar.get(""):
         table.note(f"{problem}: nothing that it explains was used.")
-    ages = read_named_ages(table, named["age"]) if "age" in named else find_age_columns(table.cells)
+    ages = read_named_ages(table) if "age" in table.named else find_age_columns(table.cells)
     set_labels_aside(table, subject, [column.name for column in ages])
-    ages = ages if "age" in named else [find_age(table, subject, age_unit)]
-    if len(table.cells) > 2 and (table.cells[ages[0].name] == table.cells[subject]).all():
-        problem = f"'{ages[0].name}' is the same as '{subject}' in every row: the columns seem shifted"
+    ages = ages if "age" in table.named else [find_age(table, subject, age_unit)]
+    table.ages = [column.name for column in ages]
+    if len(table.cells) > 2 and (table.cells[table.ages[0]] == table.cells[subject]).all():
+        problem = f"'{table.ages[0]}' is the same as '{subject}' in every row: the columns seem shifted"
         raise table.error(problem, "name each column in the header, or set age_column to another one")
-    people = _read_people(table, named, subject)
-    visits = [_read_visit(table, people, column, age_unit, several=len(ages) > 1) for column in ages]
-    return pd.concat(visits, ignore_index=True), [column.name for column in ages]
+    people = _read_people(table, subject)
+    visits = [_read_visit(table, people, column, age_unit) for column in ages]
+    return pd.concat(visits, ignore_index=True)
 
 
 def _open_table(path: Path | str, named: Mapping[str, str]) -> TextTable:
@@ -194,7 +194,7 @@ def _open_table(path: Path | str, named: Mapping[str, str]) -> TextTable:
         if named.get("age") in cells or find_age_columns(cells)
     ]
     name = [*serving, *sheets][0]
-    table = TextTable(sheets[name], str(path), read_sidecar(path), sheets[name].attrs["notes"])
+    table = TextTable(sheets[name], str(path), read_sidecar(path), sheets[name].attrs["notes"], named)
     if len(sheets) > 1:
         table.where = f"{path}, sheet '{name}'"
         others = ", ".join(sheet for sheet in sheets if sheet != name)
@@ -202,32 +202,18 @@ def _open_table(path: Path | str, named: Mapping[str, str]) -> TextTable:
     return table
 
 
-def _find_column(table: TextTable, named: dict[str, str], role: str) -> str | None:
-    """The column of a role: the one named, else the one found, else None."""
-    if role in named:
-        return find_named_column(table, named[role], role)
-    name = find_role(role, table.cells.columns)
-    if name is not None and plain_name(name) != ROLE_NAMES[role][0]:
-        table.note(f"{role} is read from column '{name}'.")
-    return name
-
-
-def _read_people(table: TextTable, named: dict[str, str], subject: str) -> pd.DataFrame:
+def _read_people(table: TextTable, subject: str) -> pd.DataFrame:
     """All but the age of every row: ids, session, sex and what else is known."""
-    cells = table.cells
-    written = _blank_missing(cells[subject])
-    ids, in_id = _read_ids(table, written)
-    session = _find_column(table, named, "session_id")
-    sessions = _blank_missing(cells[session]).map(bare_session) if session else in_id
-    people = {
-        "subject_id": ids,
-        "session_id": sessions.where(sessions != "", in_id),
-        "sex": _read_sexes(table, _find_column(table, named, "sex")),
-        "table_id": written,
-    }
-    for role in _KNOWN_TEXT:
-        if named.get(role, find_role(role, cells.columns)) not in (None, subject):
-            people[role] = _blank_missing(cells[_find_column(table, named, role)])
+    written = _blank_missing(table.cells[subject])
+    ids, sessions = _read_ids(table, written)
+    if session := table.find("session_id"):
+        told = _blank_missing(table.cells[session]).map(bare_session)
+        sessions = told.where(told != "", sessions)
+    sexes = _read_sexes(table, table.find("sex"))
+    people = {"subject_id": ids, "session_id": sessions, "sex": sexes, "table_id": written}
+    for role in ("site", "diagnosis", "cdr", "image_id"):
+        if name := table.find(role, taken=subject):
+            people[role] = _blank_missing(table.cells[name])
     return pd.DataFrame(people)
 
 
@@ -265,11 +251,9 @@ def _read_sexes(table: TextTable, name: str | None) -> pd.Series:
     return sexes
 
 
-def _read_visit(
-    table: TextTable, people: pd.DataFrame, column: AgeColumn, age_unit: str, *, several: bool
-) -> pd.DataFrame:
+def _read_visit(table: TextTable, people: pd.DataFrame, column: AgeColumn, age_unit: str) -> pd.DataFrame:
     """The rows with the ages of one age column."""
-    if several and (people["session_id"] != "").any():
+    if len(table.ages) > 1 and (people["session_id"] != "").any():
         problem = "rows have sessions, and several age columns were named"
         raise table.error(problem, "set age_column to one column")
     units = find_units(table, column, age_unit)
@@ -286,8 +270,8 @@ def _read_visit(
     return people.assign(session_id=sessions, age=ages)
 
 
-def _collect(rows: pd.DataFrame, names: list[str], table: TextTable) -> pd.DataFrame:
-    """Rows with a usable age, then those without, whose `age_note` says why; `names` are of age columns."""
+def _collect(rows: pd.DataFrame, table: TextTable) -> pd.DataFrame:
+    """Rows with a usable age, then those without, whose `age_note` says why."""
     nameless = rows["subject_id"] == ""
     if nameless.any():
         table.note(f"Rows without an id, left out: {nameless.sum()}.")
@@ -297,7 +281,7 @@ def _collect(rows: pd.DataFrame, names: list[str], table: TextTable) -> pd.DataF
     reasons = ages["reason"][~usable]
     if not usable.any():
         shown = "; ".join(reasons.unique()[:3]) or "no rows with an id"
-        problem = f"none of the {len(rows)} rows gives an age ('{', '.join(names)}': {shown})"
+        problem = f"none of the {len(rows)} rows gives an age ('{', '.join(table.ages)}': {shown})"
         raise table.error(problem, "set age_column to another column, or table")
     kinds = reasons.str.replace(r"'[^']*'", "…", regex=True).str.replace(r"[\d.]+", "…", regex=True)
     for kind, count in kinds.value_counts().items():
@@ -321,7 +305,7 @@ def _note_unchanged_ages(rows: pd.DataFrame, table: TextTable) -> None:
         table.note(f"All {several.sum()} {told}.")
 
 
-def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) -> pd.DataFrame:
+def read_participants(path: Path | str, data_dir: Path | None, columns: Mapping[str, str]) -> pd.DataFrame:
     """Read a table, and, where it belongs to a BIDS data set with ages in its sessions files, those ages.
 
     A subject whose sessions file gives an age takes all rows from there; all others stay as in the table.
@@ -330,7 +314,7 @@ def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) ->
     ----------
     path : path
         The participants table.
-    data_dir : path
+    data_dir : path or None
         The data set.
     columns : mapping
         Keywords of `read_table`. A named `age` column is that of `path`: sessions files are not read then.
@@ -343,22 +327,22 @@ def read_participants(path: Path, data_dir: Path, columns: Mapping[str, str]) ->
     """
     named = {role: name for role, name in columns.items() if name}
     age_unit = named.pop("age_unit", "auto")
-    sessions = [] if "age" in named else _read_sessions(data_dir)
+    sessions = [] if "age" in named or data_dir is None else _read_sessions(data_dir)
+    parts, table = [_read_rows(part, age_unit) for part in sessions], _open_table(path, named)
     if not sessions:
-        return _read_one(path, named, age_unit)
-    read = [_read_rows(part, {}, age_unit) for part in sessions]
-    table, names = _open_table(path, named), read[0][1]
-    rows = _add_people(pd.concat([rows for rows, _ in read], ignore_index=True).fillna(""), table, named)
+        return _collect(_read_rows(table, age_unit), table)
+    rows = _add_people(pd.concat(parts, ignore_index=True).fillna(""), table)
     table.notes = list(dict.fromkeys(note for one in [*sessions, table] for note in one.notes))
     try:
-        others, more = _read_rows(table, named, age_unit)
+        others = _read_rows(table, age_unit)
+        instead = _subjects_with_age(others) - _subjects_with_age(rows)
+        own = set(rows["subject_id"]) - instead
+        parts = [rows[rows["subject_id"].isin(own)], others[~others["subject_id"].isin(own)]]
+        rows = pd.concat(parts, ignore_index=True).fillna("")
     except TableError as error:
         table.note(f"No age is read from the table itself: {error}")
-        return _collect(rows, names, table)
-    instead = _subjects_with_age(others) - _subjects_with_age(rows)
-    own = set(rows["subject_id"]) - instead
-    parts = [rows[rows["subject_id"].isin(own)], others[~others["subject_id"].isin(own)]]
-    return _collect(pd.concat(parts, ignore_index=True).fillna(""), [*names, *more], table)
+    table.ages = [*sessions[0].ages, *table.ages]
+    return _collect(rows, table)
 
 
 def _subjects_with_age(rows: pd.DataFrame) -> set[str]:
@@ -393,13 +377,13 @@ def _read_sessions(data_dir: Path) -> list[TextTable]:
     ]
 
 
-def _add_people(rows: pd.DataFrame, people: TextTable, columns: Mapping[str, str]) -> pd.DataFrame:
+def _add_people(rows: pd.DataFrame, table: TextTable) -> pd.DataFrame:
     """Rows of sessions with what the participants table knows of their people."""
-    named = {role: name for role, name in columns.items() if name in people.cells}
-    subject = named.get("subject_id", find_role("subject_id", people.cells.columns))
+    people = replace(table, named={role: name for role, name in table.named.items() if name in table.cells})
+    subject = people.find("subject_id")
     if subject is None:
         return rows
-    known = _read_people(people, named, subject).drop_duplicates("subject_id").set_index("subject_id")
+    known = _read_people(people, subject).drop_duplicates("subject_id").set_index("subject_id")
     for column in known.columns.intersection(["sex", "site", "diagnosis", "cdr"]):
         own = rows.get(column, pd.Series("", index=rows.index))
         rows[column] = own.where(own != "", rows["subject_id"].map(known[column]).fillna(""))

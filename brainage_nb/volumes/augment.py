@@ -87,8 +87,8 @@ def augmentation_chain(settings: AugmentationSettings, spacing_mm: float) -> Com
     Examples
     --------
     >>> chain = augmentation_chain(AugmentationSettings(), spacing_mm=2.0).set_random_state(seed=0)
-    >>> chain(volume).shape
-    torch.Size([1, 96, 96, 96])
+    >>> chain(torch.rand(1, 24, 24, 24)).shape
+    torch.Size([1, 24, 24, 24])
     """
     s, sigma = settings, (0.0, settings.blur_mm / FWHM_PER_SD / spacing_mm)
     where = _used([RandFlip(s.flip, spatial_axis=0), RandWarp(s, spacing_mm)])

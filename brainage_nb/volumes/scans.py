@@ -103,7 +103,7 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
     Raises
     ------
     ScanError
-        With a code of `SCAN_ERRORS`, whatever goes wrong (but MemoryError stays what it is).
+        With a code of `SCAN_ERRORS`, whatever goes wrong.
 
     Examples
     --------
@@ -115,7 +115,7 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
 
     path = Path(path)
     header, flags = read_header(path)
-    with _any_error_as_reason(path):
+    with errors_as_reason(path):
         _check_header(header, max_voxels)
         affine = placement(header, path, flags)
         array = _voxels(header, path)
@@ -130,20 +130,28 @@ def load_scan(path: str | Path, *, max_voxels: int = MAX_VOXELS) -> nib.spatiali
 
 
 @contextmanager
-def errors_as_reason(path: Path, done: str) -> Iterator[None]:
+def errors_as_reason(path: Path, done: str = "") -> Iterator[None]:
     """Whatever is raised while a scan is read, measured or preprocessed becomes its `ScanError`, so that one
-    scan never ends a cohort; `done` is what cannot be done to it."""
+    scan never ends a cohort.
+
+    `done` is what cannot be done to it. Left out where the file is read; reasons begin with its name then.
+    """
     try:
         yield
-    except ScanError:
-        raise
+    except ScanError as error:
+        if done:
+            raise
+        raise ScanError(error.code, f"{path.name}: {error.sentence}") from error
     except FileNotFoundError as error:
         raise ScanError("missing", f"{path} does not exist or is not a file.") from error
+    except (EOFError, zlib.error) as error:
+        sentence = f"{path.name}: the compressed data end early or are damaged; copy the file again."
+        raise ScanError("truncated", sentence) from error
     except MemoryError as error:
         raise ScanError("too_large", f"{path.name} does not fit into memory.") from error
-    except Exception as error:
+    except Exception as error:  # nibabel raises many kinds on broken files
         reason = f"{type(error).__name__}: {_first_line(error)}"
-        raise ScanError("unreadable", f"{path.name} cannot be {done} ({reason}).") from error
+        raise ScanError("unreadable", f"{path.name} cannot be {done or 'read'} ({reason}).") from error
 
 
 def voxel_sizes(affine: np.ndarray) -> np.ndarray:
@@ -169,11 +177,11 @@ def read_header(path: str | Path) -> tuple[Any, dict[str, str]]:
         As `load_scan`.
     """
     path = Path(path)
-    with _any_error_as_reason(path):
+    with errors_as_reason(path):
         if not path.is_file():
             raise ScanError("missing", f"{path} does not exist or is not a file.")
         first, second = _halves(path)
-        start = _start(first)
+        start = _read(first, HEADER_READ).getvalue()[:HEADER_READ]
         if not start:
             raise ScanError("truncated", "the file is empty; copy it again.")
         if b"/annex/objects/" in start or start.startswith(b"version https://git-lfs"):
@@ -218,23 +226,6 @@ def placement(header: Any, path: Path, flags: dict[str, str]) -> np.ndarray:
     return scale @ affine
 
 
-@contextmanager
-def _any_error_as_reason(path: Path) -> Iterator[None]:
-    """Whatever is raised while a file is read becomes a ScanError that begins with its name."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except ScanError as error:
-        raise ScanError(error.code, f"{path.name}: {error.sentence}") from error
-    except (EOFError, zlib.error) as error:
-        sentence = f"{path.name}: the compressed data end early or are damaged; copy the file again."
-        raise ScanError("truncated", sentence) from error
-    except Exception as error:  # nibabel raises many kinds on broken files
-        sentence = f"{path.name}: it cannot be read as an image ({_first_line(error)})."
-        raise ScanError("unreadable", sentence) from error
-
-
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)[:200]
 
@@ -249,7 +240,7 @@ def _meaning(code: str) -> str:
 def _halves(path: Path) -> tuple[Path, Path]:
     """The file with the header and the file with the voxels: one, or the halves of a pair."""
     ending = re.search(r"\.(hdr|img)(\.gz)?$", path.name, re.IGNORECASE)
-    start = _start(path) if ending else b""
+    start = _read(path, HEADER_READ).getvalue() if ending else b""
     if not ending or start[344:347] == b"n+1" or start[4:7] == b"n+2":
         return path, path
     is_header = ending[1].lower() == "hdr"
@@ -296,21 +287,13 @@ def _unpacked(pieces: Iterator[bytes]) -> Iterator[bytes]:
         packed = (member.unused_data + next(pieces, b"")).lstrip(b"\0")
 
 
-def _start(path: Path) -> bytes:
-    """The first bytes of a file's content."""
-    start, pieces = b"", _pieces(path)
-    while len(start) < HEADER_READ and (piece := next(pieces, b"")):
-        start += piece
-    return start[:HEADER_READ]
-
-
-def _content(path: Path, limit: int) -> io.BytesIO:
-    """A file's whole content; refused where it is longer than `limit`."""
+def _read(path: Path, limit: int) -> io.BytesIO:
+    """A file's content, up to the piece that passes the limit."""
     content = io.BytesIO()
     for piece in _pieces(path):
         content.write(piece)
         if content.tell() > limit:
-            raise ScanError("unreadable", "it holds far more than its header claims.")
+            break
     return content
 
 
@@ -467,7 +450,10 @@ def _voxels(header: Any, path: Path) -> np.ndarray:
     if not place.is_file():
         raise ScanError("header_only", f"it is a header only: {place.name} is missing.")
     n_bytes = int(np.prod(header.get_data_shape(), dtype=float)) * header.get_data_dtype().itemsize
-    content = _content(place, header.get_data_offset() + n_bytes + SLACK_BYTES)
+    most = header.get_data_offset() + n_bytes + SLACK_BYTES
+    content = _read(place, most)
+    if content.tell() > most:
+        raise ScanError("unreadable", "it holds far more than its header claims.")
     try:
         return np.asanyarray(ArrayProxy(content, header), dtype=np.float32)
     except (OSError, ValueError) as error:

@@ -167,11 +167,11 @@ class PreprocessingSettings:
     to_mni : bool
         Whether the cube lies in MNI152 space (affine), instead of below the crown; the recipe's if not set.
     grey_matter : bool
-        Whether the volume holds the share of grey matter in each voxel (0 to 1, `tissues`) instead of how
-        bright it is; implies `brain_only`; the recipe's if not set.
+        Whether the volume holds the share of grey matter in each voxel (0 to 1) instead of how bright it
+        is; implies `brain_only`; the recipe's if not set.
     found_masks : bool
-        Whether a brain mask that another tool left beside the scan is taken (`brain.mask_beside`); matters
-        only with the steps that look for the brain.
+        Whether a brain mask that another tool left beside the scan is taken; matters only with the steps
+        that look for the brain.
     extra : str
         Transforms of MONAI after the last step, as MedianSmooth(radius=1); several are separated by a
         semicolon.

@@ -79,10 +79,10 @@ class VolumeStore:
 
     Examples
     --------
-    >>> store = current_store("brainage_workspace/volumes")
-    >>> for volumes in torch.utils.data.DataLoader(store, batch_size=8):
+    >>> store = current_store("brainage_workspace/volumes")  # doctest: +SKIP
+    >>> for volumes in torch.utils.data.DataLoader(store, batch_size=8):  # doctest: +SKIP
     ...     print(volumes.shape)  # (8, size, size, size)
-    >>> some = torch.utils.data.Subset(store, ["sub-01", "sub-07"])
+    >>> some = torch.utils.data.Subset(store, ["sub-01", "sub-07"])  # doctest: +SKIP
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -581,8 +581,9 @@ def build_store(
 
     Examples
     --------
-    >>> report = build_store(scans, "brainage_workspace/volumes", PreprocessingSettings.of_recipe("best"))
-    >>> report.store["sub-01"].shape
+    >>> settings = PreprocessingSettings.of_recipe("best")
+    >>> report = build_store(scans, "brainage_workspace/volumes", settings)  # doctest: +SKIP
+    >>> report.store["sub-01"].shape  # doctest: +SKIP
     (96, 96, 96)
     """
     import pandas as pd

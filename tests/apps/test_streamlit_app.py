@@ -59,7 +59,9 @@ def test_without_a_model_the_page_says_how_to_get_one(tmp_path, monkeypatch):
     assert not page.exception and "make demo" in page.info[0].value
 
 
-def test_an_uploaded_scan_gets_the_age_the_command_line_gives(app, tiny, tmp_path):
+def test_an_uploaded_scan_gets_the_age_the_command_line_gives_and_its_interval_says_who_calibrated(
+    app, tiny, tmp_path
+):
     scan = write_scan(tmp_path / "head.nii.gz", 5)
     page = predicted(app, "head.nii.gz", scan.read_bytes())
     expected = load_bundle(tiny).predict(scan)
@@ -68,6 +70,12 @@ def test_an_uploaded_scan_gets_the_age_the_command_line_gives(app, tiny, tmp_pat
     results = page.session_state["results"]
     assert results[0].predicted_age == pytest.approx(expected.predicted_age, abs=1e-4)
     assert list(page.session_state["explanations"]) == [0]
+    assert not any("orrected" in text.value for text in page.markdown)  # the correction is no headline
+    details, model = (table.value["value"] for table in page.table)
+    assert "such ages err by 6.5" in details["corrected for the age bias, to compare gaps [years]"]
+    title = "90% conformal interval, calibrated on 50 subjects"
+    assert title in model["interval"].replace("\\", "")
+    assert any(title in text.value.replace("\\", "") for text in page.caption)  # beside the numbers
 
 
 def test_an_age_not_to_be_used_is_shown_so_and_its_reason_first(tmp_path, monkeypatch):
@@ -88,16 +96,6 @@ def test_an_age_not_to_be_used_is_shown_so_and_its_reason_first(tmp_path, monkey
     assert told["do_not_use_because"] == page.error[0].value
     printed = results.result_page(result, load_bundle(bundle), {})
     assert printed.index("Do not use this age") < printed.index("years, predicted, not to be used")
-
-
-def test_the_correction_is_no_headline_and_the_details_say_its_error_and_who_calibrated(app, tmp_path):
-    page = predicted(app, "head.nii", write_scan(tmp_path / "head.nii", 5).read_bytes())
-    assert not any("orrected" in text.value for text in page.markdown)
-    details, model = (table.value["value"] for table in page.table)
-    assert "such ages err by 6.5" in details["corrected for the age bias, to compare gaps [years]"]
-    title = "90% conformal interval, calibrated on 50 subjects"
-    assert title in model["interval"].replace("\\", "")
-    assert any(title in text.value.replace("\\", "") for text in page.caption)  # beside the numbers
 
 
 def test_the_true_age_gives_a_gap(app, tmp_path):

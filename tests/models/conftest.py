@@ -1,5 +1,6 @@
 """A tiny store and split table for tests of training: balls whose size tells the age."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,15 @@ import pandas as pd
 import pytest
 
 from brainage_nb.models.settings import TrainingSettings
+from brainage_nb.models.train import train
 from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.volumes.store import StoreWriter, VolumeStore
 from brainage_nb.workspace import write_json
 
+TINY = TrainingSettings(
+    epochs=3, batch_size=6, widths=(4, 4, 8, 8), blocks=(1, 1, 1, 1), device="cpu", learning_rate=3e-3
+)
+"""A network of some ten thousand weights, three epochs of four steps."""
 SOURCE = {"source_bytes": 0, "source_mtime_ns": 0, "source_sha256": ""}
 
 
@@ -45,7 +51,17 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def tiny_settings():
-    """A network of some ten thousand weights, three epochs of four steps."""
-    return TrainingSettings(
-        epochs=3, batch_size=6, widths=(4, 4, 8, 8), blocks=(1, 1, 1, 1), device="cpu", learning_rate=3e-3
-    )
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The folder of a finished run of these settings on that cohort, and what `train` gave."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder / "run", train(*make_tiny_cohort(folder / "volumes"), folder / "run", TINY)
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """A copy of that run's folder."""
+    return Path(shutil.copytree(whole[0], tmp_path / "run"))

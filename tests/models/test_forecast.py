@@ -24,21 +24,21 @@ def test_it_is_within_a_factor_of_three_of_what_training_takes(tiny, tiny_settin
     assert 1 / 3 < seconds_of(told["one epoch"]) / history["seconds"].median() < 3
 
 
-def test_it_leaves_no_file_and_changes_no_result(tiny, tiny_settings, tmp_path):
-    plain = train(*tiny, tmp_path / "plain", tiny_settings).predictions
+def test_it_leaves_no_file_and_changes_no_result(tiny, tiny_settings, whole, tmp_path):
     torch.manual_seed(123)
     random = torch.get_rng_state()
     forecast(*tiny, tmp_path / "run", tiny_settings)
     assert not (tmp_path / "run").exists()
     assert torch.equal(torch.get_rng_state(), random)
     after = train(*tiny, tmp_path / "run", tiny_settings).predictions
-    np.testing.assert_array_equal(after["predicted_age"], plain["predicted_age"])
+    np.testing.assert_array_equal(after["predicted_age"], whole[1].predictions["predicted_age"])
 
 
-def test_finished_models_are_not_counted_and_sessions_follow_from_the_limit(tiny, tiny_settings, tmp_path):
-    train(*tiny, tmp_path / "run", tiny_settings)
-    assert "nothing is left" in forecast(*tiny, tmp_path / "run", tiny_settings).loc["time", "value"]
-    again = forecast(*tiny, tmp_path / "run", tiny_settings, fresh=True)["value"]
+def test_finished_models_are_not_counted_and_sessions_follow_from_the_limit(
+    tiny, tiny_settings, run, tmp_path
+):
+    assert "nothing is left" in forecast(*tiny, run, tiny_settings).loc["time", "value"]
+    again = forecast(*tiny, run, tiny_settings, fresh=True)["value"]
     assert "4 steps over 20 scans" in again["one epoch is"] and "Huber" in again["loss"]
     assert again["models to train"] == "1 of 1"
     long = dataclasses.replace(tiny_settings, epochs=10**6, max_minutes=30, seeds=(1, 2))

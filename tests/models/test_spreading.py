@@ -79,13 +79,17 @@ def test_models_that_cannot_be_trained_are_named_and_the_others_kept(tiny, tiny_
     assert train(store, splits, run, settings).complete
 
 
-def test_time_that_is_used_up_ends_a_sweep_with_all_saved(tiny, tiny_settings, tmp_path):
+def test_time_that_is_used_up_ends_a_sweep_with_all_saved(tiny, tiny_settings, tmp_path, one_thread):
     store, splits = tiny
-    settings = replace(tiny_settings, seeds=(1, 2), cluster="local", max_minutes=1e-6)
-    stopped = train(store, splits, tmp_path / "run", settings)
-    assert not stopped.complete
-    assert any("max_minutes" in note for note in stopped.notes)
-    assert train(store, splits, tmp_path / "run", replace(settings, max_minutes=0.0)).complete
+    with distributed.LocalCluster(  # in this process: others would import torch first
+        processes=False, n_workers=1, threads_per_worker=1, dashboard_address=None
+    ) as cluster:
+        address = cluster.scheduler_address
+        settings = replace(tiny_settings, seeds=(1, 2), cluster=address, max_minutes=1e-6)
+        stopped = train(store, splits, tmp_path / "run", settings)
+        assert not stopped.complete
+        assert any("max_minutes" in note for note in stopped.notes)
+        assert train(store, splits, tmp_path / "run", replace(settings, max_minutes=0.0)).complete
 
 
 def test_a_task_of_an_earlier_start_saves_nothing(tiny, tiny_settings, tmp_path, monkeypatch):

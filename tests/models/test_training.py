@@ -28,6 +28,7 @@ from brainage_nb.predict.saving import _collect_networks
 from brainage_nb.volumes.settings import AugmentationSettings, list_changes
 from brainage_nb.volumes.store import StoreError
 from brainage_nb.workspace import open_workspace, read_json, write_csv, write_json
+from tests.models.conftest import TINY, make_tiny_cohort
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRAINING ON THE CPU")
 
@@ -64,6 +65,14 @@ def steady_network():
     return forgetful_network().eval().apply(lambda part: setattr(part, "p", 0.0))
 
 
+@pytest.fixture(scope="module")
+def forgetful(tmp_path_factory):
+    """Folder and result of a whole run whose network draws random numbers of its own in every step."""
+    folder = tmp_path_factory.mktemp("forgetful")
+    cohort = make_tiny_cohort(folder / "volumes")
+    return folder / "run", train(*cohort, folder / "run", TINY, network=forgetful_network)
+
+
 def make_trainer(tiny, settings, folder):
     job = Job(*tiny, folder, settings)
     accelerator = make_accelerator(settings)
@@ -85,9 +94,9 @@ def test_a_run_learns_the_planted_age(tiny, tiny_settings, tmp_path):
     assert result.history["val_mae"].iloc[-1] < result.history["val_mae"].iloc[0] / 2
 
 
-def test_predictions_have_a_row_a_scan_in_the_contract_s_columns(tiny, tiny_settings, tmp_path):
+def test_predictions_have_a_row_a_scan_in_the_contract_s_columns(tiny, whole, run):
     store, splits = tiny
-    result = train(store, splits, tmp_path / "run", tiny_settings)
+    result = whole[1]
     assert list(result.predictions) == [
         "scan_id", "subject_id", "session_id", "split", "fold", "seed", "variant", "age", "predicted_age"
     ]  # fmt: skip
@@ -95,7 +104,7 @@ def test_predictions_have_a_row_a_scan_in_the_contract_s_columns(tiny, tiny_sett
     assert set(result.predictions["fold"]) == {-1}
     assert set(result.predictions["variant"]) == {"single"} == {result.settings["variant"]}
     assert result.settings["fingerprint"] == store.fingerprint
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+    assert {path.name for path in run.iterdir()} == {
         "settings.json", "history.csv", "predictions.csv", "checkpoints"
     }  # fmt: skip
 
@@ -116,14 +125,12 @@ def test_stored_weights_give_the_predictions_of_the_table(tiny, tiny_settings, t
     np.testing.assert_allclose(age.numpy(), result.predictions["predicted_age"], atol=1e-3)
 
 
-def test_a_finished_run_is_not_trained_again_unless_fresh(tiny, tiny_settings, tmp_path):
-    store, splits = tiny
-    first = train(store, splits, tmp_path / "run", tiny_settings)
+def test_a_finished_run_is_not_trained_again_unless_fresh(tiny, tiny_settings, whole, run):
     calls = []
-    again = train(store, splits, tmp_path / "run", tiny_settings, on_epoch=calls.append)
+    again = train(*tiny, run, tiny_settings, on_epoch=calls.append)
     assert not calls and "complete" in again.notes[0]
-    same(first, again)
-    same(first, train(store, splits, tmp_path / "run", tiny_settings, fresh=True, on_epoch=calls.append))
+    same(whole[1], again)
+    same(whole[1], train(*tiny, run, tiny_settings, fresh=True, on_epoch=calls.append))
     assert [len(history) for history in calls] == [1, 2, 3]
 
 
@@ -138,38 +145,36 @@ def test_volumes_that_rotted_are_not_trained_on(tiny, tiny_settings, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_other_settings_are_named_and_refused_unless_fresh(tiny, tiny_settings, tmp_path):
+def test_other_settings_are_named_and_refused_unless_fresh(tiny, tiny_settings, run):
     store, splits = tiny
-    train(store, splits, tmp_path / "run", tiny_settings)
     with pytest.raises(TrainingRefused, match=r"learning_rate: was 0.003, now 0.1.*fresh=True"):
-        train(store, splits, tmp_path / "run", replace(tiny_settings, learning_rate=0.1))
+        train(store, splits, run, replace(tiny_settings, learning_rate=0.1))
     with pytest.raises(TrainingRefused, match="scans_ages_splits"):
-        train(store, splits.assign(age=splits["age"] + 1), tmp_path / "run", tiny_settings)
+        train(store, splits.assign(age=splits["age"] + 1), run, tiny_settings)
     changed_place = replace(tiny_settings, precision="fp32", checkpoint_minutes=1.0)
-    assert "complete" in train(store, splits, tmp_path / "run", changed_place).notes[0]
+    assert "complete" in train(store, splits, run, changed_place).notes[0]
 
 
-def test_predictions_edited_by_hand_are_written_anew_without_training(tiny, tiny_settings, tmp_path):
-    train(*tiny, tmp_path / "run", tiny_settings)
-    path, calls = tmp_path / "run" / "predictions.csv", []
-    whole = path.read_bytes()
-    path.write_bytes(whole.replace(b"S029", b"S030", 1))
-    train(*tiny, tmp_path / "run", tiny_settings, on_epoch=calls.append)
-    assert not calls and path.read_bytes() == whole
+def test_predictions_edited_by_hand_are_written_anew_without_training(tiny, tiny_settings, run):
+    path, calls = run / "predictions.csv", []
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"S029", b"S030", 1))
+    with pytest.warns(UserWarning, match=r"predictions\.csv not as this run wrote it"):
+        train(*tiny, run, tiny_settings, on_epoch=calls.append)
+    assert not calls and path.read_bytes() == content
 
 
-def test_replaced_scan_files_are_named_and_a_run_that_recorded_none_goes_on(tiny, tiny_settings, tmp_path):
+def test_replaced_scan_files_are_named_and_a_run_that_recorded_none_goes_on(tiny, tiny_settings, run):
     store, splits = tiny
-    train(store, splits, tmp_path / "run", tiny_settings)
     store.index["source_sha256"] = "another"
     with pytest.raises(TrainingRefused, match="scan_files behind the volumes: was"):
-        train(store, splits, tmp_path / "run", tiny_settings)
-    path = tmp_path / "run" / "settings.json"
+        train(store, splits, run, tiny_settings)
+    path = run / "settings.json"
     content = read_json(path)
     del content["identity"]["scan_files"]
     write_json(content, path)
-    shutil.rmtree(tmp_path / "run" / "checkpoints")  # they recorded it too
-    assert "complete" in train(store, splits, tmp_path / "run", tiny_settings).notes[0]
+    shutil.rmtree(run / "checkpoints")  # they recorded it too
+    assert "complete" in train(store, splits, run, tiny_settings).notes[0]
 
 
 def test_splits_with_a_subject_in_two_of_them_are_refused(tiny, tiny_settings, tmp_path):
@@ -179,38 +184,33 @@ def test_splits_with_a_subject_in_two_of_them_are_refused(tiny, tiny_settings, t
         train(store, splits, tmp_path / "run", tiny_settings)
 
 
-def test_a_run_older_than_a_setting_goes_on_where_that_is_left_at_its_default(tiny, tiny_settings, tmp_path):
-    settings = replace(tiny_settings, epochs=1)
-    train(*tiny, tmp_path / "run", settings)
-    path = tmp_path / "run" / "settings.json"
+def test_a_run_older_than_a_setting_goes_on_where_that_is_left_at_its_default(tiny, tiny_settings, run):
+    path = run / "settings.json"
     content = read_json(path)
     del content["identity"]["linear"]
     write_json(content, path)
-    assert train(*tiny, tmp_path / "run", settings).complete
+    assert train(*tiny, run, tiny_settings).complete
     with pytest.raises(TrainingRefused, match="linear: was False, now True"):
-        train(*tiny, tmp_path / "run", replace(settings, linear=True))
+        train(*tiny, run, replace(tiny_settings, linear=True))
 
 
 @pytest.mark.parametrize("stops", [(1,), (4,), (5, 3), (2, 2, 2, 2, 2, 1)])
-def test_stopping_at_any_step_changes_nothing(tiny, tiny_settings, tmp_path, monkeypatch, stops):
-    store, splits = tiny
-    own = {"network": forgetful_network}  # draws random numbers of its own in every step
-    whole = train(store, splits, tmp_path / "whole", tiny_settings, **own)
+def test_stopping_at_any_step_changes_nothing(tiny, tiny_settings, forgetful, tmp_path, monkeypatch, stops):
+    folder, whole = forgetful
     monkeypatch.setattr("brainage_nb.models.train.StopRequests", StopAfter)
     for steps in stops:
         StopAfter.steps_left = steps
-        part = train(store, splits, tmp_path / "parts", tiny_settings, **own)
+        part = train(*tiny, tmp_path / "parts", tiny_settings, network=forgetful_network)
         assert not part.complete
         assert "all is saved" in part.notes[-1]
         assert part.predictions.empty
     StopAfter.steps_left = 10**9
-    same(whole, train(store, splits, tmp_path / "parts", tiny_settings, **own))
-    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+    same(whole, train(*tiny, tmp_path / "parts", tiny_settings, network=forgetful_network))
+    assert weights(folder) == weights(tmp_path / "parts")
 
 
-def test_a_crash_goes_on_from_the_last_checkpoint(tiny, tiny_settings, tmp_path):
+def test_a_crash_goes_on_from_the_last_checkpoint(tiny, tiny_settings, whole, tmp_path):
     store, splits = tiny
-    whole = train(store, splits, tmp_path / "whole", tiny_settings)
     settings = replace(tiny_settings, checkpoint_minutes=0.0)
 
     def crash(history):
@@ -220,14 +220,12 @@ def test_a_crash_goes_on_from_the_last_checkpoint(tiny, tiny_settings, tmp_path)
     with pytest.raises(RuntimeError, match="power cut"):
         train(store, splits, tmp_path / "crashed", settings, on_epoch=crash)
     assert len(list((tmp_path / "crashed" / "checkpoints" / "seed0").glob("step-*.pt"))) == 2
-    same(whole, train(store, splits, tmp_path / "crashed", tiny_settings))
+    same(whole[1], train(store, splits, tmp_path / "crashed", tiny_settings))
     assert not list((tmp_path / "crashed").rglob("step-*.pt"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_and_sigterm_save_first(tiny, tiny_settings, tmp_path, number):
-    store, splits = tiny
-    whole = train(store, splits, tmp_path / "whole", tiny_settings)
+def test_interrupt_and_sigterm_save_first(tiny, tiny_settings, whole, tmp_path, number):
     arrived = []
 
     def outer(received, _frame):
@@ -237,18 +235,12 @@ def test_interrupt_and_sigterm_save_first(tiny, tiny_settings, tmp_path, number)
     before = signal.signal(number, outer)
     try:
         with pytest.raises(KeyboardInterrupt):
-            train(
-                store,
-                splits,
-                tmp_path / "cut",
-                tiny_settings,
-                on_epoch=lambda _: os.kill(os.getpid(), number),
-            )
+            train(*tiny, tmp_path / "cut", tiny_settings, on_epoch=lambda _: os.kill(os.getpid(), number))
     finally:
         signal.signal(number, before)
     assert arrived == ([signal.SIGTERM] if number == signal.SIGTERM else [])
     assert len(list((tmp_path / "cut").rglob("step-*.pt"))) == 1
-    same(whole, train(store, splits, tmp_path / "cut", tiny_settings))
+    same(whole[1], train(*tiny, tmp_path / "cut", tiny_settings))
 
 
 def test_max_minutes_ends_cleanly(tiny, tiny_settings, tmp_path):
@@ -428,6 +420,7 @@ def test_where_no_epoch_is_chosen_all_others_are_trained_on_and_the_last_epoch_i
     assert not best.predictions["predicted_age"].equals(last.predictions["predicted_age"])
 
 
+@pytest.mark.slow  # chosen steps, a crash, signals and torn writes are tested above and in test_resume
 def test_a_run_killed_at_a_random_moment_or_in_a_write_ends_bit_for_bit_the_same():
     script = Path(__file__).parents[2] / "benchmarks" / "resume.py"
     command = [sys.executable, script, "--runs", "2", "--kills", "1"]

@@ -23,6 +23,8 @@ TAG = f"v{PROJECT['version']}"
 
 def tracked_files() -> list[str]:
     """The files of the checkout as they are now, committed or not, less what git ignores."""
+    if not (ROOT / ".git").exists():  # an unpacked source distribution
+        return (ROOT / "brainage_nb.egg-info" / "SOURCES.txt").read_text().splitlines()
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     return sorted(name for name in set(names) if (ROOT / name).is_file())

@@ -68,11 +68,11 @@ def result(platform, root, notebook):
 def test_on_colab_a_badge_s_notebook_sets_itself_up_from_the_release_and_works_on_drive(tmp_path):
     platform = Emulated("colab", tmp_path, online=True)
     platform.path("/content/drive/MyDrive").mkdir(parents=True)
-    first = {"notebook": FIRST, "parameters": {"n_subjects": 20, "demo_voxel_mm": 2.0}}
+    first = {"notebook": FIRST, "parameters": {"n_subjects": 4, "demo_voxel_mm": 2.0}}
     (report,) = complete(platform.run([first]))
     assert is_ready(report), report["output"]
     left = result(platform, "/content/drive/MyDrive/brainage", FIRST)
-    assert (left["status"], left["platform"], left["figures"]["subjects"]) == ("complete", "colab", 20)
+    assert (left["status"], left["platform"], left["figures"]["subjects"]) == ("complete", "colab", 4)
 
 
 @pytest.mark.slow

@@ -62,6 +62,7 @@ def test_the_facts_are_those_of_the_real_lists(image, lists):
     assert not set(facts["added"]) & set(real)
 
 
+@pytest.mark.slow  # asks the package index; a change of the dependencies is held against the facts above
 @each_platform
 def test_installing_changes_nothing_and_adds_only_what_is_named(image, request):
     try:

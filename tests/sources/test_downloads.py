@@ -16,6 +16,7 @@ import pytest
 
 from brainage_nb.sources import fetch as module
 from brainage_nb.sources.fetch import DownloadError, fetch
+from brainage_nb.workspace import CannotWrite
 
 TRIES = 3
 BODY = np.random.default_rng(0).bytes(400_000)
@@ -219,7 +220,7 @@ def test_a_length_announced_too_long_is_settled_by_asking_for_the_rest(loopback,
 def test_a_full_disk_is_said_and_what_came_is_kept(loopback, tmp_path):
     url = loopback.put("/a.bin", BODY)
     (tmp_path / ".a.bin.part").symlink_to("/dev/full")  # every write there fails as on a full disk
-    with pytest.raises(DownloadError, match=r"disk of .* is full\. Free some space or set download_dir"):
+    with pytest.raises(CannotWrite, match=r"a\.bin cannot be written: the disk is full\..*download_dir"):
         get(url, tmp_path / "a.bin")
     assert left_in(tmp_path) == []
     assert get(url, tmp_path / "a.bin").read_bytes() == BODY
@@ -227,7 +228,7 @@ def test_a_full_disk_is_said_and_what_came_is_kept(loopback, tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "said"),
-    [(errno.EROFS, "cannot be written"), (errno.EACCES, "cannot be written"), (errno.ENOSPC, "is full")],
+    [(errno.EROFS, "read-only"), (errno.EACCES, "read-only"), (errno.ENOSPC, "the disk is full")],
 )
 def test_a_place_that_takes_no_file_is_named_with_what_to_do(loopback, tmp_path, monkeypatch, code, said):
     def refuse(content, path):
@@ -236,7 +237,7 @@ def test_a_place_that_takes_no_file_is_named_with_what_to_do(loopback, tmp_path,
     url = loopback.put("/a.bin", BODY)
     with monkeypatch.context() as broken:
         broken.setattr(module, "write_json", refuse)
-        with pytest.raises(DownloadError, match=rf"{re.escape(str(tmp_path))}.* {said}.*set download_dir"):
+        with pytest.raises(CannotWrite, match=rf"{re.escape(str(tmp_path))}.* {said}.*download_dir"):
             get(url, tmp_path / "a.bin")
     assert left_in(tmp_path) == []
     assert get(url, tmp_path / "a.bin").read_bytes() == BODY
@@ -244,7 +245,7 @@ def test_a_place_that_takes_no_file_is_named_with_what_to_do(loopback, tmp_path,
 
 def test_a_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DownloadError, match=r"file cannot be written \(.*set download_dir"):
+    with pytest.raises(CannotWrite, match=r"cannot be written: a file lies where a folder .*download_dir"):
         get("http://127.0.0.1:9/a.bin", tmp_path / "file" / "a.bin")
 
 

@@ -28,6 +28,7 @@ from brainage_nb.sources.fetch import DownloadError
 from brainage_nb.sources.folder import TERMS, SourceError
 from brainage_nb.sources.opening import READS, SOURCES, open_source
 from brainage_nb.tables.files import TableError
+from brainage_nb.workspace import CannotWrite
 from tests.sources.loopback import Loopback, Page
 
 IXI_NAMES = ["IXI002-Guys-0828-T1.nii.gz", "IXI012-HH-1211-T1.nii.gz", "IXI013-HH-1212-T1.nii.gz"]
@@ -415,7 +416,7 @@ def test_a_full_disk_under_drive_is_said_at_once_and_the_next_run_goes_on(drive,
     for module, name in ((cloud, "write_json"), (pytest.importorskip("gdown"), "download")):
         with monkeypatch.context() as broken:
             broken.setattr(module, name, refuse)
-            with pytest.raises(DownloadError, match=r"disk of .*drive is full\. Free some space"):
+            with pytest.raises(CannotWrite, match=r"drive cannot be written: the disk is full.*download_dir"):
                 open_source("gdown", parameters, tmp_path)
         (tmp_path / "downloads" / "drive" / ".drive.json").write_text("{")  # torn: as if nothing were noted
     assert len(open_source("gdown", parameters, tmp_path).cohort) == 3
