@@ -208,7 +208,7 @@ def _add_predict(commands: Any) -> None:
         "head.nii.gz",
         "scans/ --table ages.csv --out results.csv",
         "head.nii.gz --bundle W/runs/resnet18/bundle --explain",
-        "t1.nii.gz --bundle W/runs/fused/bundle --also T2w=t2.nii.gz",
+        "t1.nii.gz --bundle fused.zip --also T2w=t2.nii.gz",
     )
     predict.add_argument("scans", nargs="+", metavar="SCAN", help="NIfTI or MGH file, or a folder of them")
     told = f"bundle folder or .zip (default: the newest in {_default_place()})"

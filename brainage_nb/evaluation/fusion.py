@@ -231,8 +231,8 @@ def fuse_runs(runs: Mapping[str, Run], level: float = LEVEL) -> Fusion:
 
     Examples
     --------
-    >>> fusion = fuse_runs({name: read_run(ws, name) for name in ("resnet18", "resnet18_t2w")})
-    >>> fusion.whole.combination.words
+    >>> runs = {name: read_run(ws, name) for name in ("resnet18", "resnet18_t2w")}  # doctest: +SKIP
+    >>> fuse_runs(runs).whole.combination.words  # doctest: +SKIP
     'mean, 0.62 × resnet18 + 0.38 × resnet18_t2w (87 people)'
     """
     names = tuple(runs)

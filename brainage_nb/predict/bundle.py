@@ -176,7 +176,7 @@ class Bundle:
             )
         read = self._read(scan, Path(also[modality]))
         if unlike := [caution.sentence for caution in read.cautions if caution.forbids_use]:
-            raise ScanError("unlike_training", unlike[0])
+            raise ScanError("other_scan_unlike", unlike[0])
         return read
 
     def _conclude(
