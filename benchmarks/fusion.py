@@ -100,12 +100,9 @@ def judge_readers(subjects: int, departure: float | None) -> dict[str, object]:
     gain = next(row for row in fusion.compare_parts() if row["from"] == "T1w")["gain"]
     attainable = paired_difference(truth["age"], first, whole, truth["subject_id"])
     lesions = "as planted" if departure is None else f"departing by {departure:.0%}"
-    print(
-        f"readers, {len(truth)} sessions of {subjects} subjects, lesions {lesions}: fused nearer by", end=" "
-    )
-    print(
-        f"{with_interval(gain)} years, attainable {with_interval(attainable)}; {fusion.whole.combination.words}"
-    )
+    words = fusion.whole.combination.words
+    print(f"readers, {len(truth)} sessions of {subjects} subjects, lesions {lesions}: fused is nearer by")
+    print(f"  {with_interval(gain)} years, attainable {with_interval(attainable)}; {words}")
     return {"departure": departure, "gain": gain, "attainable": attainable}
 
 
@@ -139,7 +136,7 @@ def read_ages(volumes: np.ndarray, truth: pd.DataFrame) -> np.ndarray:
     """Ages (n,) in years that a ridge regression reads out of fold."""
     batches, ages = torch.from_numpy(np.array(volumes, np.float32))[:, None], np.zeros(len(truth))
     for fold in range(FOLDS):
-        out = (truth["fold"] == fold).to_numpy()
+        out = (truth["fold"] == fold).to_numpy(copy=True)
         taught = truth[~out]
         model = fit_linear(
             batches[torch.from_numpy(~out)].split(64),
