@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +25,8 @@ from brainage_nb.workspace import MissingInput, read_json, write_json, write_tex
 
 FORMAT = 1  # raise it when an older reader would misread a newer bundle
 MANIFEST, CARD = "bundle.json", "README.md"
-RESNET, VGG = "resnet18", "vgg16_svr"  # kinds of model
+RESNET, VGG, FUSED = "resnet18", "vgg16_svr", "fused"  # kinds of model
+MEMBER = re.compile(r"(model-[0-9])/.*")  # a file of a whole bundle inside of a fused one
 ARRAYS = re.compile(r"(member-[0-9]{2}|vgg_svr|vgg16_features|reference)\.safetensors")
 WHOLE = ("num_batches_tracked", "positions")  # arrays of whole numbers
 CODE = (".pkl", ".pickle", ".pt", ".pth", ".joblib", ".ckpt")
@@ -50,11 +51,14 @@ class BundleFiles:
         `bundle.json`.
     name : str
         Of the folder or zip, for messages.
+    members : dict
+        Of a fused bundle: folder -> the whole bundle in it; empty for any other.
     """
 
     manifest: dict[str, Any]
     name: str
     _read: Callable[[str], bytes]
+    members: dict[str, BundleFiles] = field(default_factory=dict)
 
     def arrays(self, file: str) -> dict[str, np.ndarray]:
         """Named, finite arrays of one safetensors file, whose size and SHA-256 agree with the manifest."""
@@ -93,7 +97,9 @@ def check_manifest(manifest: Any, name: str) -> None:
     Figures that cannot be read change no prediction: they are taken out, with a warning.
     """
     schema = json.loads(Path(__file__).with_name("bundle_schema.json").read_text(encoding="utf-8"))
-    fault = _find_fault(manifest, schema)
+    is_fused = isinstance(manifest, dict) and manifest.get("kind") == FUSED
+    fused = {"$ref": "#/$defs/fused", "$defs": schema["$defs"] | {"bundle": schema}}
+    fault = _find_fault(manifest, fused if is_fused else schema)
     if not fault:
         fault = next((what for what, holds in _list_agreements(manifest).items() if not holds), "")
     if fault:
@@ -135,6 +141,8 @@ def _find_fault(content: Any, schema: Mapping[str, Any]) -> str:
 
 def _list_agreements(manifest: Mapping[str, Any]) -> dict[str, bool]:
     """What must agree with what: a sentence for where it does not, and whether it does."""
+    if manifest["kind"] == FUSED:
+        return _list_fused_agreements(manifest)
     training, position = manifest["training"], manifest["position"]
     members = [member["file"] for member in manifest["members"]]
     listed = {file for file in manifest["files"] if file.startswith("member-")}
@@ -147,6 +155,24 @@ def _list_agreements(manifest: Mapping[str, Any]) -> dict[str, bool]:
         "training: voxel_mm is not the smallest and the largest edge": voxels == sorted(voxels),
         "training: age_counts do not fit age_edges": len(edges) == len(counts) + 1,
         "position: its lists are of different lengths": len(lengths) == 1,
+    }
+
+
+def _list_fused_agreements(manifest: Mapping[str, Any]) -> dict[str, bool]:
+    """The same of a fused bundle, whose training is checked in the bundle that it is of."""
+    members, parts, position = manifest["members"], manifest["parts"], manifest["position"]
+    folders = [member["folder"] for member in members]
+    modalities = [member["modality"] for member in members]
+    wholes = [part for part in parts if set(part["modalities"]) == set(modalities)]
+    alone = [part for part in parts if part["modalities"] == ["T1w"]]
+    weighed = [sum(name in part["modalities"] for name in modalities) for part in parts]
+    return {
+        "members: two are one folder": len(set(folders)) == len(folders),
+        "members: not the listed files": {f"{name}/{MANIFEST}" for name in folders} == {*manifest["files"]},
+        "members: none reads the T1w scan": modalities[0] == "T1w",
+        "parts: not one for all scans and one for the T1w scan": len(wholes) == len(alone) == 1,
+        "parts: weights do not fit the members": weighed == [len(part["weights"]) for part in parts],
+        "position: its lists are of different lengths": len({*map(len, position.values())}) == 1,
     }
 
 
@@ -173,7 +199,6 @@ def open_bundle(source: Path | str | IO[bytes], *, max_bytes: int = MAX_BYTES) -
     if place and not (place.is_file() or place.is_dir()):
         raise BundleError(f"No bundle at {source}. {EXPECTED}{_did_you_mean(place)}")
     name, sizes, read = _list_folder(place) if place and place.is_dir() else _list_zip(source)
-    _check_names(name, sizes)
     if sum(sizes.values()) > max_bytes:
         opened, most = sum(sizes.values()) / 2**20, max_bytes / 2**20
         raise BundleError(f"{name} opens to {opened:,.0f} MB; at most {most:,.0f} MB are opened.")
@@ -186,20 +211,55 @@ def open_bundle(source: Path | str | IO[bytes], *, max_bytes: int = MAX_BYTES) -
                 f"{name}: {file} is damaged or cannot be read ({error}). Copy the bundle again."
             ) from error
 
-    return BundleFiles(_read_manifest(name, sizes, read_file(MANIFEST)), name, read_file)
+    inner = sorted(
+        {found[1] for file in sizes if (found := MEMBER.fullmatch(file))} if MANIFEST in sizes else ()
+    )
+    members = {}
+    for folder in inner:
+        start = f"{folder}/"
+        own = {file.removeprefix(start): size for file, size in sizes.items() if file.startswith(start)}
+        members[folder] = _check_files(
+            f"{name}/{folder}", own, lambda file, start=start: read_file(start + file)
+        )
+    outer = {file: size for file, size in sizes.items() if file.partition("/")[0] not in members}
+    return _check_files(name, outer, read_file, members)
+
+
+def _check_files(
+    name: str, sizes: Mapping[str, int], read: Callable[[str], bytes], members: Mapping[str, BundleFiles] = {}
+) -> BundleFiles:
+    """One bundle's names and manifest checked; a fused one's `members` were before."""
+    _check_names(name, sizes)
+    listed = {f"{folder}/{MANIFEST}": read(f"{folder}/{MANIFEST}") for folder in members}
+    sizes = {**sizes, **{file: len(content) for file, content in listed.items()}}
+    manifest = _read_manifest(name, sizes, read(MANIFEST))
+    if (manifest["kind"] == FUSED) != bool(members):
+        raise BundleError(f"{name} says it is {manifest['kind']}, but its files are not. Copy it again.")
+    if any(_listing(content) != manifest["files"][file] for file, content in listed.items()):
+        raise BundleError(f"{name} holds another model than it was fused from. Copy the whole bundle again.")
+    return BundleFiles(manifest, name, read, dict(members))
 
 
 def _list_folder(folder: Path) -> tuple[str, dict[str, int], Callable[[str], bytes]]:
     """Name, size of each file, and how one is read."""
     if not (folder / MANIFEST).exists() and (meant := _did_you_mean(folder)):
         raise BundleError(f"{folder} has no {MANIFEST}, so it is no bundle.{meant}")
-    files = [path for path in folder.iterdir() if path.name not in SYSTEM_FILES]
-    for path in files:
+    paths = [path for path in folder.iterdir() if path.name not in SYSTEM_FILES]
+    inner = [
+        path for path in paths if MEMBER.match(f"{path.name}/") and path.is_dir() and not path.is_symlink()
+    ]
+    files = {path.name: path for path in paths if path not in inner}
+    files |= {f"{one.name}/{path.name}": path for one in inner for path in one.iterdir()}
+    for path in files.values():
         if path.is_symlink() or not path.is_file():
             raise BundleError(
                 f"{folder.name}: {path.name} is a link or a folder; a bundle holds plain files."
             )
-    return folder.name, {p.name: p.stat().st_size for p in files}, lambda file: (folder / file).read_bytes()
+    return (
+        folder.name,
+        {name: path.stat().st_size for name, path in files.items()},
+        lambda file: files[file].read_bytes(),
+    )
 
 
 def _list_zip(source: Path | str | IO[bytes]) -> tuple[str, dict[str, int], Callable[[str], bytes]]:
@@ -329,6 +389,7 @@ def write_bundle(
     manifest: Mapping[str, Any],
     arrays: Mapping[str, Mapping[str, np.ndarray]],
     card: str = "",
+    members: Mapping[str, Path] = {},
 ) -> Path:
     """Write a bundle, whole or not at all; an older one at the same place is replaced.
 
@@ -342,6 +403,8 @@ def write_bundle(
         File name -> named arrays.
     card : str
         README.md for people.
+    members : mapping
+        Of a fused bundle: folder in it -> folder of the whole bundle that is copied there.
     """
     target = Path(target)
     building, older = (
@@ -351,6 +414,9 @@ def write_bundle(
     building.mkdir(parents=True)
     try:
         files = {file: _write_arrays(building / file, named) for file, named in arrays.items()}
+        for name, folder in members.items():
+            shutil.copytree(folder, building / name)
+            files[f"{name}/{MANIFEST}"] = _listing((building / name / MANIFEST).read_bytes())
         write_json({"format": FORMAT, **manifest, "files": files}, building / MANIFEST)
         if card:
             write_text(card, building / CARD)
@@ -368,8 +434,8 @@ def write_bundle(
 def zip_bundle(folder: Path | str, target: Path | str) -> Path:
     """One file to hand around, not compressed (weights hardly shrink, and stored files open faster)."""
     with writing(target) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        for path in sorted(Path(folder).iterdir()):
-            archive.write(path, path.name)
+        for path in sorted(path for path in Path(folder).rglob("*") if path.is_file()):
+            archive.write(path, path.relative_to(folder))
     return Path(target)
 
 

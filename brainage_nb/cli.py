@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from brainage_nb import __version__, pipeline
-from brainage_nb.parameters import ParameterError, format_value
+from brainage_nb.parameters import ParameterError, format_value, split_items
 from brainage_nb.pipeline import NotebookFailed, NotebookPaused
 from brainage_nb.platforms import version_of
 from brainage_nb.workspace import (
@@ -208,10 +208,13 @@ def _add_predict(commands: Any) -> None:
         "head.nii.gz",
         "scans/ --table ages.csv --out results.csv",
         "head.nii.gz --bundle W/runs/resnet18/bundle --explain",
+        "t1.nii.gz --bundle fused.zip --also T2w=t2.nii.gz",
     )
     predict.add_argument("scans", nargs="+", metavar="SCAN", help="NIfTI or MGH file, or a folder of them")
     told = f"bundle folder or .zip (default: the newest in {_default_place()})"
     predict.add_argument("--bundle", default="", metavar="PLACE", help=told)
+    told = "another scan of the same session, for a fused model (repeatable)"
+    predict.add_argument("--also", action="append", default=[], metavar="T2w=SCAN", help=told)
     told = "table with true ages (CSV, TSV, XLS, XLSX), for the gaps"
     predict.add_argument("--table", default="", metavar="FILE", help=told)
     told = "write the results to this CSV file"
@@ -237,16 +240,18 @@ def predict_command(options: argparse.Namespace) -> int:
         raise ParameterError(f"--out {options.out} is a folder: name the CSV file in it.")
     try:
         scans = find_scans(options.scans)
+        also = read_also(options.also, len(scans))
         ages = find_ages(scans, options.table) if options.table else None
         device, why = chosen_device(options.device, len(scans))
         bundle = load_bundle(options.bundle or find_newest_bundle(), device)
+        bundle.refuse_unknown(also)
     except (ValueError, OSError) as error:
         raise ParameterError(str(error)) from error
     print(f"{len(scans)} scan(s), computed on {name_of(bundle.model.device)}{why and f' ({why})'}.")
     out = Path(options.out).absolute()
     maps = out.with_name(f"{out.stem}_heat_maps") if options.out else Path("heat_maps").absolute()
     results, n_folders = [], count_telling_folders(scans)
-    found = bundle.predict_many(scans, ages, n_jobs=options.jobs)
+    found = bundle.predict_many(scans, ages, [also] * len(scans), n_jobs=options.jobs)
     for result in tqdm(found, total=len(scans), desc="scans", unit="scan", leave=False):
         results.append(result)
         if options.explain and isinstance(result, Prediction):
@@ -272,6 +277,16 @@ def find_scans(given: Sequence[str]) -> list[Path]:
             raise FileNotFoundError(f"No NIfTI or MGH image of a scan lies in {item}.")
         scans += map(Path, images["image"])
     return scans
+
+
+def read_also(given: Sequence[str], n_scans: int) -> dict[str, str]:
+    """Further scans of one person's session by their names, from `T2w=scan2.nii.gz`."""
+    also = split_items(given)
+    if also and n_scans != 1:
+        raise ParameterError(
+            f"--also names scans of one person's session, and {n_scans} scans are to be predicted. Give one."
+        )
+    return also
 
 
 def find_ages(scans: Sequence[Path], table: str) -> list[float | None]:

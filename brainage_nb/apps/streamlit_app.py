@@ -9,7 +9,8 @@ import argparse
 import gc
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from brainage_nb.apps.results import as_text, keep_results, model_facts, one_at_
 from brainage_nb.apps.uploads import SCAN_TYPES, predict_upload, shown_name, stored, together
 from brainage_nb.bundle_format import MAX_BYTES, BundleError, find_bundles
 from brainage_nb.predict.bundle import Bundle, load_bundle
-from brainage_nb.predict.cautions import NOT_A_DEVICE, OLDEST
+from brainage_nb.predict.cautions import NOT_A_DEVICE, OLDEST, Failure
 from brainage_nb.workspace import MissingInput, read_csv
 
 MAX_UPLOADED_BYTES = 2 * 2**30
@@ -134,10 +135,24 @@ def predict_scans(bundle: Bundle) -> None:
         accept_multiple_files=True,
         key=f"scans-{turn}",
     )
-    _act(bundle, uploads, _true_ages(uploads))
+    others = _other_scans(bundle, turn) if len(together(uploads)) < 2 else {}
+    _act(bundle, uploads, _true_ages(uploads), others)
 
 
-def _act(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -> None:
+def _other_scans(bundle: Bundle, turn: int) -> dict[str, Any]:
+    """A field for each further scan of the session that the model can take; what was uploaded, by name."""
+    fields = {
+        name: st.file_uploader(
+            f"{name} scan of the same session, if there is one", type=list(SCAN_TYPES), key=f"{name}-{turn}"
+        )
+        for name in bundle.others
+    }
+    return {name: upload for name, upload in fields.items() if upload is not None}
+
+
+def _act(
+    bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None], others: Mapping[str, Any]
+) -> None:
     """The buttons and what they do."""
     example = _demo_head()
     wanted = {"predict": "Predict"}
@@ -158,8 +173,8 @@ def _act(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -
         return
     if asked["predict"]:
         with st.spinner(f"Predicting {len(uploads)} scan{'s' if len(uploads) > 1 else ''}"):
-            keep_results(_predict(bundle, uploads, ages))
-        _forget(uploads)
+            keep_results(_predict(bundle, uploads, ages, others))
+        _forget([*uploads, *others.values()])
         st.session_state["turn"] += 1
     elif asked.get("demo"):
         with st.spinner("Predicting a demo head"), one_at_a_time():
@@ -226,11 +241,28 @@ def _true_ages(uploads: Sequence[Any]) -> list[float | None]:
     ][: len(things)]
 
 
-def _predict(bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None]) -> list[Any]:
-    with one_at_a_time(), stored(uploads, ages) as scans:
-        results = [predict_upload(bundle, scan) for scan in scans]
+def _predict(
+    bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None], others: Mapping[str, Any]
+) -> list[Any]:
+    with one_at_a_time(), stored(uploads, ages) as scans, ExitStack() as folders:
+        further = {name: folders.enter_context(stored([upload])) for name, upload in others.items()}
+        also = {name: found[0].path for name, found in further.items() if _is_one_scan(found)}
+        results = [predict_upload(bundle, scan, also) for scan in scans]
+        results += [_say_unused(name, found) for name, found in further.items() if name not in also]
     gc.collect()
     return results
+
+
+def _is_one_scan(found: Sequence[Any]) -> bool:
+    return len(found) == 1 and not isinstance(found[0], Failure)
+
+
+def _say_unused(name: str, found: Sequence[Any]) -> Failure:
+    """Why a further upload was not used."""
+    if isinstance(found[0], Failure):
+        return found[0]
+    sentence = f"The {name} upload holds {len(found)} scans, so none was used. Upload one scan."
+    return Failure(f"{name} scan", "several_scans", sentence)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -51,11 +51,16 @@ class StoredScan:
     age: float | None = None
 
 
-def predict_upload(bundle: Bundle, scan: StoredScan | Failure) -> Prediction | Failure:
-    """The age of an upload, under the upload's own name; what is no scan stays the failure it is."""
+def predict_upload(
+    bundle: Bundle, scan: StoredScan | Failure, also: Mapping[str, Path] | None = None
+) -> Prediction | Failure:
+    """The age of an upload, under the upload's own name; what is no scan stays the failure it is.
+
+    `also` holds further scans of its session, as `Bundle.predict` takes them.
+    """
     if isinstance(scan, Failure):
         return scan
-    result = next(bundle.predict_many([scan.path], [scan.age], n_jobs=1))
+    result = next(bundle.predict_many([scan.path], [scan.age], [also or {}], n_jobs=1))
     return replace(result, scan=scan.name, path=scan.origin)
 
 

@@ -18,11 +18,13 @@ from brainage_nb.evaluation import metrics
 from brainage_nb.evaluation.correction import (
     LEVEL,
     AgeBiasCorrector,
+    Calibration,
     EvaluationError,
     conformal_rank,
     coverage,
 )
 from brainage_nb.evaluation.external import ExternalEvaluation
+from brainage_nb.evaluation.fusion import FUSED, Fusion, fuse_runs
 from brainage_nb.evaluation.rates import measure_rates
 from brainage_nb.evaluation.runs import (
     OUT_OF_FOLD,
@@ -52,7 +54,7 @@ class Evaluation:
     """Everything `write_report` needs; `results` is what goes into `results.json`.
 
     `external` is filled by whoever applied a model to another cohort: its name -> what `evaluate_external`
-    found.
+    found. `fusion` is None where no runs were fused; else `runs` holds the fused run too.
     """
 
     workspace: Workspace
@@ -62,12 +64,18 @@ class Evaluation:
     warnings: list[str]
     parameters: dict[str, Any]
     external: dict[str, ExternalEvaluation] = field(default_factory=dict)
+    fusion: Fusion | None = None
 
     @property
     def predictions(self) -> pd.DataFrame:
         """All runs' headline rows; `predicted_age` is raw."""
         rows = pd.concat({name: found.rows for name, found in self.runs.items()}, names=["run", None])
         return rows.reset_index(level="run").reset_index(drop=True)
+
+    @property
+    def bootstrap(self) -> dict[str, int]:
+        """`n_bootstrap` and `seed` of every interval."""
+        return {name: self.parameters[name] for name in ("n_bootstrap", "seed")}
 
     @property
     def results(self) -> dict[str, Any]:
@@ -88,6 +96,7 @@ class Evaluation:
             "_rates": {name: found.rates.to_dict() for name, found in each},
             "_external": {name: found.summary() for name, found in self.external.items()},
             "_comparisons": self.comparisons.to_dict("records"),
+            **({"_fusion": self.fusion.to_dict(**self.bootstrap)} if self.fusion else {}),
             "_test_object": self.is_test_object,
             "_warnings": self.warnings,
             "_parameters": self.parameters,
@@ -98,6 +107,7 @@ def evaluate_runs(
     workspace: Workspace | Path | str = "",
     runs: Sequence[str] | str = (),
     *,
+    fuse: Sequence[str] | str = (),
     truth: str | Path = "",
     controls: str | None = None,
     level: float = LEVEL,
@@ -111,6 +121,8 @@ def evaluate_runs(
     workspace : Workspace or path
     runs : names, or one string with commas
         By default every run that has predictions.
+    fuse : names, or one string with commas
+        Runs whose ages are fused (`fuse_runs`) into one more, called `fused`.
     truth : path, optional
         `truth.csv` of the known-answer cohort; looked for in the workspace where not given.
     controls : str, optional
@@ -133,26 +145,36 @@ def evaluate_runs(
     >>> headline_table(evaluation.results)  # doctest: +SKIP
     """
     ws = workspace if isinstance(workspace, Workspace) else open_workspace(workspace)
-    asked = runs.split(",") if isinstance(runs, str) else runs
-    names = [name.strip() for name in asked if name.strip()] or list_runs(ws)
+    names, fused = _list_names(runs) or list_runs(ws), _list_names(fuse)
+    names += [name for name in fused if name not in names]
     if not names:
         raise MissingInput(f"No run in {ws.path('runs')} has a predictions.csv. Run notebook 04 or 05 first.")
     planted, bootstrap = read_truth(ws, truth), {"n_bootstrap": n_bootstrap, "seed": seed}
-    found = {
-        name: evaluate_run(read_run(ws, name), level=level, truth=planted, controls=controls, **bootstrap)
-        for name in names
-    }
+    options = {"level": level, "truth": planted, "controls": controls} | bootstrap
+    read = {name: read_run(ws, name) for name in names}
+    fusion = fuse_runs({name: read[name] for name in fused}, level) if fused else None
+    found = {name: evaluate_run(run, **options) for name, run in read.items()}
+    if fusion:
+        calibrated = (fusion.whole.calibration, fusion.rows)
+        found[FUSED] = evaluate_run(fusion.run, calibrated=calibrated, **options)
     sources = ws.read("cohort.csv").get("source", pd.Series(dtype=str))
     is_test_object = planted is not None or bool((sources == "demo").any())
     comparisons = compare_runs(found, **bootstrap)
+    cautions = find_cautions(found, comparisons, ws, is_test_object=is_test_object)
     return Evaluation(
         workspace=ws,
         runs=found,
         comparisons=comparisons,
         is_test_object=is_test_object,
-        warnings=find_cautions(found, comparisons, ws, is_test_object=is_test_object),
-        parameters={"runs": names, "level": level} | bootstrap,
+        warnings=cautions + [f"{FUSED}: {note}" for note in (fusion.notes if fusion else ())],
+        parameters={"runs": names, "fuse": fused, "level": level} | bootstrap,
+        fusion=fusion,
     )
+
+
+def _list_names(names: Sequence[str] | str) -> list[str]:
+    given = names.split(",") if isinstance(names, str) else names
+    return [name.strip() for name in given if name.strip()]
 
 
 def evaluate_run(
@@ -161,16 +183,23 @@ def evaluate_run(
     level: float = LEVEL,
     truth: pd.DataFrame | None = None,
     controls: str | None = None,
+    calibrated: tuple[Calibration, pd.DataFrame] | None = None,
     **bootstrap: int,
 ) -> RunEvaluation:
-    """Evaluate one run; see `evaluate_runs` for the parameters."""
+    """Evaluate one run; see `evaluate_runs` for the parameters.
+
+    `calibrated` is another calibration than `calibrate`'s, with the run's rows as `add_gaps` gives them.
+    """
     if not len(run.part(run.judged_on)):
         raise EvaluationError(
             f"{run.name} has no test predictions and none out of fold, so there is nothing to evaluate "
             "honestly. Train it on more subjects, or with final = True."
         )
-    calibration = calibrate(run, level)
-    corrector, rows = calibration.corrector, add_gaps(run, calibration, level)
+    if calibrated is None:
+        calibration = calibrate(run, level)
+        calibrated = calibration, add_gaps(run, calibration, level)
+    calibration, rows = calibrated
+    corrector = calibration.corrector
     test, options = rows.loc[run.part(run.judged_on).index], {"reference_age": run.reference_age} | bootstrap
 
     def measure(column: str) -> dict[str, metrics.Metrics]:
@@ -384,7 +413,9 @@ def _of_workspace(
             f"Controls are those with the diagnosis {known}; the others ({others}) take no part in bias "
             "correction and site offset. Where that is wrong, set control_words in notebook 01."
         )
-    if len({one.run.settings.get("fingerprint") for one in found.values()} - {None, ""}) > 1:
+    volumes = {(one.run.modality, one.run.settings.get("fingerprint")) for one in found.values()}
+    known = [modality for modality, fingerprint in volumes if fingerprint]
+    if len(known) > len({*known}):
         yield (
             "The runs were trained on differently preprocessed volumes; differences between them may come "
             "from that."

@@ -132,6 +132,27 @@ def known_tables(evaluation: Evaluation) -> dict[str, dict[str, pd.DataFrame]]:
     return tables
 
 
+def fusion_tables(evaluation: Evaluation) -> dict[str, pd.DataFrame]:
+    """What was fused as text: `people` by the runs they have ages from, and what each set of runs gives the
+    `same` people, who have all; empty without fusion."""
+    if evaluation.fusion is None:
+        return {}
+    found = evaluation.fusion.to_dict(**evaluation.bootstrap)
+    names = ("fused_from", "n", "n_subjects", "mae", "mean_predictor_mae", "half_width", "inside")
+    people = text_table([flat(row) for row in found["people"]], names)
+    people["inside"] = [f"{share:.0%}" for share in people["inside"]]
+    people["half_width"] = [f"{width:.1f}".replace("inf", "infinite") for width in people["half_width"]]
+    same = [
+        flat(row) | {"weights": evaluation.fusion.parts[row["from"]].combination.words}
+        for row in found["parts"]
+    ]
+    same = text_table(same, ("from", "n", "mae", "gain", "weights") if same else ())
+    return {
+        "people": people.rename(columns={"fused_from": "fused from", "half_width": "interval: ± years"}),
+        "same": same.rename(columns={"gain": "all together are nearer by [years]"}),
+    }
+
+
 def settings_table(evaluation: Evaluation) -> pd.DataFrame:
     """Settings of each run, one row per setting, one column per run."""
     columns = {name: flat_settings(found.run.settings) for name, found in evaluation.runs.items()}

@@ -65,6 +65,11 @@ class Run:
     predictions: pd.DataFrame
 
     @property
+    def modality(self) -> str:
+        """Which scan of a session it reads, by its BIDS suffix."""
+        return self.settings.get("modality", "T1w")
+
+    @property
     def folds(self) -> bool:
         """Whether train and validation rows are out-of-fold predictions."""
         return metrics.has_folds(self.predictions)

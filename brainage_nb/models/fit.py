@@ -56,7 +56,8 @@ class VolumeDataset(torch.utils.data.Dataset):
 
     Parameters
     ----------
-    store : VolumeStore
+    store : VolumeStore, or several
+        Several give a channel each.
     scans : DataFrame
         `scan_id, age` (years); item k is row k.
     device : torch.device or str
@@ -67,28 +68,35 @@ class VolumeDataset(torch.utils.data.Dataset):
     (torch.Size([1, 96, 96, 96]), torch.float32)
     """
 
-    def __init__(self, store: VolumeStore, scans: pd.DataFrame, device: torch.device | str = "cpu"):
-        self.size, self.spacing_mm, self._shards = store.size, store.spacing_mm, store.shards
+    def __init__(
+        self,
+        store: VolumeStore | Sequence[VolumeStore],
+        scans: pd.DataFrame,
+        device: torch.device | str = "cpu",
+    ):
+        stores = list_stores(store)
+        self.size, self.spacing_mm, self._shards = *common_grid(stores), [one.shards for one in stores]
         self.device = torch.device(device)
-        self._places = np.stack(store.locate(list(scans["scan_id"])), axis=1)
+        self._places = [np.stack(one.locate(list(scans["scan_id"])), axis=1) for one in stores]
         self._age = scans["age"].to_numpy(np.float32)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._age)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
         return self.read([row])[0].float(), torch.tensor(self._age[row])
 
     def read(self, rows: Sequence[int] | np.ndarray) -> Tensor:
-        """Several volumes, float16 (n, 1, size, size, size), in memory, pinned for a GPU."""
-        shape, pin = (len(rows), 1, *(self.size,) * 3), self.device.type == "cuda"
+        """Several volumes, float16 (n, channels, size, size, size), in memory, pinned for a GPU."""
+        shape, pin = (len(rows), len(self._shards), *(self.size,) * 3), self.device.type == "cuda"
         batch = torch.empty(shape, dtype=torch.float16, pin_memory=pin)
-        for target, (shard, place) in zip(batch.numpy(), self._places[rows], strict=True):
-            target[0] = self._shards[shard][place]
+        for channel, (shards, places) in enumerate(zip(self._shards, self._places, strict=True)):
+            for target, (shard, place) in zip(batch.numpy(), places[rows], strict=True):
+                target[channel] = shards[shard][place]
         return batch
 
     def batches(self, wanted: Sequence[np.ndarray]) -> Iterator[Tensor]:
-        """Float32 batches (n, 1, size, size, size) on the device, one for each array of n positions.
+        """Float32 batches (n, channels, size, size, size) on the device, one for each array of n positions.
 
         They are read ahead, while the device computes.
         """
@@ -99,6 +107,35 @@ class VolumeDataset(torch.utils.data.Dataset):
                 if following is not None:
                     waiting.append(reader.submit(self.read, following))
                 yield batch.to(self.device, non_blocking=True).float()
+
+
+def list_stores(store: VolumeStore | Sequence[VolumeStore]) -> list[VolumeStore]:
+    """One store or several, as a list."""
+    return list(store) if isinstance(store, list | tuple) else [store]
+
+
+def common_grid(stores: Sequence[VolumeStore]) -> tuple[int, float]:
+    """Size and spacing (mm) of all stores' volumes; ValueError where they differ."""
+    grids = {(store.size, store.spacing_mm) for store in stores}
+    if len(grids) > 1:
+        raise ValueError(
+            f"The channels' volumes differ in size and spacing_mm: {sorted(grids)}. Run notebook 03 for all "
+            "of them with the same numbers."
+        )
+    return grids.pop()
+
+
+def blank_channels(volumes: Tensor, share: float, streams: Sequence[Sequence[int]]) -> Tensor:
+    """Set each channel of a batch (n, channels, size, size, size) to 0 with this chance, never all of one.
+
+    `streams` holds a key for each sample: the same key draws the same channels.
+    """
+    for volume, key in zip(volumes, streams, strict=True):
+        draw = np.random.default_rng([*key, len(volume)])
+        blank = draw.random(len(volume)) < share
+        blank[draw.integers(len(volume))] = False
+        volume[torch.from_numpy(blank)] = 0
+    return volumes
 
 
 def huber_loss(predicted: Tensor, age: Tensor) -> Tensor:
@@ -153,7 +190,7 @@ def list_learning_rates(settings: TrainingSettings, steps_per_epoch: int) -> np.
 def predict_ages(
     model: nn.Module, batches: Iterable[Tensor], autocast, *, flip_averaging: bool
 ) -> np.ndarray:
-    """Ages in years (n,), float64, of batches (batch, 1, D, H, W) with axes RAS; evaluation mode.
+    """Ages in years (n,), float64, of batches (batch, channels, D, H, W) with axes RAS; evaluation mode.
 
     With `flip_averaging` each age is the mean over the volume and its left-right mirror image.
     """
@@ -286,16 +323,18 @@ class Trainer:
 
         Parameters
         ----------
-        volumes : Tensor (n, 1, size, size, size)
+        volumes : Tensor (n, channels, size, size, size)
             This process's part of the batch, as stored.
         rows : (n,) array
             Their row positions.
         batch_total : int
             Volumes of the batch over all processes: each sample weighs 1 / batch_total in the gradient.
         """
+        streams = [(self.member.seed, self.epoch, int(row)) for row in rows]
         if self.settings.augmentation is not None:
-            streams = [(self.member.seed, self.epoch, int(row)) for row in rows]
             volumes = augment(volumes, self.settings.augmentation, self.volumes.spacing_mm, streams)
+        if self.settings.channels:
+            volumes = blank_channels(volumes, self.settings.channel_dropout, streams)
         try:
             self.sums[:2] += self.compute_gradients(volumes, self.age[torch.as_tensor(rows)], batch_total)
         except torch.OutOfMemoryError as error:

@@ -16,7 +16,7 @@ import torch
 from monai.networks.nets.resnet import ResNet
 from torch import Tensor, nn
 
-from brainage_nb.bundle_format import all_seen, among, open_bundle
+from brainage_nb.bundle_format import RESNET, all_seen, among, open_bundle
 from brainage_nb.models.settings import TrainingRefused, TrainingSettings
 from brainage_nb.volumes.resampling import FWHM_PER_SD
 
@@ -32,6 +32,7 @@ def resnet18_regressor(
     blocks: Sequence[int] = (2, 2, 2, 2),
     shortcut: str = "B",
     linear_edge: int = 0,
+    channels: int = 1,
     age_mean: float = 0.0,
     age_sd: float = 1.0,
 ) -> AgeRegressor:
@@ -47,6 +48,8 @@ def resnet18_regressor(
     linear_edge : int
         Edge of the map of weights of a linear regression (`VoxelRegression`) whose age is averaged with that
         of the network; 0 for none.
+    channels : int
+        Of the volumes it takes: scans of one session.
     age_mean, age_sd : float
         Mean and spread of the training ages, years. The output starts at `age_mean`, so the optimiser's first
         steps are not spent on finding it.
@@ -54,7 +57,7 @@ def resnet18_regressor(
     Returns
     -------
     AgeRegressor
-        Module from (batch, 1, D, H, W) to ages in years of shape (batch,).
+        Module from (batch, channels, D, H, W) to ages in years of shape (batch,).
 
     >>> resnet18_regressor(age_mean=50.0, age_sd=15.0)(torch.zeros(2, 1, 48, 48, 48)).shape
     torch.Size([2])
@@ -63,9 +66,9 @@ def resnet18_regressor(
         raise ValueError(f"shortcut={shortcut!r} is unknown. Available: ['A', 'B']")
     if len(widths) != 4 or len(blocks) != 4:
         raise ValueError(f"A ResNet has four stages; widths={tuple(widths)}, blocks={tuple(blocks)}.")
-    network = AgeRegressor(widths, blocks, shortcut, age_mean, age_sd)
+    network = AgeRegressor(widths, blocks, shortcut, age_mean, age_sd, channels)
     if linear_edge:
-        empty = torch.zeros((linear_edge,) * 3)
+        empty = torch.zeros((channels * linear_edge, linear_edge, linear_edge))
         network.linear = VoxelRegression(empty, empty.clone(), 0.0)
     return network
 
@@ -95,13 +98,13 @@ class AgeOutput(nn.Module):
 class AgeRegressor(AgeOutput, ResNet):
     """See `resnet18_regressor`; `features` gives what the last layer takes."""
 
-    def __init__(self, widths, blocks, shortcut, age_mean, age_sd):
+    def __init__(self, widths, blocks, shortcut, age_mean, age_sd, channels=1):
         super().__init__(
             "basic",
             list(blocks),
             list(widths),
             spatial_dims=3,
-            n_input_channels=1,
+            n_input_channels=channels,
             conv1_t_stride=2,  # MONAI's default, 1, does ten times the work
             shortcut_type=shortcut,
             num_classes=1,
@@ -161,10 +164,10 @@ def build_network(
     if network is not None:
         return OwnNetwork(copy.deepcopy(network) if isinstance(network, nn.Module) else network(), **start)
     shape = {name: getattr(settings, name) for name in ("widths", "blocks", "shortcut")}
-    return resnet18_regressor(**shape, **start)
+    return resnet18_regressor(**shape, channels=len(settings.channel_names), **start)
 
 
-def describe_network(network: AgeOutput, size: int) -> pd.DataFrame:
+def describe_network(network: AgeOutput, size: int, channels: int = 1) -> pd.DataFrame:
     """One row per part of a network.
 
     Parameters
@@ -173,6 +176,7 @@ def describe_network(network: AgeOutput, size: int) -> pd.DataFrame:
         On the CPU; left in evaluation mode.
     size : int
         Edge of a volume, voxels.
+    channels : int
 
     Returns
     -------
@@ -192,7 +196,7 @@ def describe_network(network: AgeOutput, size: int) -> pd.DataFrame:
     inner = network.network if isinstance(network, OwnNetwork) else network
     hooks = [part.register_forward_hook(note) for part in inner.children()]
     with torch.inference_mode():
-        network.eval()(torch.zeros(1, 1, size, size, size))
+        network.eval()(torch.zeros(1, channels, size, size, size))
     for hook in hooks:
         hook.remove()
     names = {part: name for name, part in inner.named_children()}
@@ -222,9 +226,9 @@ class VoxelRegression(nn.Module):
 
     Parameters
     ----------
-    weight : Tensor (edge, edge, edge)
-        Years; the volume is brought to this many cubes an axis.
-    centre : Tensor (edge, edge, edge)
+    weight : Tensor (channels * edge, edge, edge)
+        Years; each channel of a volume is brought to this many cubes an axis.
+    centre : Tensor (channels * edge, edge, edge)
         Means over the training volumes.
     bias : float
         Age of a volume like these, years.
@@ -241,14 +245,14 @@ class VoxelRegression(nn.Module):
         return self.bias + self.parts(volumes).sum(dim=(1, 2, 3))
 
     def parts(self, volumes: Tensor) -> Tensor:
-        """Years (batch, edge, edge, edge) that each cube adds to an age."""
+        """Years (batch, channels * edge, edge, edge) that each cube adds to an age."""
         with torch.autocast(volumes.device.type, enabled=False):
-            return (cubes(volumes.float(), len(self.weight)) - self.centre) * self.weight
+            return (cubes(volumes.float(), self.weight.shape[-1]) - self.centre) * self.weight
 
 
 def cubes(volumes: Tensor, edge: int) -> Tensor:
-    """Means over cubes (batch, edge, edge, edge) of volumes (batch, 1, D, H, W)."""
-    return nn.functional.adaptive_avg_pool3d(volumes, edge)[:, 0]
+    """Means over cubes (batch, channels * edge, edge, edge) of volumes (batch, channels, D, H, W)."""
+    return nn.functional.adaptive_avg_pool3d(volumes, edge).flatten(1, 2)
 
 
 def fit_linear(
@@ -258,7 +262,7 @@ def fit_linear(
 
     Parameters
     ----------
-    volumes : iterable of Tensor (batch, 1, size, size, size)
+    volumes : iterable of Tensor (batch, channels, size, size, size)
         The training volumes in batches, axes RAS.
     age : (n,) array
         Years, in the order of the volumes.
@@ -272,8 +276,8 @@ def fit_linear(
         width_mm = batch.shape[-1] * spacing_mm
         edge = max(1, min(batch.shape[-1], round(width_mm / EDGE_MM)))
         sd = SMOOTH_MM / FWHM_PER_SD / (width_mm / edge)  # in cubes
-        means = cubes(batch, edge)
-        means = (means + means.flip(1)) / 2  # left and right count alike
+        channels = cubes(batch, edge).unflatten(1, (-1, edge))
+        means = ((channels + channels.flip(2)) / 2).flatten(1, 2)  # left and right count alike
         total = total + means.sum(dim=0)
         smooth.extend(_smooth(volume, sd) for volume in means.cpu().numpy())
     smooth = np.stack(smooth)
@@ -306,10 +310,12 @@ def _fit_ridge(scaled: np.ndarray, age: np.ndarray, subjects: np.ndarray) -> tup
     return scaled.T @ (vectors[:, kept] @ (model.coef_ / lengths)), float(model.intercept_)
 
 
-def _smooth(volume: np.ndarray, sd: float) -> np.ndarray:
+def _smooth(cubes: np.ndarray, sd: float) -> np.ndarray:
+    """Cubes (channels * edge, edge, edge), each channel smoothed by itself."""
     from scipy.ndimage import gaussian_filter
 
-    return gaussian_filter(volume, sd, mode="constant")
+    channels = cubes.reshape(-1, *(cubes.shape[-1],) * 3)
+    return gaussian_filter(channels, (0, sd, sd, sd), mode="constant").reshape(cubes.shape)
 
 
 # --- weights to start from: a bundle, a `.safetensors`, or a PyTorch file such as MedicalNet's ------------
@@ -389,7 +395,8 @@ def list_training_people(path: str | Path) -> list[dict[str, Any]]:
         place = place.parent  # a file of weights may lie in a bundle
         if not (place / "bundle.json").is_file():
             return []
-    return all_seen(open_bundle(place).manifest)
+    files = open_bundle(place)
+    return [seen for one in [*files.members.values()] or [files] for seen in all_seen(one.manifest)]
 
 
 def _is_bundle(path: Path) -> bool:
@@ -399,9 +406,9 @@ def _is_bundle(path: Path) -> bool:
 def _read_weights(path: Path) -> Mapping[str, Tensor]:
     if _is_bundle(path):
         files = open_bundle(path)
-        if not files.manifest.get("members"):
+        if files.manifest["kind"] != RESNET:
             raise ValueError(
-                f"{path} holds no network ({files.manifest.get('kind')}); start from a ResNet-18."
+                f"{path} holds no single network ({files.manifest['kind']}); start from a ResNet-18."
             )
         arrays = files.arrays(files.manifest["members"][0]["file"])
         return {name: torch.from_numpy(array).float() for name, array in arrays.items()}

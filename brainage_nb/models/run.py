@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from brainage_nb.cohort.splits import check_splits, deal_everybody
 from brainage_nb.evaluation.runs import digest_tables, find_altered
 from brainage_nb.models.compute import check_disk, choose_device, choose_precision
-from brainage_nb.models.fit import HISTORY, Trainer, VolumeDataset
+from brainage_nb.models.fit import HISTORY, Trainer, VolumeDataset, common_grid, list_stores
 from brainage_nb.models.network import (
     build_network,
     count_weights,
@@ -53,36 +53,43 @@ class Job:
 
     def __init__(
         self,
-        store: VolumeStore,
+        store: VolumeStore | Sequence[VolumeStore],
         splits: pd.DataFrame,
         run_folder: Path,
         settings: TrainingSettings,
         network: nn.Module | Callable[[], nn.Module] | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
-        self.store, self.run_folder = store, Path(run_folder)
+        self.stores, self.run_folder = list_stores(store), Path(run_folder)
+        self.store = self.stores[0]
         self.network, self.loss = network, loss
         self.settings = replace(settings, loss="own") if loss is not None else settings
         self._check_own()
-        self.scans = _select_scans(check_splits(splits), store)
+        self.scans = _select_scans(check_splits(splits), self.stores)
         if self.settings.final:
             self.scans = deal_everybody(self.scans, self.settings.folds)
         self.members = list_members(self.scans, self.settings)
         self.own = {"network": _name_of(network), "loss": _name_of(loss)}
         self.identity = self.settings.identity() | {
-            "fingerprint": store.fingerprint,
+            "fingerprint": self.store.fingerprint,
             "scans_ages_splits": _digest(self.scans),
-            "scan_files": _digest_files(self.scans, store),
+            "scan_files": _digest_files(self.scans, self.store),
+            **{
+                f"channel_{n}": f"{one.fingerprint} {_digest_files(self.scans, one)}"
+                for n, one in enumerate(self.stores[1:], start=2)
+            },
             **{f"own_{name}": value for name, value in self.own.items() if value},
         }
         self.notes: list[str] = []
 
     def _check_own(self) -> None:
-        if self.store.settings.modality != self.settings.modality:
+        asked, found = self.settings.channel_names, tuple(one.settings.modality for one in self.stores)
+        if asked != found:
             raise TrainingRefused(
-                f"modality = {self.settings.modality!r}, and these volumes are of "
-                f"{self.store.settings.modality}: open them with current_store(..., modality=...)."
+                f"{'channels' if self.settings.channels else 'modality'} = {','.join(asked)!r}, and these "
+                f"volumes are of {','.join(found)}: open them with current_store(..., modality=...)."
             )
+        common_grid(self.stores)
         if self.settings.loss == "own" and self.loss is None:
             raise TrainingRefused("loss = 'own' stands for a function: give it as train(..., loss=...).")
 
@@ -178,7 +185,7 @@ class Job:
         if accelerator.is_main_process:
             (self.run_folder / "predictions.csv").unlink(missing_ok=True)  # it would say that all is done
             self._write_settings(facts)
-        return VolumeDataset(self.store, self.scans, accelerator.device)
+        return VolumeDataset(self.stores, self.scans, accelerator.device)
 
     def _note_stop(self, trainer: Trainer, reason: str) -> None:
         if trainer.accelerator.is_main_process:
@@ -221,7 +228,7 @@ class Job:
             "variant": "single" if len(self.members) == 1 else "mean",
             "fingerprint": self.store.fingerprint,
             "preprocessing": self.store.settings.to_json(),
-            "modality": self.settings.modality,
+            "modality": " + ".join(self.settings.channel_names),
             "recipe": self.settings.recipe,
             "final": self.settings.final,
             "own": self.own,
@@ -281,13 +288,14 @@ def write_predictions(
     return folder
 
 
-def _select_scans(splits: pd.DataFrame, store: VolumeStore) -> pd.DataFrame:
-    """Rows with a volume and an age, by scan_id, ids as text."""
-    known = splits["scan_id"].isin(set(store.scan_ids))
+def _select_scans(splits: pd.DataFrame, stores: Sequence[VolumeStore]) -> pd.DataFrame:
+    """Rows with a volume in every store and an age, by scan_id, ids as text."""
+    known = splits["scan_id"].isin(set.intersection(*(set(store.scan_ids) for store in stores)))
     if not known.all():
         names = ", ".join(splits.loc[~known, "scan_id"].astype(str).head(5))
+        where = "the store" if len(stores) == 1 else f"one of the {len(stores)} stores"
         warnings.warn(
-            f"{(~known).sum()} of {len(splits)} scans have no volume in the store and are left out: {names}.",
+            f"{(~known).sum()} of {len(splits)} scans have no volume in {where} and are left out: {names}.",
             stacklevel=3,
         )
     scans = splits[known].sort_values("scan_id").reset_index(drop=True)

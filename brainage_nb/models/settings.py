@@ -70,6 +70,11 @@ class TrainingSettings:
     linear : bool
         Average each predicted age with that of a ridge regression on the smoothed training volumes
         (`fit_linear`), fitted in seconds once the network is trained; the recipe's if not set.
+    channels : str
+        Scans of a session that one network reads together, a channel each, with commas, as T1w,T2w; the first
+        decides what the linear regression reads too. Empty: one scan. People who lack one are left out.
+    channel_dropout : float
+        With channels, the chance that each is blanked in a training step, though never all of them.
     shortcut : {"A", "B"}
         Of the residual blocks; A where MedicalNet's weights are to be loaded.
     widths : ints
@@ -117,6 +122,8 @@ class TrainingSettings:
     ema_epochs: float = 1.0
     keep: str = "best"
     linear: bool = False
+    channels: str = ""
+    channel_dropout: float = 0.2
     shortcut: str = "B"
     widths: tuple[int, ...] = (64, 128, 256, 512)
     blocks: tuple[int, ...] = (2, 2, 2, 2)
@@ -137,14 +144,22 @@ class TrainingSettings:
 
     def __post_init__(self):
         check_fields(self)  # JSON brings lists
-        check_modality(self.modality)
+        for name in self.channel_names:
+            check_modality(name, "channels" if self.channels else "modality")
         if self.final and not self.folds:
             object.__setattr__(self, "folds", FINAL_FOLDS)
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, int | float)}
+        names = self.channel_names if self.channels else ()
         share = 0 <= self.inner_fraction < 1 and (self.inner_fraction > 0 or self.keep == "last")
         checks = [
             *((name, numbers[name] > 0, "above 0") for name in ("epochs", "batch_size", "learning_rate")),
             *((name, value >= 0, "no number below 0") for name, value in numbers.items()),
+            ("channel_dropout", self.channel_dropout < 1, "a share from 0 to below 1"),
+            (
+                "channels",
+                len(set(names)) == len(names) != 1,
+                "none, or two or more different names with commas",
+            ),
             ("folds", self.folds != 1, "0 (none) or at least 2"),
             ("seeds", 0 < len(set(self.seeds)) == len(self.seeds), "one or more different numbers"),
             ("inner_fraction", share, "a share from 0 to below 1, and above 0 with keep='best'"),
@@ -174,6 +189,11 @@ class TrainingSettings:
                 "Set folds too, or leave inner_fraction out."
             )
         return settings
+
+    @property
+    def channel_names(self) -> tuple[str, ...]:
+        """Which scan each of the network's channels reads, as (T1w, T2w)."""
+        return tuple(name.strip() for name in self.channels.split(",") if name.strip()) or (self.modality,)
 
     @property
     def recipe(self) -> str:

@@ -15,7 +15,7 @@ import time
 import uuid
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -77,7 +77,7 @@ class RunResult:
 
 
 def train(
-    store: VolumeStore,
+    store: VolumeStore | Sequence[VolumeStore],
     splits: pd.DataFrame,
     run_folder: str | Path,
     settings: TrainingSettings | None = None,
@@ -91,8 +91,8 @@ def train(
 
     Parameters
     ----------
-    store : VolumeStore
-        Preprocessed volumes.
+    store : VolumeStore, or several
+        Preprocessed volumes; several, in the order of the settings' `channels`, for one network of them all.
     splits : DataFrame
         `scan_id, subject_id, session_id, age` (years), `split` and `fold`; scans absent from the store are
         left out.
@@ -143,7 +143,8 @@ def train(
         return RunResult.read(run_folder, [note])
     job.check_start(fresh=fresh)
     if not in_worker():  # whoever started a worker has verified
-        store.verify()
+        for one in job.stores:
+            one.verify()
     spread = bool(settings.cluster) and len(job.members) > 1 and bool(fresh or job.unfinished())
     processes = 1 if spread or in_worker() else count_processes(settings)
     if any(job.own.values()) and (spread or processes > 1):
@@ -168,7 +169,8 @@ LAST_LINES = 100
 def main(arguments: list[str] | None = None) -> None:
     """Entry of one process; under `torchrun` there are several."""
     parser = argparse.ArgumentParser(prog="python -m brainage_nb.models.train", description=main.__doc__)
-    parser.add_argument("--volumes", required=True, help="folder of the volume store")
+    told = "folder of the volume store; several for channels"
+    parser.add_argument("--volumes", required=True, nargs="+", help=told)
     parser.add_argument("--splits", required=True, help="splits.csv")
     parser.add_argument("--run-folder", required=True, help="folder of the run, as WORKSPACE/runs/resnet18")
     parser.add_argument("--settings", help="JSON file of training settings; defaults where absent")
@@ -178,8 +180,8 @@ def main(arguments: list[str] | None = None) -> None:
     if given.end_with:
         end_with(given.end_with)
     settings = TrainingSettings.from_json(read_json(given.settings) if given.settings else {})
-    store, splits = VolumeStore(given.volumes), read_csv(given.splits)
-    result = train(store, splits, given.run_folder, settings, fresh=given.fresh)
+    stores, splits = [VolumeStore(folder) for folder in given.volumes], read_csv(given.splits)
+    result = train(stores, splits, given.run_folder, settings, fresh=given.fresh)
     if os.environ.get("RANK", "0") == "0":
         print(*result.notes, sep="\n", flush=True)
 
@@ -214,7 +216,14 @@ def launch(job: Job, splits: pd.DataFrame, processes: int, *, fresh: bool) -> No
     splits_file = write_csv(splits, job.run_folder / "launch_splits.csv")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes), "-m", "brainage_nb.models.train"]
-    command += ["--volumes", job.store.folder, "--splits", splits_file, "--run-folder", job.run_folder]
+    command += [
+        "--volumes",
+        *(store.folder for store in job.stores),
+        "--splits",
+        splits_file,
+        "--run-folder",
+        job.run_folder,
+    ]
     command += ["--settings", settings_file, "--end-with", str(os.getpid()), *["--fresh"] * fresh]
     # Its own session: an interrupt of this process's group would reach the processes twice, which is at once.
     process = subprocess.Popen(
@@ -306,7 +315,8 @@ def train_on_cluster(
     settings, todo = job.settings, [member.name for member in job.unfinished()]
     until = time.time() + 60 * settings.max_minutes if settings.max_minutes else float("inf")
     alone, token = replace(settings, cluster="", processes=1), uuid.uuid4().hex
-    fixed = (job.store.folder.absolute(), splits, job.run_folder.absolute(), alone, token, until)
+    folders = [store.folder.absolute() for store in job.stores]
+    fixed = (folders, splits, job.run_folder.absolute(), alone, token, until)
     gpus = 0 if settings.device == "cpu" or not torch.cuda.is_available() else torch.cuda.device_count()
     mark = write_text(token, job.run_folder / MARK)
     notes, failed = [], []
@@ -334,7 +344,7 @@ def train_on_cluster(
 
 
 def train_member(
-    store_folder: Path,
+    store_folders: Sequence[Path],
     splits: pd.DataFrame,
     run_folder: Path,
     settings: TrainingSettings,
@@ -346,8 +356,8 @@ def train_member(
 
     Parameters
     ----------
-    store_folder : path
-        Of the volume store.
+    store_folders : paths
+        Of the volume stores, one for each channel.
     splits, run_folder, settings
         As `train` has them.
     token, until
@@ -358,7 +368,7 @@ def train_member(
     with ONE_MODEL:
         if time.time() >= until:
             return [f"{name} not begun: max_minutes is used up. Run again with the same settings to go on."]
-        job = Job(VolumeStore(store_folder), splits, run_folder, settings)
+        job = Job([VolumeStore(folder) for folder in store_folders], splits, run_folder, settings)
         with TaskStop(run_folder / MARK, token, until) as stop:
             job.run(stop, Progress(lines=True), only=name)
     return job.notes
@@ -370,7 +380,7 @@ FORWARD_SHARE = 1 / 3  # of a training step's time, for a prediction
 
 
 def forecast(
-    store: VolumeStore,
+    store: VolumeStore | Sequence[VolumeStore],
     splits: pd.DataFrame,
     run_folder: str | Path,
     settings: TrainingSettings,
@@ -440,7 +450,7 @@ def _time_step(job: Job, member: Member) -> float:
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         warnings.simplefilter("ignore")  # training says the same in a moment
         accelerator = make_accelerator(job.settings)
-        volumes = VolumeDataset(job.store, job.scans, accelerator.device)
+        volumes = VolumeDataset(job.stores, job.scans, accelerator.device)
         seconds = job.make_trainer(volumes, member, accelerator, Path(folder)).time_step()
     accelerator.free_memory()
     return seconds

@@ -6,12 +6,12 @@ It also predicts all scans of another workspace, for an external evaluation. It 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ from brainage_nb.bundle_format import (
     RESNET,
     VGG,
     BundleError,
+    BundleFiles,
     all_seen,
     among,
     open_bundle,
@@ -58,6 +59,16 @@ MAX_VOXELS = 2 * 10**8  # a 0.5 mm head has 1.3 * 10**8
 TITLES = {RESNET: "3D ResNet-18", VGG: "VGG16 features + SVR"}
 ABOUT = ("scan_id", "subject_id", "session_id", "age", "sex", "site", "diagnosis", "control")
 ADDED = ("do_not_use_because", "predicted_age")
+
+
+class Reading(NamedTuple):
+    """What a model made of one scan: the prepared volume, its affine, each member's age, what was noticed."""
+
+    volume: np.ndarray
+    affine: np.ndarray
+    members: np.ndarray
+    age: float
+    cautions: list[Caution]
 
 
 @dataclass
@@ -98,7 +109,14 @@ class Bundle:
         """
         return set(self.manifest["training"].get("source", {})) == {"demo"}
 
-    def predict(self, scan: Path | str, age: float | None = None) -> Prediction:
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Which scans of the session it takes beside the T1w scan, as T2w."""
+        return () if self.settings.modality == "T1w" else (self.settings.modality,)
+
+    def predict(
+        self, scan: Path | str, age: float | None = None, also: Mapping[str, Path | str] | None = None
+    ) -> Prediction:
         """The age of one scan.
 
         Parameters
@@ -107,13 +125,16 @@ class Bundle:
             NIfTI or MGH, as `load_scan` reads it.
         age : float, optional
             True age in years, for the gap; the predicted age does not use it.
+        also : mapping, optional
+            Further scans of the same session: one of `others` -> path. A model of T2w scans needs that scan,
+            a fused one does without.
 
         Raises
         ------
         ScanError
             The file cannot be used as a scan.
         ValueError
-            `age` is no age.
+            `age` is no age, or `also` names what the model does not take.
 
         Examples
         --------
@@ -124,17 +145,51 @@ class Bundle:
         'After preprocessing this scan does not look like the training scan'
         """
         age, scan = check_age(age), Path(scan)
-        volume, affine, statistics, noticed = self._prepare(scan)
+        self.refuse_unknown(also or {})
+        read = self._read_beside(scan, also or {}) if self.others else self._read(scan)
+        return self._conclude(scan, age, read, read.age, self.manifest)
+
+    def refuse_unknown(self, also: Mapping[str, Any]) -> None:
+        """ValueError where `also` names a scan that is none of `others`."""
+        if unknown := [name for name in also if name not in self.others]:
+            takes = (
+                f"takes {' and '.join(self.others)} beside the T1w scan"
+                if self.others
+                else "reads one scan only"
+            )
+            raise ValueError(f"{unknown[0]}: {self.title} {takes}. Names of scans are written as in BIDS.")
+
+    def _read(self, scan: Path, other: Path | None = None) -> Reading:
+        volume, affine, statistics, noticed = self._prepare(scan, other)
         members = self.model.predict(volume)
-        predicted = self._check_predicted(float(members.mean()), scan)
-        interval, correction = self.interval, self.correction
+        likeness = find_likeness_cautions(self.reference, volume, statistics)
+        cautions = [*likeness, *noticed, *find_member_cautions(members)]
+        return Reading(volume, affine, members, self._check_predicted(float(members.mean()), scan), cautions)
+
+    def _read_beside(self, scan: Path, also: Mapping[str, Path | str]) -> Reading:
+        """As `_read`, of the other scan of the T1w scan's session; ScanError where it is not to be used."""
+        modality = self.settings.modality
+        if modality not in also:
+            raise ScanError(
+                "other_scan_needed",
+                f"{scan.name}: {self.title} reads the {modality} scan of a session. Give the T1w scan and, "
+                f"beside it, that one (--also {modality}=FILE).",
+            )
+        read = self._read(scan, Path(also[modality]))
+        if unlike := [caution.sentence for caution in read.cautions if caution.forbids_use]:
+            raise ScanError("other_scan_unlike", unlike[0])
+        return read
+
+    def _conclude(
+        self, scan: Path, age: float | None, read: Reading, predicted: float, calibration: Mapping[str, Any]
+    ) -> Prediction:
+        """Interval, gap and warnings of a predicted age, by a manifest's `correction` and `interval`."""
+        correction, interval = read_calibration(calibration)
         low, high = interval.predict(predicted) if interval else (-np.inf, np.inf)
         supports = [part.support_ for part in (interval, correction) if part and part.support_]
         cautions = [
-            *find_likeness_cautions(self.reference, volume, statistics),
+            *read.cautions,
             *find_age_cautions(predicted, age, self.manifest["training"]),
-            *noticed,
-            *find_member_cautions(members),
             *(Caution.of("few_calibration_subjects", support=support) for support in supports),
         ]
         adjusts = correction is not None and age is not None
@@ -145,21 +200,28 @@ class Bundle:
             high=float(high),
             level=interval.level if interval else np.nan,
             corrected_age=float(correction.transform(predicted)) if correction else None,
-            members=tuple(members.tolist()),
+            members=tuple(read.members.tolist()),
             age=age,
             gap=None if age is None else predicted - age,
             adjusted_gap=float(correction.adjust_gap(predicted, age)) if adjusts else None,
-            corrected_mae=(self.manifest["correction"] or {}).get("mae"),
+            corrected_mae=(calibration["correction"] or {}).get("mae"),
             warnings=tuple(sorted(cautions, key=_forbids_first)),
             path=str(scan),
-            volume=volume,
-            affine=affine,
+            volume=read.volume,
+            affine=read.affine,
         )
 
     def predict_many(
-        self, scans: Iterable[Path | str], ages: Sequence[float | None] | None = None, *, n_jobs: int = 0
+        self,
+        scans: Iterable[Path | str],
+        ages: Sequence[float | None] | None = None,
+        also: Sequence[Mapping[str, Path | str]] | None = None,
+        *,
+        n_jobs: int = 0,
     ) -> Iterator[Prediction | Failure]:
         """Results in the order of `scans`; a scan that fails gives a `Failure`, and the rest go on.
+
+        `ages` and `also` hold one of what `predict` takes for each scan.
 
         `n_jobs` threads (0: one per processor) each take a scan from file to age, which keeps all processors
         busy; at most that many scans and one more are held in memory. A network on a GPU takes one scan at a
@@ -167,13 +229,16 @@ class Bundle:
         """
         scans = [Path(scan) for scan in scans]
         ages = [None] * len(scans) if ages is None else list(ages)
-        if len(ages) != len(scans):
+        also = [{}] * len(scans) if also is None else list(also)
+        if not len(ages) == len(also) == len(scans):
             raise ValueError(
                 f"{len(ages)} ages for {len(scans)} scans; give one for each (None where unknown)."
             )
+        for others in also:
+            self.refuse_unknown(others)
         workers = n_workers(n_jobs)
         share = max(1, n_workers() // workers)  # processors of each thread's PyTorch
-        tasks = zip(scans, ages, strict=True)
+        tasks = zip(scans, ages, also, strict=True)
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
             waiting = deque(pool.submit(self._try, *task) for task in islice(tasks, workers + 1))
             while waiting:
@@ -190,9 +255,9 @@ class Bundle:
         """Which of these files, byte for byte, were among the training scans."""
         return among([sha256_of(voxel_file(file)) for file in files], all_seen(self.manifest), "images")
 
-    def _try(self, scan: Path, age: float | None) -> Prediction | Failure:
+    def _try(self, scan: Path, age: float | None, also: Mapping[str, Any]) -> Prediction | Failure:
         try:
-            return self.predict(scan, age)
+            return self.predict(scan, age, also)
         except ScanError as error:
             return Failure(scan.name, error.code, error.sentence, str(scan))
         except BundleError as error:
@@ -200,24 +265,33 @@ class Bundle:
         except Exception as error:
             return Failure(scan.name, "failed", f"{scan.name}: {type(error).__name__}: {error}", str(scan))
 
-    def _prepare(self, scan: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Caution]]:
-        """The volume as the model takes it, its affine, the scan's statistics, and what was noticed."""
+    def _prepare(
+        self, scan: Path, other: Path | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Caution]]:
+        """The volume as the model takes it, its affine, the T1w scan's statistics, and what was noticed.
+
+        Of the T1w scan, or of another scan of its session, laid onto it.
+        """
         from brainage_nb.volumes.heads import find_head
+        from brainage_nb.volumes.modalities import lay_onto_t1w
         from brainage_nb.volumes.preprocessing import as_stored, grid_affine, preprocess
         from brainage_nb.volumes.scan_statistics import measure_scan
         from brainage_nb.volumes.scans import load_scan, voxel_sizes
 
         try:
             image = load_scan(scan, max_voxels=MAX_VOXELS)
+            if other is not None:
+                image = lay_onto_t1w(other, image, self.settings.modality)
             volume = as_stored(preprocess(image, self.settings))
         except MemoryError:
             raise ScanError("too_large", f"{scan.name} does not fit into memory.") from None
         training = self.manifest["training"]
         cautions = [
             *(Caution(*flag) for flag in image.extra["flags"].items()),
-            *find_voxel_cautions(voxel_sizes(image.affine), training.get("voxel_mm")),
-            *find_head_cautions(find_head(image), trained_stripped=training.get("skull_stripped")),
         ]
+        if other is None:  # what is known of voxels and heads in training is known of T1w scans
+            cautions += find_voxel_cautions(voxel_sizes(image.affine), training.get("voxel_mm"))
+            cautions += find_head_cautions(find_head(image), trained_stripped=training.get("skull_stripped"))
         if self.trained_on_files([scan])[0]:
             cautions.append(Caution.of("training_scan"))
         return volume, grid_affine(image, self.settings), measure_scan(image), cautions
@@ -231,6 +305,99 @@ class Bundle:
                 "save it again."
             )
         return age
+
+
+@dataclass
+class FusedBundle(Bundle):
+    """Several bundles whose ages of one person are fused into one; `model` and the like are the first's.
+
+    Attributes
+    ----------
+    members : tuple of Bundle
+        In the order of the manifest's `members`; the first reads the T1w scan.
+    """
+
+    members: tuple[Bundle, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The model in a few words."""
+        named = [f"{one['run']} ({one['modality']})" for one in self.manifest["members"]]
+        return (
+            f"Fused from {' and '.join(named)} (trained on {self.manifest['training']['n_subjects']} people)"
+        )
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Which scans of the session it can take beside the T1w scan, as T2w."""
+        return tuple(dict.fromkeys(name for name in self._modalities if name != "T1w"))
+
+    @property
+    def _modalities(self) -> list[str]:
+        return [member["modality"] for member in self.manifest["members"]]
+
+    def predict(
+        self, scan: Path | str, age: float | None = None, also: Mapping[str, Path | str] | None = None
+    ) -> Prediction:
+        """The fused age of one person; without one of `others` it is fused from the rest, which is said.
+
+        Parameters and errors are as of `Bundle.predict`. A further scan that does not fit the T1w scan, or is
+        unlike those of training, is not used, which is said too.
+
+        Examples
+        --------
+        >>> load_bundle("runs/fused/bundle").predict("t1.nii.gz", also={"T2w": "t2.nii.gz"})  # doctest: +SKIP
+        """
+        age, scan, also = check_age(age), Path(scan), also or {}
+        self.refuse_unknown(also)
+        read, left_out = {}, []
+        for place, (member, name) in enumerate(zip(self.members, self._modalities, strict=True)):
+            if name == "T1w":
+                read[place] = member._read(scan)
+            elif name in also:
+                try:
+                    read[place] = member._read_beside(scan, also)
+                except ScanError as error:
+                    facts = {"modality": name, "scan": Path(also[name]).name, "reason": error.sentence}
+                    left_out.append(Caution.of("other_scan_not_used", **facts))
+        used = {self._modalities[place] for place in read}
+        part = self._find_part(used)
+        kept = [read[place].age for place in read if self._modalities[place] in part["modalities"]]
+        predicted = self._check_predicted(part["intercept"] + float(np.dot(part["weights"], kept)), scan)
+        first = read[0]
+        noticed = dict.fromkeys(caution for one in read.values() for caution in one.cautions)
+        cautions = [*left_out, *self._find_missing(part), *noticed]
+        members = np.array([one.age for one in read.values()])
+        whole = first._replace(members=members, cautions=cautions)
+        return replace(self._conclude(scan, age, whole, predicted, part), alone=first.age)
+
+    def _find_part(self, used: Collection[str]) -> dict[str, Any]:
+        """How these scans are fused: the largest part of the manifest that needs no others."""
+        fitting = [part for part in self.manifest["parts"] if used >= set(part["modalities"])]
+        return max(fitting, key=lambda part: len(part["weights"]))
+
+    def _find_missing(self, part: Mapping[str, Any]) -> list[Caution]:
+        """What the age had to do without, in one caution."""
+        missing = [name for name in self.others if name not in part["modalities"]]
+        if not missing:
+            return []
+        width, usual = (
+            f"± {found['quantile']:.1f} years" if found and found["quantile"] is not None else "none"
+            for found in (part["interval"], self.manifest["interval"])
+        )
+        facts = {"missing": " and ".join(missing), "used": " and ".join(part["modalities"])}
+        return [Caution.of("fused_from_fewer", **facts, width=width, usual=usual)]
+
+
+def read_calibration(
+    manifest: Mapping[str, Any],
+) -> tuple[AgeBiasCorrector | None, ConformalInterval | None]:
+    """The entries `correction` and `interval` of a manifest, or of a part of a fused one."""
+    correction, interval = manifest["correction"], manifest["interval"]
+    return (
+        AgeBiasCorrector.from_dict(correction) if correction else None,
+        ConformalInterval.from_dict(interval) if interval else None,
+    )
 
 
 def _forbids_first(caution: Caution) -> bool:
@@ -264,19 +431,35 @@ def load_bundle(source: Path | str | IO[bytes], device: str = "cpu", *, max_byte
     >>> bundle.title
     '3D ResNet-18 (trained on 34 people)'
     """
+    place, files = working_device(device), open_bundle(source, max_bytes=max_bytes)
+    if not files.members:
+        return _build(files, place)
+    folders = [member["folder"] for member in files.manifest["members"]]
+    members = tuple(_build(files.members[folder], place) for folder in folders)
+    first, said = members[0], [member["modality"] for member in files.manifest["members"]]
+    if said != [member.settings.modality for member in members]:
+        raise BundleError(f"{files.name}: its models read other scans than {MANIFEST} says. Copy it again.")
+    seen, *before = [people for member in members for people in all_seen(member.manifest)]
+    learned = {"training": first.manifest["training"], "seen": seen, "seen_before": before}
+    calibration = read_calibration(files.manifest)
+    parts = (first.model, first.settings, *calibration, first.reference, members)
+    return FusedBundle(files.manifest | learned, *parts)
+
+
+def _build(files: BundleFiles, place: torch.device | str) -> Bundle:
+    """One bundle's model, from its files."""
     from brainage_nb.volumes.settings import PreprocessingSettings
 
-    place, files = working_device(device), open_bundle(source, max_bytes=max_bytes)
     manifest = files.manifest
-    correction, interval = manifest["correction"], manifest["interval"]
     try:
         settings = PreprocessingSettings.from_json(manifest["preprocessing"])
+        correction, interval = read_calibration(manifest)
         return Bundle(
             manifest=manifest,
             model=build_model(files, settings, place),
             settings=settings,
-            correction=AgeBiasCorrector.from_dict(correction) if correction else None,
-            interval=ConformalInterval.from_dict(interval) if interval else None,
+            correction=correction,
+            interval=interval,
             reference=Reference.from_parts(
                 manifest["reference"], files.arrays(REFERENCE_FILE), settings.size
             ),
@@ -331,7 +514,8 @@ def apply_to_workspace(
     subjects = scans["subject_id"].drop_duplicates().tolist()
     refuse_trained_on(subjects, bundle.trained_on(subjects), "subjects")
     refuse_trained_on([file.name for file in files], bundle.trained_on_files(files), "image files")
-    predicted, notes = _predict_scans(bundle, scans, files)
+    also = list_beside(scans, bundle.others, ws)
+    predicted, notes = _predict_scans(bundle, scans, files, also)
     training = bundle.manifest["training"]
     found = evaluate_external(
         predicted,
@@ -345,6 +529,13 @@ def apply_to_workspace(
     return found
 
 
+def list_beside(rows: pd.DataFrame, others: Sequence[str], ws: Workspace) -> list[dict[str, Path]]:
+    """The further scans of each row's session that its table names, as `Bundle.predict` takes them."""
+    named = [name for name in others if name in rows]
+    cells = rows[named].fillna("").to_dict("records")
+    return [{name: ws.resolve(file) for name, file in row.items() if file} for row in cells]
+
+
 def kept_scans(ws: Workspace) -> pd.DataFrame:
     """The scans of a workspace that cleaning kept, with all that `cohort.csv` knows of them."""
     cohort, cleaning = ws.read("cohort.csv"), ws.read("cleaning.csv")
@@ -352,9 +543,11 @@ def kept_scans(ws: Workspace) -> pd.DataFrame:
     return cohort[cohort["scan_id"].isin(cleaning.loc[cleaning["kept"], "scan_id"])].reset_index(drop=True)
 
 
-def _predict_scans(bundle: Bundle, scans: pd.DataFrame, files: list[Path]) -> tuple[pd.DataFrame, list[str]]:
+def _predict_scans(
+    bundle: Bundle, scans: pd.DataFrame, files: list[Path], also: list[dict[str, Path]]
+) -> tuple[pd.DataFrame, list[str]]:
     """Rows with `ADDED` of the scans that have an age; a sentence per failure and kind of warning."""
-    results = list(bundle.predict_many(files))
+    results = list(bundle.predict_many(files, also=also))
     found = [isinstance(result, Prediction) for result in results]
     predictions = [result for result in results if isinstance(result, Prediction)]
     rows = scans.loc[found, [name for name in ABOUT if name in scans]]

@@ -75,6 +75,8 @@ class Prediction:
         Mean absolute error of corrected ages on the scans that judged the run; None where not known.
     warnings : tuple of Caution
         Those for which the age is not to be used come first.
+    alone : float or None
+        Of a fused age: what the first model says of the T1w scan by itself, which is what heat maps explain.
     path : str
         Where the scan was read: tells scans of one name apart.
     volume : array (size, size, size), float16
@@ -95,6 +97,7 @@ class Prediction:
     adjusted_gap: float | None = None
     corrected_mae: float | None = None
     warnings: tuple[Caution, ...] = ()
+    alone: float | None = None
     path: str = ""
     volume: np.ndarray = field(default=None, repr=False, compare=False)
     affine: np.ndarray = field(default=None, repr=False, compare=False)

@@ -170,7 +170,10 @@ def explain(bundle: Bundle, prediction: Prediction, method: str = "") -> Explana
     if method == GRAD_CAM or mean is None:
         return Explanation(grad_cam(model, volume), GRAD_CAM, spacing, "" if method == GRAD_CAM else NO_MEAN)
     heat = integrated_gradients(model, volume, mean)
-    words = _add_up(heat, prediction.predicted_age, float(model.predict(mean).mean()))
+    own = prediction.predicted_age if prediction.alone is None else prediction.alone
+    words = _add_up(heat, own, float(model.predict(mean).mean()))
+    if prediction.alone is not None:
+        words = f"Of the T1w scan's age alone, before it was fused. {words}"
     return Explanation(heat, INTEGRATED, spacing, words)
 
 

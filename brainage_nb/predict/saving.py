@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file
 
 from brainage_nb.bundle_format import (
     CARD,
+    FUSED,
     MANIFEST,
     RESNET,
     VGG,
@@ -34,10 +36,11 @@ from brainage_nb.evaluation.runs import OUT_OF_FOLD, add_gaps, calibrate, read_r
 from brainage_nb.platforms import version_of
 from brainage_nb.predict.cautions import NOT_A_DEVICE, REFERENCE_FILE, Reference
 from brainage_nb.predict.predictors import NetworkEnsemble, SvrModel, load_network, round_weights
-from brainage_nb.workspace import Workspace, open_workspace, read_json, write_json, write_text
+from brainage_nb.workspace import MissingInput, Workspace, open_workspace, read_json, write_json, write_text
 
 if TYPE_CHECKING:
     from brainage_nb.evaluation.correction import Calibration
+    from brainage_nb.evaluation.fusion import FusedPart, Fusion
     from brainage_nb.evaluation.runs import Run
 
 Parts = tuple[NetworkEnsemble | SvrModel, dict[str, Any], dict[str, Any]]  # model, manifest entries, arrays
@@ -88,11 +91,7 @@ def save_bundle(
     apart = [abs(model.predict(store[scan_id]).mean() - known[scan_id]) for scan_id in
              _choose_evenly(learning, 0 if run.folds else CHECK_SCANS)]  # fmt: skip
     manifest = {
-        "run": run.name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "licence": licence,
-        "intended_use": NOT_A_DEVICE,
-        "versions": {name: version_of(name) for name in PACKAGES},
+        **_describe_making(run, licence),
         "variant": run.settings.get("variant", ""),
         "preprocessing": store.settings.to_json(),
         "volumes": store.fingerprint,
@@ -105,9 +104,91 @@ def save_bundle(
     return write_bundle(target or folder / "bundle", manifest, arrays, write_card(manifest))
 
 
+def save_fused_bundle(
+    fusion: Fusion, workspace: Workspace, *, licence: str = "not stated by the makers"
+) -> Path:
+    """Write `runs/fused/bundle`: the bundles of the fused runs, and how their ages are fused.
+
+    It can fuse from the T1w scan alone, and from it with any of the others, each with an interval of its own.
+
+    Raises
+    ------
+    ValueError
+        No run reads the T1w scan, its ages do not follow true age, or a run can have no bundle.
+    """
+    run, modalities = fusion.run, fusion.modalities
+    names = sorted(fusion.names, key=lambda name: modalities[name] != "T1w")  # the T1w scan first
+    read = {name: modalities[name] for name in names}
+    others = sorted({*read.values()} - {"T1w"})
+    sets = [("T1w", *some) for n in range(len(others), -1, -1) for some in combinations(others, n)]
+    found = {some: fusion.find_part(some) for some in sets}
+    if found["T1w",] is None:
+        raise ValueError(
+            f"No fused bundle: the runs {', '.join(names)} read {', '.join(read.values())}, and none of "
+            "them gives ages that follow true age from the T1w scan, with which a bundle begins."
+        )
+    folders = {f"model-{place}": name for place, name in enumerate(names)}
+    inner = {folder: current_bundle(workspace.run(name)) for folder, name in folders.items()}
+    manifest = {
+        **_describe_making(run, licence),
+        "kind": FUSED,
+        "members": [
+            {"folder": folder, "run": name, "modality": modalities[name]} for folder, name in folders.items()
+        ],
+        "parts": [_describe_part(some, part, names) for some, part in found.items() if part],
+        **_describe_calibration(fusion.whole.run, fusion.whole.calibration),
+        "figures": {name: _measure(run, name) for name in run.splits() if name != "train"},
+        "position": _list_positions(run),
+    }
+    learned = {"training": read_json(inner["model-0"] / MANIFEST)["training"]}
+    card = write_card(manifest | learned)
+    return write_bundle(workspace.run(FUSED) / "bundle", manifest, {}, card, inner)
+
+
+def offer_fused_bundle(fusion: Fusion, workspace: Workspace) -> str:
+    """Save the fused bundle and say where; or say why there is none."""
+    try:
+        return f"saved {save_fused_bundle(fusion, workspace)}"
+    except (ValueError, OSError) as error:
+        return f"no bundle. {error}"
+
+
+def _describe_part(modalities: Sequence[str], part: FusedPart, names: Sequence[str]) -> dict[str, Any]:
+    """How ages from these scans are fused, weights in the order of `names`, and their own calibration."""
+    weights = dict(zip(part.combination.runs, part.combination.weights, strict=True))
+    return {
+        "modalities": list(modalities),
+        "intercept": part.combination.intercept,
+        "weights": [weights[name] for name in names if name in weights],
+        "words": part.combination.words,
+        **_describe_calibration(part.run, part.calibration),
+    }
+
+
+def _describe_making(run: Run, licence: str) -> dict[str, Any]:
+    """Manifest entries that every bundle has."""
+    return {
+        "run": run.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "licence": licence,
+        "intended_use": NOT_A_DEVICE,
+        "versions": {name: version_of(name) for name in PACKAGES},
+    }
+
+
 def current_bundle(run_folder: Path | str) -> Path:
-    """The bundle of a run: the one there, or saved now where none opens or the run was trained again."""
-    return Path(run_folder) / "bundle" if _is_current(run_folder) else save_bundle(run_folder)
+    """The bundle of a run: the one there, or saved now where none opens or the run was trained again.
+
+    MissingInput for the fused one where notebook 06 has to make it (again).
+    """
+    if _is_current(run_folder):
+        return Path(run_folder) / "bundle"
+    if Path(run_folder).name == FUSED and not (Path(run_folder) / "predictions.csv").exists():
+        raise MissingInput(
+            f"{run_folder} has no fused bundle of the runs as they are now. Run notebook 06 with "
+            'more = "fuse=..." to make it.'
+        )
+    return save_bundle(run_folder)
 
 
 def update_bundle(run_folder: Path | str, calibration: Calibration) -> str:
@@ -132,14 +213,21 @@ def update_bundle(run_folder: Path | str, calibration: Calibration) -> str:
 
 def _is_current(run_folder: Path | str) -> bool:
     """Whether the run has a bundle that is whole, made after its predictions."""
-    made, predicted = Path(run_folder) / "bundle" / MANIFEST, Path(run_folder) / "predictions.csv"
+    folder = Path(run_folder)
+    made, runs = folder / "bundle" / MANIFEST, [folder]
     try:
-        files = open_bundle(made.parent)
-        for file in files.manifest["files"]:
-            files.arrays(file)  # of another content than was saved, it would be refused at each prediction
+        whole = open_bundle(made.parent)
+        for files in whole.members.values() or [whole]:
+            for file in files.manifest["files"]:
+                files.arrays(
+                    file
+                )  # of another content than was saved, it would be refused at each prediction
     except BundleError:
         return False
-    return not predicted.exists() or made.stat().st_mtime >= predicted.stat().st_mtime
+    if whole.members:
+        runs = [folder.with_name(member["run"]) for member in whole.manifest["members"]]
+    predicted = [path for run in runs if (path := run / "predictions.csv").exists()]
+    return all(made.stat().st_mtime >= path.stat().st_mtime for path in predicted)
 
 
 def _choose_evenly(items: Sequence[str], n: int) -> list[str]:
@@ -164,6 +252,11 @@ def _collect_networks(folder: Path, settings: Mapping[str, Any]) -> Parts:
         raise ValueError(
             f"{folder} was trained with a network of your own ({own}): a bundle runs nothing, so it can only "
             "hold the ResNet-18 of this package. Keep checkpoints/*/weights.safetensors and the code."
+        )
+    if channels := settings["settings"].get("channels"):
+        raise ValueError(
+            f"{folder} reads {channels} together, and a bundle holds models of one scan each. Fuse runs of "
+            'one scan each (notebook 06, more = "fuse=..."), or keep checkpoints/*/weights.safetensors.'
         )
     training, places = settings["settings"], sorted(folder.glob("checkpoints/*/weights.safetensors"))
     if not places:

@@ -48,8 +48,9 @@ def augment(
 
     Parameters
     ----------
-    volumes : Tensor, (batch, 1, size, size, size), float32
-        Preprocessed volumes, axes RAS; may be overwritten.
+    volumes : Tensor, (batch, channels, size, size, size), float32
+        Preprocessed volumes, axes RAS; may be overwritten. The channels of a sample take one pose, shape and
+        side, and each its own brightness and noise.
     settings : AugmentationSettings
     spacing_mm : float
         Voxel size, mm.
@@ -62,19 +63,18 @@ def augment(
         Of the same shape. A change of brightness leaves mean and spread of a volume as they were, and what
         is exactly 0, cut away around a brain, at 0.
     """
-    if volumes.ndim != 5 or volumes.shape[1] != 1 or len(streams) != len(volumes):
+    if volumes.ndim != 5 or len(streams) != len(volumes):
         raise ValueError(
-            f"volumes of shape {tuple(volumes.shape)} and {len(streams)} streams: expected (batch, 1, size, "
-            "size, size) and one stream a sample."
+            f"volumes of shape {tuple(volumes.shape)} and {len(streams)} streams: expected (batch, channels, "
+            "size, size, size) and one stream a sample."
         )
     chain, tracked = augmentation_chain(settings, spacing_mm), get_track_meta()
     set_track_meta(False)  # what was done to a volume is not asked for, and noting it takes half of the time
     try:
         for row, key in enumerate(streams):
-            state = np.random.RandomState(np.random.MT19937(np.random.SeedSequence(list(key))))
-            for transform in _list_transforms(chain):  # Compose's own way takes 2 ms to seed each one anew
-                transform.set_random_state(state=state)
-            volumes[row] = chain(volumes[row])
+            for channel, volume in enumerate(volumes[row].split(1)):
+                _seed(chain, list(key), channel)
+                volumes[row, channel] = chain(volume)[0]
     finally:
         set_track_meta(tracked)
     return volumes
@@ -229,6 +229,17 @@ def _list_transforms(chain: Compose) -> list[RandomizableTransform]:
     """The transforms of a chain and of the chains within it."""
     parts = [_list_transforms(part) if isinstance(part, Compose) else [part] for part in chain.transforms]
     return [transform for part in parts for transform in part]
+
+
+def _seed(chain: Compose, key: list[int], channel: int) -> None:
+    """Let all transforms draw from the stream of this key; those of brightness from the channel's own."""
+    where, colour = (
+        np.random.RandomState(np.random.MT19937(np.random.SeedSequence(words)))
+        for words in (key, [*key, channel])
+    )
+    for transform in _list_transforms(chain):  # Compose's own way takes 2 ms to seed each one anew
+        is_where = isinstance(transform, RandFlip | RandWarp) or channel == 0
+        transform.set_random_state(state=where if is_where else colour)
 
 
 def _used(transforms: list[RandomizableTransform]) -> list[RandomizableTransform]:

@@ -100,11 +100,13 @@ print(session_summary(ws.root))
 ws.need("volumes/current")
 elsewhere = parameters.get("cluster", "") not in ("", "local")
 scratch = None if elsewhere else ws.scratch  # other machines do not see this disk
-modality = parameters.get("modality", "T1w")
-run = name_run(run, "resnet18", modality)
-store = current_store(ws.path("volumes"), scratch, modality)
-splits = read_splits(ws, store.scan_ids, modality)
-print(f"{len(store.scan_ids)} volumes of {store.size}^3 voxels of {store.spacing_mm:g} mm")
+asked = TrainingSettings(**pick_fields(parameters, TrainingSettings)).channel_names
+run = name_run(run, "resnet18", "_".join(asked))
+stores = [current_store(ws.path("volumes"), scratch, modality) for modality in asked]
+store = stores[0]
+splits = read_splits(ws, store.scan_ids, asked[0])
+for modality, one in zip(asked, stores, strict=True):
+    print(f"{len(one.scan_ids)} {modality} volumes of {one.size}^3 voxels of {one.spacing_mm:g} mm")
 splits.groupby("split").agg(
     scans=("scan_id", "size"),
     subjects=("subject_id", "nunique"),
@@ -114,7 +116,8 @@ splits.groupby("split").agg(
 
 # %% [markdown]
 # ## Settings
-# The recipe decides what is not asked for above. `brainage-nb list 04` shows every field with its unit.
+# The recipe decides what is not asked for above. `brainage-nb list 04` shows every field with its unit: `modality` trains
+# on another scan of each session, `channels` on several at once (people who lack one are left out and counted).
 
 # %%
 augmentation = AugmentationSettings(**pick_fields(parameters, AugmentationSettings))
@@ -132,8 +135,8 @@ if not settings.final and (n := splits["subject_id"].nunique()) < 500:
 # The network starts at the mean age of the training subjects: its first guess is the mean predictor's.
 
 # %%
-known = splits[splits["scan_id"].isin(store.scan_ids)]
-layers = describe_network(build_network(settings, known["age"].to_numpy()), store.size)
+known = splits[splits["scan_id"].map(lambda scan_id: all(scan_id in one for one in stores))]
+layers = describe_network(build_network(settings, known["age"].to_numpy()), store.size, len(stores))
 print(f"{layers['parameters'].sum() / 1e6:.1f} million parameters")
 layers
 
@@ -152,7 +155,7 @@ montage([volume for _, volume in examples], [title for title, _ in examples], na
 # Then one batch, as the network receives it.
 
 # %%
-train_set = VolumeDataset(store, known[known["split"] == "train"])
+train_set = VolumeDataset(stores, known[known["split"] == "train"])
 rows = range(min(settings.batch_size, len(train_set)))
 batch = augment(train_set.read(rows).float(), augmentation, store.spacing_mm, [(1, 0, k) for k in rows])
 ages = [f"{train_set[k][1]:.0f} years" for k in rows]
@@ -171,7 +174,7 @@ axes = rates.plot(figsize=(5, 2.4), xlabel="step", ylabel="learning rate", grid=
 
 # %% [markdown]
 # ## A network or loss of your own
-# A network takes volumes (batch, 1, D, H, W) and gives one number for each: the age is the mean training age plus that
+# A network takes volumes (batch, channels, D, H, W) and gives one number for each: the age is the mean training age plus that
 # number times the ages' spread.
 # A loss takes predicted and true ages and gives one number for each scan.
 # Both are recorded by name. A run with another network is evaluated as any other, but has no bundle: a bundle runs nothing.
@@ -190,11 +193,11 @@ network = loss = None  # the ResNet-18 and the recipe's loss; or, for example:
 own = {"network": network, "loss": loss}
 if not elsewhere:
     with pd.option_context("display.max_colwidth", None):
-        display(forecast(store, splits, ws.run(run), settings, fresh=fresh, **own))
+        display(forecast(stores, splits, ws.run(run), settings, fresh=fresh, **own))
 
 # %%
 curve = LiveCurve()
-result = train(store, splits, ws.run(run), settings, fresh=fresh, on_epoch=curve, **own)
+result = train(stores, splits, ws.run(run), settings, fresh=fresh, on_epoch=curve, **own)
 Markdown("\n".join(f"- {note}" for note in result.notes))
 
 # %% [markdown]
@@ -225,7 +228,7 @@ figures
 # from, its correction and interval. **07** and the app open it.
 
 # %%
-if result.complete and network is None:
+if result.complete and network is None and not settings.channels:
     print(f"Saved {current_bundle(ws.run(run))}")
 
 # %% [markdown]
@@ -234,7 +237,7 @@ if result.complete and network is None:
 # `write_predictions` leaves the predictions where **06** evaluates them beside the other runs.
 
 # %%
-everyone = VolumeDataset(store, known)
+everyone = VolumeDataset(stores, known)
 print(f"{len(everyone)} volumes, the first {tuple(everyone[0][0].shape)} of age {everyone[0][1]:.1f}")
 # for volumes, ages in torch.utils.data.DataLoader(train_set, batch_size=4, shuffle=True): ...  # your step
 # predicted = [float(your_network(volume[None])) for volume, _ in everyone]

@@ -65,6 +65,8 @@ external_run = "resnet18"  # @param {type:"string"}
 calibrate_on = ""  # @param {type:"string"}
 # seed of every random choice
 seed = 1  # @param {type:"integer"}
+# further settings by name, as fuse=resnet18,resnet18_t2w; `brainage-nb list 06` shows them all
+more = ""  # @param {type:"string"}
 
 # %%
 from pathlib import Path
@@ -74,16 +76,17 @@ from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.evaluation import report as tables
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
+from brainage_nb.evaluation.fusion import FUSED, FusionSettings
 from brainage_nb.evaluation.plots import draw_external, draw_figures
 from brainage_nb.evaluation.report import write_report
 from brainage_nb.parameters import read_parameters
 from brainage_nb.platforms import session_summary
 from brainage_nb.predict.bundle import apply_to_workspace, load_bundle, read_subject_ids
-from brainage_nb.predict.saving import current_bundle, update_bundle
+from brainage_nb.predict.saving import current_bundle, offer_fused_bundle, update_bundle
 from brainage_nb.workspace import open_workspace
 
 set_matplotlib_formats("png")  # figures appear in their cells
-parameters = read_parameters(globals())
+parameters = read_parameters(globals(), FusionSettings)
 ws = open_workspace(workspace).begin("06_evaluate")
 print(session_summary(ws.root))
 if calibrate_on and not external:
@@ -96,9 +99,8 @@ if calibrate_on and not external:
 # wider the range of ages, the larger an MAE can get.
 
 # %%
-evaluation = evaluate_runs(
-    ws, runs, level=level, n_bootstrap=n_bootstrap, controls=controls or None, seed=seed
-)
+options = {"level": level, "n_bootstrap": n_bootstrap, "controls": controls or None, "seed": seed}
+evaluation = evaluate_runs(ws, runs, fuse=parameters.get("fuse", ""), **options)
 headline_table(evaluation.results).T
 
 # %%
@@ -192,6 +194,19 @@ for drawn in figures:
         display(drawn.figure)
 
 # %% [markdown]
+# ## Fused
+# `more = "fuse=resnet18,resnet18_t2w"` makes one age of several runs' ages, such as those from a T1w and a T2w scan of one
+# session. Each run's ages are calibrated by a straight line, true age on predicted. Below 200 held-out people each then
+# weighs by the inverse of its squared error; from 200 on a ridge regression decides. Who lacks one scan is fused from
+# what there is and counted apart. The second table asks what another run adds, on the same people.
+
+# %%
+for title, table in tables.fusion_tables(evaluation).items():
+    print({"people": "By what they have", "same": "The same people, who have all"}[title])
+    display(table)
+print("" if evaluation.fusion else "Nothing to fuse: more names no runs (fuse=...).")
+
+# %% [markdown]
 # ## Known answers
 # On the demo cohort the truth is known, so the model can be checked against it. Oracle and attainable are those of
 # notebook 01. The oracle errs less over the whole cohort. On a few test scans chance may turn the two round. Other
@@ -231,8 +246,11 @@ for name, found in evaluation.external.items():
 
 # %%
 written = write_report(evaluation, figures)
-for name, found in evaluation.runs.items():
-    print(f"{name}: {update_bundle(ws.run(name), found.calibration)}")
+trained = [name for name in evaluation.runs if name != FUSED]
+for name in trained:
+    print(f"{name}: {update_bundle(ws.run(name), evaluation.runs[name].calibration)}")
+if evaluation.fusion:
+    print(f"{FUSED}: {offer_fused_bundle(evaluation.fusion, ws)}")
 print(f"Report: {ws.path('evaluation', 'report.html')}")
 
 # %%
@@ -241,6 +259,6 @@ ws.finish(
     "06_evaluate",
     parameters,
     written=written,
-    read=["cohort.csv", "splits.csv", *(f"runs/{name}/predictions.csv" for name in evaluation.runs)],
+    read=["cohort.csv", "splits.csv", *(f"runs/{name}/predictions.csv" for name in trained)],
     figures={f"{run} {metric}": headline.loc[run, metric] for run in headline.index for metric in headline},
 )

@@ -70,7 +70,7 @@ from brainage_nb.apps.widget import PredictionWidget, result_figure, workspace_s
 from brainage_nb.evaluation.metrics import with_interval
 from brainage_nb.parameters import read_parameters
 from brainage_nb.platforms import session_summary
-from brainage_nb.predict.bundle import load_bundle
+from brainage_nb.predict.bundle import list_beside, load_bundle
 from brainage_nb.predict.explain import explain
 from brainage_nb.predict.saving import current_bundle
 from brainage_nb.workspace import open_workspace, write_json
@@ -113,8 +113,13 @@ if ws.path("scans_without_volume.csv").exists():  # what gave no volume in 03 gi
 scans = workspace_scans(splits, ws.resolve) or workspace_scans(splits, ws.resolve, "val")
 if not (scan or scans):
     raise FileNotFoundError("No test scan of the workspace is there. Set scan to the file of one.")
-path, known_age = (scan, true_age or None) if scan else list(scans.values())[len(scans) // 2]
-prediction = model.predict(path, true_age or known_age)
+name = scan or list(scans)[len(scans) // 2]
+path, known_age = (scan, None) if scan else scans[name]
+rows = ws.read("cohort.csv").query("scan_id == @name") if not scan else pd.DataFrame()
+also = (
+    list_beside(rows, model.others, ws)[0] if len(rows) else {}
+)  # a T2w scan of the session, for a fused model
+prediction = model.predict(path, true_age or known_age, also)
 prediction.frame()
 
 # %%

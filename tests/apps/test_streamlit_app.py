@@ -14,7 +14,14 @@ from brainage_nb import apps
 from brainage_nb.bundle_format import zip_bundle
 from brainage_nb.evaluation.rates import RateScale
 from brainage_nb.predict.bundle import load_bundle
-from tests.models.tiny_bundle import bomb, head_array, noisy_head, write_scan, write_tiny_bundle
+from tests.models.tiny_bundle import (
+    bomb,
+    head_array,
+    noisy_head,
+    write_fused_bundle,
+    write_scan,
+    write_tiny_bundle,
+)
 
 SCRIPT = str(Path(apps.__file__).with_name("streamlit_app.py"))
 
@@ -171,6 +178,18 @@ def hostile():
         "10 GB, and says so": ("a.nii.gz", bomb((2000, 2000, 1250)), "2000 x 2000 x 1250"),
         "truncated": ("a.nii.gz", whole[: len(whole) // 2], "end early"),
     }
+
+
+def test_a_fused_model_has_a_field_for_the_other_scan_of_the_session(app, tmp_path):
+    bundle = write_fused_bundle(tmp_path / "fused")
+    packed = zip_bundle(bundle, tmp_path / "fused.zip").read_bytes()
+    page = app.file_uploader(key="bundle").upload("fused.zip", packed).run()
+    t1, t2 = (write_scan(tmp_path / f"{name}.nii", n) for n, name in enumerate(("t1", "t2"), 5))
+    uploader(page).upload("t1.nii", t1.read_bytes()).run()
+    page.file_uploader(key=f"T2w-{page.session_state['turn']}").upload("t2.nii", t2.read_bytes()).run()
+    page = page.button(key="predict").click().run()
+    expected = load_bundle(bundle).predict(t1, also={"T2w": t2}).predicted_age
+    assert page.session_state["results"][0].predicted_age == pytest.approx(expected, abs=1e-4)
 
 
 def test_hostile_scans_get_clear_messages_and_the_app_goes_on(app, tmp_path):

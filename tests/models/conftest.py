@@ -20,9 +20,9 @@ TINY = TrainingSettings(
 SOURCE = {"source_bytes": 0, "source_mtime_ns": 0, "source_sha256": ""}
 
 
-def make_tiny_cohort(folder: Path, n: int = 30, size: int = 16, per_shard: int = 16):
+def make_tiny_cohort(folder: Path, n: int = 30, size: int = 16, per_shard: int = 16, modality: str = "T1w"):
     """(store, splits): a bright ball that shrinks with age, in noise; two shards on disk."""
-    settings = PreprocessingSettings(spacing_mm=8.0, size=size)
+    settings = PreprocessingSettings(spacing_mm=8.0, size=size).for_modality(modality)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(settings.to_json(), folder / "preprocessing.json")
     rng = np.random.default_rng(0)

@@ -98,7 +98,7 @@ def test_a_task_of_an_earlier_start_saves_nothing(tiny, tiny_settings, tmp_path,
     run.mkdir()
     (run / MARK).write_text("a newer start")
     with pytest.raises(TrainingFailed, match="started again or given up"):
-        train_member(store.folder, splits, run, tiny_settings, "an older one", float("inf"), "seed0")
+        train_member([store.folder], splits, run, tiny_settings, "an older one", float("inf"), "seed0")
     assert not list(run.glob("checkpoints/*/*"))
     (run / MARK).write_text("this start")
     asked = TaskStop.asked
@@ -109,5 +109,5 @@ def test_a_task_of_an_earlier_start_saves_nothing(tiny, tiny_settings, tmp_path,
 
     monkeypatch.setattr(TaskStop, "asked", ask_after_another_start)
     with pytest.raises(TrainingFailed, match="started again or given up"):
-        train_member(store.folder, splits, run, tiny_settings, "this start", float("inf"), "seed0")
+        train_member([store.folder], splits, run, tiny_settings, "this start", float("inf"), "seed0")
     assert not (run / "checkpoints" / "seed0" / "predictions.csv").exists()

@@ -128,6 +128,34 @@ def write_tiny_bundle(folder: Path, *, n: int = 1, n_scans: int = 3, **changes) 
     return write_bundle(folder, said, arrays | {REFERENCE_FILE: reference.arrays()}, write_card(said))
 
 
+def write_fused_bundle(folder: Path) -> Path:
+    """Two tiny bundles, of a T1w and a T2w scan, and how their ages are fused."""
+    scratch = folder.with_name(f"{folder.name}-members")
+    inner = {
+        f"model-{k}": write_tiny_bundle(
+            scratch / f"{k}", n=k + 1, preprocessing=SETTINGS.for_modality(modality).to_json()
+        )
+        for k, modality in enumerate(("T1w", "T2w"))
+    }
+    said = manifest()
+    calibration = {name: said[name] for name in ("correction", "interval")}
+    wide = {"interval": said["interval"] | {"quantile": 11.0}}
+    kept = ("run", "created", "licence", "figures", "position")
+    fused = {name: said[name] for name in kept} | calibration | {
+        "kind": "fused",
+        "members": [
+            {"folder": "model-0", "run": "tiny", "modality": "T1w"},
+            {"folder": "model-1", "run": "tiny_t2w", "modality": "T2w"},
+        ],
+        "parts": [
+            {"modalities": ["T1w", "T2w"], "intercept": 1.0, "weights": [0.7, 0.3]} | calibration,
+            {"modalities": ["T1w"], "intercept": 2.0, "weights": [0.9]} | calibration | wide,
+        ],
+    }  # fmt: skip
+    card = write_card(fused | {"training": said["training"]})
+    return write_bundle(folder, fused, {}, card, inner)
+
+
 def write_svr_bundle(folder: Path) -> Path:
     """A bundle of VGG16's filters, drawn, and two fusions of invented weights."""
     from brainage_nb.models.svr import FUSIONS, VggSvr, Weighting

@@ -131,6 +131,13 @@ ABSURD = [  # what a manifest might say at places that matter most
     (("training", "age_counts"), [1]),
     (("training", "age_edges"), list(range(LONG))),
     (("training", "age_low"), 120),
+    (("members", 0, "folder"), "../model-0"),
+    (("members", 0, "modality"), "T2w"),
+    (("parts", 0, "modalities"), ["T1w"]),
+    (("parts", 0, "weights"), [1e300, 0]),
+    (("parts", 0, "weights"), [1.0]),
+    (("parts", 1, "intercept"), 1e9),
+    (("parts",), []),
     (("position", "age"), [50]),
     (("format",), 2),
     (("format",), 10**30),
@@ -139,9 +146,11 @@ ABSURD = [  # what a manifest might say at places that matter most
 
 def say_the_absurd(rng: Rng, manifest: dict) -> dict:
     place, value = ABSURD[rng.integers(len(ABSURD))]
-    for depth in range(1, len(place)):
-        if not isinstance(look_up(manifest, place[:depth]), dict):
-            return manifest
+    try:
+        outer = look_up(manifest, place[:-1])
+        outer[place[-1] if len(place) > 1 else "format"]
+    except (KeyError, IndexError, TypeError):  # another family's
+        return manifest
     return set_at(manifest, place, copy.deepcopy(value))
 
 
@@ -232,10 +241,10 @@ def change_header(rng: Rng, content: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-def list_again(files: Files, manifest: dict) -> dict:
+def list_again(files: Files, manifest: dict, folder: str = "") -> dict:
     """The manifest with the true sizes and hashes of the files, as somebody hostile would write it."""
     for name in manifest["files"]:
-        content = files[name]
+        content = files[folder + name]
         manifest["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     return manifest
 
@@ -281,8 +290,9 @@ def damage_zip(rng: Rng, files: Files) -> bytes:
         swapped[0], swapped[-1] = swapped[-1], swapped[0]
         return pack(dict(zip(swapped, files.values(), strict=True)))
     if which == 10:  # a bomb in few bytes whose declared size is the good one
-        size = len(files.pop("reference.safetensors"))
-        bomb = pack(files | {"reference.safetensors": b"\0" * 2**28}, compression=zipfile.ZIP_DEFLATED)
+        name = next(name for name in files if name.endswith("reference.safetensors"))
+        size = len(files.pop(name))
+        bomb = pack(files | {name: b"\0" * 2**28}, compression=zipfile.ZIP_DEFLATED)
         whole = bytearray(bomb)
         struct.pack_into("<I", whole, whole.rfind(b"PK\x01\x02") + 24, size)
         return bytes(whole)
@@ -298,8 +308,11 @@ def damage_zip(rng: Rng, files: Files) -> bytes:
 
 def mutate(rng: Rng, files: Files) -> tuple[str, bytes]:
     """One damaged bundle as a zip, and what was done."""
-    files, manifest = dict(files), json.loads(files["bundle.json"])
-    arrays = [name for name in files if name.endswith(".safetensors")]
+    home = choose(rng, [name for name in files if name.endswith("bundle.json")])
+    folder = home.removesuffix("bundle.json")  # of a fused bundle's member
+    files, manifest = dict(files), json.loads(files[home])
+    arrays = [name for name in files if name.endswith(".safetensors") and name.startswith(folder)]
+    arrays = arrays if folder + "reference.safetensors" in files else []
     small = [name for name in arrays if len(files[name]) < 2**24] if rng.random() < 0.8 else arrays
     kind = (
         "manifest",
@@ -313,7 +326,9 @@ def mutate(rng: Rng, files: Files) -> tuple[str, bytes]:
         "swap",
         "zip",
         "zip",
-    )[rng.integers(11)]
+    )[rng.integers(11 if arrays else 4)]
+    if not arrays and rng.random() < 0.3:
+        kind = "zip"
     if kind == "zip":
         return kind, damage_zip(rng, files)
     if kind == "manifest":
@@ -322,13 +337,15 @@ def mutate(rng: Rng, files: Files) -> tuple[str, bytes]:
     elif kind in ("array", "header"):
         name, change = choose(rng, small), change_array if kind == "array" else change_header
         kind, files[name] = f"{change.__name__} of {name}", change(rng, files[name])
-        manifest = list_again(files, manifest)
+        manifest = list_again(files, manifest, folder)
     elif kind == "swap":
         one, other = choose(rng, arrays), choose(rng, arrays)
         files[one], files[other] = files[other], files[one]
-        manifest = list_again(files, manifest)
+        manifest = list_again(files, manifest, folder)
     text = json.dumps(manifest)
-    files["bundle.json"] = damage_text(rng, text) if kind == "text" else text.encode()
+    files[home] = damage_text(rng, text) if kind == "text" else text.encode()
+    if folder:
+        files["bundle.json"] = json.dumps(list_again(files, json.loads(files["bundle.json"]))).encode()
     return kind, pack(files)
 
 
@@ -377,7 +394,8 @@ def predict_apart(bundle: Path, scan: str) -> dict[str, Any]:
 
 
 def main(bundle: str, scan: str, seed: int, n: int) -> None:
-    files = {path.name: path.read_bytes() for path in Path(bundle).iterdir()}
+    paths = [path for path in Path(bundle).rglob("*") if path.is_file()]
+    files = {path.relative_to(bundle).as_posix(): path.read_bytes() for path in paths}
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "bundle.zip"
         target.write_bytes(pack(files))

@@ -8,12 +8,13 @@ import sys
 
 import pytest
 
-from tests.models.tiny_bundle import write_scan, write_svr_bundle, write_tiny_bundle
+from tests.models.tiny_bundle import write_fused_bundle, write_scan, write_svr_bundle, write_tiny_bundle
 
 MEGABYTES, SECONDS = 300, 5
 FAMILIES = {
     "resnet18": lambda folder: write_tiny_bundle(folder, n=2, n_scans=30),
     "vgg16_svr": write_svr_bundle,
+    "fused": write_fused_bundle,
 }
 
 
@@ -44,7 +45,7 @@ def find_fault(row, good):
     if (more := row["megabytes"] - good["megabytes"]) > 2 * row["size"] + MEGABYTES:
         return f"{more:.0f} MB more than the whole one, for a file of {row['size']:.1f} MB"
     if refused is not None:
-        named = refused.startswith(("bundle.zip", "3D ResNet-18", "VGG16"))
+        named = refused.startswith(("bundle.zip", "3D ResNet-18", "VGG16", "Fused"))
         in_words = named and len(refused) < 900 and not re.search("[a-z]Error|Traceback", refused)
         return "" if in_words else f"said: {refused}"
     other = {name for name in good if name not in ("kind", "k", "size", "seconds", "megabytes")}
@@ -59,6 +60,7 @@ def find_fault(row, good):
         ("vgg16_svr", 2, 3),
         pytest.param("resnet18", 3, 120, marks=pytest.mark.slow),
         pytest.param("vgg16_svr", 4, 60, marks=pytest.mark.slow),
+        pytest.param("fused", 6, 120, marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_bundle_is_refused_in_words_or_predicts_as_the_whole_one(family, seed, n, whole):
