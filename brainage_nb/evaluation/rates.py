@@ -79,7 +79,7 @@ class RateScale:
 
     def table(self) -> pd.DataFrame:
         """What the rate of one person with two visits is worth: `years, error, reliability, verdict`."""
-        years = np.array(FOLLOW_UP, float)
+        years = np.array(FOLLOW_UP)
         error = self.error * np.sqrt(2) / (self.slope * years)
         worth = self.reliability(error)
         verdicts = np.where(self._is_worth(worth), "can be given", "none on one person")
