@@ -15,7 +15,7 @@ from phantom import baseline_ages
 
 from brainage_nb.demo.cohort import draw_truth, make_demo_cohort
 from brainage_nb.evaluation.correction import AgeBiasCorrector, Calibration
-from brainage_nb.evaluation.rates import Rates, measure_rates
+from brainage_nb.evaluation.rates import Rates, expect_r, measure_rates
 
 SEED, VISITS = 1, {"followed": 0.8, "rate_sd": 0.4}
 SLOPE, ERROR, OFFSET = 0.8, 1.6, 4.0  # of a simulated model; years that its other scanners add
@@ -51,7 +51,6 @@ def judge(rows: pd.DataFrame, seed: int) -> dict[str, float]:
     group, none = found.groups.iloc[0], shuffled.groups.iloc[0]
     kept = found.people[found.people["scanner"] == ""]
     recovered, planted = kept["rate"], kept["planted"]
-    real = planted.var()
     adds = [tuple(map(float, one)) for text in found.warnings for one in ADDS.findall(text)]
     return {
         "people": len(kept),
@@ -63,7 +62,7 @@ def judge(rows: pd.DataFrame, seed: int) -> dict[str, float]:
         "spread (found)": found.scale.spread,
         "error": found.scale.error,
         "r": np.corrcoef(planted, recovered)[0, 1],
-        "r (expected)": np.sqrt(real / (real + (kept["error"] ** 2).mean())),
+        "r (expected)": expect_r(planted, kept["error"]),
         "slope": np.polyfit(planted, recovered, 1)[0],
         "standard errors": ((recovered - planted) / kept["error"]).std(),
         "scanner adds": np.mean([one[0] for one in adds]) if adds else np.nan,
