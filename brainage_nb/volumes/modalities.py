@@ -26,6 +26,7 @@ REACH_MM = 320.0  # edge of the cube around the other scan's head
 BINS, DARKEST, BRIGHTEST = 32, 1, 99  # of intensity, along each side of the joint histogram; percentiles
 SPACINGS = ((8.0, 0.5), (4.0, 0.05))  # grids of the search, and how near each comes: mm and degrees
 LEAST_SEEN = 0.4  # share of those points that the other scan has to show
+LEAST_TOLD = 0.02  # information beyond 1: noise has 0.004, two contrasts of one head 0.1 to 0.3
 # What `register` finds: 0.54 and more where a second contrast was computed from six real T1w heads (with 6 mm
 # slices, noise, blur, a strong bias field, half the head); other people's 0.36 to 0.49 (11 pairs), a wrong
 # voxel size 0.33, turned or upside down 0.20. A mirrored head reaches 0.55: symmetry hides it.
@@ -59,16 +60,17 @@ class Similarity:
             -1,
         )
         shown = voxels[..., 1] > 0.5
+        shown |= not shown.any()  # of a scan smaller than a voxel of this grid nothing is shown
         voxels[..., 0] = _to_bins(voxels[..., 0], shown)
         self.sample, self.to_voxel = LinearSampler(voxels), np.linalg.inv(grid)
 
-    def __call__(self, move: np.ndarray) -> float:
+    def __call__(self, move: np.ndarray, least_seen: float = LEAST_SEEN) -> float:
         """Normalised mutual information, 1 to 2, at a move (6,): mm, then degrees about x, y and z."""
         to_voxel = self.to_voxel @ rigid_map(move, self.centre)
         placed = (self.points + self.centre) @ to_voxel[:3, :3].T + to_voxel[:3, 3]
         column, shown = self.sample(placed).T
         used = shown > 0.5
-        if used.mean() < LEAST_SEEN:
+        if used.mean() < least_seen:
             return 1.0
         low = np.minimum(column[used].astype(int), BINS - 2)
         share, at = column[used] - low, self.row[used] + low
@@ -116,9 +118,14 @@ def register(
 
 
 def _sharpness(measure: Similarity, move: np.ndarray) -> float:
+    """The `fit` of `register`; 0 where one tells nothing of the other."""
     best = measure(move) - 1
-    beside = [measure(move + shift) - 1 for shift in 10 * np.r_[np.eye(6)[:3], -np.eye(6)[:3]]]
-    return 1 - float(np.mean(beside)) / max(best, 1e-9)
+    if best < LEAST_TOLD:
+        return 0.0
+    beside = [
+        measure(move + shift, LEAST_SEEN / 2) - 1 for shift in 10 * np.r_[np.eye(6)[:3], -np.eye(6)[:3]]
+    ]
+    return 1 - float(np.mean(beside)) / best
 
 
 def lay_onto_t1w(
