@@ -20,6 +20,7 @@ from brainage_nb.volumes.scans import ScanError, load_scan
 if TYPE_CHECKING:
     import nibabel as nib
 
+Voxels = tuple[np.ndarray, np.ndarray]  # an image's, and their affine
 VERSION = 1  # raised whenever the same pair of scans gives another map than before; part of fingerprints
 BALL_MM = 95.0  # compared is what lies so near the T1w head's centre: the head without neck and face
 REACH_MM = 320.0  # edge of the cube around the other scan's head
@@ -27,9 +28,9 @@ BINS, DARKEST, BRIGHTEST = 32, 1, 99  # of intensity, along each side of the joi
 SPACINGS = ((8.0, 0.5), (4.0, 0.05))  # grids of the search, and how near each comes: mm and degrees
 LEAST_SEEN = 0.4  # share of those points that the other scan has to show
 LEAST_TOLD = 0.02  # information beyond 1: noise has 0.004, two contrasts of one head 0.1 to 0.3
-# What `register` finds: 0.54 and more where a second contrast was computed from six real T1w heads (with 6 mm
-# slices, noise, blur, a strong bias field, half the head); other people's 0.36 to 0.49 (11 pairs), a wrong
-# voxel size 0.33, turned or upside down 0.20. A mirrored head reaches 0.55: symmetry hides it.
+# What `register` finds: 0.54 and more where a second contrast was computed from eight real T1w heads (of three
+# with 6 mm slices, noise, blur, a strong bias field, half the head); other people's 0.36 to 0.49 (11 pairs), a
+# wrong voxel size 0.33, turned or upside down 0.20. A mirrored head reaches 0.55: symmetry hides it.
 LOWEST_FIT = 0.51
 
 
@@ -46,7 +47,9 @@ class Similarity:
         About the middle of each head, world.
     """
 
-    def __init__(self, spacing_mm, t1w, scan, centre, scan_centre) -> None:
+    def __init__(
+        self, spacing_mm: float, t1w: Voxels, scan: Voxels, centre: np.ndarray, scan_centre: np.ndarray
+    ) -> None:
         size = 2 * round(BALL_MM / spacing_mm) + 1
         away = (np.indices((size,) * 3).reshape(3, -1).T - size // 2) * spacing_mm
         near = ((away**2).sum(axis=1) < BALL_MM**2) & (away.sum(axis=1) / spacing_mm % 2 == 0)  # a chessboard
@@ -95,6 +98,11 @@ def register(
     """Where a scan of a session's other modality lies on its T1w scan.
 
     Starts from the scanner's own coordinates and, where somebody has changed them, from head on head.
+
+    Parameters
+    ----------
+    t1w, scan : nibabel images
+        As `load_scan` gives them.
 
     Returns
     -------
