@@ -28,9 +28,9 @@ BINS, DARKEST, BRIGHTEST = 32, 1, 99  # of intensity, along each side of the joi
 SPACINGS = ((8.0, 0.5), (4.0, 0.05))  # grids of the search, and how near each comes: mm and degrees
 LEAST_SEEN = 0.4  # share of those points that the other scan has to show
 LEAST_TOLD = 0.02  # information beyond 1: noise has 0.004, two contrasts of one head 0.1 to 0.3
-# What `register` finds: 0.54 and more where a second contrast was computed from eight real T1w heads (of three
-# with 6 mm slices, noise, blur, a strong bias field, half the head); other people's 0.36 to 0.49 (11 pairs), a
-# wrong voxel size 0.33, turned or upside down 0.20. A mirrored head reaches 0.55: symmetry hides it.
+# What `register` finds: 0.54 and more where a second contrast was computed from eight real T1w heads (three
+# also with 6 mm slices, noise, blur, a strong bias field, half the head); other people's 0.36 to 0.49 (11
+# pairs), a wrong voxel size 0.33, turned or upside down 0.20. A mirrored head, 0.55, is not told apart.
 LOWEST_FIT = 0.51
 
 
