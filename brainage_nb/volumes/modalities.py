@@ -20,15 +20,17 @@ from brainage_nb.volumes.scans import ScanError, load_scan
 if TYPE_CHECKING:
     import nibabel as nib
 
+Voxels = tuple[np.ndarray, np.ndarray]  # an image's, and their affine
 VERSION = 1  # raised whenever the same pair of scans gives another map than before; part of fingerprints
 BALL_MM = 95.0  # compared is what lies so near the T1w head's centre: the head without neck and face
 REACH_MM = 320.0  # edge of the cube around the other scan's head
 BINS, DARKEST, BRIGHTEST = 32, 1, 99  # of intensity, along each side of the joint histogram; percentiles
 SPACINGS = ((8.0, 0.5), (4.0, 0.05))  # grids of the search, and how near each comes: mm and degrees
 LEAST_SEEN = 0.4  # share of those points that the other scan has to show
-# What `register` finds: 0.54 and more where a second contrast was computed from six real T1w heads (with 6 mm
-# slices, noise, blur, a strong bias field, half the head); other people's 0.36 to 0.49 (11 pairs), a wrong
-# voxel size 0.33, turned or upside down 0.20. A mirrored head reaches 0.55: symmetry hides it.
+LEAST_TOLD = 0.02  # information beyond 1: noise has 0.004, two contrasts of one head 0.1 to 0.3
+# What `register` finds: 0.54 and more where a second contrast was computed from eight real T1w heads (three
+# also with 6 mm slices, noise, blur, a strong bias field, half the head); other people's 0.36 to 0.49 (11
+# pairs), a wrong voxel size 0.33, turned or upside down 0.20. A mirrored head, 0.55, is not told apart.
 LOWEST_FIT = 0.51
 
 
@@ -45,7 +47,9 @@ class Similarity:
         About the middle of each head, world.
     """
 
-    def __init__(self, spacing_mm, t1w, scan, centre, scan_centre) -> None:
+    def __init__(
+        self, spacing_mm: float, t1w: Voxels, scan: Voxels, centre: np.ndarray, scan_centre: np.ndarray
+    ) -> None:
         size = 2 * round(BALL_MM / spacing_mm) + 1
         away = (np.indices((size,) * 3).reshape(3, -1).T - size // 2) * spacing_mm
         near = ((away**2).sum(axis=1) < BALL_MM**2) & (away.sum(axis=1) / spacing_mm % 2 == 0)  # a chessboard
@@ -59,16 +63,17 @@ class Similarity:
             -1,
         )
         shown = voxels[..., 1] > 0.5
+        shown |= not shown.any()  # of a scan smaller than a voxel of this grid nothing is shown
         voxels[..., 0] = _to_bins(voxels[..., 0], shown)
         self.sample, self.to_voxel = LinearSampler(voxels), np.linalg.inv(grid)
 
-    def __call__(self, move: np.ndarray) -> float:
+    def __call__(self, move: np.ndarray, least_seen: float = LEAST_SEEN) -> float:
         """Normalised mutual information, 1 to 2, at a move (6,): mm, then degrees about x, y and z."""
         to_voxel = self.to_voxel @ rigid_map(move, self.centre)
         placed = (self.points + self.centre) @ to_voxel[:3, :3].T + to_voxel[:3, 3]
         column, shown = self.sample(placed).T
         used = shown > 0.5
-        if used.mean() < LEAST_SEEN:
+        if used.mean() < least_seen:
             return 1.0
         low = np.minimum(column[used].astype(int), BINS - 2)
         share, at = column[used] - low, self.row[used] + low
@@ -94,6 +99,11 @@ def register(
 
     Starts from the scanner's own coordinates and, where somebody has changed them, from head on head.
 
+    Parameters
+    ----------
+    t1w, scan : nibabel images
+        As `load_scan` gives them.
+
     Returns
     -------
     to_scan : (4, 4) array
@@ -116,9 +126,14 @@ def register(
 
 
 def _sharpness(measure: Similarity, move: np.ndarray) -> float:
+    """The `fit` of `register`; 0 where one tells nothing of the other."""
     best = measure(move) - 1
-    beside = [measure(move + shift) - 1 for shift in 10 * np.r_[np.eye(6)[:3], -np.eye(6)[:3]]]
-    return 1 - float(np.mean(beside)) / max(best, 1e-9)
+    if best < LEAST_TOLD:
+        return 0.0
+    beside = [
+        measure(move + shift, LEAST_SEEN / 2) - 1 for shift in 10 * np.r_[np.eye(6)[:3], -np.eye(6)[:3]]
+    ]
+    return 1 - float(np.mean(beside)) / best
 
 
 def lay_onto_t1w(

@@ -78,7 +78,12 @@ def test_the_t1w_scan_decides_the_cube_and_voxels_are_sampled_once(pair, laid):
 
 
 @pytest.mark.parametrize(
-    "change", [np.diag([1, 1, 1.3, 1]), np.array([[0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])]
+    "change",
+    [
+        np.diag([1, 1, 1.3, 1]),
+        np.array([[0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]),
+        np.diag([0.3, 0.3, 0.3, 1]),  # an animal's
+    ],
 )
 def test_a_scan_with_a_wrong_voxel_size_or_turned_axes_is_refused_in_words(pair, tmp_path, change):
     t1w, t2w, _ = pair
