@@ -53,7 +53,7 @@ def make_notebook(folder, name, body="", ending=ENDING, extra=""):
 def no_kernel(monkeypatch):
     """Run cells in this process: what is skipped and what runs again is decided outside of kernels."""
 
-    def run_here(notebook, workspace, values, use):
+    def run_here(notebook, workspace, values, *_, **__):
         workspace.path("results", f"{notebook.name}.json").unlink(missing_ok=True)
         names = {}
         for cell in notebook.cells():

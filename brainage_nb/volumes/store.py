@@ -169,6 +169,11 @@ def current_store(
     With `scratch`, a copy of it on that fast local disk. Where the store is missing or damaged, notebook 03
     no longer counts as done in that workspace: the same `brainage-nb run` mends it first.
     """
+    if modality != "T1w" and not (Path(volumes_folder) / name_of_modality("current", modality)).is_file():
+        raise MissingInput(
+            f"There are no {modality} volumes in {volumes_folder}. Notebook 03 makes them where notebook 01 "
+            f"was given modalities=T1w,{modality} and found such scans."
+        )
     try:
         store = VolumeStore(_current_folder(Path(volumes_folder), modality))
         check_name(store.folder, store.settings)
@@ -190,8 +195,7 @@ def current_store(
 def _current_folder(volumes_folder: Path, modality: str) -> Path:
     current = volumes_folder / name_of_modality("current", modality)
     if not current.is_file():
-        need = "" if modality == "T1w" else f" It makes one of {modality} where 01 had it in modalities."
-        raise MissingInput(f"{current} is missing. Run notebook 03 first; it makes the volume store.{need}")
+        raise MissingInput(f"{current} is missing. Run notebook 03 first; it makes the volume store.")
     name = current.read_text(encoding="utf-8", errors="replace").strip()
     if not name or Path(name).name != name or not (volumes_folder / name).is_dir():
         raise StoreError(

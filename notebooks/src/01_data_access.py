@@ -95,6 +95,9 @@ print(session_summary(ws.root))
 # Ids are compared without padding, `sub-` and case, with session and site read from the file name where it holds
 # them. A match that is not unique is not made.
 #
+# `more = "modalities=T1w,T2w"` also takes the T2w scan of each session, in a column of its own; 03 lays it onto the
+# T1w scan. Other modalities are PDw, FLAIR, dwi-FA, dwi-MD and bold-fALFF. Who has none stays in the cohort.
+#
 # What has to be downloaded goes on where an earlier run ended, and is checked before it is used.
 
 # %%

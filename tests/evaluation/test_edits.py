@@ -157,3 +157,7 @@ def test_splits_of_scans_without_a_volume_are_refused_unless_03_said_why(ws):
         read_splits(ws, scans[:3] + scans[4:])
     write_csv(pd.DataFrame({"scan_id": [scans[3]]}), ws.path("scans_without_volume.csv"))
     assert len(read_splits(ws, scans[:3] + scans[4:])) == len(scans)
+    with pytest.raises(ValueError, match=f"{scans[3]}.*03_preprocessing"):
+        read_splits(ws, scans[:3] + scans[4:], "T2w")  # that of the T1w volumes excuses no other modality
+    write_csv(pd.DataFrame({"scan_id": [scans[3]]}), ws.path("scans_without_volume_T2w.csv"))
+    assert len(read_splits(ws, scans[:3] + scans[4:], "T2w")) == len(scans)

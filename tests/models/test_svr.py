@@ -33,6 +33,7 @@ from brainage_nb.models.svr import (
     train_vgg_svr,
 )
 from brainage_nb.models.vgg16 import FeatureSettings, WeightsError, extract_features, vgg16_features
+from brainage_nb.volumes.settings import PreprocessingSettings
 
 FEW = {"C": (1.0, 98.0), "epsilon": (0.064,)}
 SMALL = FeatureSettings(image_size=32)
@@ -257,6 +258,7 @@ class Store(dict):
     def __init__(self, volumes):
         super().__init__(volumes)
         self.scan_ids, self.fingerprint, self.spacing_mm = list(volumes), "store-a", 8.0
+        self.settings = PreprocessingSettings(spacing_mm=8.0)
         self.index = pd.DataFrame(
             {"scan_id": self.scan_ids, "sha256": [f"hash of {i}" for i in self.scan_ids]}
         )

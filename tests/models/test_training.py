@@ -25,7 +25,7 @@ from brainage_nb.models.run import Job, make_accelerator, write_predictions
 from brainage_nb.models.settings import TrainingFailed, TrainingRefused, TrainingSettings, list_members
 from brainage_nb.models.train import launch, train
 from brainage_nb.predict.saving import _collect_networks
-from brainage_nb.volumes.settings import AugmentationSettings, list_changes
+from brainage_nb.volumes.settings import AugmentationSettings, list_changes, name_run
 from brainage_nb.volumes.store import StoreError
 from brainage_nb.workspace import open_workspace, read_json, write_csv, write_json
 from tests.models.conftest import TINY, make_tiny_cohort
@@ -324,6 +324,17 @@ def test_scans_without_volume_are_left_out_and_said(tiny, tiny_settings, tmp_pat
     with pytest.warns(UserWarning, match=r"1 of 31 scans have no volume in the store.*GONE"):
         result = train(store, more, tmp_path / "run", replace(tiny_settings, epochs=1))
     assert len(result.predictions) == 30
+
+
+def test_a_run_of_one_modality_never_reads_the_volumes_of_another(tiny, tiny_settings, tmp_path):
+    store, splits = tiny
+    with pytest.raises(TrainingRefused, match=r"modality = 'T2w', and these volumes are of T1w"):
+        train(store, splits, tmp_path / "run", replace(tiny_settings, modality="T2w"))
+    with pytest.raises(ValueError, match="modality: 't2' is none of T1w, T2w"):
+        replace(tiny_settings, modality="t2")
+    assert name_run("resnet18", "resnet18", "T1w") == "resnet18"
+    assert name_run("resnet18", "resnet18", "T2w") == "resnet18_t2w"
+    assert name_run("mine", "resnet18", "T2w") == "mine"
 
 
 def test_a_required_gpu_that_is_missing_raises_with_the_reason(tiny_settings, monkeypatch):

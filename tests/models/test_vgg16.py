@@ -43,6 +43,7 @@ class Store(dict):
     def __init__(self, volumes, fingerprint="store-a"):
         super().__init__(volumes)
         self.scan_ids, self.fingerprint, self.spacing_mm = list(volumes), fingerprint, SPACING
+        self.settings = PreprocessingSettings(spacing_mm=SPACING)
         hashes = [hashlib.sha256(volume.tobytes()).hexdigest() for volume in volumes.values()]
         self.index = pd.DataFrame({"scan_id": self.scan_ids, "sha256": hashes})
 

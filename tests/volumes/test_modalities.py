@@ -127,7 +127,7 @@ def test_each_modality_has_its_store_and_a_misfit_costs_no_other_scan(pair, know
     (tmp_path / "current_T2w").write_text(plain.fingerprint)
     with pytest.raises(StoreError, match="holds T1w, not T2w"):
         current_store(tmp_path, modality="T2w")
-    with pytest.raises(MissingInput, match="where 01 had it in modalities"):
+    with pytest.raises(MissingInput, match=r"no FLAIR volumes .* notebook 01 was given modalities=T1w,FLAIR"):
         current_store(tmp_path, modality="FLAIR")
 
 
