@@ -65,7 +65,6 @@ preview_scan = ""  # @param {type:"string"}
 more = ""  # @param {type:"string"}
 
 # %%
-from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.parameters import pick_fields, read_parameters
 from brainage_nb.platforms import session_summary
@@ -76,7 +75,6 @@ from brainage_nb.volumes.store import build_store
 from brainage_nb.volumes.transforms import describe_transform, preprocessing_chain, run_steps
 from brainage_nb.workspace import open_workspace, write_csv
 
-set_matplotlib_formats("png")  # figures appear in their cells
 parameters = read_parameters(globals(), PreprocessingSettings)
 ws = open_workspace(workspace).begin("03_preprocessing_preview")
 print(session_summary(ws.root))

@@ -70,7 +70,6 @@ more = ""  # @param {type:"string"}
 # %%
 import pandas as pd
 from IPython.display import Markdown
-from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.apps.widget import LiveCurve
 from brainage_nb.evaluation.metrics import metrics_by_split
@@ -88,7 +87,6 @@ from brainage_nb.volumes.settings import AugmentationSettings, list_changes
 from brainage_nb.volumes.store import current_store
 from brainage_nb.workspace import open_workspace
 
-set_matplotlib_formats("png")  # figures appear in their cells
 parameters = read_parameters(globals(), TrainingSettings, AugmentationSettings)
 ws = open_workspace(workspace).begin("04_train_resnet18")
 print(session_summary(ws.root))

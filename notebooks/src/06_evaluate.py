@@ -70,7 +70,6 @@ seed = 1  # @param {type:"integer"}
 from pathlib import Path
 
 from IPython.display import Markdown
-from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.evaluation import report as tables
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
@@ -82,7 +81,6 @@ from brainage_nb.predict.bundle import apply_to_workspace, load_bundle, read_sub
 from brainage_nb.predict.saving import current_bundle, update_bundle
 from brainage_nb.workspace import open_workspace
 
-set_matplotlib_formats("png")  # figures appear in their cells
 parameters = read_parameters(globals())
 ws = open_workspace(workspace).begin("06_evaluate")
 print(session_summary(ws.root))
