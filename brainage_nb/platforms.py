@@ -107,7 +107,7 @@ def require_drive(path: Path | str) -> None:
 
 
 def hint_at_drive(path: str) -> str:
-    """A sentence to add where `path` is not found on Colab: how to reach Drive, or where Drive has it. Else ''."""
+    """A sentence to add where `path` is not found on Colab: mount Drive, or where Drive has it. Else empty."""
     if platform() != "colab":
         return ""
     if not MY_DRIVE.is_dir():
@@ -161,8 +161,8 @@ def n_workers(requested: int = 0) -> int:
 def session_summary(root: Path | str = ".") -> str:
     """One line on where this session runs and where its files go; `session_details` has everything.
 
-    From then on tables show long cells whole, so that no reason is cut, and figures appear in their cells, also
-    where the session's own backend draws to files only (Kaggle, many clusters).
+    From then on tables show long cells whole, so that no reason is cut, and figures appear in their cells,
+    also where the session's own backend (MPLBACKEND) draws to files only.
     """
     import pandas as pd
 

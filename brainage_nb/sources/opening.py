@@ -169,8 +169,8 @@ class SourceSettings:
             raise SourceError(f"{problem}. Set data_dir to the folder or archive of the scans.")
         table = find_table(folder, self.table) if self.table and folder.is_dir() else None
         if table and not (table.exists() or table.is_symlink()):  # a link may be an annex's, not fetched
-            problem = f"There is no table {self.table}, neither here nor in {folder}.{hint_at_drive(self.table)}"
-            raise FileNotFoundError(f"{problem} Set table to the ages.")
+            problem = f"There is no table {self.table}, neither here nor in {folder}."
+            raise FileNotFoundError(f"{problem}{hint_at_drive(self.table)} Set table to the ages.")
         if table and table.is_dir():
             raise SourceError(f"table = {self.table!r} is a folder. Set table to the file with the ages.")
         if self.source == "folder" and folder.is_dir():
