@@ -107,7 +107,7 @@ def require_drive(path: Path | str) -> None:
 
 
 def hint_at_drive(path: str) -> str:
-    """A sentence to add where `path` is not found on Colab: mount Drive, or where Drive has it. Else empty."""
+    """A sentence to add where `path` is not found on Colab: mount Drive, or where it has it. Else empty."""
     if platform() != "colab":
         return ""
     if not MY_DRIVE.is_dir():
