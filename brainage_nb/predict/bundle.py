@@ -88,7 +88,7 @@ class Bundle:
         """The model in a few words."""
         n, members = self.manifest["training"]["n_subjects"], len(self.manifest["members"])
         count = f"{members} members, " if members > 1 else ""
-        return f"{TITLES[self.model.kind]} ({count}trained on {n} people)"
+        return f"{TITLES[self.model.kind]} ({count}trained and validated on {n} people)"
 
     @property
     def is_test_object(self) -> bool:
@@ -260,7 +260,7 @@ def load_bundle(source: Path | str | IO[bytes], device: str = "cpu", *, max_byte
     --------
     >>> bundle = load_bundle("bundle")
     >>> bundle.title
-    '3D ResNet-18 (trained on 34 people)'
+    '3D ResNet-18 (trained and validated on 34 people)'
     """
     from brainage_nb.volumes.settings import PreprocessingSettings
 

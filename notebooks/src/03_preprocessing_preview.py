@@ -107,7 +107,8 @@ print(f"fingerprint {settings.fingerprint}", *map(describe_transform, chain.tran
 
 # %% [markdown]
 # ## One scan, step by step
-# One row per transform of the chain. L and R mark the head's sides.
+# One row per transform of the chain. The first row is the scan as its file holds it, often lying on its side. From
+# the second on, L and R mark the head's sides.
 #
 # Look for the whole brain in the last row. A long neck or a head far from the middle of the image does not push the brain
 # out of the cube.
@@ -124,7 +125,8 @@ except ScanError as error:
 # ## Where the brain is
 # Some recipes look for the brain. Here is its outline on scans spread over the ages, before anything is cut away.
 #
-# A brain that cannot be trusted is not drawn. The table says why, and such a scan gives no volume below.
+# A brain that cannot be trusted is not drawn. The table says why, and such a scan gives no volume below. `correlation`
+# is how alike brain and template look, `agreement` how far their outlines overlap, `quality` the lower of the two.
 
 # %%
 outlined = scans.sort_values("age").iloc[:: max(1, len(scans) // 6)].head(6 if settings.needs_brain else 0)
@@ -148,7 +150,7 @@ print(report.note)
 
 # %%
 without_volume = write_csv(report.failed, ws.path("scans_without_volume.csv"))
-print(f"{len(report.failed)} scans gave no volume; the reasons are in {without_volume}")
+print(f"{len(report.failed)} scans gave no volume")
 display(report.failed)
 ready = scans["scan_id"].isin(report.store.scan_ids)
 if lost := set(scans["split"]) - set(scans["split"][ready]):

@@ -117,8 +117,12 @@ augmentation = AugmentationSettings(**pick_fields(parameters, AugmentationSettin
 chosen = pick_fields(parameters, TrainingSettings)
 settings = TrainingSettings.of_recipe(recipe, **chosen, augmentation=augmentation)
 print(f"Other than recipe {recipe}: {list_changes(settings, recipe)}")
-if not settings.final and (n := splits["subject_id"].nunique()) < 500:
-    print(f"{n} subjects: final = True would let everybody teach and judge everybody, five times as slowly.")
+people = splits.groupby("split")["subject_id"].nunique()
+if not settings.final and people.sum() < 500:
+    print(
+        f"{people.get('test', 0)} of {people.sum()} people judge this model. With final = True all of them do, "
+        "by models that had not seen them; it takes five times as long."
+    )
 
 # %% [markdown]
 # ## The network
@@ -204,7 +208,8 @@ result.history.tail()
 
 # %% [markdown]
 # ## First figures
-# Raw predictions, split by split. The network has learned from the training subjects.
+# Raw predictions, split by split. In `best` each is the mean of the network's and a linear regression's age, so they
+# differ from the curves above, which are the network's alone. The model has learned from the training subjects.
 # Validation subjects may have chosen the epoch. Only the test row says what to expect on new people.
 # With `final` there is one row: everybody, each predicted by the model of the fold that had not seen them.
 # **06 · Evaluate** adds intervals, corrections and the report.
