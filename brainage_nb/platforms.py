@@ -107,12 +107,12 @@ def require_drive(path: Path | str) -> None:
 
 
 def hint_at_drive(path: str) -> str:
-    """A sentence to add where `path` is not found on Colab: mount Drive, or where it has it. Else empty."""
+    """What to do about a `path` that is not found on Colab: mount Drive, or name it as it is there."""
     if platform() != "colab":
         return ""
     if not MY_DRIVE.is_dir():
-        return " Drive is not mounted: mount it (the folder symbol on the left), then Run all."
-    return f" It is on Drive as {MY_DRIVE / path}." if (MY_DRIVE / path).exists() else ""
+        return "Drive is not mounted: mount it (the folder symbol on the left), then Run all."
+    return f"It is on Drive: set {MY_DRIVE / path}." if (MY_DRIVE / path).exists() else ""
 
 
 def can_answer() -> bool:

@@ -96,10 +96,10 @@ def test_scans_not_found_on_colab_are_looked_for_on_drive(colab):
     with pytest.raises(FileNotFoundError, match="Drive is not mounted: mount it"):
         SourceSettings(source="folder", data_dir="my_scans")
     (colab.drive / "my_scans").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match=f"It is on Drive as {colab.drive}/my_scans. Set data_dir"):
+    with pytest.raises(FileNotFoundError, match=f"It is on Drive: set {colab.drive}/my_scans"):
         SourceSettings(source="folder", data_dir="my_scans")
     (colab.drive / "ages.csv").touch()
-    with pytest.raises(FileNotFoundError, match=f"It is on Drive as {colab.drive}/ages.csv. Set table"):
+    with pytest.raises(FileNotFoundError, match=f"It is on Drive: set {colab.drive}/ages.csv"):
         SourceSettings(source="folder", data_dir=str(colab.drive / "my_scans"), table="ages.csv")
 
 

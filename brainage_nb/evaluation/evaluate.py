@@ -323,8 +323,8 @@ def _of_figures(one: RunEvaluation, difference: pd.Series) -> list[str | bool]:
         and "not shown to be better than predicting the mean training age for everyone (MAE difference in "
         f"years, with its 95 % interval where there is one: {metrics.with_interval(difference)}).",
         test["n_subjects"] < FEW_TEST_SUBJECTS
-        and f"only {test['n_subjects']} subjects judge ({words}), so every figure is uncertain, and bootstrap "
-        "intervals from so few come out too narrow. "
+        and f"only {test['n_subjects']} subjects judge ({words}), so every figure is uncertain, and "
+        "bootstrap intervals from so few come out too narrow. "
         + ("Set final = True in 04 and 05, and everybody judges." if words == "test" else ""),
         (bias["high"] < 0 or bias["low"] > 0)
         and f"the raw gap depends on age (r {metrics.with_interval(bias)}, {words}): do not compare raw gaps "
