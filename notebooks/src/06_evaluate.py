@@ -169,6 +169,8 @@ for drawn in figures:
 
 # %% [markdown]
 # ## Groups and models side by side
+# Groups of few people differ by chance. The last table says whether a change to a model helped: it compares the errors
+# of two runs person by person. Where it reads "no difference shown", chance explains the difference.
 
 # %%
 for name, found in evaluation.runs.items():
