@@ -318,8 +318,12 @@ def find_cautions(
 def _of_figures(one: RunEvaluation, difference: pd.Series) -> list[str | bool]:
     """Sentences, and something false in place of each that does not hold."""
     test, bias, words = one.figures, one.figures["gap_age_r"], one.judged_words
+    few = difference["n_subjects"] < FEWEST_COMPARED
     return [
-        not (difference["high"] < 0 and difference["n_subjects"] >= FEWEST_COMPARED)
+        few
+        and "judged by too few people to show whether it is better than the mean training age for everyone.",
+        not few
+        and not difference["high"] < 0
         and "not shown to be better than predicting the mean training age for everyone (MAE difference in "
         f"years, with its 95 % interval where there is one: {metrics.with_interval(difference)}).",
         test["n_subjects"] < FEW_TEST_SUBJECTS

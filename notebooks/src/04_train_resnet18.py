@@ -204,7 +204,7 @@ Markdown("\n".join(f"- {note}" for note in result.notes))
 
 # %%
 curve.draw(result.history)  # the last epochs, in the same place
-result.history.tail()
+result.history.tail().assign(epoch=result.history["epoch"] + 1)  # the first is 1; in history.csv it is 0
 
 # %% [markdown]
 # ## First figures

@@ -194,7 +194,7 @@ def test_five_people_are_too_few_to_call_a_model_nearer(tmp_path):
         found = evaluate_runs(ws, **FEW)
         assert found.comparisons["high"].iloc[0] < 0
         assert list(comparison_table(found)["reads"]) == ["too few people to tell"]
-        assert any("not shown to be better" in text for text in found.warnings)
+        assert any("judged by too few people" in text for text in found.warnings)
 
 
 def test_identical_images_in_two_splits_are_named(tmp_path):
