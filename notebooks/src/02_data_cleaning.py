@@ -119,9 +119,12 @@ by_finding.style.set_properties(**{"text-align": "left"})
 # A flag is a question, not a verdict: look, and drop a scan by removing it from `cohort.csv` if you must.
 
 # %%
-figure, axes = plt.subplots(2, 6, figsize=(12, 4.6), layout="constrained")
-flagged_montage(axes, cleaning, ws.resolve)
-plt.show()
+if odd.empty:
+    print("Nothing was flagged.")
+else:
+    figure, axes = plt.subplots(2, 6, figsize=(12, 4.6), layout="constrained")
+    flagged_montage(axes, cleaning, ws.resolve)
+    plt.show()
 
 # %% [markdown]
 # ## Who remains
