@@ -143,7 +143,8 @@ def find_parameter(name: str, known: Mapping[str, Parameter]) -> Parameter:
         near = [longer for longer in known if longer.startswith(f"{name}_")]
         near = list(dict.fromkeys(near + difflib.get_close_matches(name, known, n=3)))[:3]
         hint = f"Did you mean {' or '.join(near)}?" if near else f"Known: {', '.join(sorted(known))}."
-        raise ParameterError(f"{name}: there is no parameter of this name here. {hint}")
+        place = "`brainage-nb list` shows those of every notebook."
+        raise ParameterError(f"{name}: there is no parameter of this name here. {hint} {place}")
     return known[name]
 
 

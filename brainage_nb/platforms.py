@@ -106,6 +106,15 @@ def require_drive(path: Path | str) -> None:
     drive.mount(str(DRIVE))
 
 
+def hint_at_drive(path: str) -> str:
+    """What to do about a `path` that is not found on Colab: mount Drive, or name it as it is there."""
+    if platform() != "colab":
+        return ""
+    if not MY_DRIVE.is_dir():
+        return "Drive is not mounted: mount it (the folder symbol on the left), then Run all."
+    return f"It is on Drive: set {MY_DRIVE / path}." if (MY_DRIVE / path).exists() else ""
+
+
 def can_answer() -> bool:
     """Whether a person sits at this notebook: its front end lets code ask for input."""
     kernel = getattr(find_shell(), "kernel", None)
@@ -152,11 +161,14 @@ def n_workers(requested: int = 0) -> int:
 def session_summary(root: Path | str = ".") -> str:
     """One line on where this session runs and where its files go; `session_details` has everything.
 
-    From then on tables show long cells whole, so that no reason is cut.
+    From then on tables show long cells whole, so that no reason is cut, and figures appear in their cells,
+    also where the session's own backend (MPLBACKEND) draws to files only.
     """
     import pandas as pd
 
     pd.set_option("display.max_colwidth", None)
+    if getattr(shell := find_shell(), "kernel", None):
+        shell.enable_matplotlib("inline")
     device = f", {device_name()}" if "torch" in sys.modules else ""  # not imported for its name alone
     return (
         f"brainage-nb {version_of('brainage-nb')} on {platform()}, {n_workers()} processors{device}; "

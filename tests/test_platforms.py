@@ -8,6 +8,7 @@ import pytest
 
 from brainage_nb import platforms
 from brainage_nb.platforms import DriveNotMounted
+from brainage_nb.sources.opening import SourceSettings
 from brainage_nb.workspace import open_workspace, write_json
 
 A_RESULT = {"status": "complete", "duration_s": 1, "parameters": {}, "written": []}
@@ -89,6 +90,17 @@ def test_a_front_end_that_takes_input_is_a_person(monkeypatch):
     assert not platforms.can_answer()
     monkeypatch.delitem(sys.modules, "IPython")
     assert not platforms.can_answer()
+
+
+def test_scans_not_found_on_colab_are_looked_for_on_drive(colab):
+    with pytest.raises(FileNotFoundError, match="Drive is not mounted: mount it"):
+        SourceSettings(source="folder", data_dir="my_scans")
+    (colab.drive / "my_scans").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=f"It is on Drive: set {colab.drive}/my_scans"):
+        SourceSettings(source="folder", data_dir="my_scans")
+    (colab.drive / "ages.csv").touch()
+    with pytest.raises(FileNotFoundError, match=f"It is on Drive: set {colab.drive}/ages.csv"):
+        SourceSettings(source="folder", data_dir=str(colab.drive / "my_scans"), table="ages.csv")
 
 
 def test_heavy_work_leaves_drive_for_the_local_disk_one_folder_a_workspace(colab, monkeypatch, tmp_path):

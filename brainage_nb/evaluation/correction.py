@@ -225,7 +225,7 @@ class ConformalInterval(_Fitted):
         n, k = self.n_calibration_, conformal_rank(self.n_calibration_, self.level)
         words = f"{self.level:.0%} conformal interval, calibrated on {n} subjects ({self.kind})"
         if k > n:
-            return words
+            return f"{words}, which is infinite: so few can promise nothing"
         low, high = betaincinv(k, n + 1 - k, [0.025, 0.975])  # of the Beta distribution of coverage
         return f"{words}; by chance alone it may hold {low:.0%} to {high:.0%} of new people"
 

@@ -42,6 +42,7 @@ from brainage_nb.workspace import MissingInput, Workspace, open_workspace
 
 FEWEST = 3  # subjects a diagnosis needs to be compared at all
 FEW_TEST_SUBJECTS = 30
+FEWEST_COMPARED = 6  # with fewer, errors that all differ in one direction are chance more often than in 5 %
 TEST_OBJECT = (
     "These scans are a known-answer cohort: heads built by rule, with planted ageing. It is a test object; "
     "no figure on this page says how accurate a model is on people."
@@ -347,13 +348,18 @@ def find_cautions(
 def _of_figures(one: RunEvaluation, difference: pd.Series) -> list[str | bool]:
     """Sentences, and something false in place of each that does not hold."""
     test, bias, words = one.figures, one.figures["gap_age_r"], one.judged_words
+    few = difference["n_subjects"] < FEWEST_COMPARED
     return [
-        not difference["high"] < 0
+        few
+        and "judged by too few people to show whether it is better than the mean training age for everyone.",
+        not few
+        and not difference["high"] < 0
         and "not shown to be better than predicting the mean training age for everyone (MAE difference in "
         f"years, with its 95 % interval where there is one: {metrics.with_interval(difference)}).",
         test["n_subjects"] < FEW_TEST_SUBJECTS
-        and f"only {test['n_subjects']} subjects judge ({words}), so every figure is uncertain; read the "
-        "intervals.",
+        and f"only {test['n_subjects']} subjects judge ({words}), so every figure is uncertain, and "
+        "bootstrap intervals from so few come out too narrow. "
+        + ("Set final = True in 04 and 05, and everybody judges." if words == "test" else ""),
         (bias["high"] < 0 or bias["low"] > 0)
         and f"the raw gap depends on age (r {metrics.with_interval(bias)}, {words}): do not compare raw gaps "
         "between people or groups of different age.",

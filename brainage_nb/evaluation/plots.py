@@ -140,7 +140,8 @@ def draw_points_and_line(
 def draw_training_curve(
     history: pd.DataFrame, columns: Sequence[str], *, ax: Axes, title: str, ylabel: str
 ) -> Axes:
-    """Columns of `history.csv` against epoch; seeds and folds are thin lines of one colour."""
+    """Columns of `history.csv` against epoch, the first drawn as 1; seeds and folds are thin lines of one
+    colour."""
     members = [name for name in ("seed", "fold") if len(set(history.get(name, ()))) > 1]
     parts = [part for _, part in history.groupby(members)] if members else [history]
     for column in columns:
@@ -148,7 +149,7 @@ def draw_training_curve(
         for index, part in enumerate(parts):
             part = part.dropna(subset=[column])
             width = 1.6 if len(parts) == 1 else 0.9
-            ax.plot(part["epoch"], part[column], color=colour, lw=width, label=None if index else label)
+            ax.plot(part["epoch"] + 1, part[column], color=colour, lw=width, label=None if index else label)
     values = history[list(columns)].to_numpy(dtype=float)
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > 20 * np.median(values):

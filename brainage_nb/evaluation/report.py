@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from brainage_nb.evaluation.evaluate import HEADLINE, TEST_OBJECT, Evaluation, headline_table
+from brainage_nb.evaluation.evaluate import (
+    FEWEST_COMPARED,
+    HEADLINE,
+    TEST_OBJECT,
+    Evaluation,
+    headline_table,
+)
 from brainage_nb.evaluation.external import ExternalEvaluation
 from brainage_nb.evaluation.metrics import flat, text_table, with_interval
 from brainage_nb.evaluation.plots import ReportFigure, draw_figures
@@ -108,8 +114,9 @@ def other_splits(evaluation: Evaluation) -> pd.DataFrame:
 def comparison_table(evaluation: Evaluation) -> pd.DataFrame:
     """Paired MAE differences as text."""
     rows = evaluation.comparisons
-    nearer = [rows["a"] + " is nearer", rows["b"] + " is nearer"]
-    reads = np.select([rows["high"] < 0, rows["low"] > 0], nearer, "no difference shown")
+    few = rows["n_subjects"] < FEWEST_COMPARED
+    words = ["too few people to tell", rows["a"] + " is nearer", rows["b"] + " is nearer"]
+    reads = np.select([few, rows["high"] < 0, rows["low"] > 0], words, "no difference shown")
     rows = rows.assign(compared=rows["a"] + " minus " + rows["b"], reads=reads).to_dict("records")
     table = text_table(rows, ("compared", "value", "n", "reads"))
     return table.rename(columns={"value": "MAE difference [years]", "scans": "shared scans"})

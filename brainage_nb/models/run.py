@@ -150,6 +150,8 @@ class Job:
                 continue
             trainer = self.make_trainer(volumes, member, accelerator, self._folder(member))
             trainer.resume()
+            if trainer.step:
+                self.notes.append(f"{member.name} went on from step {trainer.step}, where it was cut")
             progress.begin(trainer, number, len(self.members), self.history())
             complete = trainer.run(stop, progress.step, progress.epoch)
             progress.end()

@@ -100,7 +100,7 @@ class Bundle:
         n, members = self.manifest["training"]["n_subjects"], len(self.manifest["members"])
         count = f"{members} members, " if members > 1 else ""
         scans = "" if self.settings.modality == "T1w" else f"{self.settings.modality} scans of "
-        return f"{TITLES[self.model.kind]} ({count}trained on {scans}{n} people)"
+        return f"{TITLES[self.model.kind]} ({count}trained and validated on {scans}{n} people)"
 
     @property
     def is_test_object(self) -> bool:
@@ -429,7 +429,7 @@ def load_bundle(source: Path | str | IO[bytes], device: str = "cpu", *, max_byte
     --------
     >>> bundle = load_bundle("bundle")
     >>> bundle.title
-    '3D ResNet-18 (trained on 34 people)'
+    '3D ResNet-18 (trained and validated on 34 people)'
     """
     place, files = working_device(device), open_bundle(source, max_bytes=max_bytes)
     if not files.members:

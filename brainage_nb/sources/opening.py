@@ -15,7 +15,7 @@ import pandas as pd
 
 from brainage_nb.cohort.rules import CohortRules, apply_rules
 from brainage_nb.parameters import check_fields, pick_fields
-from brainage_nb.platforms import local_disk_for
+from brainage_nb.platforms import hint_at_drive, local_disk_for
 from brainage_nb.sources.cloud import BUCKET, fetch_drive, fetch_kaggle, fetch_openneuro, read_openneuro_terms
 from brainage_nb.sources.fetch import (
     ARCHIVE_SUFFIXES,
@@ -185,14 +185,15 @@ class SourceSettings:
             raise SourceError(f"data_dir is empty: set it to the folder or archive of scans ({self.source}).")
         folder = Path(self.data_dir).expanduser().absolute()
         if not folder.exists():
-            raise FileNotFoundError(f"There is no folder {folder}. Set data_dir to the one with the scans.")
+            remedy = hint_at_drive(self.data_dir) or "Set data_dir to the one with the scans."
+            raise FileNotFoundError(f"There is no folder {folder}. {remedy}")
         if folder.is_file() and not is_archive(folder.name):
             problem = f"data_dir = {self.data_dir!r} is a file, and none of {', '.join(ARCHIVE_SUFFIXES)}"
             raise SourceError(f"{problem}. Set data_dir to the folder or archive of the scans.")
         table = find_table(folder, self.table) if self.table and folder.is_dir() else None
         if table and not (table.exists() or table.is_symlink()):  # a link may be an annex's, not fetched
-            problem = f"There is no table {self.table}, neither here nor in {folder}"
-            raise FileNotFoundError(f"{problem}. Set table to the ages.")
+            remedy = hint_at_drive(self.table) or "Set table to the ages."
+            raise FileNotFoundError(f"There is no table {self.table}, neither here nor in {folder}. {remedy}")
         if table and table.is_dir():
             raise SourceError(f"table = {self.table!r} is a folder. Set table to the file with the ages.")
         if self.source == "folder" and folder.is_dir():

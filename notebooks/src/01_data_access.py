@@ -114,12 +114,13 @@ Markdown(found.terms.markdown())
 # %% [markdown]
 # ## Who was left out by the cohort rules
 # A brain-age model learns from healthy people. `more` sets the rules: `max_cdr`, `controls_only`, `retests`.
+# The first 40 scans they left out are below; all are in `cohort_dropped.csv`.
 
 # %%
 found.rules.style.hide(axis="index").set_properties(**{"text-align": "left"})
 
 # %%
-print(f"{len(found.dropped)} scans left out; the first 40, all are in cohort_dropped.csv")
+print(f"{len(found.dropped)} scans left out")
 found.dropped.head(40)
 
 # %% [markdown]
@@ -132,10 +133,11 @@ Markdown("\n".join(f"- {note}" for note in found.notes or ["Nothing needed decid
 # %% [markdown]
 # ## What did not match
 # Images that were not taken (no row, no T1-weighted scan, a better one of the session), and rows without a scan.
-# Nothing is dropped in silence: check here before you go on; all are in `cohort_unmatched.csv`.
+# Nothing is dropped in silence: check here before you go on. The first 20 of each are below; all are in
+# `cohort_unmatched.csv`.
 
 # %%
-print(f"{len(found.unmatched_images)} images not taken; the first 20 with their reason")
+print(f"{len(found.unmatched_images)} images not taken")
 found.unmatched_images.head(20)
 
 # %%

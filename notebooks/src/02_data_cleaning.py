@@ -99,7 +99,7 @@ counts_by_reason(cleaning)
 # %% [markdown]
 # What was found, by finding: how many scans, at which sites, and one example in words. A flag on a single scan asks for
 # a look. A flag on a whole site is a fact about its scanner: the demo's sites *south* and *west* take thicker slices on
-# purpose. Keep such scans, and compare the sites in notebook 06.
+# purpose. Keep such scans, and compare the sites in notebook 06. Each scan's own sentence is in `cleaning.csv`.
 
 # %%
 odd = cleaning.merge(cohort.reindex(columns=["scan_id", "site"]), on="scan_id")
@@ -111,7 +111,7 @@ by_finding = odd.groupby(["kept", "finding"]).agg(
     such_as=("scan_id", lambda ids: ", ".join(ids.head(3))),
     in_words=("detail", "first"),
 )
-print(f"{odd['scan_id'].nunique()} scans dropped or flagged; each is in cleaning.csv with its own sentence")
+print(f"{odd['scan_id'].nunique()} scans dropped or flagged")
 by_finding.style.set_properties(**{"text-align": "left"})
 
 # %% [markdown]
@@ -119,9 +119,12 @@ by_finding.style.set_properties(**{"text-align": "left"})
 # A flag is a question, not a verdict: look, and drop a scan by removing it from `cohort.csv` if you must.
 
 # %%
-figure, axes = plt.subplots(2, 6, figsize=(12, 4.6), layout="constrained")
-flagged_montage(axes, cleaning, ws.resolve)
-plt.show()
+if odd.empty:
+    print("Nothing was flagged.")
+else:
+    figure, axes = plt.subplots(2, 6, figsize=(12, 4.6), layout="constrained")
+    flagged_montage(axes, cleaning, ws.resolve)
+    plt.show()
 
 # %% [markdown]
 # ## Who remains

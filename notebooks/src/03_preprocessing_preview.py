@@ -65,7 +65,6 @@ preview_scan = ""  # @param {type:"string"}
 more = ""  # @param {type:"string"}
 
 # %%
-from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.parameters import pick_fields, read_parameters
 from brainage_nb.platforms import session_summary
@@ -76,7 +75,6 @@ from brainage_nb.volumes.store import build_modalities, build_store
 from brainage_nb.volumes.transforms import describe_transform, preprocessing_chain, run_steps
 from brainage_nb.workspace import open_workspace, write_csv
 
-set_matplotlib_formats("png")  # figures appear in their cells
 parameters = read_parameters(globals(), PreprocessingSettings)
 ws = open_workspace(workspace).begin("03_preprocessing_preview")
 print(session_summary(ws.root))
@@ -109,7 +107,8 @@ print(f"fingerprint {settings.fingerprint}", *map(describe_transform, chain.tran
 
 # %% [markdown]
 # ## One scan, step by step
-# One row per transform of the chain. L and R mark the head's sides.
+# One row per transform of the chain. The first row is the scan as its file holds it, often lying on its side. From
+# the second on, L and R mark the head's sides.
 #
 # Look for the whole brain in the last row. A long neck or a head far from the middle of the image does not push the brain
 # out of the cube.
@@ -126,7 +125,8 @@ except ScanError as error:
 # ## Where the brain is
 # Some recipes look for the brain. Here is its outline on scans spread over the ages, before anything is cut away.
 #
-# A brain that cannot be trusted is not drawn. The table says why, and such a scan gives no volume below.
+# A brain that cannot be trusted is not drawn. The table says why, and such a scan gives no volume below. `correlation`
+# is how alike brain and template look, `agreement` how far their outlines overlap, `quality` the lower of the two.
 
 # %%
 outlined = scans.sort_values("age").iloc[:: max(1, len(scans) // 6)].head(6 if settings.needs_brain else 0)
@@ -151,7 +151,7 @@ print(report.note)
 
 # %%
 without_volume = write_csv(report.failed, ws.path("scans_without_volume.csv"))
-print(f"{len(report.failed)} scans gave no volume; the reasons are in {without_volume}")
+print(f"{len(report.failed)} scans gave no volume")
 display(report.failed)
 ready = scans["scan_id"].isin(report.store.scan_ids)
 if lost := set(scans["split"]) - set(scans["split"][ready]):

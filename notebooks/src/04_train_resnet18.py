@@ -70,7 +70,6 @@ more = ""  # @param {type:"string"}
 # %%
 import pandas as pd
 from IPython.display import Markdown
-from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.apps.widget import LiveCurve
 from brainage_nb.evaluation.metrics import metrics_by_split
@@ -88,7 +87,6 @@ from brainage_nb.volumes.settings import AugmentationSettings, list_changes, nam
 from brainage_nb.volumes.store import current_store
 from brainage_nb.workspace import open_workspace
 
-set_matplotlib_formats("png")  # figures appear in their cells
 parameters = read_parameters(globals(), TrainingSettings, AugmentationSettings)
 ws = open_workspace(workspace).begin("04_train_resnet18")
 print(session_summary(ws.root))
@@ -124,8 +122,12 @@ augmentation = AugmentationSettings(**pick_fields(parameters, AugmentationSettin
 chosen = pick_fields(parameters, TrainingSettings)
 settings = TrainingSettings.of_recipe(recipe, **chosen, augmentation=augmentation)
 print(f"Other than recipe {recipe}: {list_changes(settings, recipe)}")
-if not settings.final and (n := splits["subject_id"].nunique()) < 500:
-    print(f"{n} subjects: final = True would let everybody teach and judge everybody, five times as slowly.")
+people = splits.groupby("split")["subject_id"].nunique()
+if not settings.final and people.sum() < 500:
+    print(
+        f"{people.get('test', 0)} of {people.sum()} people judge this model. With final = True all of them do, "
+        "by models that had not seen them; it takes five times as long."
+    )
 
 # %% [markdown]
 # ## The network
@@ -207,11 +209,12 @@ Markdown("\n".join(f"- {note}" for note in result.notes))
 
 # %%
 curve.draw(result.history)  # the last epochs, in the same place
-result.history.tail()
+result.history.tail().assign(epoch=result.history["epoch"] + 1)  # the first is 1; in history.csv it is 0
 
 # %% [markdown]
 # ## First figures
-# Raw predictions, split by split. The network has learned from the training subjects.
+# Raw predictions, split by split. In `best` each is the mean of the network's and a linear regression's age, so they
+# differ from the curves above, which are the network's alone. The model has learned from the training subjects.
 # Validation subjects may have chosen the epoch. Only the test row says what to expect on new people.
 # With `final` there is one row: everybody, each predicted by the model of the fold that had not seen them.
 # **06 · Evaluate** adds intervals, corrections and the report.

@@ -165,7 +165,7 @@ display(features.failed)
 # %%
 rows = features[scan_id]
 print(f"scan {scan_id}: {rows.shape[0]} positions x {rows.shape[1]} features, {rows.dtype}")
-pd.DataFrame(rows).iloc[:, :8].dropna().head().round(2)
+pd.DataFrame(rows.astype("float32")).iloc[:, :8].dropna().head().round(2)
 
 # %% [markdown]
 # ## The regression
@@ -198,6 +198,7 @@ elif fitted.changed:
 pd.DataFrame({name: fitted.settings[name] for name in ("early", "late")}).round(3)
 
 # %%
+print(f"{len(fitted.left_out)} scans left out of the fit")
 display(fitted.left_out)
 
 # %%

@@ -72,7 +72,6 @@ more = ""  # @param {type:"string"}
 from pathlib import Path
 
 from IPython.display import Markdown
-from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.evaluation import report as tables
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
@@ -85,7 +84,6 @@ from brainage_nb.predict.bundle import apply_to_workspace, load_bundle, read_sub
 from brainage_nb.predict.saving import current_bundle, offer_fused_bundle, update_bundle
 from brainage_nb.workspace import open_workspace
 
-set_matplotlib_formats("png")  # figures appear in their cells
 parameters = read_parameters(globals(), FusionSettings)
 ws = open_workspace(workspace).begin("06_evaluate")
 print(session_summary(ws.root))
@@ -173,6 +171,8 @@ for drawn in figures:
 
 # %% [markdown]
 # ## Groups and models side by side
+# Groups of few people differ by chance. The last table says whether a change to a model helped: it compares the errors
+# of two runs person by person. Where it reads "no difference shown", chance explains the difference.
 
 # %%
 for name, found in evaluation.runs.items():

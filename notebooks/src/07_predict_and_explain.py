@@ -64,7 +64,6 @@ seed = 1  # @param {type:"integer"}
 
 # %%
 import pandas as pd
-from matplotlib_inline.backend_inline import set_matplotlib_formats
 
 from brainage_nb.apps.widget import PredictionWidget, result_figure, workspace_scans
 from brainage_nb.evaluation.metrics import with_interval
@@ -75,7 +74,6 @@ from brainage_nb.predict.explain import explain
 from brainage_nb.predict.saving import current_bundle
 from brainage_nb.workspace import open_workspace, write_json
 
-set_matplotlib_formats("png")  # figures appear in their cells
 pd.options.display.max_colwidth = None  # warnings are sentences
 parameters = read_parameters(globals())
 ws = open_workspace(workspace).begin("07_predict_and_explain")

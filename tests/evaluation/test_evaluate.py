@@ -4,7 +4,7 @@ import pytest
 from brainage_nb.cohort.rules import CohortRules, apply_rules
 from brainage_nb.evaluation.correction import ConformalInterval, EvaluationError
 from brainage_nb.evaluation.evaluate import evaluate_run, evaluate_runs, headline_table
-from brainage_nb.evaluation.report import other_splits, write_report
+from brainage_nb.evaluation.report import comparison_table, other_splits, write_report
 from brainage_nb.evaluation.runs import read_run
 from brainage_nb.predict.saving import facts_of_run
 from brainage_nb.workspace import MissingInput, read_csv, read_json, write_csv, write_json
@@ -195,8 +195,21 @@ def test_few_validation_subjects_give_warnings_and_infinite_intervals(tmp_path):
     found = evaluate_runs(ws, **FEW)
     text = " ".join(found.warnings)
     assert np.isinf(found.predictions["high"]).all()
-    for part in ("fewer than 40", "nothing is promised", "only 6 subjects judge (test)"):
+    for part in ("fewer than 40", "nothing is promised", "only 6 subjects judge (test)", "Set final = True"):
         assert part in text
+
+
+def test_five_people_are_too_few_to_call_a_model_nearer(tmp_path):
+    scans = cohort_frame(30)
+    judged = scans[scans["split"] == "test"].index[:5]
+    scans = scans.drop(scans[scans["split"] == "test"].index[5:])
+    for name, kept in {"five": scans, "four": scans.drop(judged[0])}.items():
+        ws = write_workspace(tmp_path / name, kept)
+        write_run(ws, "near", kept, kept["age"] + 0.1)
+        found = evaluate_runs(ws, **FEW)
+        assert found.comparisons["high"].iloc[0] < 0
+        assert list(comparison_table(found)["reads"]) == ["too few people to tell"]
+        assert any("judged by too few people" in text for text in found.warnings)
 
 
 def test_identical_images_in_two_splits_are_named(tmp_path):

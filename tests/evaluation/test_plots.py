@@ -68,14 +68,14 @@ def test_the_line_through_gaps_has_their_slope(ax):
 def test_training_curves_of_folds_are_one_legend_entry(ax):
     history = pd.DataFrame(
         {
-            "epoch": [1, 2, 1, 2],
+            "epoch": [0, 1, 0, 1],
             "fold": [0, 0, 1, 1],
             "train_loss": [4.0, 3, 4, 2],
             "val_loss": [5.0, 4, 5, 3],
         }
     )
     plots.draw_training_curve(history, ["train_loss", "val_loss"], title="loss", ylabel="loss", ax=ax)
-    assert len(ax.get_lines()) == 4
+    assert [list(line.get_xdata()) for line in ax.get_lines()] == [[1, 2]] * 4
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["train loss", "val loss"]
 
 

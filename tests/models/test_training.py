@@ -220,7 +220,9 @@ def test_a_crash_goes_on_from_the_last_checkpoint(tiny, tiny_settings, whole, tm
     with pytest.raises(RuntimeError, match="power cut"):
         train(store, splits, tmp_path / "crashed", settings, on_epoch=crash)
     assert len(list((tmp_path / "crashed" / "checkpoints" / "seed0").glob("step-*.pt"))) == 2
-    same(whole[1], train(store, splits, tmp_path / "crashed", tiny_settings))
+    went_on = train(store, splits, tmp_path / "crashed", tiny_settings)
+    same(whole[1], went_on)
+    assert "seed0 went on from step" in went_on.notes[-1]
     assert not list((tmp_path / "crashed").rglob("step-*.pt"))
 
 

@@ -73,6 +73,8 @@ def test_on_colab_a_badge_s_notebook_sets_itself_up_from_the_release_and_works_o
     assert is_ready(report), report["output"]
     left = result(platform, "/content/drive/MyDrive/brainage", FIRST)
     assert (left["status"], left["platform"], left["figures"]["subjects"]) == ("complete", "colab", 4)
+    executed = (platform.folder / "executed" / f"{FIRST}.ipynb").read_text()
+    assert executed.count('"image/png"') == 2  # although the session draws to files only
 
 
 @pytest.mark.slow
