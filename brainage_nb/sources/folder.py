@@ -119,7 +119,7 @@ def match_scans(
     if all(match.row is None for match in matches):
         raise SourceError(_nothing_fits(images, rows, matches, path))
     reasons = images.assign(reason=[match.reason for match in matches])
-    unmatched = [images.attrs["left_out"], reasons[reasons["reason"] != ""]]
+    unmatched = [reasons[reasons["reason"] != ""], images.attrs["left_out"]]  # what fits no row comes first
     unmatched = pd.concat([frame[["image", "reason"]] for frame in unmatched], ignore_index=True)
     return FolderCohort(
         _write_relative(_join_rows(images, rows, matches, source), root),
