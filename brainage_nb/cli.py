@@ -322,11 +322,14 @@ def _report(bundle: Bundle, results: list[Prediction | Failure], out: str, maps:
     use = frame["do_not_use_because"].map(lambda reason: "do not use" if reason else "")
     shown = frame.assign(scan=names, use=use)
     _print_table(shown, ("scan", "use", "predicted_age", "low", "high", "age", "gap", "warnings"))
+    told: dict[str, list[str]] = {}  # what is true of the model is said once, not for each scan
     for name, result in zip(names, results, strict=True):
         failure = isinstance(result, Failure)
         said = [result] if failure else [caution for caution in result.warnings if not caution.forbids_use]
         for one in said:
-            print(f"  {name}: {one.sentence.removeprefix(f'{result.scan}: ')}")
+            told.setdefault(one.sentence.removeprefix(f"{result.scan}: "), []).append(name)
+    for sentence, scans in told.items():
+        print(f"  {'All scans' if len(scans) == len(names) > 1 else ', '.join(scans)}: {sentence}")
     _print_details(bundle, shown)
     print(NOT_A_DEVICE)
     if out:
