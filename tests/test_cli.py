@@ -62,15 +62,17 @@ def test_scans_without_a_true_age_are_named_with_the_reason_and_the_notes_of_the
     assert "ages.csv: subject_id is read from column 'id'." in said
 
 
-def test_one_bad_scan_is_named_and_the_rest_go_on(tiny, tmp_path, capsys):
-    good, bad = write_scan(tmp_path / "good.nii"), tmp_path / "bad.nii"
+def test_bad_scans_are_named_together_and_the_rest_go_on(tiny, tmp_path, capsys):
+    good, bad, worse = write_scan(tmp_path / "good.nii"), tmp_path / "bad.nii", tmp_path / "worse.nii"
     bad.write_text("no scan")
-    assert run("predict", "--bundle", tiny, bad, good, "--out", tmp_path / "out.csv") == 1
+    worse.write_text("no scan")
+    assert run("predict", "--bundle", tiny, bad, good, worse, "--out", tmp_path / "out.csv") == 1
     rows = pd.read_csv(tmp_path / "out.csv")
-    assert rows["predicted_age"].notna().tolist() == [False, True]
+    assert rows["predicted_age"].notna().tolist() == [False, True, False]
     assert rows["warnings"][0] == "unreadable" and "neither a NIfTI" in rows["explanation"][0]
     said = capsys.readouterr()
-    assert "1 of 2 scans have no result" in said.err and "bad.nii" in said.out
+    assert "2 of 3 scans have no result" in said.err
+    assert "\n  bad.nii, worse.nii: " in said.out  # one sentence for both
 
 
 def test_what_is_not_to_be_used_is_said_before_any_age_and_in_the_csv(tmp_path, capsys):
