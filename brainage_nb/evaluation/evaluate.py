@@ -323,7 +323,7 @@ def _of_figures(one: RunEvaluation, difference: pd.Series) -> list[str | bool]:
         f"years, with its 95 % interval where there is one: {metrics.with_interval(difference)}).",
         test["n_subjects"] < FEW_TEST_SUBJECTS
         and f"only {test['n_subjects']} subjects judge ({words}), so every figure is uncertain; read the "
-        "intervals.",
+        f"intervals{', or train with final = True: then everybody judges' * (words == 'test')}.",
         (bias["high"] < 0 or bias["low"] > 0)
         and f"the raw gap depends on age (r {metrics.with_interval(bias)}, {words}): do not compare raw gaps "
         "between people or groups of different age.",

@@ -180,7 +180,7 @@ def test_few_validation_subjects_give_warnings_and_infinite_intervals(tmp_path):
     found = evaluate_runs(ws, **FEW)
     text = " ".join(found.warnings)
     assert np.isinf(found.predictions["high"]).all()
-    for part in ("fewer than 40", "nothing is promised", "only 6 subjects judge (test)"):
+    for part in ("fewer than 40", "nothing is promised", "only 6 subjects judge (test)", "final = True"):
         assert part in text
 
 
