@@ -464,13 +464,26 @@ def _kernel(environment: Mapping[str, str]) -> Iterator[KernelManager]:
         logging.getLogger("asyncio").disabled = True  # it would print the interrupted cell's end as an error
         print("brainage-nb: stopping; what runs may save first. Once more ends it at once.", file=sys.stderr)
         kernel.interrupt_kernel()
+        _wait_until_idle(kernel)
         raise
     finally:
         if kernel.is_alive():  # `shutdown_kernel` would interrupt it, and an idle one complains of that
             kernel.request_shutdown()
-            kernel.finish_shutdown(2 * TO_SAVE_S)  # after half of it, it is told a second time, then killed
+            kernel.finish_shutdown()
         kernel.cleanup_resources()
         last.communicate()
+
+
+def _wait_until_idle(kernel: KernelManager) -> None:
+    """Let the interrupted cell end: one that is shut down in its midst does not save."""
+    client = kernel.blocking_client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=TO_SAVE_S)
+    except RuntimeError:  # it died, or its time is over
+        pass
+    finally:
+        client.stop_channels()
 
 
 def _describe_failure(notebook: Notebook, error: Any, title: str, output: Path) -> str:
