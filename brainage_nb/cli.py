@@ -24,6 +24,8 @@ from brainage_nb.platforms import version_of
 from brainage_nb.workspace import (
     MissingInput,
     Workspace,
+    describe_stale,
+    find_stale,
     guard_formula,
     locate_workspace,
     open_workspace,
@@ -162,6 +164,8 @@ def run_command(options: argparse.Namespace) -> int:
         there = Workspace(locate_workspace(root))
         plan = pipeline.plan_run(notebooks, there, overrides, again=options.again)
         print(f"Workspace: {there.root}{'' if there.root.exists() else ' (would be made)'}")
+        if changed := describe_stale(find_stale(there)):
+            print(changed)
         for notebook, values, done in plan:
             given = [f"\n      {name} = {value!r}" for name, value in values.items() if name != "workspace"]
             how = f"would run with{''.join(given)}" if given else "would run with its defaults"
@@ -331,17 +335,21 @@ def _report(bundle: Bundle, results: list[Prediction | Failure], out: str, maps:
     print(f"{bundle.title}; ages in years.")
     from_here = -1 - count_telling_folders(frame["path"])
     names = [os.path.join(*Path(os.path.abspath(path)).parts[from_here:]) for path in frame["path"]]
-    for name, reason in zip(names, frame["do_not_use_because"], strict=True):
+    reasons = frame["do_not_use_because"].fillna("")  # a scan without a result has none
+    for name, reason in zip(names, reasons, strict=True):
         if reason:
             print(f"  {name}: {reason}")
-    use = frame["do_not_use_because"].map(lambda reason: "do not use" if reason else "")
+    use = reasons.map(lambda reason: "do not use" if reason else "")
     shown = frame.assign(scan=names, use=use)
     _print_table(shown, ("scan", "use", "predicted_age", "low", "high", "age", "gap", "warnings"))
+    told: dict[str, list[str]] = {}  # what is true of the model is said once, not for each scan
     for name, result in zip(names, results, strict=True):
         failure = isinstance(result, Failure)
         said = [result] if failure else [caution for caution in result.warnings if not caution.forbids_use]
         for one in said:
-            print(f"  {name}: {one.sentence.removeprefix(f'{result.scan}: ')}")
+            told.setdefault(one.sentence.removeprefix(f"{result.scan}: "), []).append(name)
+    for sentence, scans in told.items():
+        print(f"  {'All scans' if len(scans) == len(names) > 1 else ', '.join(scans)}: {sentence}")
     _print_details(bundle, shown)
     print(NOT_A_DEVICE)
     if out:

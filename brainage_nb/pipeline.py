@@ -58,6 +58,7 @@ NEEDS = {
 }
 """What a notebook cannot start without, in the workspace."""
 EVERY_S = 60.0  # seconds between two lines of progress where no terminal shows it live
+TO_SAVE_S = 90.0  # for an interrupted kernel: a step of training on a busy CPU, then its checkpoint
 
 PATHS = ("bundle", "external", "init_from", "scan", "vgg_weights")  # must exist before a kernel starts
 
@@ -188,7 +189,10 @@ def parse_overrides(given: Sequence[str], notebooks: Sequence[Notebook]) -> dict
     known = {name: item for notebook in notebooks for name, item in notebook.parameters().items()}
     for name in set(texts) - set(known):
         if homes := [notebook.name for notebook in find_notebooks() if name in notebook.parameters()]:
-            raise ParameterError(f"{name} is set in {' and '.join(homes)}, which this run leaves out.")
+            raise ParameterError(
+                f"{name} is set in {' and '.join(homes)}, which this run leaves out. "
+                f"Without -p {name}=... what it made stays as it is; to change it, let it run (--from, --to)."
+            )
     return {name: find_parameter(name, known).parse(text) for name, text in texts.items()}
 
 
@@ -458,7 +462,9 @@ def _kernel(environment: Mapping[str, str]) -> Iterator[KernelManager]:
         yield kernel
     except KeyboardInterrupt:
         logging.getLogger("asyncio").disabled = True  # it would print the interrupted cell's end as an error
-        kernel.interrupt_kernel()  # what runs may still save
+        print("brainage-nb: stopping; what runs may save first. Once more ends it at once.", file=sys.stderr)
+        kernel.interrupt_kernel()
+        _wait_until_idle(kernel)
         raise
     finally:
         if kernel.is_alive():  # `shutdown_kernel` would interrupt it, and an idle one complains of that
@@ -466,6 +472,18 @@ def _kernel(environment: Mapping[str, str]) -> Iterator[KernelManager]:
             kernel.finish_shutdown()
         kernel.cleanup_resources()
         last.communicate()
+
+
+def _wait_until_idle(kernel: KernelManager) -> None:
+    """Let the interrupted cell end: one that is shut down in its midst does not save."""
+    client = kernel.blocking_client()
+    client.start_channels()
+    try:
+        client.wait_for_ready(timeout=TO_SAVE_S)
+    except RuntimeError:  # it died, or its time is over
+        pass
+    finally:
+        client.stop_channels()
 
 
 def _describe_failure(notebook: Notebook, error: Any, title: str, output: Path) -> str:

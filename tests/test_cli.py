@@ -15,7 +15,7 @@ import torch
 from brainage_nb import cli
 from brainage_nb.bundle_format import find_bundles
 from brainage_nb.predict.bundle import load_bundle
-from brainage_nb.workspace import guard_formula, read_csv
+from brainage_nb.workspace import guard_formula, open_workspace, read_csv
 from tests.models.tiny_bundle import noisy_head, write_scan, write_tiny_bundle
 
 
@@ -62,15 +62,17 @@ def test_scans_without_a_true_age_are_named_with_the_reason_and_the_notes_of_the
     assert "ages.csv: subject_id is read from column 'id'." in said
 
 
-def test_one_bad_scan_is_named_and_the_rest_go_on(tiny, tmp_path, capsys):
-    good, bad = write_scan(tmp_path / "good.nii"), tmp_path / "bad.nii"
+def test_bad_scans_are_named_together_and_the_rest_go_on(tiny, tmp_path, capsys):
+    good, bad, worse = write_scan(tmp_path / "good.nii"), tmp_path / "bad.nii", tmp_path / "worse.nii"
     bad.write_text("no scan")
-    assert run("predict", "--bundle", tiny, bad, good, "--out", tmp_path / "out.csv") == 1
+    worse.write_text("no scan")
+    assert run("predict", "--bundle", tiny, bad, good, worse, "--out", tmp_path / "out.csv") == 1
     rows = pd.read_csv(tmp_path / "out.csv")
-    assert rows["predicted_age"].notna().tolist() == [False, True]
+    assert rows["predicted_age"].notna().tolist() == [False, True, False]
     assert rows["warnings"][0] == "unreadable" and "neither a NIfTI" in rows["explanation"][0]
     said = capsys.readouterr()
-    assert "1 of 2 scans have no result" in said.err and "bad.nii" in said.out
+    assert "2 of 3 scans have no result" in said.err
+    assert "\n  bad.nii, worse.nii: " in said.out and "nan" not in said.out  # one sentence for both
 
 
 def test_what_is_not_to_be_used_is_said_before_any_age_and_in_the_csv(tmp_path, capsys):
@@ -173,6 +175,12 @@ def test_a_dry_run_checks_and_says_what_would_run_and_writes_nothing(tmp_path, c
     assert run(*given, "-p", "source=folder", "-p", f"data_dir={tmp_path / 'none'}") == 2
     assert "There is no folder" in capsys.readouterr().err
     assert not place.exists()
+    table = tmp_path / "participants.tsv"
+    table.write_text("before")
+    open_workspace(place).finish("01_data_access", {}, read=[table])
+    table.write_text("another age")
+    assert run(*given) == 0
+    assert f"Changed since: 01_data_access read {table}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["", "run", "list", "predict", "app", "completion"])

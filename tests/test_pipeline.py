@@ -207,9 +207,9 @@ def test_a_run_that_cannot_begin_is_refused_before_any_kernel_starts(
 
 def test_a_parameter_of_a_notebook_that_the_run_leaves_out_is_refused_by_its_name(capsys):
     assert main(["run", "--from", "04", "-p", "spacing_mm=4"]) == 2
-    assert (
-        "spacing_mm is set in 03_preprocessing_preview, which this run leaves out" in capsys.readouterr().err
-    )
+    told = capsys.readouterr().err
+    assert "spacing_mm is set in 03_preprocessing_preview, which this run leaves out" in told
+    assert "Without -p spacing_mm=... what it made stays" in told
 
 
 def test_the_list_of_one_notebook_shows_fields_and_choices(capsys):
@@ -430,7 +430,8 @@ def test_what_ends_a_run_ends_its_kernel_and_workers(tmp_path, ending):
 
     body = "from joblib import Parallel, delayed\nfrom pathlib import Path\nimport time\n"
     body += "def work(n):\n    (Path(workspace) / f'at_work_{n}').touch()\n    time.sleep(99)\n"
-    body += "Parallel(2)(delayed(work)(n) for n in range(2))"
+    body += "try:\n    Parallel(2)(delayed(work)(n) for n in range(2))\n"
+    body += "except KeyboardInterrupt:\n    time.sleep(4)\n    (Path(workspace) / 'saved').touch()\n    raise"
     make_notebook(tmp_path, "01_a", body)
     code = "import sys, pathlib; from brainage_nb import cli, pipeline; "
     code += "pipeline.notebooks_folder = pathlib.Path.cwd; sys.exit(cli.main(['run', '--workspace', 'ws']))"
@@ -446,6 +447,8 @@ def test_what_ends_a_run_ends_its_kernel_and_workers(tmp_path, ending):
     assert psutil.wait_procs(started, timeout=5)[1] == []
     if ending == "SIGKILL":
         return
+    assert (tmp_path / "ws" / "saved").exists()  # a step of training on a busy CPU takes that long
+    assert said.startswith("brainage-nb: stopping; what runs may save first.")
     assert said.endswith("brainage-nb: interrupted; finished work is kept, run the same command to go on.\n")
     assert "Task exception was never retrieved" not in said
     assert run.returncode == 130 and not list((tmp_path / "ws").glob(".in_use*"))

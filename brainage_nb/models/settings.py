@@ -230,9 +230,12 @@ def refuse_difference(before: dict[str, Any], now: dict[str, Any], place: Path) 
     before = {name: value for name, value in defaults.items() if name in now} | before
     names = [name for name in sorted(set(before) | set(now)) if before.get(name) != now.get(name)]
     if names:
-        of = {"scans_ages_splits": " of splits.csv", "scan_files": " behind the volumes"}
+        of_data = {
+            "scans_ages_splits": "scans, ages or splits in splits.csv have changed since",
+            "scan_files": "scan files behind the volumes have changed since",
+        }
         listed = "; ".join(
-            f"{name}{of.get(name, '')}: was {before.get(name)!r}, now {now.get(name)!r}" for name in names
+            of_data.get(name) or f"{name}: was {before.get(name)!r}, now {now.get(name)!r}" for name in names
         )
         raise TrainingRefused(
             f"{place} was begun with other settings ({listed}). Go on with those, choose another run "

@@ -126,7 +126,7 @@ def match_scans(
     if all(match.row is None for match in matches):
         raise SourceError(_nothing_fits(images, rows, matches, path))
     reasons = images.assign(reason=[match.reason for match in matches])
-    every = pd.concat([images.attrs["left_out"], reasons], ignore_index=True)
+    every = pd.concat([reasons, images.attrs["left_out"]], ignore_index=True)  # what fits no row first
     cohort, paired, told = pair_modalities(_join_rows(images, rows, matches, source), every, modalities)
     if cohort.empty:
         others = ", ".join(modalities)

@@ -199,7 +199,7 @@ ws.finish(
         "scans": len(found.cohort),
         "subjects": found.cohort["subject_id"].nunique(),
         "scans left out by the cohort rules": len(found.dropped),
-        "images not taken": len(found.unmatched_images),
-        "rows without a scan": len(found.unmatched_rows),
+        "images not taken": f"{len(found.unmatched_images)}, each with its reason in cohort_unmatched.csv",
+        "rows without a scan": f"{len(found.unmatched_rows)}, in the same file",
     },
 )

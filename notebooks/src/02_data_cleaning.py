@@ -94,7 +94,8 @@ facts.head()
 # %%
 cleaning = clean(cohort, facts, rules)
 write_csv(cleaning, ws.path("cleaning.csv"))
-counts_by_reason(cleaning)
+counts = counts_by_reason(cleaning)
+counts
 
 # %% [markdown]
 # What was found, by finding: how many scans, at which sites, and one example in words. A flag on a single scan asks for
@@ -173,6 +174,8 @@ plt.show()
 # **03 · Preprocessing preview** turns each kept scan into the array that a model sees.
 
 # %%
+counts["told"] = counts["scans"].astype(str) + " " + counts["code"]
+told = counts.groupby("outcome")["told"].agg(", ".join)
 ws.finish(
     "02_data_cleaning",
     parameters,
@@ -180,8 +183,8 @@ ws.finish(
     read={"cohort.csv": "", **dict(zip(scan_files, facts["sha256"].fillna(""), strict=True))},
     figures={
         "scans kept": int(cleaning["kept"].sum()),
-        "scans dropped": int((~cleaning["kept"]).sum()),
-        "scans kept with a flag": int((cleaning["kept"] & (cleaning["flags"] != "")).sum()),
+        "scans dropped": told.get("dropped", 0),
+        "scans kept with a flag": told.get("flagged", 0),
         "subjects": kept["subject_id"].nunique(),
     },
 )

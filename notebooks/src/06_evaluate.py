@@ -255,10 +255,13 @@ print(f"Report: {ws.path('evaluation', 'report.html')}")
 
 # %%
 headline = headline_table(evaluation.results)
+told = {f"{run} {metric}": headline.loc[run, metric] for run in headline.index for metric in headline}
+for name, found in evaluation.external.items():
+    told |= {f"{name}, {title}": text for title, text in tables.external_tables(found)["raw"].iloc[0].items()}
 ws.finish(
     "06_evaluate",
     parameters,
     written=written,
     read=["cohort.csv", "splits.csv", *(f"runs/{name}/predictions.csv" for name in trained)],
-    figures={f"{run} {metric}": headline.loc[run, metric] for run in headline.index for metric in headline},
+    figures=told,
 )

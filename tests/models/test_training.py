@@ -149,7 +149,7 @@ def test_other_settings_are_named_and_refused_unless_fresh(tiny, tiny_settings, 
     store, splits = tiny
     with pytest.raises(TrainingRefused, match=r"learning_rate: was 0.003, now 0.1.*fresh=True"):
         train(store, splits, run, replace(tiny_settings, learning_rate=0.1))
-    with pytest.raises(TrainingRefused, match="scans_ages_splits"):
+    with pytest.raises(TrainingRefused, match=r"ages or splits in splits\.csv have changed since"):
         train(store, splits.assign(age=splits["age"] + 1), run, tiny_settings)
     changed_place = replace(tiny_settings, precision="fp32", checkpoint_minutes=1.0)
     assert "complete" in train(store, splits, run, changed_place).notes[0]
@@ -167,7 +167,7 @@ def test_predictions_edited_by_hand_are_written_anew_without_training(tiny, tiny
 def test_replaced_scan_files_are_named_and_a_run_that_recorded_none_goes_on(tiny, tiny_settings, run):
     store, splits = tiny
     store.index["source_sha256"] = "another"
-    with pytest.raises(TrainingRefused, match="scan_files behind the volumes: was"):
+    with pytest.raises(TrainingRefused, match="scan files behind the volumes have changed"):
         train(store, splits, run, tiny_settings)
     path = run / "settings.json"
     content = read_json(path)
