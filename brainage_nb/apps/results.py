@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from brainage_nb import __version__
 from brainage_nb.cohort.images import image_stem
 from brainage_nb.predict.cautions import COLUMNS, NOT_A_DEVICE, Failure, Prediction
-from brainage_nb.predict.explain import age_among_held_out, explain, strongest
+from brainage_nb.predict.explain import COLOURS, age_among_held_out, explain, strongest
 from brainage_nb.workspace import guard_formula
 
 if TYPE_CHECKING:
@@ -113,14 +113,18 @@ def _show_one(bundle: Bundle, prediction: Prediction, place: int) -> dict[str, F
         _numbers(bundle, prediction)
         for caution in prediction.warnings[len(forbidding) :]:
             st.warning(caution.sentence, icon=":material/warning:")
-    slices, position, details = st.tabs(["Where it comes from", "Among held-out scans", "Details"])
+    slices, position, details = st.tabs(["Heat map", "Beside other people", "Details"])
     with slices:
         pictures = {"Slices with heat map": _slices(bundle, prediction, place)}
     with position:
         figure = Figure(figsize=(6, 4.9), layout="constrained")
         age_among_held_out(figure.subplots(), prediction, bundle.manifest["position"])
         st.pyplot(figure, width=620, clear_figure=False)
-        pictures["Among held-out scans"] = figure
+        st.caption(
+            "Each dot is a person from whom the model did not learn. The further dots lie from the dashed "
+            "line, the more the model erred."
+        )
+        pictures["Beside other people, from whom the model did not learn"] = figure
     with details:
         st.table(prediction.frame().drop(index="read first", errors="ignore"))
         facts = {as_text(name): as_text(str(value)) for name, value in model_facts(bundle).items()}
@@ -138,11 +142,33 @@ def _numbers(bundle: Bundle, prediction: Prediction) -> None:
     if prediction.gap is not None:
         columns[2].metric("Gap: predicted minus true [years]", f"{prediction.gap:+.1f}")
     if usable and prediction.low > float("-inf"):
-        st.markdown(
-            f"For about {prediction.level * 10:.0f} of 10 people like those the model was checked on, the "
-            f"true age lies between {prediction.low:.0f} and {prediction.high:.0f}."
-        )
+        st.markdown(_say_what_it_means(prediction))
         st.caption(as_text(f"{bundle.interval.title}."))
+
+
+def _say_what_it_means(prediction: Prediction) -> str:
+    """What the interval promises, and how the gap stands to it."""
+    said = (
+        f"Intervals like this one hold the true age of about {prediction.level * 10:.0f} in 10 people like "
+        "those the model was checked on. It says how exact the model is, not which ages are healthy."
+    )
+    if prediction.gap is None:
+        return said
+    inside = prediction.low <= prediction.age <= prediction.high
+    held = (
+        "in the interval: the gap is within the model's usual error."
+        if inside
+        else (
+            "outside the interval: the gap is larger than the model's usual error. That alone does not say why."
+        )
+    )
+    said = f"{said} The true age, {prediction.age:.1f}, lies {held}"
+    if prediction.adjusted_gap is None:
+        return said
+    return (
+        f"{said} Models pull ages to the middle; allowing for that, the gap at this age is "
+        f"{prediction.adjusted_gap:+.1f}."
+    )
 
 
 def _slices(bundle: Bundle, prediction: Prediction, place: int) -> Figure:
@@ -158,13 +184,13 @@ def _slices(bundle: Bundle, prediction: Prediction, place: int) -> Figure:
         for column, name, where in zip(columns, PLANE_NAMES, start, strict=False)
     ]
     opacity = columns[3].slider("Heat map", 0, 100, 60, 10, format="%d%%", key=_key(f"opacity-{place}"))
-    figure = known[place].picture(prediction, at, opacity=opacity / 100)
-    st.pyplot(figure, clear_figure=False)
+    for column, figure in zip(st.columns(3), known[place].planes(prediction, at, opacity / 100), strict=True):
+        column.pyplot(figure)
     st.caption(
-        f"{known[place].words} Vermilion raises the age, blue lowers it. A heat map shows what the model "
-        "used, not what is wrong with a brain."
+        f"{COLOURS}. R and L are the head's right and left, A and P front and back. {known[place].words} "
+        "A heat map shows what moved this prediction, not what is wrong with a brain."
     )
-    return figure
+    return known[place].picture(prediction, at, opacity=opacity / 100)
 
 
 # --- to take away ---------------------------------------------------------------------------------------
@@ -244,7 +270,8 @@ def model_facts(bundle: Bundle) -> dict[str, Any]:
     }
     for split, figures in manifest["figures"].items():
         mae, mean = figures["mae"]["value"], figures["mean_predictor_mae"]["value"]
-        name = f"mean absolute error, {split.replace('_', ' ')} scans"
+        part = {"val": "validation"}.get(split, split.replace("_", " "))
+        name = f"mean absolute error, {part} scans"
         facts[name] = f"{mae:.1f} years (n = {figures['n']}; always saying the mean age: {mean:.1f})"
     return facts
 
