@@ -10,8 +10,9 @@ import io
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -141,34 +142,32 @@ def _numbers(bundle: Bundle, prediction: Prediction) -> None:
         columns[1].metric(f"{prediction.level:.0%} interval [years]", prediction.interval_text)
     if prediction.gap is not None:
         columns[2].metric("Gap: predicted minus true [years]", f"{prediction.gap:+.1f}")
-    if usable and prediction.low > float("-inf"):
-        st.markdown(_say_what_it_means(prediction))
+    if usable:
+        st.markdown(" ".join(_say_what_it_means(prediction)))
+    if usable and bundle.interval:
         st.caption(as_text(f"{bundle.interval.title}."))
 
 
-def _say_what_it_means(prediction: Prediction) -> str:
-    """What the interval promises, and how the gap stands to it."""
-    said = (
-        f"Intervals like this one hold the true age of about {prediction.level * 10:.0f} in 10 people like "
-        "those the model was checked on. It says how exact the model is, not which ages are healthy."
-    )
-    if prediction.gap is None:
-        return said
-    inside = prediction.low <= prediction.age <= prediction.high
-    held = (
-        "in the interval: the gap is within the model's usual error."
-        if inside
-        else (
-            "outside the interval: the gap is larger than the model's usual error. That alone does not say why."
+def _say_what_it_means(prediction: Prediction) -> Iterator[str]:
+    """What the interval promises, how the gap stands to it, and what of the gap is the model's own pull."""
+    bounded = isfinite(prediction.low) and isfinite(prediction.high)
+    if bounded:
+        yield (
+            f"Intervals like this one hold the true age of about {prediction.level * 10:.0f} in 10 people "
+            "like those the model was checked on. It says how exact the model is, not which ages are healthy."
         )
-    )
-    said = f"{said} The true age, {prediction.age:.1f}, lies {held}"
-    if prediction.adjusted_gap is None:
-        return said
-    return (
-        f"{said} Models pull ages to the middle; allowing for that, the gap at this age is "
-        f"{prediction.adjusted_gap:+.1f}."
-    )
+    if bounded and prediction.gap is not None:
+        inside = prediction.low <= prediction.age <= prediction.high
+        place, size = ("in", "within") if inside else ("outside", "larger than")
+        yield (
+            f"The true age, {prediction.age:.1f}, lies {place} the interval: the gap is {size} the model's "
+            "usual error."
+        )
+    if prediction.adjusted_gap is not None:
+        yield (
+            "Models pull ages to the middle. Allowing for that pull at this true age, the gap is "
+            f"{prediction.adjusted_gap:+.1f}."
+        )
 
 
 def _slices(bundle: Bundle, prediction: Prediction, place: int) -> Figure:

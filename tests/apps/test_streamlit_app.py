@@ -104,7 +104,7 @@ def test_the_true_age_gives_a_gap(app, tmp_path):
     result = page.session_state["results"][0]
     said = next(text.value for text in page.markdown if "The true age, 40.0, lies" in text.value)
     assert ("outside the interval" in said) == (not result.low <= 40 <= result.high)
-    assert f"the gap at this age is {result.adjusted_gap:+.1f}" in said
+    assert f"at this true age, the gap is {result.adjusted_gap:+.1f}" in said
 
 
 def test_ages_belong_to_uploads_whatever_they_are_called(app, tmp_path):
