@@ -94,7 +94,8 @@ def _overview(names: Sequence[str], results: Sequence[Prediction | Failure]) -> 
         "age": st.column_config.NumberColumn("Predicted age [years]", format="%.1f"),
         "gap": st.column_config.NumberColumn("Gap [years]", format="%+.1f"),
     }
-    st.dataframe(pd.DataFrame(rows), hide_index=True, column_config=columns)
+    table = pd.DataFrame(rows).dropna(axis=1, how="all")  # no column of gaps where no age was given
+    st.dataframe(table, hide_index=True, column_config=columns)
 
 
 def _say_use(result: Prediction | Failure) -> str:
@@ -139,7 +140,8 @@ def _numbers(bundle: Bundle, prediction: Prediction) -> None:
     columns = st.container(key="numbers" if usable else "numbers-not-to-be-used").columns(3)
     columns[0].metric(label, f"{prediction.predicted_age:.1f}")
     if prediction.level == prediction.level:
-        columns[1].metric(f"{prediction.level:.0%} interval [years]", prediction.interval_text)
+        ends = prediction.interval_text if isfinite(prediction.low) else "none"  # a warning says why
+        columns[1].metric(f"{prediction.level:.0%} interval [years]", ends)
     if prediction.gap is not None:
         columns[2].metric("Gap: predicted minus true [years]", f"{prediction.gap:+.1f}")
     if usable:
@@ -182,12 +184,16 @@ def _slices(bundle: Bundle, prediction: Prediction, place: int) -> Figure:
         column.slider(name, 0, last, where, key=_key(f"{name}-{place}"))
         for column, name, where in zip(columns, PLANE_NAMES, start, strict=False)
     ]
-    opacity = columns[3].slider("Heat map", 0, 100, 60, 10, format="%d%%", key=_key(f"opacity-{place}"))
+    opacity = columns[3].slider(
+        "Strength of colours", 0, 100, 60, 10, format="%d%%", key=_key(f"opacity-{place}")
+    )
     for column, figure in zip(st.columns(3), known[place].planes(prediction, at, opacity / 100), strict=True):
         column.pyplot(figure)
+    grey = "its share of grey matter" if bundle.settings.grey_matter else "its intensity"
     st.caption(
-        f"{COLOURS}. R and L are the head's right and left, A and P front and back. {known[place].words} "
-        "A heat map shows what moved this prediction, not what is wrong with a brain."
+        f"Grey is the scan as the model saw it ({grey}). {COLOURS}. R and L are the head's right and left, "
+        f"A and P front and back. {known[place].words} A heat map shows what moved this prediction, not what "
+        "is wrong with a brain."
     )
     return known[place].picture(prediction, at, opacity=opacity / 100)
 
@@ -246,6 +252,7 @@ def result_page(prediction: Prediction, bundle: Bundle, pictures: Mapping[str, F
     return templates.get_template("page.html.j2").render(
         result=prediction,
         rows=rows,
+        meaning="" if prediction.do_not_use_because else " ".join(_say_what_it_means(prediction)),
         bundle=bundle,
         model=model_facts(bundle),
         pictures={title: as_data_url(figure) for title, figure in pictures.items()},

@@ -91,7 +91,7 @@ def choose_bundle(offered: Sequence[Path]) -> Bundle | None:
 def _describe(bundle: Bundle) -> None:
     facts = model_facts(bundle)
     told = [f"{name}: {facts[name]}" for name in facts if name.startswith(("training ages", "mean absolute"))]
-    st.caption(as_text(". ".join([bundle.title, *told])))
+    st.caption(as_text(". ".join(part[0].upper() + part[1:] for part in [bundle.title, *told])))
     if bundle.is_test_object:
         st.warning(
             "A demonstration model, trained on invented heads. It shows how the app works; its ages mean "
