@@ -102,7 +102,9 @@ def _say_use(result: Prediction | Failure) -> str:
     """A word for the overview."""
     if isinstance(result, Failure):
         return "no result"
-    return "do not use" if result.do_not_use_because else "yes"
+    if result.do_not_use_because:
+        return "do not use"
+    return "with caution" if result.warnings else "yes"
 
 
 def _show_one(bundle: Bundle, prediction: Prediction, place: int) -> dict[str, Figure]:
@@ -146,7 +148,7 @@ def _numbers(bundle: Bundle, prediction: Prediction) -> None:
         columns[2].metric("Gap: predicted minus true [years]", f"{prediction.gap:+.1f}")
     if usable:
         st.markdown(" ".join(_say_what_it_means(prediction)))
-    if usable and bundle.interval:
+    if usable and isfinite(prediction.low):
         st.caption(as_text(f"{bundle.interval.title}."))
 
 
@@ -155,7 +157,7 @@ def _say_what_it_means(prediction: Prediction) -> Iterator[str]:
     bounded = isfinite(prediction.low) and isfinite(prediction.high)
     if bounded:
         yield (
-            f"Intervals like this one hold the true age of about {prediction.level * 10:.0f} in 10 people "
+            f"An interval like this one holds the true age of about {prediction.level * 10:.0f} in 10 people "
             "like those the model was checked on. It says how exact the model is, not which ages are healthy."
         )
     if bounded and prediction.gap is not None:

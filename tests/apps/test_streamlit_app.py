@@ -197,7 +197,7 @@ def test_downloads_hold_the_same_numbers_and_no_outside_reference(tiny, tmp_path
     assert f"{result.predicted_age:.1f}" in page and "not a medical device" in page
     assert "<b>title" not in page and "http" not in page and result.path in page
     assert page.index("not a medical device") < page.index("years, predicted")
-    assert "Intervals like this one hold the true age of about 9 in 10 people" in page
+    assert "An interval like this one holds the true age of about 9 in 10 people" in page
 
 
 def test_the_demo_head_button_works_out_of_the_box(tiny, tmp_path, monkeypatch):
