@@ -14,6 +14,7 @@ import socket
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,7 +210,7 @@ def _add_predict(commands: Any) -> None:
         predict_command,
         "predict",
         "predict the age of scans with a saved model",
-        "head.nii.gz",
+        "head.nii.gz --age 63.5",
         "scans/ --table ages.csv --out results.csv",
         "head.nii.gz --bundle W/runs/resnet18/bundle --explain",
         "t1.nii.gz --bundle fused.zip --also T2w=t2.nii.gz",
@@ -219,8 +220,11 @@ def _add_predict(commands: Any) -> None:
     predict.add_argument("--bundle", default="", metavar="PLACE", help=told)
     told = "another scan of the same session, for a fused model (repeatable)"
     predict.add_argument("--also", action="append", default=[], metavar="T2w=SCAN", help=told)
-    told = "table with true ages (CSV, TSV, XLS, XLSX), for the gaps"
-    predict.add_argument("--table", default="", metavar="FILE", help=told)
+    known = predict.add_mutually_exclusive_group()
+    told = "true age of one scan, for its gap"
+    known.add_argument("--age", type=float, metavar="YEARS", help=told)
+    told = "table with true ages (CSV, TSV, XLS, XLSX), for the gaps of several"
+    known.add_argument("--table", default="", metavar="FILE", help=told)
     told = "write the results to this CSV file"
     predict.add_argument("--out", default="", metavar="FILE", help=told)
     told = "write a heat map in years (NIfTI, PNG) of each scan beside the results: seconds to minutes"
@@ -237,7 +241,7 @@ def predict_command(options: argparse.Namespace) -> int:
 
     from brainage_nb.models.compute import chosen_device, name_of
     from brainage_nb.predict.bundle import load_bundle
-    from brainage_nb.predict.cautions import Prediction
+    from brainage_nb.predict.cautions import Prediction, check_age
     from brainage_nb.predict.explain import explain
 
     if options.out and Path(options.out).is_dir():
@@ -245,7 +249,9 @@ def predict_command(options: argparse.Namespace) -> int:
     try:
         scans = find_scans(options.scans)
         also = read_also(options.also, len(scans))
-        ages = find_ages(scans, options.table) if options.table else None
+        if options.age is not None and len(scans) != 1:
+            raise ValueError(f"--age is of one scan, and there are {len(scans)}: give a --table.")
+        ages = find_ages(scans, options.table) if options.table else [check_age(options.age)] * len(scans)
         device, why = chosen_device(options.device, len(scans))
         bundle = load_bundle(options.bundle or find_newest_bundle(), device)
         bundle.refuse_unknown(also)
@@ -414,6 +420,8 @@ def app_command(options: argparse.Namespace) -> int:
         raise ParameterError("Streamlit is not installed. Run: pip install 'brainage-nb[app]'") from None
     except BundleError as error:
         raise ParameterError(str(error)) from error
+    print("Loading the app: some seconds, on a busy computer a minute ...", flush=True)
+    import_module("brainage_nb.apps.results")  # or the browser would show an empty page all that time
     arguments = app_arguments(options.port, options.bundle, browser=not options.no_browser)
     return streamlit.main(arguments, standalone_mode=False) or 0
 

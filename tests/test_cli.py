@@ -62,6 +62,17 @@ def test_scans_without_a_true_age_are_named_with_the_reason_and_the_notes_of_the
     assert "ages.csv: subject_id is read from column 'id'." in said
 
 
+def test_one_scan_takes_its_age_without_a_table(tiny, tmp_path, capsys):
+    scan = write_scan(tmp_path / "head.nii", 5)
+    out = tmp_path / "out.csv"
+    assert run("predict", "--bundle", tiny, scan, "--age", 40, "--out", out) == 0
+    assert read_csv(out)["gap"][0] == pytest.approx(load_bundle(tiny).predict(scan, 40).gap, abs=1e-4)
+    assert run("predict", "--bundle", tiny, scan, scan, "--age", 40) == 2
+    assert run("predict", "--bundle", tiny, scan, "--age", 400) == 2
+    said = capsys.readouterr().err
+    assert "--age is of one scan, and there are 2" in said and "expected years from 0 to 120" in said
+
+
 def test_bad_scans_are_named_together_and_the_rest_go_on(tiny, tmp_path, capsys):
     good, bad, worse = write_scan(tmp_path / "good.nii"), tmp_path / "bad.nii", tmp_path / "worse.nii"
     bad.write_text("no scan")

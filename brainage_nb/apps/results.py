@@ -10,8 +10,9 @@ import io
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -22,7 +23,7 @@ from brainage_nb import __version__
 from brainage_nb.cohort.images import image_stem
 from brainage_nb.evaluation.rates import rate_one_person
 from brainage_nb.predict.cautions import COLUMNS, NOT_A_DEVICE, Failure, Prediction
-from brainage_nb.predict.explain import age_among_held_out, explain, strongest
+from brainage_nb.predict.explain import COLOURS, age_among_held_out, explain, strongest
 from brainage_nb.workspace import guard_formula
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ def _overview(names: Sequence[str], results: Sequence[Prediction | Failure]) -> 
         "age": st.column_config.NumberColumn("Predicted age [years]", format="%.1f"),
         "gap": st.column_config.NumberColumn("Gap [years]", format="%+.1f"),
     }
-    st.dataframe(pd.DataFrame(rows), hide_index=True, column_config=columns)
+    table = pd.DataFrame(rows).dropna(axis=1, how="all")  # no column of gaps where no age was given
+    st.dataframe(table, hide_index=True, column_config=columns)
 
 
 def _show_rate(bundle: Bundle, results: Sequence[Prediction | Failure]) -> None:
@@ -117,7 +119,9 @@ def _say_use(result: Prediction | Failure) -> str:
     """A word for the overview."""
     if isinstance(result, Failure):
         return "no result"
-    return "do not use" if result.do_not_use_because else "yes"
+    if result.do_not_use_because:
+        return "do not use"
+    return "with caution" if result.warnings else "yes"
 
 
 def _show_one(bundle: Bundle, prediction: Prediction, place: int) -> dict[str, Figure]:
@@ -130,14 +134,18 @@ def _show_one(bundle: Bundle, prediction: Prediction, place: int) -> dict[str, F
         _numbers(bundle, prediction)
         for caution in prediction.warnings[len(forbidding) :]:
             st.warning(caution.sentence, icon=":material/warning:")
-    slices, position, details = st.tabs(["Where it comes from", "Among held-out scans", "Details"])
+    slices, position, details = st.tabs(["Heat map", "Beside other people", "Details"])
     with slices:
         pictures = {"Slices with heat map": _slices(bundle, prediction, place)}
     with position:
         figure = Figure(figsize=(6, 4.9), layout="constrained")
         age_among_held_out(figure.subplots(), prediction, bundle.manifest["position"])
         st.pyplot(figure, width=620, clear_figure=False)
-        pictures["Among held-out scans"] = figure
+        st.caption(
+            "Each dot is a person from whom the model did not learn. The further dots lie from the dashed "
+            "line, the more the model erred."
+        )
+        pictures["Beside other people, from whom the model did not learn"] = figure
     with details:
         st.table(prediction.frame().drop(index="read first", errors="ignore"))
         facts = {as_text(name): as_text(str(value)) for name, value in model_facts(bundle).items()}
@@ -151,15 +159,36 @@ def _numbers(bundle: Bundle, prediction: Prediction) -> None:
     columns = st.container(key="numbers" if usable else "numbers-not-to-be-used").columns(3)
     columns[0].metric(label, f"{prediction.predicted_age:.1f}")
     if prediction.level == prediction.level:
-        columns[1].metric(f"{prediction.level:.0%} interval [years]", prediction.interval_text)
+        ends = prediction.interval_text if isfinite(prediction.low) else "none"  # a warning says why
+        columns[1].metric(f"{prediction.level:.0%} interval [years]", ends)
     if prediction.gap is not None:
         columns[2].metric("Gap: predicted minus true [years]", f"{prediction.gap:+.1f}")
-    if usable and prediction.low > float("-inf"):
-        st.markdown(
-            f"For about {prediction.level * 10:.0f} of 10 people like those the model was checked on, the "
-            f"true age lies between {prediction.low:.0f} and {prediction.high:.0f}."
-        )
+    if usable:
+        st.markdown(" ".join(_say_what_it_means(prediction)))
+    if usable and isfinite(prediction.low):
         st.caption(as_text(f"{bundle.interval.title}."))
+
+
+def _say_what_it_means(prediction: Prediction) -> Iterator[str]:
+    """What the interval promises, how the gap stands to it, and what of the gap is the model's own pull."""
+    bounded = isfinite(prediction.low) and isfinite(prediction.high)
+    if bounded:
+        yield (
+            f"An interval like this one holds the true age of about {prediction.level * 10:.0f} in 10 people "
+            "like those the model was checked on. It says how exact the model is, not which ages are healthy."
+        )
+    if bounded and prediction.gap is not None:
+        inside = prediction.low <= prediction.age <= prediction.high
+        place, size = ("in", "within") if inside else ("outside", "larger than")
+        yield (
+            f"The true age, {prediction.age:.1f}, lies {place} the interval: the gap is {size} the model's "
+            "usual error."
+        )
+    if prediction.adjusted_gap is not None:
+        yield (
+            "Models pull ages to the middle. Allowing for that pull at this true age, the gap is "
+            f"{prediction.adjusted_gap:+.1f}."
+        )
 
 
 def _slices(bundle: Bundle, prediction: Prediction, place: int) -> Figure:
@@ -174,14 +203,18 @@ def _slices(bundle: Bundle, prediction: Prediction, place: int) -> Figure:
         column.slider(name, 0, last, where, key=_key(f"{name}-{place}"))
         for column, name, where in zip(columns, PLANE_NAMES, start, strict=False)
     ]
-    opacity = columns[3].slider("Heat map", 0, 100, 60, 10, format="%d%%", key=_key(f"opacity-{place}"))
-    figure = known[place].picture(prediction, at, opacity=opacity / 100)
-    st.pyplot(figure, clear_figure=False)
-    st.caption(
-        f"{known[place].words} Vermilion raises the age, blue lowers it. A heat map shows what the model "
-        "used, not what is wrong with a brain."
+    opacity = columns[3].slider(
+        "Strength of colours", 0, 100, 60, 10, format="%d%%", key=_key(f"opacity-{place}")
     )
-    return figure
+    for column, figure in zip(st.columns(3), known[place].planes(prediction, at, opacity / 100), strict=True):
+        column.pyplot(figure)
+    grey = "its share of grey matter" if bundle.settings.grey_matter else "its intensity"
+    st.caption(
+        f"Grey is the scan as the model saw it ({grey}). {COLOURS}. R and L are the head's right and left, "
+        f"A and P front and back. {known[place].words} A heat map shows what moved this prediction, not what "
+        "is wrong with a brain."
+    )
+    return known[place].picture(prediction, at, opacity=opacity / 100)
 
 
 # --- to take away ---------------------------------------------------------------------------------------
@@ -238,6 +271,7 @@ def result_page(prediction: Prediction, bundle: Bundle, pictures: Mapping[str, F
     return templates.get_template("page.html.j2").render(
         result=prediction,
         rows=rows,
+        meaning="" if prediction.do_not_use_because else " ".join(_say_what_it_means(prediction)),
         bundle=bundle,
         model=model_facts(bundle),
         pictures={title: as_data_url(figure) for title, figure in pictures.items()},
@@ -261,7 +295,8 @@ def model_facts(bundle: Bundle) -> dict[str, Any]:
     }
     for split, figures in manifest["figures"].items():
         mae, mean = figures["mae"]["value"], figures["mean_predictor_mae"]["value"]
-        name = f"mean absolute error, {split.replace('_', ' ')} scans"
+        part = {"val": "validation"}.get(split, split.replace("_", " "))
+        name = f"mean absolute error, {part} scans"
         facts[name] = f"{mae:.1f} years (n = {figures['n']}; always saying the mean age: {mean:.1f})"
     return facts
 

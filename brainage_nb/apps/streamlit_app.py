@@ -17,7 +17,7 @@ from typing import Any
 import streamlit as st
 
 from brainage_nb.apps.results import as_text, keep_results, model_facts, one_at_a_time, show_results
-from brainage_nb.apps.uploads import SCAN_TYPES, predict_upload, shown_name, stored, together
+from brainage_nb.apps.uploads import predict_upload, shown_name, stored, together
 from brainage_nb.bundle_format import MAX_BYTES, BundleError, find_bundles
 from brainage_nb.predict.bundle import Bundle, load_bundle
 from brainage_nb.predict.cautions import NOT_A_DEVICE, OLDEST, Failure
@@ -35,14 +35,14 @@ def main() -> None:
     st.title("Brain age from a T1 scan")
     st.markdown(
         "Choose a model, add one or more T1-weighted head scans, and read the predicted age, how far it "
-        "can be trusted, and where in the brain it comes from. Scans stay on this computer and are deleted "
+        "can be trusted, and what in the picture moved it. Scans stay on this computer and are deleted "
         "after prediction."
     )
+    st.html(f"<p class='notice'>{NOT_A_DEVICE}</p>")
     bundle = choose_bundle(_offered())
     if bundle is not None:
         predict_scans(bundle)
         show_results(bundle)
-    st.html(f"<p class='notice'>{NOT_A_DEVICE}</p>")
 
 
 # --- model ----------------------------------------------------------------------------------------------
@@ -74,8 +74,9 @@ def choose_bundle(offered: Sequence[Path]) -> Bundle | None:
         choice = st.selectbox("Model", [*labels, UPLOADED], label_visibility="collapsed", key="model")
     elif not st.session_state.get("bundle"):
         st.info(
-            "No trained model lies in the workspace yet. Upload a bundle below, or make one: `make demo` "
-            "trains a demonstration model in a few minutes; notebooks 04 and 05 train on your scans."
+            "Upload the model that you were given: a bundle, one .zip file. The kit comes without a model. "
+            "To look around, `brainage-nb run --workspace demo` trains one on artificial heads; notebooks 04 "
+            "and 05 train one on your own scans."
         )
     st.session_state["bundle folder"] = labels.get(choice)
     try:
@@ -91,7 +92,7 @@ def choose_bundle(offered: Sequence[Path]) -> Bundle | None:
 def _describe(bundle: Bundle) -> None:
     facts = model_facts(bundle)
     told = [f"{name}: {facts[name]}" for name in facts if name.startswith(("training ages", "mean absolute"))]
-    st.caption(as_text("; ".join([bundle.title, *told])))
+    st.caption(as_text(". ".join(part[0].upper() + part[1:] for part in [bundle.title, *told])))
     if bundle.is_test_object:
         st.warning(
             "A demonstration model, trained on invented heads. It shows how the app works; its ages mean "
@@ -130,8 +131,8 @@ def predict_scans(bundle: Bundle) -> None:
     _forget_other_models(bundle)
     turn = st.session_state.setdefault("turn", 0)  # a new key empties the field, so uploads leave the memory
     uploads = st.file_uploader(
-        "NIfTI (.nii, .nii.gz), FreeSurfer (.mgz), or a DICOM series as a .zip",
-        type=list(SCAN_TYPES),
+        "NIfTI (.nii, .nii.gz), FreeSurfer (.mgz), or one DICOM series: its files, or a .zip of them",
+        type=None,  # DICOM files of a hospital often have no ending
         accept_multiple_files=True,
         key=f"scans-{turn}",
     )
@@ -142,9 +143,7 @@ def predict_scans(bundle: Bundle) -> None:
 def _other_scans(bundle: Bundle, turn: int) -> dict[str, Any]:
     """A field for each further scan of the session that the model can take; what was uploaded, by name."""
     fields = {
-        name: st.file_uploader(
-            f"{name} scan of the same session, if there is one", type=list(SCAN_TYPES), key=f"{name}-{turn}"
-        )
+        name: st.file_uploader(f"{name} scan of the same session, if there is one", key=f"{name}-{turn}")
         for name in bundle.others
     }
     return {name: upload for name, upload in fields.items() if upload is not None}
@@ -226,17 +225,16 @@ def _true_ages(uploads: Sequence[Any]) -> list[float | None]:
     things = together(uploads)
     for thing in things:
         arrived.setdefault(thing[0].file_id, len(arrived))
-    labels = ["True age in years, if known; only for the gap"]
+    labels = ["True age at the scan in years, if known"]
+    told = "Give it before you predict. The model does not use it: it is for the gap, predicted minus true."
     if len(things) > 1:
-        st.caption(
-            "True ages in years, where known; only for the gap, and for the rate of ageing between scans of "
-            "one person. The prediction does not use them."
-        )
+        told += " Of two scans of one person the ages also give a rate of ageing."
+        st.caption(f"True ages at the scan in years, where known. {told}")
         labels = [f"{n}. {as_text(shown_name(thing[0].name))}" for n, thing in enumerate(things, start=1)]
     keys = [arrived[thing[0].file_id] for thing in things] or [len(arrived)]
     columns = [column for _ in range(0, len(labels), 3) for column in st.columns(3)]
     return [
-        column.number_input(label, 0.0, OLDEST, None, 1.0, key=f"age-{key}")
+        column.number_input(label, 0.0, OLDEST, None, 1.0, key=f"age-{key}", help=told)
         for column, label, key in zip(columns, labels, keys, strict=False)
     ][: len(things)]
 

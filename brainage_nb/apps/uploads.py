@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 MAX_UPLOAD = 2**30  # bytes of one upload
 MAX_DICOM_FILES, MAX_DICOM_BYTES = 5000, 2 * 2**30
 CONVERSION_SECONDS = 120
-SCAN_TYPES = ("nii", "gz", "mgh", "mgz", "zip", "dcm", "ima")  # as the upload field offers them
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ METHODS = {  # in words, and the unit of the colours
     OCCLUSION: ("occlusion: years that each place adds to the age", "years"),
     TRIPLETS: ("years that each triplet of axial slices adds to the age", "years"),
 }
+COLOURS = "Orange raises the age, blue lowers it"
 NO_MEAN = (
     "This bundle was saved without the mean training volume, from which a map in years starts. So this is "
     "Grad-CAM, which has no unit. Save the bundle again from its run for a map in years."
@@ -105,9 +106,21 @@ class Explanation:
         per_unit = (10 / spacing) ** 3 if self.method == INTEGRATED else 1
         full = full_heat(prediction.volume, self.heat) * per_unit
         age = f"{prediction.scan}: {prediction.predicted_age:.1f} years"
-        lines = [age, f"{title}; full colour: {full:.2g} {unit}", *textwrap.wrap(self.words, 110)]
+        if prediction.do_not_use_because:
+            age = f"{age}, NOT TO BE USED"
+        colours = f"{COLOURS}; full colour: {full:.2g} {unit}"
+        lines = [age, title, colours, *textwrap.wrap(self.words, 110)]
         figure.suptitle("\n".join(lines), fontsize=9, parse_math=False)
         return figure
+
+    def planes(self, prediction: Prediction, at: Sequence[int], opacity: float) -> list[Figure]:
+        """The three planes of `picture`, each alone: a narrow page puts them below each other."""
+        from matplotlib.figure import Figure
+
+        figures = [Figure(figsize=(3.6, 3.8), layout="constrained") for _ in PLANES]
+        axes = [figure.subplots() for figure in figures]
+        overlay_planes(axes, prediction.volume, self.heat, at, opacity=opacity, spacing_mm=self.spacing_mm)
+        return figures
 
     def save(self, folder: Path | str, prediction: Prediction, *, n_folders: int = 0) -> list[Path]:
         """Write `<scan>_heat.nii.gz`, which lies on the scan in any viewer, and `<scan>_heat.png`.
@@ -646,7 +659,7 @@ def overlay_planes(
     ----------
     axes : three Axes
     volume, heat : array (x, y, z)
-        RAS. Vermilion raises the age, blue lowers it.
+        RAS. Orange raises the age, blue lowers it.
     at : three ints, optional
         Voxel shown; by default where the heat is strongest inside the head, without heat the centre.
     opacity : float
@@ -693,7 +706,7 @@ def strongest(volume: np.ndarray, heat: np.ndarray | None) -> tuple[int, int, in
 
 
 def _heat_colours() -> Colormap:
-    """From blue through clear (weak heat is left out) to vermilion."""
+    """From blue through clear (weak heat is left out) to orange."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
     ends = [(0, BLUE, 1), (0.425, BLUE, 0), (0.575, VERMILION, 0), (1, VERMILION, 1)]
@@ -749,6 +762,6 @@ def group_figure(bundle: Bundle, groups: Sequence[GroupMap], at_mm: Sequence[flo
         years = f"{group.low:g} to {group.high:g} years\nn = {group.n}"
         label = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 9}
         axes[0].text(-0.08, 0.5, years, transform=axes[0].transAxes, **label)
-    title = f"Mean maps by true age; vermilion raises it, blue lowers it\n{METHODS[usual_method(bundle)][0]}"
+    title = f"Mean maps by true age; orange raises it, blue lowers it\n{METHODS[usual_method(bundle)][0]}"
     figure.suptitle(title, fontsize=10)
     return figure

@@ -125,7 +125,7 @@ pd.DataFrame(prediction.warnings, columns=["code", "warning"])
 
 # %% [markdown]
 # ## Where the age comes from
-# Vermilion raises the age, blue lowers it. Raises compared with what? Each method has its own reference.
+# Orange raises the age, blue lowers it. Raises compared with what? Each method has its own reference.
 #
 # - `integrated_gradients`: the mean of the training scans. The map shows what moved this age away from the mean brain's,
 #   by one method of several. The numbers are years; added up over all voxels they are the predicted age minus the age

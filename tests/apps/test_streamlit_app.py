@@ -57,7 +57,10 @@ def test_without_a_model_the_page_says_how_to_get_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("BRAINAGE_WORKSPACE", str(tmp_path / "none"))
     page = AppTest.from_file(SCRIPT, default_timeout=120).run()
-    assert not page.exception and "make demo" in page.info[0].value
+    assert not page.exception and "run --workspace demo" in page.info[0].value
+    kinds = [element.type for element in page.main]
+    notice = next(element for element in page.main if "not a medical device" in getattr(element, "body", ""))
+    assert list(page.main).index(notice) < kinds.index("header")  # read before anything is uploaded
 
 
 def test_an_uploaded_scan_gets_the_age_the_command_line_gives_and_its_interval_says_who_calibrated(
@@ -106,6 +109,10 @@ def test_the_true_age_gives_a_gap(app, tmp_path):
         page.session_state["results"][0].predicted_age - 40
     )
     assert page.metric[2].value.startswith(("+", "-"))
+    result = page.session_state["results"][0]
+    said = next(text.value for text in page.markdown if "The true age, 40.0, lies" in text.value)
+    assert ("outside the interval" in said) == (not result.low <= 40 <= result.high)
+    assert f"at this true age, the gap is {result.adjusted_gap:+.1f}" in said
 
 
 def test_ages_belong_to_uploads_whatever_they_are_called(app, tmp_path):
@@ -237,6 +244,8 @@ def test_downloads_hold_the_same_numbers_and_no_outside_reference(tiny, tmp_path
     page = results.result_page(result, bundle, {"<b>title</b>": Figure()})
     assert f"{result.predicted_age:.1f}" in page and "not a medical device" in page
     assert "<b>title" not in page and "http" not in page and result.path in page
+    assert page.index("not a medical device") < page.index("years, predicted")
+    assert "An interval like this one holds the true age of about 9 in 10 people" in page
 
 
 def test_the_demo_head_button_works_out_of_the_box(tiny, tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 
 from brainage_nb.models.network import VoxelRegression
 from brainage_nb.predict.bundle import load_bundle
+from brainage_nb.predict.cautions import Caution
 from brainage_nb.predict.explain import (
     GRAD_CAM,
     INTEGRATED,
@@ -104,6 +106,9 @@ def test_a_scan_is_explained_in_years_and_the_sum_is_said(tmp_path):
     assert "could not be placed" not in explanation.words
     shown = explanation.picture(prediction)._suptitle.get_text()
     assert "years per cm³" in shown and "What moved this age away" in shown
+    assert "Orange raises the age, blue lowers it" in shown and "NOT TO BE USED" not in shown
+    forbidden = replace(prediction, warnings=(Caution.of("extreme_voxel_size", size="9 x 9 x 9"),))
+    assert "years, NOT TO BE USED" in explanation.picture(forbidden)._suptitle.get_text()
 
 
 def test_a_map_that_does_not_add_up_says_what_is_missing(tmp_path, monkeypatch):
