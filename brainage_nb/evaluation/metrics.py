@@ -91,6 +91,9 @@ def measure_rows(rows: pd.DataFrame, column: str = "predicted_age", **options: A
 def metrics_by_split(predictions: pd.DataFrame, variant: str) -> pd.DataFrame:
     """The first figures of a run as text, one row per split, with 95 % subject bootstrap intervals.
 
+    Where folds were run, train and validation subjects are one row, `out of fold`: each was predicted by the
+    model of the fold that had not seen them.
+
     Parameters
     ----------
     predictions : DataFrame
@@ -100,11 +103,13 @@ def metrics_by_split(predictions: pd.DataFrame, variant: str) -> pd.DataFrame:
     """
     if not len(predictions):
         return pd.DataFrame()
-    chosen = predictions[predictions["variant"] == variant].groupby("split")
+    rows = predictions[predictions["variant"] == variant]
+    held_out = (rows["fold"] >= 0) & (rows["split"] != "test")
+    chosen = rows.groupby(rows["split"].mask(held_out, "out of fold"))
     reference_age = mean_training_age(predictions)
     rows = {
         split: flat(measure_rows(chosen.get_group(split), reference_age=reference_age))
-        for split in ("train", "val", "test")
+        for split in ("train", "val", "out of fold", "test")
         if split in chosen.groups
     }
     table = text_table(rows.values(), ("n", "mae", "mean_predictor_mae", "r"))
