@@ -184,3 +184,12 @@ def test_a_scan_that_one_site_alone_has_is_fused_where_each_fold_is_a_site(tmp_p
     found = fuse_runs({name: read_run(ws, name) for name in PAIR})
     assert found.whole.combination.n_subjects == (scans["site"].eq("A") & scans["split"].ne("test")).sum()
     assert found.rows["predicted_age"].notna().all()
+
+
+def test_a_run_called_fused_is_not_overwritten(tmp_path):
+    scans = cohort_frame(200)
+    ws = write_workspace(tmp_path, scans)
+    write_pair(ws, scans, simulated(scans, seed=9))
+    write_run(ws, "fused", scans, simulated(scans, seed=5))
+    with pytest.raises(EvaluationError, match="runs/fused is a training run, whose place and name"):
+        evaluate_runs(ws, "resnet18", fuse=PAIR, **FEW)
