@@ -97,6 +97,8 @@ def deal_splits(
     rng = np.random.default_rng(seed)
     known = check_splits(scans.head(0).assign(split="", fold=-1) if existing is None else existing)
     _say_other_ages(known, scans)
+    if _are_sites(known):
+        known = known.assign(fold=-1)  # folds by age are dealt anew, those of sites follow the sites
     known = known[known["subject_id"].isin(age.index)].groupby("subject_id")[["split", "fold"]].first()
     split = _deal_new(age.drop(known.index), known["split"], shares, rng)
     split = pd.concat([known["split"], split]).reindex(age.index)
