@@ -356,7 +356,7 @@ def _report(bundle: Bundle, results: list[Prediction | Failure], out: str, maps:
             told.setdefault(one.sentence.removeprefix(f"{result.scan}: "), []).append(name)
     for sentence, scans in told.items():
         print(f"  {'All scans' if len(scans) == len(names) > 1 else ', '.join(scans)}: {sentence}")
-    _print_details(bundle, shown)
+    _print_details(results, shown)
     print(NOT_A_DEVICE)
     if out:
         print(f"Written: {write_csv(frame.map(guard_formula), out)}")
@@ -377,14 +377,15 @@ def _print_table(frame: pd.DataFrame, columns: Iterable[str]) -> None:
         print(shown.to_string(index=False, na_rep=""))
 
 
-def _print_details(bundle: Bundle, frame: pd.DataFrame) -> None:
+def _print_details(results: Iterable[Prediction | Failure], frame: pd.DataFrame) -> None:
     """Who calibrated the interval; the correction, with its own error."""
-    if bundle.interval:
-        print(f"Interval (low, high): {bundle.interval.title}.")
+    titles = dict.fromkeys(getattr(result, "interval_title", "") for result in results)
+    for title in filter(None, titles):
+        print(f"Interval (low, high): {title}.")
     if not frame["corrected_age"].notna().any():
         return
-    error = bundle.manifest["correction"].get("mae")
-    own = f": such ages err by {error:.1f} years on average" if error is not None else ""
+    errors = frame["corrected_mae"].dropna().unique()
+    own = f": such ages err by {errors[0]:.1f} years on average" if len(errors) == 1 else ""
     print(f"For comparing gaps, ages and gaps corrected for the age bias{own}.")
     _print_table(frame, ("scan", "corrected_age", "adjusted_gap"))
 

@@ -59,7 +59,7 @@ def show_results(bundle: Bundle) -> None:
         names = [f"{number}. {result.scan}" for number, result in enumerate(results, start=1)]
         _overview(names, results)
         place = names.index(st.selectbox("Scan to look at", names, key=_key("chosen")))
-        _show_rate(bundle, results)
+        _show_rate(results)
     chosen, pictures = results[place], {}
     if isinstance(chosen, Failure):
         st.error(chosen.sentence, icon=":material/error:")
@@ -100,7 +100,7 @@ def _overview(names: Sequence[str], results: Sequence[Prediction | Failure]) -> 
     st.dataframe(table, hide_index=True, column_config=columns)
 
 
-def _show_rate(bundle: Bundle, results: Sequence[Prediction | Failure]) -> None:
+def _show_rate(results: Sequence[Prediction | Failure]) -> None:
     """The rate of ageing from scans of one person, where two have a true age and somebody says they are."""
     known = [one for one in results if isinstance(one, Prediction) and one.age is not None]
     label = "The scans with a true age are of one person: show the rate of ageing"
@@ -108,9 +108,11 @@ def _show_rate(bundle: Bundle, results: Sequence[Prediction | Failure]) -> None:
         return
     if refused := [one.scan for one in known if one.do_not_use_because]:
         said = f"No rate of ageing: the age of {', '.join(refused)} is not to be used."
+    elif any(one.rates != known[0].rates for one in known):
+        said = "No rate of ageing: the ages are fused from different scans. Give each visit the same kinds."
     else:
         scans = [one.age for one in known], [one.predicted_age for one in known]
-        said = rate_one_person(bundle.manifest.get("rates"), *scans)
+        said = rate_one_person(known[0].rates, *scans)
     st.info(as_text(said))
     st.caption("It holds for scans of one scanner and protocol: a change of scanner can add years.")
 
@@ -131,7 +133,7 @@ def _show_one(bundle: Bundle, prediction: Prediction, place: int) -> dict[str, F
         forbidding = [caution for caution in prediction.warnings if caution.forbids_use]
         for caution in forbidding:
             st.error(caution.sentence, icon=":material/block:")
-        _numbers(bundle, prediction)
+        _numbers(prediction)
         for caution in prediction.warnings[len(forbidding) :]:
             st.warning(caution.sentence, icon=":material/warning:")
     slices, position, details = st.tabs(["Heat map", "Beside other people", "Details"])
@@ -153,7 +155,7 @@ def _show_one(bundle: Bundle, prediction: Prediction, place: int) -> dict[str, F
     return pictures
 
 
-def _numbers(bundle: Bundle, prediction: Prediction) -> None:
+def _numbers(prediction: Prediction) -> None:
     usable = not prediction.do_not_use_because
     label = "Predicted age [years]" if usable else "Not to be used: predicted age [years]"
     columns = st.container(key="numbers" if usable else "numbers-not-to-be-used").columns(3)
@@ -166,7 +168,7 @@ def _numbers(bundle: Bundle, prediction: Prediction) -> None:
     if usable:
         st.markdown(" ".join(_say_what_it_means(prediction)))
     if usable and isfinite(prediction.low):
-        st.caption(as_text(f"{bundle.interval.title}."))
+        st.caption(as_text(f"{prediction.interval_title}."))
 
 
 def _say_what_it_means(prediction: Prediction) -> Iterator[str]:

@@ -58,6 +58,9 @@ class CleaningRules:
         Youngest and oldest possible age [years].
     adult_from, adult_to : float
         Ages [years] outside which a scan is flagged: the preprocessing is checked on adults.
+    max_years_between : float
+        A person's scans further apart by their ages are dropped [years]: an age is in another unit, or of
+        somebody else.
     same_age_years : float
         Two ages of one picture that differ by no more than this are taken as the same age [years].
     coarse_mm : float
@@ -89,6 +92,7 @@ class CleaningRules:
     max_edge_fraction: float = 0.25
     min_age: float = 0.0
     max_age: float = 115.0
+    max_years_between: float = 40.0
     adult_from: float = 18.0
     adult_to: float = 95.0
     same_age_years: float = 0.1
@@ -195,7 +199,7 @@ def clean(cohort: pd.DataFrame, facts: pd.DataFrame, rules: CleaningRules | None
     rules, scans = rules or CleaningRules(), _join(cohort, facts)
     reasons: dict[str, tuple[str, str]] = {}
     flags: dict[str, list[tuple[str, str]]] = defaultdict(list)
-    for judge in (_judge_alone, _find_copies, _compare_sessions, _find_outliers):
+    for judge in (_judge_alone, _find_copies, _compare_ages, _compare_sessions, _find_outliers):
         left = scans[~scans["scan_id"].isin(reasons)]
         for scan, code, found in judge(left, rules):
             sentence = SENTENCES.get(code, "{found}").format(scan=scan, rules=rules, found=found)
@@ -273,6 +277,15 @@ def _find_copies(scans: pd.DataFrame, rules: CleaningRules) -> Found:
         elif others:
             yield first, "same_picture", ", ".join(scan.scan_id for scan in others)
             yield from ((scan, "duplicate", first.scan_id) for scan in others)
+
+
+def _compare_ages(scans: pd.DataFrame, rules: CleaningRules) -> Found:
+    """People whose ages span more than any follow-up: nobody can say which is right, so none stays."""
+    for _, same in scans.groupby("subject_id", sort=False):
+        ages = same["age"].sort_values()
+        if ages.iloc[-1] - ages.iloc[0] > rules.max_years_between:
+            named = ", ".join(f"{age:g}" for age in ages.unique())
+            yield from ((scan, "ages_apart", named) for scan in same.itertuples())
 
 
 def _compare_sessions(scans: pd.DataFrame, rules: CleaningRules) -> Found:

@@ -97,6 +97,8 @@ def deal_splits(
     rng = np.random.default_rng(seed)
     known = check_splits(scans.head(0).assign(split="", fold=-1) if existing is None else existing)
     _say_other_ages(known, scans)
+    if _are_sites(known):
+        known = known.assign(fold=-1)  # folds by age are dealt anew, those of sites follow the sites
     known = known[known["subject_id"].isin(age.index)].groupby("subject_id")[["split", "fold"]].first()
     split = _deal_new(age.drop(known.index), known["split"], shares, rng)
     split = pd.concat([known["split"], split]).reindex(age.index)
@@ -174,10 +176,26 @@ def deal_sites(scans: pd.DataFrame) -> pd.Series:
 def deal_everybody(splits: pd.DataFrame, folds: int) -> pd.DataFrame:
     """The table with every scan in train and dealt to folds, the test split too: nobody is set aside.
 
-    For models that are judged by cross-validation alone. Dealt by subject and age, always alike.
+    For models that are judged by cross-validation alone. Dealt by subject and age, always alike. ValueError
+    where the table's folds are sites, which this would undo.
     """
+    if _are_sites(splits):
+        n = splits.loc[splits["fold"] >= 0, "fold"].nunique()
+        raise ValueError(
+            "final = True deals everybody to folds by age, and in splits.csv each fold is a site (folds_by = "
+            f"site in notebook 02). Leave final out, with folds = {n} "
+            "in notebook 04 (05 takes them as they are), or run notebook 02 with folds_by = age."
+        )
     ages = splits.groupby("subject_id", sort=True)["age"].mean()
     return splits.assign(split="train", fold=splits["subject_id"].map(deal_folds(ages, folds, seed=0)))
+
+
+def _are_sites(splits: pd.DataFrame) -> bool:
+    """Whether the folds are those of `deal_sites`: each fold one site, and each site one fold."""
+    people = splits[splits["fold"] >= 0].groupby("subject_id")[["fold"]].first()
+    people["site"] = _name_sites(splits).groupby(splits["subject_id"]).first()
+    pairs = people.drop_duplicates()
+    return len(pairs) > 1 and pairs["fold"].is_unique and pairs["site"].is_unique
 
 
 def check_splits(

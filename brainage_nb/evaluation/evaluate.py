@@ -148,6 +148,11 @@ def evaluate_runs(
     ws = workspace if isinstance(workspace, Workspace) else open_workspace(workspace)
     names, fused = _list_names(runs) or list_runs(ws), _list_names(fuse)
     names += [name for name in fused if name not in names]
+    if fused and ws.path("runs", FUSED, "predictions.csv").exists():
+        raise EvaluationError(
+            f"fuse = {','.join(fused)}: runs/{FUSED} is a training run, whose place and name the fused ages "
+            "take. Rename its folder, or train it again under another name."
+        )
     if not names:
         raise MissingInput(f"No run in {ws.path('runs')} has a predictions.csv. Run notebook 04 or 05 first.")
     planted, bootstrap = read_truth(ws, truth), {"n_bootstrap": n_bootstrap, "seed": seed}

@@ -294,7 +294,8 @@ def _refuse_other_splits(runs: Mapping[str, Run]) -> None:
 def _fuse(frame: Run, ages: pd.DataFrame, level: float) -> FusedPart | None:
     """What these runs give those who have an age from each; None where no run's ages follow true age.
 
-    Of everybody who calibrates, the age is fused by what the other parts of them say: the folds', or five.
+    Of everybody who calibrates, the age is fused by what the other parts of them say: the folds', or five
+    where the other folds have too few.
     """
     has_all = ages.notna().all(axis=1)
     run = replace(frame, predictions=frame.predictions[has_all])
@@ -309,7 +310,8 @@ def _fuse(frame: Run, ages: pd.DataFrame, level: float) -> FusedPart | None:
         return None
     fused = pd.Series(whole.predict(ages[has_all]), run.predictions.index)
     cut = held_out["fold"]
-    if not run.folds:
+    people = teach.groupby("fold")["subject_id"].nunique()
+    if not run.folds or people.sum() - people.max() < FEWEST:  # as where all who have a scan are of one site
         dealt = deal_folds(held_out.groupby("subject_id")["age"].mean(), CUTS)
         cut = held_out["subject_id"].map(dealt)
     for _, rows in held_out.groupby(cut):

@@ -19,6 +19,7 @@ from brainage_nb.evaluation.correction import Calibration
 from brainage_nb.evaluation.metrics import flat, regression_metrics, with_interval
 
 MIN_YEARS = 1.0  # between first and last visit: below, a change is nearly all error
+MAX_YEARS = 40.0  # above, no scanner is that old: an age is in another unit, or another person's
 SAME_AGE = 0.25  # years: sessions this near each other repeat one age
 WORTH = 0.5  # reliability below which nothing is said of one person
 FOLLOW_UP = (2, 4, 6)  # years, of the reliability table
@@ -119,11 +120,17 @@ def rate_one_person(known: dict[str, Any] | None, ages: list[float], predicted: 
     """
     if not known:
         return NOT_IN_BUNDLE
-    years = max(ages) - min(ages)
-    if years < MIN_YEARS:
+    years, least = max(ages) - min(ages), _least_years(pd.Series(ages))
+    if not least <= years <= MAX_YEARS:
+        whole = ", as the ages are whole years" if least > MIN_YEARS else ""
         return (
-            f"No rate of ageing: the scans are {years:.1f} years apart by their true ages, and at least "
-            f"{MIN_YEARS:g} is needed. Give each scan the age at which it was made."
+            f"No rate of ageing: the scans are {years:.1f} years apart by their true ages, and expected are "
+            f"{least:g} to {MAX_YEARS:g}{whole}. Give each scan the age at which it was made, with decimals."
+        )
+    if len({*predicted}) < len(predicted):
+        return (
+            "No rate of ageing: two scans have exactly the same predicted age, so they are one scan given "
+            "twice. Give each visit its own scan."
         )
     scale = RateScale(**known)
     visits = pd.DataFrame({"subject_id": "", "age": ages, "predicted": predicted})
@@ -148,7 +155,7 @@ class Rates:
         A row a person with a rate: `subject_id, sessions, first_age, years, rate, error, reliability,
         verdict, scanner` (from which site to which, or "") and, where it was planted, `planted`.
     visits : DataFrame
-        Their sessions by age: `subject_id, session_id, age, predicted, site, group`.
+        Their sessions by age: `subject_id, session_id, age, predicted, site, group, regrouped`.
     groups : DataFrame
         `who, n_subjects, rate, rate_low, rate_high, method`: everybody, then differences from controls.
     scale : RateScale or None
@@ -210,6 +217,10 @@ def measure_rates(
         found.notes += [NOBODY if rated.empty else f"No rate of ageing: {few}."]
         return found
     scale, found.groups = _measure_groups(visits, scale, reference, calibration.corrector.slope_interval_)
+    if n := found.visits.loc[found.visits["regrouped"], "subject_id"].nunique():
+        found.notes.append(
+            f"Diagnosis changes between visits of {n} people: they count as what they were first."
+        )
     found.scale, found.people = scale, scale.rate_people(found.visits)
     found.people["scanner"] = found.people["subject_id"].map(changes).fillna("")
     moved = found.people["scanner"] != ""
@@ -235,7 +246,8 @@ def measure_rates(
 def list_visits(rows: pd.DataFrame, controls: str | None = None) -> tuple[pd.DataFrame, str]:
     """One row a session of people with several, sorted by age, and the name of controls.
 
-    Scans of one session are averaged; the group is the diagnosis at the first of them.
+    Scans of one session are averaged; the group is the diagnosis at the first of them, and `regrouped` tells
+    who has another one later.
     """
     named = {name: rows.get(name, "") for name in ("session_id", "site", "diagnosis")}
     rows = rows.assign(**named).fillna(dict.fromkeys(named, ""))
@@ -243,8 +255,12 @@ def list_visits(rows: pd.DataFrame, controls: str | None = None) -> tuple[pd.Dat
     keys = ["subject_id", "session_id", "age"]
     visits = rows.assign(group=group).groupby(keys, as_index=False)
     visits = visits.agg(predicted=("predicted_age", "mean"), site=("site", "first"), group=("group", "first"))
-    visits = visits.sort_values(["subject_id", "age"], ignore_index=True).astype({"session_id": str})
+    visits = visits.sort_values(["subject_id", "age"], ignore_index=True).astype(
+        {"session_id": str, "site": str}
+    )
     people = visits.groupby("subject_id")["group"]
+    known = visits["group"].mask(visits["group"] == "").groupby(visits["subject_id"])
+    visits["regrouped"] = known.transform("nunique") > 1
     visits["group"] = people.transform("first")
     return visits[people.transform("size") > 1], reference
 
@@ -278,9 +294,8 @@ def _choose_people(found: Rates) -> pd.DataFrame:
             "notebook 01."
         )
     found.visits = found.visits[~found.visits["subject_id"].isin(backwards)]
-    lines, whole = fit_lines(found.visits), bool((found.visits["age"] % 1 == 0).all())
-    least = MIN_YEARS + whole
-    if whole and len(lines):
+    lines, least = fit_lines(found.visits), _least_years(found.visits["age"])
+    if least > MIN_YEARS and len(lines):
         found.notes.append(
             f"Ages are whole years: visits may lie a year nearer or further, so {least:g} are needed between "
             "them. Ages with decimals give better rates."
@@ -292,7 +307,19 @@ def _choose_people(found: Rates) -> pd.DataFrame:
         )
     if n := int(lines["years"].between(0, least, inclusive="neither").sum()):
         found.notes.append(f"People with less than {least:g} years between their visits: {n}; no rate.")
-    return lines[lines["years"] >= least]
+    if (far := lines["years"] > MAX_YEARS).any():
+        names = ", ".join(lines.loc[far, "subject_id"].head(5))
+        found.warnings.append(
+            f"People with more than {MAX_YEARS:g} years between their visits: {far.sum()} (first: {names}). "
+            "An age is in another unit, or somebody else's, so they have no rate. Put the table of ages "
+            "right, and run from notebook 01."
+        )
+    return lines[lines["years"].between(least, MAX_YEARS)]
+
+
+def _least_years(ages: pd.Series) -> float:
+    """Between first and last visit; a year more where ages are whole, so that each may be nearly one off."""
+    return MIN_YEARS + bool((ages % 1 == 0).all())
 
 
 def _goes_backwards(visits: pd.DataFrame) -> bool:

@@ -276,20 +276,22 @@ def list_members(scans: pd.DataFrame, settings: TrainingSettings) -> list[Member
     Parameters
     ----------
     scans : DataFrame
-        `subject_id, age, split, fold`, one row per scan. Folds of another number than the settings ask for
-        are dealt here (by subject and age; the test split is never touched).
+        `subject_id, age, split, fold`, one row per scan. Its folds are those that train; where it has none,
+        they are dealt here (by subject and age; the test split is never touched).
     settings : TrainingSettings
         Its `folds`, `seeds` and `inner_fraction`.
 
     Raises
     ------
     ValueError
-        Where a model would have nobody to train on or to choose the best epoch by.
+        Where a model would have nobody to train on or to choose the best epoch by, or the settings ask for
+        another number of folds than the table has.
     """
     scans = scans.reset_index(drop=True)
     folds = [-1]
     if settings.folds:
-        scans, folds = scans.assign(fold=_deal_folds(scans, settings.folds)), range(settings.folds)
+        scans = scans.assign(fold=_deal_folds(scans, settings.folds))
+        folds = sorted({*scans["fold"]} - {-1})
     parts = [(fold, *_split_scans(scans, fold, settings.inner_fraction)) for fold in folds]
     members = [Member(fold, seed, *rows) for fold, *rows in parts for seed in settings.seeds]
     for member in members:
@@ -301,14 +303,20 @@ def list_members(scans: pd.DataFrame, settings: TrainingSettings) -> list[Member
     return members
 
 
-def _deal_folds(scans: pd.DataFrame, folds: int) -> np.ndarray:
-    """Fold of each scan: the table's own where it has `folds` of them, else dealt by subject and age."""
-    dealt = scans.loc[scans["split"] != "test"]
-    if "fold" in scans and set(dealt["fold"]) == set(range(folds)):
-        return scans["fold"].to_numpy()
-    age = dealt.groupby("subject_id", sort=True)["age"].mean()
-    fold = scans["subject_id"].map(deal_folds(age, folds, seed=0))
-    return fold.where(scans["split"] != "test", -1).fillna(-1).astype(int).to_numpy()
+def _deal_folds(scans: pd.DataFrame, folds: int) -> pd.Series:
+    """Fold of each scan: the table's own where it has any, else dealt by subject and age."""
+    is_test = scans["split"] == "test"
+    known = sorted({*scans.loc[~is_test, "fold"]} - {-1}) if "fold" in scans else []
+    if len(known) == folds:
+        return scans["fold"]
+    if known:
+        raise ValueError(
+            f"folds = {folds}: in splits.csv the scans with a volume are in {len(known)} folds "
+            f"({', '.join(map(str, known))}), and the folds of notebook 02 are those that train. Set folds = "
+            f"{len(known)} here, or deal others in notebook 02 (folds = {folds}, folds_by = age)."
+        )
+    age = scans[~is_test].groupby("subject_id", sort=True)["age"].mean()
+    return scans["subject_id"].map(deal_folds(age, folds, seed=0)).mask(is_test).fillna(-1).astype(int)
 
 
 def _split_scans(scans: pd.DataFrame, fold: int, inner_fraction: float) -> list[np.ndarray]:

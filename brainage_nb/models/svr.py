@@ -623,6 +623,11 @@ def _read_run(folder: Path, settings: dict[str, Any]) -> VggRun | None:
 
 def _fit_and_predict(features: Features, scans: pd.DataFrame, seed: int) -> tuple[Fusions, pd.DataFrame]:
     folds = sorted(fold for fold in scans["fold"].unique() if fold >= 0)
+    if len(folds) == 1:
+        raise ValueError(
+            f"In splits.csv all scans with a volume are in one fold ({folds[0]}), so nobody is left to learn "
+            "from. Run notebook 02 with other folds (folds_by = age, or folds = 0)."
+        )
     learning = scans["split"].isin(["train", "val"]) if folds else scans["split"] == "train"
     fusions = _fit(features, scans[learning])
     parts = []

@@ -183,7 +183,7 @@ class Bundle:
     def _conclude(
         self, scan: Path, age: float | None, read: Reading, predicted: float, calibration: Mapping[str, Any]
     ) -> Prediction:
-        """Interval, gap and warnings of a predicted age, by a manifest's `correction` and `interval`."""
+        """Interval, gap and warnings of a predicted age, as a manifest or a part of it is calibrated."""
         correction, interval = read_calibration(calibration)
         low, high = interval.predict(predicted) if interval else (-np.inf, np.inf)
         supports = [part.support_ for part in (interval, correction) if part and part.support_]
@@ -206,6 +206,8 @@ class Bundle:
             adjusted_gap=float(correction.adjust_gap(predicted, age)) if adjusts else None,
             corrected_mae=(calibration["correction"] or {}).get("mae"),
             warnings=tuple(sorted(cautions, key=_forbids_first)),
+            rates=calibration.get("rates"),
+            interval_title=interval.title if interval else "",
             path=str(scan),
             volume=read.volume,
             affine=read.affine,

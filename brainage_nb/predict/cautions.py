@@ -77,6 +77,10 @@ class Prediction:
         Those for which the age is not to be used come first.
     alone : float or None
         Of a fused age: what the first model says of the T1w scan by itself, which is what heat maps explain.
+    rates : dict or None
+        By which ages made as this one give a rate of ageing (`rate_one_person`); None where not known.
+    interval_title : str
+        Level of the interval and who calibrated it, in words; empty without one.
     path : str
         Where the scan was read: tells scans of one name apart.
     volume : array (size, size, size), float16
@@ -98,6 +102,8 @@ class Prediction:
     corrected_mae: float | None = None
     warnings: tuple[Caution, ...] = ()
     alone: float | None = None
+    rates: dict[str, Any] | None = field(default=None, repr=False)
+    interval_title: str = ""
     path: str = ""
     volume: np.ndarray = field(default=None, repr=False, compare=False)
     affine: np.ndarray = field(default=None, repr=False, compare=False)

@@ -154,7 +154,8 @@ def lay_onto_t1w(
     Raises
     ------
     ScanError
-        One of the two cannot be used, or no rigid move lays one onto the other (`not_registered`).
+        One of the two cannot be used, both are one picture (`same_scan`), or no rigid move lays one onto the
+        other (`not_registered`).
 
     Examples
     --------
@@ -163,6 +164,12 @@ def lay_onto_t1w(
     """
     t1w = load_scan(t1w) if isinstance(t1w, str | Path) else t1w
     image, picture = _open_scan(scan, modality)
+    if picture.shape == t1w.shape and np.array_equal(picture.dataobj, t1w.dataobj):
+        raise ScanError(
+            "same_scan",
+            f"{Path(scan).name} was given as the {modality} scan, and it is the T1w scan "
+            f"{t1w.extra['path'].name} itself: every voxel is the same. Give the {modality} scan.",
+        )
     to_scan, fit = register(t1w, picture)
     if fit < LOWEST_FIT:
         names = f"{Path(scan).name} cannot be laid onto {t1w.extra['path'].name}"

@@ -701,6 +701,8 @@ def build_modalities(
 ) -> dict[str, StoreReport]:
     """The stores of all modalities of a cohort but T1w, one after the other; the report of each by its name.
 
+    A modality that the cohort does not name is no longer current; its volumes stay, for when it is again.
+
     Parameters
     ----------
     cohort : DataFrame
@@ -721,6 +723,8 @@ def build_modalities(
     import pandas as pd
 
     known, reports = cohort[cohort["scan_id"].isin(scans["scan_id"])], {}
+    for modality in {*MODALITIES[1:]} - {*cohort}:  # volumes of an earlier cohort must not train this one
+        (Path(folder) / name_of_modality("current", modality)).unlink(missing_ok=True)
     for modality in (name for name in MODALITIES if name in cohort):
         there = known[modality] != ""
         pairs = known[there].assign(t1w=known["image"], image=known[modality])

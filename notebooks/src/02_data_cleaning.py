@@ -156,7 +156,7 @@ existing = ws.read("splits.csv") if ws.path("splits.csv").exists() else None
 rules_of_folds = FoldRules(**pick_fields(parameters, FoldRules))
 splits = deal_splits(kept, folds=folds, folds_by=rules_of_folds.folds_by, seed=seed, existing=existing)
 write_csv(splits, ws.path("splits.csv"))
-print(f"folds: {splits['fold'].max() + 1}; set as many in notebooks 04 and 05")
+print(f"folds: {splits['fold'].max() + 1}; set as many in notebook 04 (05 takes them as they are)")
 split_table(splits)
 
 # %%

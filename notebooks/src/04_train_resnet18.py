@@ -122,6 +122,10 @@ augmentation = AugmentationSettings(**pick_fields(parameters, AugmentationSettin
 chosen = pick_fields(parameters, TrainingSettings)
 settings = TrainingSettings.of_recipe(recipe, **chosen, augmentation=augmentation)
 print(f"Other than recipe {recipe}: {list_changes(settings, recipe)}")
+if splits["fold"].max() >= 0 and not (settings.folds or settings.final):
+    print(
+        f'splits.csv has folds, which this run leaves out: more = "folds={splits["fold"].max() + 1}" trains one model each'
+    )
 people = splits.groupby("split")["subject_id"].nunique()
 if not settings.final and people.sum() < 500:
     print(

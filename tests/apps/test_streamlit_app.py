@@ -2,6 +2,7 @@ import gzip
 import json
 import pickle
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,19 @@ def test_two_scans_of_one_person_give_a_rate_with_its_error_and_what_it_is_worth
     told = page.info[0].value.replace("\\", "")
     assert f"{(second - first) / 4 / 0.8:.2f} years a year, standard error 0.66" in told
     assert "40 people seen again" in told and "No verdict on one person" in told
+
+
+def test_a_fused_model_rates_by_what_ages_from_the_same_scans_are_worth(app, tmp_path):
+    scale = RateScale(0.8, 1.5, "all scans", mean=1.0, spread=0.3, differs=True, n_subjects=40)
+    bundle = write_fused_bundle(tmp_path / "fused")
+    said = json.loads((bundle / "bundle.json").read_text()) | {"rates": vars(scale)}
+    said["parts"][1]["rates"] = vars(replace(scale, error=3.0, error_from="the T1w scan alone"))
+    (bundle / "bundle.json").write_text(json.dumps(said))
+    packed = zip_bundle(bundle, tmp_path / "fused.zip").read_bytes()
+    page = app.file_uploader(key="bundle").upload("fused.zip", packed).run()
+    page = with_two_scans(page, tmp_path, (60.0, 64.0)).checkbox[0].check().run()
+    told = page.info[-1].value.replace("\\", "")
+    assert "the T1w scan alone" in told and "standard error 1.33" in told
 
 
 def test_a_bundle_that_cannot_tell_a_rate_and_scans_of_one_age_are_said_to(app, tmp_path):

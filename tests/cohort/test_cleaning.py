@@ -193,6 +193,14 @@ def test_several_scans_of_a_session_are_said_and_their_ages_compared():
     assert (clean(two_sessions, facts_of(3))["flags"] == "").all()
 
 
+def test_a_person_with_one_age_in_months_is_dropped_and_named():
+    cohort = cohort_of(3, subject_id=["a", "a", "b"], session_id=["1", "2", "1"], age=[6.0, 84.0, 7.0])
+    table = clean(cohort, facts_of(3))
+    assert list(table["reason"]) == ["ages_apart", "ages_apart", ""]
+    assert "subject a have the ages 6, 84, more than 40 years apart" in table["detail"][0]
+    assert clean(cohort, facts_of(3), CleaningRules(max_years_between=80))["kept"].all()
+
+
 @pytest.mark.parametrize(("fact", "flag"), [("head_mm", "size_outlier"), ("brightness", "intensity_outlier")])
 def test_a_scan_unlike_the_cohort_is_flagged_and_only_that_one(fact, flag):
     rng = np.random.default_rng(0)

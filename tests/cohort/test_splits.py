@@ -10,6 +10,7 @@ import pytest
 from brainage_nb.cohort.splits import (
     COLUMNS,
     check_splits,
+    deal_everybody,
     deal_folds,
     deal_splits,
     plot_splits,
@@ -258,3 +259,12 @@ def test_the_figure_shows_every_subject_once_and_names_its_axis():
     assert ax.get_xlabel() == "age [years]"
     assert "n = 20" in ax.get_title()
     plt.close("all")
+
+
+def test_final_does_not_undo_folds_that_are_sites():
+    scans = scans_of(60).assign(site=[f"site {n % 3}" for n in range(60)])
+    with pytest.raises(ValueError, match=r"each fold is a site .* with folds = 3 in notebook 04"):
+        deal_everybody(deal_splits(scans, folds_by="site"), 5)
+    again = deal_splits(scans, folds=3, existing=deal_splits(scans, folds_by="site"))
+    assert again[again["fold"] >= 0].groupby("fold")["site"].nunique().min() > 1  # as the sentence promises
+    assert (deal_everybody(again, 5)["split"] == "train").all()

@@ -7,7 +7,7 @@ from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
 from brainage_nb.evaluation.fusion import Combination, fuse_runs
 from brainage_nb.evaluation.report import fusion_tables, write_report
 from brainage_nb.evaluation.runs import read_run
-from brainage_nb.workspace import read_csv, read_json
+from brainage_nb.workspace import read_csv, read_json, write_csv
 from tests.evaluation.fake_workspace import (
     cohort_frame,
     simulated,
@@ -168,3 +168,28 @@ def test_the_mean_weighs_by_what_each_run_errs_alone():
     found = Combination.fit(ages, age)
     assert found.kind == "mean" and found.shares[0] == pytest.approx(0.8, abs=0.06)
     assert np.abs(found.predict(ages) - age).mean() < np.abs(ages["a"] - age).mean()
+
+
+def test_a_scan_that_one_site_alone_has_is_fused_where_each_fold_is_a_site(tmp_path):
+    scans = cohort_frame(300)
+    scans["site"] = np.resize(["A", "B", "C"], len(scans))
+    scans["fold"] = scans["site"].map({"A": 0, "B": 1, "C": 2}).where(scans["split"] != "test", -1)
+    ws = write_workspace(tmp_path, scans)
+    for seed, (name, rows) in enumerate(zip(PAIR, (scans, scans[scans["site"] == "A"]), strict=True)):
+        write_run(ws, name, rows, simulated(rows, seed=seed))
+        write_csv(
+            read_csv(ws.run(name) / "predictions.csv").assign(fold=rows["fold"].to_numpy()),
+            ws.run(name) / "predictions.csv",
+        )
+    found = fuse_runs({name: read_run(ws, name) for name in PAIR})
+    assert found.whole.combination.n_subjects == (scans["site"].eq("A") & scans["split"].ne("test")).sum()
+    assert found.rows["predicted_age"].notna().all()
+
+
+def test_a_run_called_fused_is_not_overwritten(tmp_path):
+    scans = cohort_frame(200)
+    ws = write_workspace(tmp_path, scans)
+    write_pair(ws, scans, simulated(scans, seed=9))
+    write_run(ws, "fused", scans, simulated(scans, seed=5))
+    with pytest.raises(EvaluationError, match="runs/fused is a training run, whose place and name"):
+        evaluate_runs(ws, "resnet18", fuse=PAIR, **FEW)

@@ -209,7 +209,14 @@ def test_whole_ages_ask_for_two_years_since_one_may_be_a_day():
 
 @pytest.mark.parametrize(
     ("ages", "words"),
-    [([60.0, 60.0], "0.0 years apart"), ([60.0, 60.4], "0.4 years apart"), ([60.0], "0.0 years apart")],
+    [
+        ([60.0, 60.0], "0.0 years apart"),
+        ([60.0, 60.4], "0.4 years apart"),
+        ([60.0], "0.0 years apart"),
+        ([60.0, 61.0], "expected are 2 to 40, as the ages are whole years"),
+        ([5.5, 66.5], "61.0 years apart"),  # months
+        ([60.5, 64.5], "they are one scan given twice"),
+    ],
 )
 def test_scans_of_one_age_give_one_person_no_rate(ages, words):
     known = vars(RateScale(slope=0.8, error=1.6, error_from="repeats"))
@@ -220,3 +227,21 @@ def test_scans_of_one_age_give_one_person_no_rate(ages, words):
 def test_without_a_slope_there_is_no_rate_and_it_is_said_why():
     found = measure_rates(cohort()[0], Calibration(None, "The slope is 0.01.", None))
     assert said(found, "No rate of ageing: The slope is 0.01.") and found.people.empty
+
+
+def test_a_visit_in_months_gives_no_rate_and_moves_no_other():
+    rows, _ = cohort()
+    own = (rows["subject_id"] == "007") & (rows["session_id"] == "03")
+    rows.loc[own, "age"] += 60
+    found = measure(rows)
+    assert said(found, "People with more than 40 years between their visits: 1 (first: 007)")
+    assert len(found.people) == 39 and "007" not in set(found.people["subject_id"])
+
+
+def test_who_gets_a_diagnosis_later_is_counted_and_numbers_of_sites_are_names():
+    rows, _ = cohort()
+    last = (rows["session_id"] == "03") & (rows["subject_id"] < "005")
+    rows = rows.assign(diagnosis=np.where(last, "AD", "control"), site=np.where(last, 2, 1))
+    found = measure(rows)
+    assert said(found, "Diagnosis changes between visits of 5 people: they count as what they were first.")
+    assert "1 to 2, 5 (000, 001" in found.warnings[0]

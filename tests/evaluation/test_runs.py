@@ -128,5 +128,7 @@ def test_the_mean_predictor_counts_a_subject_once(tmp_path):
 
 def test_who_was_predicted_out_of_fold_is_not_called_train():
     rows = pd.DataFrame({"scan_id": list("123"), "subject_id": list("abc"), "age": [30.0, 50, 60]})
-    rows = rows.assign(split=["train", "val", "test"], fold=[0, 1, -1], variant="ensemble", predicted_age=45.0)
+    rows = rows.assign(
+        split=["train", "val", "test"], fold=[0, 1, -1], variant="ensemble", predicted_age=45.0
+    )
     assert metrics_by_split(rows, "ensemble")["scans"].to_dict() == {"out of fold": 2, "test": 1}

@@ -365,6 +365,12 @@ def test_with_folds_test_labels_change_nothing_that_is_learned(cohort, features,
     )
 
 
+def test_one_fold_alone_leaves_nobody_to_learn_from(cohort, features, network, tmp_path):
+    folded = cohort.assign(fold=np.where(cohort["split"] == "test", -1, 2))
+    with pytest.raises(ValueError, match=r"in one fold \(2\), so nobody is left to learn from"):
+        train_vgg_svr(features, folded, tmp_path, network)
+
+
 def test_an_out_of_fold_row_ignores_its_own_fold(cohort, features, network, tmp_path):
     fold = np.where(cohort["split"] == "test", -1, np.arange(len(cohort)) % 2)
     folded = cohort.assign(fold=fold)

@@ -380,6 +380,18 @@ def test_the_best_epoch_comes_from_neither_the_held_out_fold_nor_the_test_split(
         assert not set(member.predicted) & set(member.validation)
 
 
+def test_the_folds_of_the_table_train_and_another_number_is_refused(tiny, tiny_settings):
+    splits = tiny[1].reset_index(drop=True)
+    is_test = splits["split"] == "test"
+    splits["fold"] = (splits.index % 3).where(~is_test, -1)
+    for member in list_members(splits, replace(tiny_settings, folds=3)):
+        assert set(splits["fold"].iloc[member.predicted]) == {member.fold, -1}
+    with pytest.raises(ValueError, match=r"in 3 folds \(0, 1, 2\).* Set folds = 3 here, or deal others in"):
+        list_members(splits, replace(tiny_settings, folds=5))
+    of_two = splits[splits["fold"] != 1]  # nobody of one fold has such a scan
+    assert [one.fold for one in list_members(of_two, replace(tiny_settings, folds=2))] == [0, 2]
+
+
 def test_a_recipe_gives_defaults_and_what_is_asked_beside_it_is_done():
     best = TrainingSettings.of_recipe("best", epochs=7)
     assert (best.linear, best.keep, best.epochs, best.recipe) == (True, "last", 7, "best")

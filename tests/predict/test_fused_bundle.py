@@ -114,6 +114,16 @@ def test_the_command_fuses_and_says_what_it_had_to_do_without(scans, place, caps
     assert "Fused from tiny (T1w) and tiny_t2w (T2w)" in both
 
 
+def test_the_command_names_those_who_calibrated_the_interval_that_it_gives(scans, place, tmp_path, capsys):
+    changed = shutil.copytree(place, tmp_path / "bundle")
+    change(changed / "bundle.json", interval=None, correction=None)  # too few have all scans
+    assert main(["predict", str(scans[0]), "--bundle", str(changed)]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "90% conformal interval, calibrated on 50 subjects" in said and "such ages err by 6.5 years" in said
+    )
+
+
 def test_a_failing_first_scan_is_a_failure_and_maps_explain_the_first_model(bundle, scans):
     found = list(bundle.predict_many(["nowhere.nii", scans[0]], also=[{}, {"T2w": scans[1]}], n_jobs=1))
     assert isinstance(found[0], Failure) and found[1].alone == found[1].members[0]
@@ -197,6 +207,7 @@ DAMAGES = {
     "holds 'code.pkl'": lambda place: (place / "model-1" / "code.pkl").write_text(""),
     "expected no. Copy": lambda place: shutil.copy(place / "model-0" / "member-00.safetensors", place),
     "weights do not fit": lambda place: shorten_weights(place / "bundle.json"),
+    "In bundle.json, rates: ": lambda place: change(place / "bundle.json", rates={"slope": 0}),
 }
 
 

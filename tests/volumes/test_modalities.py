@@ -148,6 +148,26 @@ def test_another_t1w_scan_makes_the_volumes_that_were_laid_onto_it_anew(pair, kn
     assert build_modalities(cohort, cohort, tmp_path, SMALL, n_jobs=1)["T2w"].n_new == 1
 
 
+def test_a_modality_that_the_cohort_no_longer_names_trains_nothing(pair, known_move, tmp_path):
+    t1w, t2w, _ = pair
+    cohort = pd.DataFrame({"scan_id": ["a"], "image": str(t1w), "T2w": str(t2w)})
+    build_modalities(cohort, cohort, tmp_path, SMALL, n_jobs=1)
+    build_modalities(cohort.drop(columns="T2w"), cohort, tmp_path, SMALL, n_jobs=1)
+    with pytest.raises(MissingInput, match="no T2w volumes"):
+        current_store(tmp_path, modality="T2w")
+    assert build_modalities(cohort, cohort, tmp_path, SMALL, n_jobs=1)["T2w"].n_new == 0
+    assert current_store(tmp_path, modality="T2w").scan_ids == ["a"]
+
+
+def test_the_t1w_scan_itself_is_no_other_modality_under_whatever_name(pair, tmp_path):
+    copy = tmp_path / "sub-1_T2w.nii.gz"
+    copy.write_bytes(pair[0].read_bytes())
+    with pytest.raises(
+        ScanError, match=r"sub-1_T2w.nii.gz was given as the T2w scan, and it is the T1w scan"
+    ):
+        lay_onto_t1w(copy, pair[0], "T2w")
+
+
 # --- maps from series -----------------------------------------------------------------------------------
 
 
