@@ -145,7 +145,10 @@ def draw_training_curve(
     members = [name for name in ("seed", "fold") if len(set(history.get(name, ()))) > 1]
     parts = [part for _, part in history.groupby(members)] if members else [history]
     for column in columns:
-        colour, label = BLUE if column.startswith("val") else drawing.ORANGE, column.replace("_", " ")
+        colour, label = (
+            BLUE if column.startswith("val") else drawing.ORANGE,
+            column.replace("_", " ").replace("mae", "MAE"),
+        )
         for index, part in enumerate(parts):
             part = part.dropna(subset=[column])
             width = 1.6 if len(parts) == 1 else 0.9
@@ -331,7 +334,7 @@ def _draw_correction(found: RunEvaluation) -> Figure | None:
         {"x": rows["age"], "y": rows["predicted_age"], "line": line, "labels": (titles[0], *axes[0])},
         {"x": test["age"], "y": test["corrected_age"], "labels": (titles[1], *axes[1])},
     ]
-    words = {"words": "{intercept:.1f} + {slope:.2f} × age"}
+    words = {"words": "{intercept:z.1f} + {slope:z.2f} × age"}
     return _draw_panels([panel | words for panel in panels], width=3.7, height=4.1)
 
 
@@ -344,7 +347,7 @@ def _draw_gaps(found: RunEvaluation) -> Figure | None:
         bias = with_interval(regression_metrics(age, age + gap, n_bootstrap=0)["gap_age_r"])
         labels = (f"{title}\nr with age {bias}, n = {len(gap)}", TRUE_AGE, "gap [years]")
         panels.append({"x": age, "y": gap, "labels": labels, "colour": colour, "zero": True})
-    words = {"words": "{slope:+.2f} years per year of age"}
+    words = {"words": "{slope:+z.2f} years per year of age"}
     width, reach = 2.9 if corrected else 4.4, 1.3 * max(panel["y"].abs().max() for panel in panels)
     figure = _draw_panels([panel | words for panel in panels], width=width, height=3.1)
     for ax in figure.axes:
@@ -358,9 +361,11 @@ def _draw_intervals(found: RunEvaluation) -> Figure | None:
     interval, table = found.calibration.interval, found.coverage
     if interval is None or interval.support_:
         return None
-    scans = f"{found.judged_words.capitalize()} scans"
+    scans = f"{found.judged_words.capitalize().replace(' ', '-')} scans"
     labels = (f"{scans} inside their {interval.level:.0%} interval, by true age", "share inside")
-    return _draw_table(table, "coverage", table["group"], labels=labels, mark=interval.level)
+    figure = _draw_table(table, "coverage", table["group"], labels=labels, mark=interval.level)
+    figure.axes[0].xaxis.set_major_formatter("{x:.0%}")
+    return figure
 
 
 def _draw_groups(found: RunEvaluation) -> Figure | None:
@@ -400,7 +405,9 @@ def _draw_rates(found: RunEvaluation) -> Figure | None:
     drawing.legend_under(ax, list(handles.values()))
     title = f"{len(rates.people)} people with visits {MIN_YEARS:g} year or more apart"
     if len(rates.groups):
-        title += f"\nrate of those who kept their scanner {with_interval(rates.groups.iloc[0], key='rate')}"
+        group = rates.groups.iloc[0]
+        title += f"\nrate of the {group['n_subjects']} who kept their scanner "
+        title += f"{with_interval(group, key='rate')} years a year"
     return label_axes(ax, title, TRUE_AGE, "predicted age [years]").figure
 
 

@@ -230,7 +230,9 @@ def measure_rates(
         _compare_with_planted(found, truth)
     spread = "not known: the visits are too few to tell it from error"
     if scale.spread is not None:
-        spread = f"{scale.spread:.2f} years a year, from {scale.n_subjects} people"
+        low, high = bound_spread(found.people[~moved])
+        spread = f"{scale.spread:.2f} years a year, from {scale.n_subjects} people (their errors allow "
+        spread += f"{low:.2f} to {high:.2f}, and each reliability rests on it)"
         spread += "" if scale.differs else "; not shown to be above 0, so no verdict on one person is given"
     found.notes += [
         f"Error of one prediction about its person's own line: {scale.error:.2f} years ({scale.error_from}).",
@@ -423,6 +425,26 @@ def fit_groups(visits: pd.DataFrame, people: pd.DataFrame, slope: float, referen
     return [spread, p, *found]
 
 
+def bound_spread(people: pd.DataFrame) -> list[float]:
+    """Ends of a 95 % interval of the spread between people, years a year (Q-profile, Viechtbauer 2007).
+
+    The spreads beside which people's departures from their mean are neither too small nor too large; their
+    errors are taken as known.
+    """
+    from scipy import optimize, stats
+
+    def departure(spread: float, share: float) -> float:
+        weights = 1 / (people["error"] ** 2 + spread**2)
+        mean = np.average(people["rate"], weights=weights)
+        return np.sum(weights * (people["rate"] - mean) ** 2) - stats.chi2.ppf(share, len(people) - 1)
+
+    widest = 10 * people["rate"].std()
+    return [
+        optimize.brentq(departure, 0, widest, args=(share,)) if departure(0, share) > 0 else 0.0
+        for share in (0.975, 0.025)
+    ]
+
+
 def fit_mixed(formula: str, rows: pd.DataFrame, *, with_slope: bool) -> tuple[Any, str]:
     """A converged `MixedLM` by subject and what it is, in words; None where none converges."""
     from statsmodels.formula.api import mixedlm
@@ -513,10 +535,13 @@ def _compare_with_planted(found: Rates, truth: pd.DataFrame) -> None:
         return
     figures = regression_metrics(rows["planted"], rows["rate"])
     expected = expect_r(rows["planted"], rows["error"])
-    row = flat(figures)
+    row, scale = flat(figures), found.scale
+    spread = "not known" if scale.spread is None else f"{scale.spread:.2f}"
     found.notes.append(
         f"Known answers: recovered on planted rate of {len(rows)} people: r {with_interval(row, key='r')} "
-        f"(expected from the errors: {expected:.2f}), slope {with_interval(row, key='slope')}."
+        f"(expected from the errors: {expected:.2f}), slope {with_interval(row, key='slope')}. "
+        f"Planted: mean {rows.planted.mean():.2f}, spread (standard deviation) {rows.planted.std():.2f} "
+        f"years a year; found: mean {scale.mean:.2f}, spread {spread}."
     )
 
 

@@ -171,9 +171,12 @@ def flat_settings(settings: Mapping[str, Any]) -> dict[str, str]:
     (it repeats the settings) and what is too long to read."""
     (nested,) = pd.json_normalize(dict(settings)).to_dict("records")
     asked_first = sorted(nested.items(), key=lambda item: not item[0].startswith("settings."))
+    rounded = {
+        name: float(f"{value:.4g}") if isinstance(value, float) else value for name, value in asked_first
+    }
     return {
         name.removeprefix("settings."): str(value)  # what became of "auto" stands outside, and counts
-        for name, value in asked_first
+        for name, value in rounded.items()
         if not {"identity", "inputs"} & set(name.split(".")) and len(str(value)) <= 80
     }
 
@@ -280,6 +283,7 @@ def _report_html(evaluation: Evaluation, figures: list[tuple[ReportFigure, str]]
         headline=headline.reset_index(),
         known=known_tables(evaluation),
         figures=figures,
+        out_of_fold=[name for name, found in evaluation.runs.items() if found.run.judged_on != "test"],
         versions=pd.DataFrame([{"package": name, "version": version_of(name)} for name in PACKAGES]),
     )
 

@@ -155,7 +155,8 @@ for name, found in evaluation.runs.items():
 # ## How wide an interval must be
 # A prediction interval is a span of ages around a predicted one. Its `level` is the share of people whose true age
 # should lie inside. Its width is read off the calibration scans: it is twice the error that this share of them stays
-# within. That makes it a conformal interval, and it needs no assumption about the model. Everybody gets the same width.
+# within. That makes it a conformal interval, and it needs no assumption about the model. Everybody gets the same width
+# (judged out of fold: everybody of one fold, from the other folds).
 # Coverage is the share of the scans that judge (test, or out of fold) whose true age does lie inside. It should be near the level over all ages
 # together. Single age groups can get more or less. The promise holds for people like those it was calibrated on. The
 # last cell puts this interval into the bundle of each run, so that 07 and `predict` give what is checked here.

@@ -6,7 +6,13 @@ import pytest
 
 from brainage_nb.evaluation import rates
 from brainage_nb.evaluation.correction import AgeBiasCorrector, Calibration
-from brainage_nb.evaluation.rates import NOT_IN_BUNDLE, RateScale, measure_rates, rate_one_person
+from brainage_nb.evaluation.rates import (
+    NOT_IN_BUNDLE,
+    RateScale,
+    bound_spread,
+    measure_rates,
+    rate_one_person,
+)
 
 SLOPE, ERROR = 0.8, 1.5
 
@@ -56,6 +62,10 @@ def test_mean_rate_error_and_spread_that_were_planted_are_found():
     assert found.scale.differs
     assert 0.8 < of_errors.std() < 1.25  # each standard error is what it says
     assert said(found, "Known answers: recovered on planted rate of 90 people")
+    assert said(found, f"spread (standard deviation) {planted.std():.2f} years a year; found: mean")
+    low, high = bound_spread(found.people)
+    assert 0.2 < low < planted.std() < high < 0.8
+    assert said(found, f"their errors allow {low:.2f} to {high:.2f}")
 
 
 def test_visits_shuffled_within_a_person_give_no_rate():

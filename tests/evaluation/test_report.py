@@ -217,10 +217,10 @@ def test_nested_settings_become_one_row_each_without_repetition():
     nested = {
         "variant": "mean",
         "device": "CPU",
-        "settings": {"epochs": 3, "device": "auto", "augmentation": {"flip": 0.5}},
+        "settings": {"epochs": 3, "device": "auto", "augmentation": {"flip": 0.123456789}},
         "identity": {"epochs": 3},
     }
-    flat = {"variant": "mean", "device": "CPU", "epochs": "3", "augmentation.flip": "0.5"}
+    flat = {"variant": "mean", "device": "CPU", "epochs": "3", "augmentation.flip": "0.1235"}
     assert flat_settings(nested) == flat
 
 
