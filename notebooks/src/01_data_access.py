@@ -20,7 +20,7 @@
 # default makes a cohort of test heads whose ages and brain ages are known.
 #
 # **Out:** `cohort.csv`, one row per scan: who was scanned, at which age, where the file is. Scans that the cohort rules
-# left out are in `cohort_dropped.csv`; scans without a row and rows without a scan are in `cohort_unmatched.csv`.
+# left out are in `cohort_dropped.csv`; images not used and rows without a scan are in `cohort_unmatched.csv`.
 #
 # Matching the right age to the right scan is easy to get wrong: ids lose their leading zeros, a person is in the table
 # twice with two ages, "89+" is read as 89. This notebook resolves each of these by a stated rule, or refuses and says
