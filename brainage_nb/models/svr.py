@@ -568,7 +568,7 @@ def train_vgg_svr(
     network : Vgg16Features
         The one the features were extracted with.
     final : bool
-        Everybody teaches, the test split too (`deal_everybody`); the run is judged out of fold.
+        Trained on everybody, the test split too (`deal_everybody`); the run is evaluated out of fold.
 
     Examples
     --------

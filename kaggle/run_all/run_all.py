@@ -22,8 +22,8 @@
 
 # %% [markdown]
 # ## Set-up
-# Installs the package of this very release where it is absent, adds only what is missing, and leaves the platform's
-# torch and numpy as they are. The last line says what was done.
+# Installs this release of the package if it is absent, adds only what is missing, and leaves the platform's torch and
+# numpy as they are. The last line says what was done.
 
 # %%
 import importlib.util

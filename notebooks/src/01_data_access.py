@@ -19,17 +19,17 @@
 # **In:** a folder of T1-weighted scans and a table of ages, or the name of a public data set, or nothing at all: the
 # default makes a cohort of test heads whose ages and brain ages are known.
 #
-# **Out:** `cohort.csv`, one row per scan: who was scanned, how old they were, where the file lies. Those that the cohort
-# rules left out are in `cohort_dropped.csv`, what found no partner in `cohort_unmatched.csv`.
+# **Out:** `cohort.csv`, one row per scan: who was scanned, at which age, where the file is. Scans that the cohort rules
+# left out are in `cohort_dropped.csv`; images not used and rows without a scan are in `cohort_unmatched.csv`.
 #
-# Getting the right age to the right scan is where most brain-age projects first go wrong: ids lose their zeros,
-# a person stands in the table twice with two ages, "89+" is read as 89. This notebook resolves each of these by a
-# rule it states, or refuses and says what to set. It never invents an age.
+# Matching the right age to the right scan is easy to get wrong: ids lose their leading zeros, a person is in the table
+# twice with two ages, "89+" is read as 89. This notebook resolves each of these by a stated rule, or refuses and says
+# what to set. It never invents an age.
 
 # %% [markdown]
 # ## Set-up
-# Installs the package of this very release where it is absent, adds only what is missing, and leaves the platform's
-# torch and numpy as they are. The last line says what was done.
+# Installs this release of the package if it is absent, adds only what is missing, and leaves the platform's torch and
+# numpy as they are. The last line says what was done.
 
 # %%
 import importlib.util
@@ -92,13 +92,14 @@ print(session_summary(ws.root))
 
 # %% [markdown]
 # ## Scans and ages, matched
-# Ids are compared without padding, `sub-` and case, with session and site read from the file name where it holds
-# them. A match that is not unique is not made.
+# Ids are compared without leading zeros, without `sub-` and without regard to case; session and site are read from the
+# file name if it holds them. An ambiguous match is not made.
 #
-# `more = "modalities=T1w,T2w"` also takes the T2w scan of each session, in a column of its own; 03 lays it onto the
-# T1w scan. Other modalities are PDw, FLAIR, dwi-FA, dwi-MD and bold-fALFF. Who has none stays in the cohort.
+# `more = "modalities=T1w,T2w"` also takes the T2w scan of each session, in a column of its own; 03 registers it to the
+# T1w scan. Other modalities are PDw, FLAIR, dwi-FA, dwi-MD and bold-fALFF. People without these scans stay in the
+# cohort.
 #
-# What has to be downloaded goes on where an earlier run ended, and is checked before it is used.
+# Downloads resume where an earlier run ended, and are checked before they are used.
 
 # %%
 found = open_source(source, parameters, ws.root)
@@ -106,15 +107,16 @@ found.cohort.head(8)
 
 # %% [markdown]
 # ## Under which terms
-# Data of people come with conditions, also where they are free.
+# Data from people come with conditions, even if they are free.
 
 # %%
 Markdown(found.terms.markdown())
 
 # %% [markdown]
 # ## Who was left out by the cohort rules
-# A brain-age model learns from healthy people. `more` sets the rules: `max_cdr`, `controls_only`, `retests`.
-# The first 40 scans they left out are below; all are in `cohort_dropped.csv`.
+# A brain-age model is trained on healthy people. `more` sets the rules: `max_cdr` (highest Clinical Dementia Rating),
+# `controls_only`, `retests`.
+# The first 40 scans that the rules left out are below; all are in `cohort_dropped.csv`.
 
 # %%
 found.rules.style.hide(axis="index").set_properties(**{"text-align": "left"})
@@ -132,8 +134,8 @@ Markdown("\n".join(f"- {note}" for note in found.notes or ["Nothing needed decid
 
 # %% [markdown]
 # ## What did not match
-# Images that were not taken (no row, no T1-weighted scan, a better one of the session), and rows without a scan.
-# Nothing is dropped in silence: check here before you go on. The first 20 of each are below; all are in
+# Images that were not used (no row in the table, not T1-weighted, a better image of the session), and rows without a
+# scan. Nothing is dropped silently: check here before you go on. The first 20 of each are below; all are in
 # `cohort_unmatched.csv`.
 
 # %%
@@ -146,7 +148,7 @@ found.unmatched_rows.head(20)
 
 # %% [markdown]
 # ## Who is in the cohort
-# A model learns ages only where it has seen them: the range and evenness of this histogram set what it can do.
+# A model predicts well only at ages that it was trained on: ideally, this histogram covers them evenly.
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
@@ -159,10 +161,10 @@ plt.show()
 # Each head has a brain age: its age plus a gap of a few years. The brain age drives four changes: ventricles widen,
 # sulci open, grey and white matter lose contrast, bright spots beside the ventricles darken.
 #
-# There are two floors, each the mean over all scans. A perfect reader of the four changes still errs by the
-# **attainable** error, because each person departs a little from the rule. The true brain age itself is off by the
-# **oracle** error, because brain age is not age. Notebook 06 shows both again, here and on the test scans. Other
-# sources have nothing here.
+# Two errors show how well any model could do, each as the mean over all scans. The **attainable** error remains even if
+# the four changes are measured perfectly, because each person departs a little from the rules. The **oracle** error is
+# that of the simulated brain age itself, because brain age is not age. Notebook 06 shows both again, over all scans and
+# over the test scans. For other sources this cell shows nothing.
 
 # %%
 if source == "demo":

@@ -18,17 +18,17 @@
 #
 # **In:** `cohort.csv` from notebook 01.
 #
-# **Out:** `cleaning.csv`, one row per scan with whether it is kept and, if not, one reason in words; `splits.csv`, which
-# subject trains, validates and tests the model.
+# **Out:** `cleaning.csv`, one row per scan with whether it is kept and, if not, one reason in words; `splits.csv`,
+# which assigns each subject to training, validation or test.
 #
-# Every scan is opened and looked at. What cannot be used is dropped with a reason; what is odd but usable is kept and
-# flagged. A duplicated scan or a person in two splits makes any later figure too good to be true, so both are settled
-# here, before a model sees anything.
+# Every scan is opened and inspected. Unusable scans are dropped with a reason; unusual but usable scans are kept and
+# flagged. A duplicated scan or a person in two splits makes every later figure too good to be true, so both are dealt
+# with here, before any training.
 
 # %% [markdown]
 # ## Set-up
-# Installs the package of this very release where it is absent, adds only what is missing, and leaves the platform's
-# torch and numpy as they are. The last line says what was done.
+# Installs this release of the package if it is absent, adds only what is missing, and leaves the platform's torch and
+# numpy as they are. The last line says what was done.
 
 # %%
 import importlib.util
@@ -78,8 +78,8 @@ cohort.head()
 
 # %% [markdown]
 # ## Open every scan
-# Facts only, no judgement yet: shape, voxel size, orientation, intensities, what the head looks like, and a hash of
-# the picture itself, so that one scan under two names is found.
+# Measurements only, no decision yet: shape, voxel size, orientation, intensities, appearance of the head, and a hash of
+# the image itself, so that one scan under two names is found.
 
 # %%
 rules = CleaningRules(**pick_fields(parameters, CleaningRules))
@@ -88,8 +88,8 @@ facts = inspect_scans(cohort, ws.resolve, max_voxels=rules.max_voxels)
 facts.head()
 
 # %% [markdown]
-# ## Judge them
-# One reason for each scan that is dropped; the sentence says what was found and what the limit is.
+# ## Decide which scans are kept
+# One reason for each scan that is dropped; it states what was found and what the limit is.
 
 # %%
 cleaning = clean(cohort, facts, rules)
@@ -98,9 +98,10 @@ counts = counts_by_reason(cleaning)
 counts
 
 # %% [markdown]
-# What was found, by finding: how many scans, at which sites, and one example in words. A flag on a single scan asks for
-# a look. A flag on a whole site is a fact about its scanner: the demo's sites *south* and *west* take thicker slices on
-# purpose. Keep such scans, and compare the sites in notebook 06. Each scan's own sentence is in `cleaning.csv`.
+# The findings: for each, how many scans, at which sites, and one example in words. A flag on a single scan means that
+# it should be looked at. A flag on a whole site is a property of its scanner: the demo's sites *south* and *west* take
+# thicker slices on purpose. Keep such scans, and compare the sites in notebook 06. Each scan's own sentence is in
+# `cleaning.csv`.
 
 # %%
 odd = cleaning.merge(cohort.reindex(columns=["scan_id", "site"]), on="scan_id")
@@ -117,7 +118,7 @@ by_finding.style.set_properties(**{"text-align": "left"})
 
 # %% [markdown]
 # ## Look at what was flagged
-# A flag is a question, not a verdict: look, and drop a scan by removing it from `cohort.csv` if you must.
+# A flag is a question, not a verdict. Look at these scans; to exclude one, remove it from `cohort.csv`.
 
 # %%
 if odd.empty:
@@ -138,18 +139,19 @@ age_histogram(axes[1], kept, by="site")
 plt.show()
 
 # %% [markdown]
-# Subjects by site and age. Where a site's people are older than another's, a model can read the age from the scanner:
-# look at the gaps of each site in notebook 06, and judge it with `more = folds_by=site`: each fold is then one site.
+# Subjects by site and age. If the people of one site are older than those of another, a model can infer the age from
+# the scanner. Compare the gaps by site in notebook 06, and test it with `more = folds_by=site`: each fold is then one
+# site.
 
 # %%
 site_table(kept)
 
 # %% [markdown]
 # ## Deal the splits
-# The rule is that of dealing cards: people are sorted by age and go in turn to train, validation and test, 70 : 15 : 15,
-# so that each split spans the ages. All scans of a person go together. The seed says where the turn starts.
+# As when dealing cards, people are sorted by age and assigned in turn to training, validation and test, 70 : 15 : 15,
+# so that each split spans the ages. All scans of a person stay together. The seed sets where the dealing starts.
 #
-# A `splits.csv` that is already there is kept: new people are dealt among themselves and nobody moves.
+# An existing `splits.csv` is kept: only new people are assigned, and nobody else moves.
 
 # %%
 existing = ws.read("splits.csv") if ws.path("splits.csv").exists() else None

@@ -18,20 +18,21 @@
 #
 # **In:** `splits.csv` from notebook 02 and the scans it names.
 #
-# **Out:** `volumes/<fingerprint>/`, every scan as the array a model sees, stored once in half precision.
+# **Out:** `volumes/<fingerprint>/`, every scan as the array that a model receives, stored once in half precision.
 #
-# Preprocessing turns every scan into a cube of the same size and resolution. It is a MONAI `Compose`, a list of transforms.
+# Preprocessing turns every scan into a cube of the same size and resolution. It is a MONAI `Compose`, a list of
+# transforms.
 #
-# With the recipe `reference` the cube hangs from the crown of the head and holds brightness.
-# With `best` it lies on the MNI152 template and holds how much of each voxel is grey matter. Scanner and position of the
-# head change that little.
+# With the recipe `reference` the cube is placed below the crown of the head and holds intensities. With `best` it is
+# aligned to the MNI152 template and holds the share of grey matter in each voxel, which depends little on scanner and
+# position of the head.
 #
-# Each scan is treated by itself, so a new scan can be treated the same way later.
+# Each scan is preprocessed by itself, so a new scan can be preprocessed in the same way later.
 
 # %% [markdown]
 # ## Set-up
-# Installs the package of this very release where it is absent, adds only what is missing, and leaves the platform's
-# torch and numpy as they are. The last line says what was done.
+# Installs this release of the package if it is absent, adds only what is missing, and leaves the platform's torch and
+# numpy as they are. The last line says what was done.
 
 # %%
 import importlib.util
@@ -81,22 +82,23 @@ print(session_summary(ws.root))
 
 # %% [markdown]
 # ## The chain
-# `OpenScan` reads a file and says in words what is wrong with it. `SmoothAndSample` brings the scan to the grid.
+# `OpenScan` reads a file and reports in words what is wrong with it. `SmoothAndSample` resamples the scan to the grid.
 # The other transforms depend on the recipe.
 #
-# The numbers make the fingerprint of the volume store. Other numbers give another store beside it.
+# The settings determine the fingerprint that names the volume store (the folder of preprocessed scans). Other settings
+# give another store beside it.
 
 # %%
 settings = PreprocessingSettings.of_recipe(recipe, **pick_fields(parameters, PreprocessingSettings))
 print(f"Other than recipe {recipe}: {list_changes(settings, recipe)}")
 
 # %% [markdown]
-# A transform of MONAI can be added at the end. Uncomment the first three lines to smooth each volume with a median.
+# A MONAI transform can be added at the end. Uncomment the first three lines to smooth each volume with a median.
 #
-# The store, the model's bundle and later predictions carry it by name and numbers. A transform that MONAI does not
-# have is refused, since a bundle holds no code.
+# The store, the model's bundle and later predictions record it by name and numbers. A transform that is not MONAI's is
+# refused, since a bundle holds no code.
 #
-# Settings take steps out, as `more = "smooth=no"`.
+# Settings leave steps out, for example `more = "smooth=no"`.
 
 # %%
 # from monai.transforms import MedianSmooth
@@ -107,11 +109,11 @@ print(f"fingerprint {settings.fingerprint}", *map(describe_transform, chain.tran
 
 # %% [markdown]
 # ## One scan, step by step
-# One row per transform of the chain. The first row is the scan as its file holds it, often lying on its side. From
-# the second on, L and R mark the head's sides.
+# One row per transform of the chain. The first row is the scan as stored in its file, often lying on its side. From the
+# second row on, L and R mark left and right of the head.
 #
-# Look for the whole brain in the last row. A long neck or a head far from the middle of the image does not push the brain
-# out of the cube.
+# Look for the whole brain in the last row. A long neck or a head far from the middle of the image does not push the
+# brain out of the cube.
 
 # %%
 scans = ws.read("splits.csv")
@@ -123,10 +125,10 @@ except ScanError as error:
 
 # %% [markdown]
 # ## Where the brain is
-# Some recipes look for the brain. Here is its outline on scans spread over the ages, before anything is cut away.
+# The recipe `best` finds the brain. Here is its outline on scans spread over the ages, before anything is cut away.
 #
-# A brain that cannot be trusted is not drawn. The table says why, and such a scan gives no volume below. `correlation`
-# is how alike brain and template look, `agreement` how far their outlines overlap, `quality` the lower of the two.
+# An unreliable brain mask is not drawn. The table says why, and such a scan gives no volume below. `correlation` is
+# that of brain and template, `agreement` the overlap of their outlines, `quality` the lower of the two.
 
 # %%
 outlined = scans.sort_values("age").iloc[:: max(1, len(scans) // 6)].head(6 if settings.needs_brain else 0)
@@ -165,8 +167,8 @@ if not ready.any():
 
 # %% [markdown]
 # ## Other modalities
-# Each scan of another modality (`modalities` of 01) is laid onto the T1w scan of its session by a rigid move, then
-# takes that scan's way to the cube: one registration decides for all. A scan that does not fit is listed, not bent.
+# Each scan of another modality (`modalities` in 01) is registered rigidly to the T1w scan of its session and then taken
+# to the cube by that scan's transform. A scan that does not align is listed and left out.
 
 # %%
 others = build_modalities(ws.read("cohort.csv"), scans, ws.path("volumes"), settings, **where)
@@ -182,9 +184,10 @@ for modality, made in others.items():
 
 # %% [markdown]
 # ## The cohort as a model sees it
-# Look for a head that is cut, turned or empty. The scans are spread evenly over the ages.
+# Look for a head that is cut off, rotated or empty. The scans are spread evenly over the ages.
 #
-# `report.store` is a torch `Dataset`: `store[0]` is the first volume, and `DataLoader(store, batch_size=8)` gives batches.
+# `report.store` is a torch `Dataset`: `store[0]` is the first volume, and `DataLoader(store, batch_size=8)` gives
+# batches.
 
 # %%
 store = report.store

@@ -20,15 +20,15 @@
 #
 # **Out:** `runs/<run>/`: settings, history, checkpoints and `predictions.csv` for every scan.
 #
-# A residual network looks at the whole volume. It answers with one number, the age in years.
-# After each epoch it is judged on the validation subjects. In `reference` they choose the epoch; in `best` they only watch.
-# The test subjects are predicted once, at the very end.
-# Press *Run all* again after a lost connection: training goes on from the last checkpoint.
+# A residual network takes the whole volume and predicts one number, the age in years. After each epoch it is evaluated
+# on the validation subjects. In `reference` their error selects the epoch; in `best` it is only monitored. The test
+# subjects are predicted once, at the very end. Press *Run all* again after a lost connection: training resumes from
+# the last checkpoint.
 
 # %% [markdown]
 # ## Set-up
-# Installs the package of this very release where it is absent, adds only what is missing, and leaves the platform's
-# torch and numpy as they are. The last line says what was done.
+# Installs this release of the package if it is absent, adds only what is missing, and leaves the platform's torch and
+# numpy as they are. The last line says what was done.
 
 # %%
 import importlib.util
@@ -58,7 +58,7 @@ epochs = 60  # @param {type:"integer"}
 learning_rate = 3e-4  # @param {type:"number"}
 # seeds, with commas; one model a seed, several make an ensemble
 seeds = "1"  # @param {type:"string"}
-# everybody teaches: a model for each of five folds over all subjects, judged out of fold (recommended below some 500 subjects; takes five times as long)
+# train on everybody: a model for each of five folds over all subjects, evaluated out of fold (recommended below some 500 subjects; takes five times as long)
 final = False  # @param {type:"boolean"}
 # minutes after which everything is saved and the run ends, to be continued; 0: no limit
 max_minutes = 0.0  # @param {type:"number"}
@@ -114,8 +114,8 @@ splits.groupby("split").agg(
 
 # %% [markdown]
 # ## Settings
-# The recipe decides what is not asked for above. `brainage-nb list 04` shows every field with its unit: `modality` trains
-# on another scan of each session, `channels` on several at once (people who lack one are left out and counted).
+# The recipe sets what is not set above. `brainage-nb list 04` shows every setting with its unit: `modality` trains on
+# another scan of each session, `channels` on several at once (people without all of them are left out and counted).
 
 # %%
 augmentation = AugmentationSettings(**pick_fields(parameters, AugmentationSettings))
@@ -129,16 +129,17 @@ if splits["fold"].max() >= 0 and not (settings.folds or settings.final):
 people = splits.groupby("split")["subject_id"].nunique()
 if not settings.final and people.sum() < 500:
     print(
-        f"{people.get('test', 0)} of {people.sum()} people judge this model. With final = True all of them do, "
+        f"{people.get('test', 0)} of {people.sum()} people evaluate this model. With final = True all of them do, "
         "by models that had not seen them; it takes five times as long."
     )
 
 # %% [markdown]
 # ## The network
 # This is MONAI's 3D ResNet-18. A residual block learns what to add to its input.
-# From stage to stage the picture halves and the channels double.
-# The last layer sees one mean for each channel and gives the age.
-# The network starts at the mean age of the training subjects: its first guess is the mean predictor's.
+# From stage to stage the resolution halves and the number of channels doubles.
+# The last layer receives the mean of each channel and gives the age.
+# The network starts at the mean age of the training subjects: its first prediction is that of the mean predictor, a
+# baseline that predicts this age for everybody.
 
 # %%
 known = splits[splits["scan_id"].map(lambda scan_id: all(scan_id in one for one in stores))]
@@ -147,11 +148,11 @@ print(f"{layers['parameters'].sum() / 1e6:.1f} million parameters")
 layers
 
 # %% [markdown]
-# ## What the network gets to see
+# ## Augmentation
 # Each training volume is varied at random, differently in every epoch.
-# A head may be turned, larger, or taken by another scanner, and the age must stay the same.
-# Only left and right are exchanged; other mirror images are no anatomy.
-# First one volume with each change alone.
+# A head may be tilted, larger, or scanned on another scanner, and the predicted age should stay the same.
+# Volumes are mirrored left to right only; other mirror images are not anatomically possible.
+# First, one volume with each change alone.
 
 # %%
 examples = augmentation_examples(store[store.scan_ids[0]], augmentation, store.spacing_mm, seed=1)
@@ -170,9 +171,9 @@ montage(list(batch[:, 0].numpy()), ages, name="axial", columns=4)
 
 # %% [markdown]
 # ## Loss, optimiser, learning rate
-# `huber` is square within a year of the true age and linear beyond, so that one odd scan does not rule the others.
-# AdamW turns gradients into steps; weight decay spares norms and biases.
-# The learning rate rises for some epochs, since the first gradients are wild. Then it falls as a cosine.
+# `huber` is quadratic within a year of the true age and linear beyond, so that a single outlier does not dominate.
+# AdamW turns gradients into steps; weight decay is not applied to normalisation layers and biases.
+# The learning rate rises for some epochs, since the first gradients are unstable, then falls as a cosine.
 
 # %%
 rates = pd.Series(list_learning_rates(settings, -(-len(train_set) // settings.batch_size)))
@@ -180,10 +181,11 @@ axes = rates.plot(figsize=(5, 2.4), xlabel="step", ylabel="learning rate", grid=
 
 # %% [markdown]
 # ## A network or loss of your own
-# A network takes volumes (batch, channels, D, H, W) and gives one number for each: the age is the mean training age plus that
-# number times the ages' spread.
+# A network takes volumes (batch, channels, D, H, W) and gives one number for each: the predicted age is the mean
+# training age plus that number times the standard deviation of the training ages.
 # A loss takes predicted and true ages and gives one number for each scan.
-# Both are recorded by name. A run with another network is evaluated as any other, but has no bundle: a bundle runs nothing.
+# Both are recorded by name. A run with another network is evaluated as any other, but has no bundle, since
+# a bundle holds no code.
 
 # %%
 network = loss = None  # the ResNet-18 and the recipe's loss; or, for example:
@@ -193,7 +195,7 @@ network = loss = None  # the ResNet-18 and the recipe's loss; or, for example:
 
 # %% [markdown]
 # ## Train
-# What the loop will do, and how long it takes: a few steps are timed first.
+# What will be trained, and how long it takes: a few steps are timed first.
 
 # %%
 own = {"network": network, "loss": loss}
@@ -207,9 +209,8 @@ result = train(stores, splits, ws.run(run), settings, fresh=fresh, on_epoch=curv
 Markdown("\n".join(f"- {note}" for note in result.notes))
 
 # %% [markdown]
-# The validation error mostly lies below the training error.
-# Training scans are varied at random and predicted while the weights still move.
-# Validation scans are predicted as they are, by averaged weights.
+# The validation error is often below the training error: training scans are augmented and predicted while the weights
+# still change, validation scans are predicted unchanged and with averaged weights.
 
 # %%
 curve.draw(result.history)  # the last epochs, in the same place
@@ -218,9 +219,9 @@ result.history.tail().assign(epoch=result.history["epoch"] + 1)  # the first is 
 # %% [markdown]
 # ## First figures
 # Raw predictions, split by split. In `best` each is the mean of the network's and a linear regression's age, so they
-# differ from the curves above, which are the network's alone. The model has learned from the training subjects.
-# Validation subjects may have chosen the epoch. Only the test row says what to expect on new people.
-# With `final` there is one row: everybody, each predicted by the model of the fold that had not seen them.
+# differ from the curves above, which are the network's alone. The model was trained on the training subjects, and the
+# epoch may have been selected on the validation subjects. Only the test row says what to expect on new people.
+# With `final` there is one row for everybody, each predicted by the models that were not trained on them.
 # **06 · Evaluate** adds intervals, corrections and the report.
 
 # %%
@@ -231,8 +232,8 @@ figures
 
 # %% [markdown]
 # ## Bundle
-# Everything another person needs to use this model, and nothing that runs: weights, preprocessing, whom it learned
-# from, its correction and interval. **07** and the app open it.
+# Everything another person needs to use this model, and no code: weights, preprocessing settings, a summary of the
+# training subjects, bias correction and prediction interval. **07** and the app open it.
 
 # %%
 if result.complete and network is None and not settings.channels:
@@ -241,7 +242,7 @@ if result.complete and network is None and not settings.channels:
 # %% [markdown]
 # ## A loop of your own
 # The store is a torch `Dataset`: volumes (1, size, size, size) with ages in years. Any loop can train on it.
-# `write_predictions` leaves the predictions where **06** evaluates them beside the other runs.
+# `write_predictions` writes the predictions to where **06** evaluates them with the other runs.
 
 # %%
 everyone = VolumeDataset(stores, known)

@@ -21,15 +21,15 @@
 # **Out:** `runs/vgg16_svr/`: `predictions.csv` with two variants, early and late fusion, `settings.json`, and the model
 # as plain arrays. The features stay in `features/` and are computed once.
 #
-# The classic baseline, and a model for those without a GPU. Three neighbouring axial slices become the red, green and
-# blue of a picture; a network made for photographs turns it into numbers; a linear support vector regression (SVR)
-# reads the age from them. *Early* fusion averages the pictures' numbers first, *late* fusion asks each height of the
-# head for an age and weighs the answers.
+# The classic baseline, and a model that needs no GPU. Three neighbouring axial slices (a *triplet*) become the red,
+# green and blue of a picture; a network made for photographs turns it into features; a linear support vector
+# regression (SVR) predicts the age from them. *Early* fusion averages the features of all triplets first; *late*
+# fusion predicts an age from each triplet position and takes a weighted mean.
 
 # %% [markdown]
 # ## Set-up
-# Installs the package of this very release where it is absent, adds only what is missing, and leaves the platform's
-# torch and numpy as they are. The last line says what was done.
+# Installs this release of the package if it is absent, adds only what is missing, and leaves the platform's torch and
+# numpy as they are. The last line says what was done.
 
 # %%
 import importlib.util
@@ -59,7 +59,7 @@ image_size = 224  # @param {type:"integer"}
 pooling = "maps"  # @param ["maps", "mean"]
 # triplets of slices at once (lower it if memory runs out)
 batch_size = 16  # @param {type:"integer"}
-# everybody teaches: fitted on all subjects, judged out of fold (recommended below some 500 subjects)
+# train on everybody: fitted on all subjects, evaluated out of fold (recommended below some 500 subjects)
 final = False  # @param {type:"boolean"}
 # draws of the subject bootstrap behind each interval
 n_bootstrap = 2000  # @param {type:"integer"}
@@ -112,9 +112,9 @@ splits.groupby("split").agg(
 
 # %% [markdown]
 # ## The network
-# Its weights are never changed here. With ImageNet weights the filters know edges and textures of photographs. A random
-# projection keeps the network's form with weights that were drawn, not learned: it needs no download, is weaker, and
-# every table and figure says so. Weights that are asked for but absent stop the notebook.
+# Its weights are never changed here. With ImageNet weights the filters respond to edges and textures of photographs. A
+# random projection has the same architecture with random, untrained weights: it needs no download, is weaker, and is
+# named in every table and figure. If weights are asked for but cannot be found, the notebook stops.
 
 # %%
 network = vgg16_features(vgg_weights, pooling=pooling, seed=seed).place()
@@ -130,7 +130,7 @@ pd.DataFrame({"value": facts})
 # %% [markdown]
 # ## Slices as pictures
 # What the network sees of one training scan: three neighbouring slices as red, green and blue, so that colour marks
-# where neighbours differ. Triplets above the crown, or deep in the neck, are skipped.
+# where neighbours differ. Triplets above the crown or low in the neck are skipped.
 
 # %%
 scan_id = splits.query("split == 'train' and scan_id in @store.scan_ids")["scan_id"].iloc[0]
@@ -147,8 +147,8 @@ plt.show()
 
 # %% [markdown]
 # ## Features of every scan
-# Each scan is stored as soon as it is done; after an interruption run this cell again and only the missing ones are
-# computed. A scan that fails is listed with its reason and left out.
+# The features of each scan are stored as soon as they are computed. After an interruption run this cell again: it
+# computes only the missing ones. A scan that fails is listed with its reason and left out.
 
 # %%
 features = extract_features(
@@ -178,8 +178,9 @@ print(EarlyFusion(), "averages the features over the triplets, then fits one suc
 print(LateFusion(), "fits one such SVR per triplet position and weighs their ages.")
 
 # %% [markdown]
-# Two numbers have to be chosen, both in years. **C** limits how far a single scan may pull the fit: small C, flat
-# predictions near the mean age. **epsilon** is the error that costs nothing. The published pair is 98 and 0.064.
+# Two hyperparameters have to be chosen, both in years. **C** limits the influence of a single scan on the fit: with a
+# small C, predictions stay near the mean age. **epsilon** is the error below which there is no loss. The published pair
+# is 98 and 0.064.
 
 # %%
 pd.Series(GRID, name="values tried [years]").to_frame()
@@ -209,9 +210,9 @@ ax.set_title(f"C and epsilon: lowest is best (late: mean over positions)\n{fitte
 plt.show()
 
 # %% [markdown]
-# ## What each height of the head knows
-# Late fusion scores each triplet position on training subjects that its SVR had not seen, and gives it a weight. A
-# position with a good score can get no weight where a neighbour says the same.
+# ## How well each height of the head predicts age
+# Late fusion scores each triplet position on training subjects held out from its SVR, and gives it a weight. A position
+# with a good score can get no weight if a neighbouring one carries the same information.
 
 # %%
 figure, (above, below) = plt.subplots(2, figsize=(8, 5), sharex=True, layout="constrained")
@@ -225,8 +226,9 @@ below.set(xlabel="triplet position (0 is lowest)", ylabel="weight (sum 1)")
 plt.show()
 
 # %% [markdown]
-# ## Accuracy on subjects not learned from
-# Test subjects or, where everybody teaches, everybody out of fold. Raw predictions with 95 % intervals over subjects, beside what saying the mean training age to everybody would give.
+# ## Accuracy on held-out subjects
+# Test subjects or, with `final`, everybody out of fold. Raw predictions with 95 % intervals over subjects, beside the
+# mean predictor, a baseline that predicts the mean training age for everybody.
 # Notebook 06 compares this model with the ResNet on the same people.
 
 # %%
@@ -264,8 +266,8 @@ plt.show()
 
 # %% [markdown]
 # ## Where one age comes from
-# The saved model, read back: the years that each triplet adds to one test scan's age. They sum to the predicted age
-# less the model's starting point.
+# The saved model, read back: the years that each triplet adds to one test scan's predicted age. They sum to the
+# predicted age minus the model's constant.
 
 # %%
 model = VggSvr.load(fitted.folder / "model")
@@ -281,7 +283,7 @@ plt.show()
 
 # %% [markdown]
 # ## Bundle
-# Everything another person needs to use this model, and nothing that runs. **07** and the app open it.
+# Everything another person needs to use this model, and no code. **07** and the app open it.
 
 # %%
 print(f"Saved {current_bundle(fitted.folder)}")

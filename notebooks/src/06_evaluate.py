@@ -21,15 +21,15 @@
 # **Out:** `evaluation/`: `results.json`, `predictions.csv`, every figure, `report.html` (one file that opens offline)
 # and `model_card.md`.
 #
-# How far off is the model on people it has never seen, and how sure is that figure? Every metric comes from raw
-# predictions. Its 95 % interval comes from drawing the subjects again and again. Every mean absolute error (MAE)
-# stands beside that of the mean predictor, who says the mean training age to everybody. Corrected values are kept
-# apart: a correction that uses a person's true age can make pure noise look accurate.
+# How far off is the model on people it has never seen, and how sure is that figure? Every metric is computed from raw
+# predictions. Its 95 % interval is a bootstrap: the subjects are resampled many times. Every mean absolute error (MAE)
+# is shown beside that of the mean predictor, which predicts the mean training age for everybody. Corrected values are
+# reported separately: a correction that uses a person's true age can make pure noise look accurate.
 
 # %% [markdown]
 # ## Set-up
-# Installs the package of this very release where it is absent, adds only what is missing, and leaves the platform's
-# torch and numpy as they are. The last line says what was done.
+# Installs this release of the package if it is absent, adds only what is missing, and leaves the platform's torch and
+# numpy as they are. The last line says what was done.
 
 # %%
 import importlib.util
@@ -91,10 +91,10 @@ if calibrate_on and not external:
     raise ValueError("calibrate_on names people of other cohorts: set external to their workspaces as well.")
 
 # %% [markdown]
-# ## Raw accuracy on subjects not learned from
-# Test subjects took no part in training or in choosing an epoch. *Out of fold* is a run in which everybody taught:
-# each is predicted by the models that had not seen them, and no test split is claimed. Read each MAE beside the mean predictor's. The
-# wider the range of ages, the larger an MAE can get.
+# ## Raw accuracy on held-out subjects
+# Test subjects took no part in training or in choosing an epoch. *Out of fold* is a run in which everybody was used
+# for training: each is predicted by the models that were not trained on them, and there is no test split. Read each
+# MAE beside the mean predictor's. The wider the range of ages, the larger an MAE can get.
 
 # %%
 options = {"level": level, "n_bootstrap": n_bootstrap, "controls": controls or None, "seed": seed}
@@ -117,11 +117,11 @@ for drawn in figures:
 
 # %% [markdown]
 # ## The line of the correction
-# Models pull predictions towards the mean age: the old are read too young and the young too old. So predicted age is
-# fitted as a straight line, a + b × age. The points are controls whom the model did not train on: validation scans or,
-# with folds, out-of-fold ones. Test scans never take part. Where everybody is judged out of fold, each fold's people
-# are corrected by the line of the other folds. The correction turns the line back, (predicted − a) / b. It
-# needs no true age, so the result is still a prediction.
+# Models pull predictions towards the mean age: the old are predicted too young and the young too old. So predicted age
+# is fitted as a straight line, a + b × age. The points are controls on whom the model was not trained: validation scans
+# or, with folds, out-of-fold ones. Test scans are never used. If everybody is evaluated out of fold, each fold's people
+# are corrected by the line of the other folds. The correction inverts the line, (predicted − a) / b. It needs no true
+# age, so the result is still a prediction.
 
 # %%
 for name, found in evaluation.runs.items():
@@ -137,9 +137,10 @@ for drawn in figures:
 # %% [markdown]
 # ## The brain-age gap, raw and corrected
 # The gap is predicted minus true age. A raw gap that falls with age says more about the model than about the brain.
-# There are two ways to take the age out of it. The age-free one is the gap of the corrected prediction, which errs by
-# more than the raw one: it is for comparing gaps, and the report names its error. The other subtracts from each gap
-# what the line expects at that person's true age. It adjusts a gap and is never an accuracy.
+# There are two ways to remove this dependence on age. The age-free one is the gap of the corrected prediction, which
+# has a larger error than the raw one: it is for comparing gaps, and the report gives its error. The other, the
+# adjusted gap, subtracts from each gap the one that the line expects at that person's true age. It must not be read as
+# accuracy.
 
 # %%
 for drawn in figures:
@@ -154,12 +155,12 @@ for name, found in evaluation.runs.items():
 # %% [markdown]
 # ## How wide an interval must be
 # A prediction interval is a span of ages around a predicted one. Its `level` is the share of people whose true age
-# should lie inside. Its width is read off the calibration scans: it is twice the error that this share of them stays
-# within. That makes it a conformal interval, and it needs no assumption about the model. Everybody gets the same width
-# (judged out of fold: everybody of one fold, from the other folds).
-# Coverage is the share of the scans that judge (test, or out of fold) whose true age does lie inside. It should be near the level over all ages
-# together. Single age groups can get more or less. The promise holds for people like those it was calibrated on. The
-# last cell puts this interval into the bundle of each run, so that 07 and `predict` give what is checked here.
+# should lie inside. Its width comes from the calibration scans, held out like those of the line above: it is twice the
+# error that this share of them does not exceed. That makes it a conformal interval, which assumes nothing about the
+# model. Everybody gets the same width (out of fold: everybody of one fold, from the other folds). Coverage is the share of test (or out-of-fold) scans whose true age does lie
+# inside. It should be near the level over all ages together; in single age groups it can be higher or lower. This
+# holds for people like those it was calibrated on. The last cell puts this interval into the bundle of each run, so
+# that 07 and `predict` give the interval that is evaluated here.
 
 # %%
 for name, found in evaluation.runs.items():
@@ -172,8 +173,8 @@ for drawn in figures:
 
 # %% [markdown]
 # ## Groups and models side by side
-# Groups of few people differ by chance. The last table says whether a change to a model helped: it compares the errors
-# of two runs person by person. Where it reads "no difference shown", chance explains the difference.
+# Small groups differ by chance. The last table tests whether a change to a model helped: it compares the errors of two
+# runs person by person. Where it reads "no difference shown", chance can explain the difference.
 
 # %%
 for name, found in evaluation.runs.items():
@@ -183,8 +184,9 @@ tables.comparison_table(evaluation)
 
 # %% [markdown]
 # ## Rate of ageing
-# Where people have visits a year or more apart: the change of predicted age a year, divided by the slope above, so 1 is
-# expected. The first table says what that is worth for one person. A gap at one age is no rate.
+# For people with visits a year or more apart (two where ages are whole years): the change of predicted age per year,
+# divided by the slope above, so 1 is expected. The first table shows how reliable this is for one person. A gap at one
+# age is not a rate.
 
 # %%
 for name, found in evaluation.runs.items():
@@ -196,10 +198,11 @@ for drawn in figures:
 
 # %% [markdown]
 # ## Fused
-# `more = "fuse=resnet18,resnet18_t2w"` makes one age of several runs' ages, such as those from a T1w and a T2w scan of one
-# session. Each run's ages are calibrated by a straight line, true age on predicted. Below 200 held-out people each then
-# weighs by the inverse of its squared error; from 200 on a ridge regression decides. Who lacks one scan is fused from
-# what there is and counted apart. The second table asks what another run adds, on the same people.
+# `more = "fuse=resnet18,resnet18_t2w"` combines the predictions of several runs into one age, such as those from a T1w
+# and a T2w scan of one session. Each run's ages are calibrated by regressing true age on predicted age. With fewer than
+# 200 held-out people each run is then weighted by the inverse of its squared error; with more, a ridge regression sets
+# the weights. People without one of the scans are predicted from those they have and counted separately. The second
+# table shows what each further run adds, on the same people.
 
 # %%
 for title, table in tables.fusion_tables(evaluation).items():
@@ -209,9 +212,9 @@ print("" if evaluation.fusion else "Nothing to fuse: more names no runs (fuse=..
 
 # %% [markdown]
 # ## Known answers
-# On the demo cohort the truth is known, so the model can be checked against it. Oracle and attainable are those of
-# notebook 01. The oracle errs less over the whole cohort. On a few test scans chance may turn the two round. Other
-# cohorts have nothing here.
+# On the demo cohort the truth is known, so the model can be checked against it. The oracle and attainable errors are
+# those of notebook 01. Over the whole cohort the oracle's is the smaller one; on a few test scans chance may reverse
+# their order. For other cohorts this section is empty.
 
 # %%
 for drawn in figures:
@@ -223,8 +226,9 @@ for name, known in tables.known_tables(evaluation).items():
 
 # %% [markdown]
 # ## Elsewhere
-# The model on cohorts it has never seen. Raw figures come first, then the offset of each site. Where controls are named
-# for it, they calibrate the model, and everybody else is reported on. People who took part in training are refused.
+# The model on cohorts it was not trained on. Raw figures come first, then the offset of each site. If controls are
+# named in `calibrate_on`, the model is calibrated on them and evaluated on everybody else. People who took part in
+# training are refused.
 
 # %%
 places = [place.strip() for place in external.split(",") if place.strip()]
@@ -243,7 +247,7 @@ for name, found in evaluation.external.items():
 
 # %% [markdown]
 # ## Report and model card
-# `report.html` is one file: send it to somebody who did not run this.
+# `report.html` is a single file that can be sent to somebody who did not run this.
 
 # %%
 written = write_report(evaluation, figures)

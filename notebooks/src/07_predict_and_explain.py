@@ -18,16 +18,16 @@
 #
 # **In:** a trained model (a run of notebook 04 or 05, or a bundle someone gave you) and one T1-weighted scan.
 #
-# **Out:** the predicted age with its interval and warnings, a heat map of where it comes from, and the bundle: one
-# folder to hand the model on. Opening a bundle runs nothing from it.
+# **Out:** the predicted age with its interval and warnings, a heat map of what moved it, and the bundle: one
+# folder with which to share the model. Opening a bundle runs nothing from it.
 #
-# For research only. This is not a medical device: it does not diagnose, and its result is no ground for a decision
-# about a person's care.
+# For research only. This is not a medical device: it does not diagnose, and its result is not a basis for any
+# decision about a person's care.
 
 # %% [markdown]
 # ## Set-up
-# Installs the package of this very release where it is absent, adds only what is missing, and leaves the platform's
-# torch and numpy as they are. The last line says what was done.
+# Installs this release of the package if it is absent, adds only what is missing, and leaves the platform's torch and
+# numpy as they are. The last line says what was done.
 
 # %%
 import importlib.util
@@ -81,9 +81,9 @@ print(session_summary(ws.root))
 
 # %% [markdown]
 # ## The model
-# A bundle holds the weights and the preprocessing of a model. It says how many people the model learned from, and of
-# which ages. Its bias correction and its interval are those of notebook 06; no test scan took part in them. The table
-# shows the raw figures of each held-out part, with a 95 % interval over subjects.
+# A bundle holds the weights and the preprocessing of a model, and the number and ages of the people it was trained on.
+# Its bias correction and its interval are those of notebook 06; no test scan was used for them. The table shows the raw
+# accuracy on each held-out split, with a 95 % interval over subjects.
 
 # %%
 place = bundle or current_bundle(ws.run(run))
@@ -99,10 +99,10 @@ pd.DataFrame(model.manifest["figures"]).map(
 
 # %% [markdown]
 # ## One scan, one age
-# The interval holds the true age of about the stated share of people like those it was calibrated on. The gap is the
-# predicted minus the true age. Where the scan is too unlike those of training, the table begins with "read first" and
-# the reason. Outside the ages and kinds of scan that the model knows, the number means nothing. The corrected age is
-# for comparing gaps; as a prediction it errs by more than the predicted age.
+# The interval contains the true age of about the stated share of people like those it was calibrated on. The gap is
+# the predicted minus the true age. If the scan is too unlike the training scans, the table begins with "read first"
+# and the reason. Outside the ages and kinds of scan that the model was trained on, the predicted age means nothing.
+# The corrected age is for comparing gaps; as a prediction it has a larger error than the predicted age.
 
 # %%
 splits = ws.read("splits.csv")
@@ -125,20 +125,20 @@ pd.DataFrame(prediction.warnings, columns=["code", "warning"])
 
 # %% [markdown]
 # ## Where the age comes from
-# Orange raises the age, blue lowers it. Raises compared with what? Each method has its own reference.
+# Orange raises the predicted age, blue lowers it. Compared with what? Each method has its own reference.
 #
-# - `integrated_gradients`: the mean of the training scans. The map shows what moved this age away from the mean brain's,
-#   by one method of several. The numbers are years; added up over all voxels they are the predicted age minus the age
-#   that the model gives the mean brain.
-# - `grad_cam`: this scan itself, changed a little. A place is hot if making it stronger there would raise the age. The
+# - `integrated_gradients`: the mean of the training scans. The map shows what moved this age away from the mean
+#   brain's. The numbers are years; added up over all voxels they are the predicted age minus the age that the model
+#   gives the mean brain.
+# - `grad_cam`: this scan itself, changed a little. A place is hot if stronger features there would raise the age. The
 #   numbers are relative; the largest is 1.
 # - `occlusion`: this scan with a cube of 24 mm replaced by that of the mean brain. The numbers are years; they do not add
-#   up to anything. The map needs minutes.
+#   up to anything. The map takes minutes.
 # - `triplets` (SVR models): the mean training age, or the regression's intercept. The numbers are years, one for each
 #   three slices.
 #
-# A heat map estimates which places moved the age, by one method. It does not show what is wrong with a brain. A map can look sensible while the
-# model errs.
+# A heat map is one method's estimate of which places moved the age. It does not show what is wrong with a brain, and it
+# can look sensible even if the predicted age is wrong.
 
 # %%
 explanation = explain(model, prediction, method if model.model.kind == "resnet18" else "")
@@ -152,8 +152,8 @@ explanation.contributions if explanation.contributions is not None else [path.na
 
 # %% [markdown]
 # ## Look around
-# Choose another scan of the workspace or upload one, and move through the slices. Without a live kernel the figure
-# above stands for it.
+# Choose another scan of the workspace or upload one, and move through the slices. Without a live kernel, see
+# the figure above instead.
 
 # %%
 PredictionWidget(model, scans or {prediction.scan: (path, None)})
@@ -161,8 +161,8 @@ PredictionWidget(model, scans or {prediction.scan: (path, None)})
 # %% [markdown]
 # ## By age: what the model uses on average
 # One scan's map is noisy. The mean over test scans of similar age shows what the model uses as a rule; it is made by
-# the same method, in years where the bundle allows. Where the recipe registers scans, all lie in template space. Else
-# crown and middle of the head are matched, which is good to about a centimetre. The head around the brain is not shown.
+# the same method, in years if the bundle allows it. If the recipe registers scans, all are in template space. Otherwise
+# only crown and middle of the head are matched, to within about a centimetre. The head around the brain is not shown.
 
 # %%
 from brainage_nb.predict.explain import age_group_maps, coarse_regions, group_figure, region_table
@@ -176,9 +176,9 @@ if model.model.kind == "resnet18" and ws.path("volumes", model.settings.fingerpr
 group_figure(model, groups) if groups else None
 
 # %% [markdown]
-# Heat by region, in the oldest group. `sum` adds the map up over the region: years, where the map is in years. `share`
-# is the region's part of all heat, whatever its sign. `density` is that share over the region's share of the volume:
-# above 1 is more heat than its size explains. Borders are rough.
+# Heat by region, in the oldest group. `sum` is the map summed over the region, in years if the map is in years.
+# `share` is the region's part of all absolute heat. `density` is that share divided by the region's share of the
+# volume: above 1 there is more heat than its size explains. Region borders are approximate.
 
 # %%
 regions = region_table(groups[-1].heat, coarse_regions(model.settings)) if groups else pd.DataFrame()
@@ -186,12 +186,12 @@ regions.round(3)
 
 # %% [markdown]
 # ## Can the maps be believed?
-# In the known-answer cohort we know where ageing was planted. Heat should fall there. It should do so more than plain
-# edges of the scan, and more than the heat of a network with random weights. `above` says from which planted change on a
-# voxel counts as ageing (1 is the largest), `planted` how many voxels do. `auc` is the area under the ROC curve, 0.5 by
-# chance; `ap` is the average precision, as high as `planted` by chance. Where the brain differs from the mean brain also
-# tells much, without any model. The ceiling is what the training heads show of the ageing themselves. On people nobody
-# knows the answer.
+# In the demo cohort the places of simulated (*planted*) ageing are known. Heat should be there, and agree with it
+# better than plain edges of the scan or the heat of a network with random weights do. `above` is the planted change
+# from which on a voxel counts as ageing (1 is the largest), `planted` the share of voxels that do. `auc` is the area
+# under the ROC curve, 0.5 by chance; `ap` is the average precision, as high as `planted` by chance. The difference of
+# a brain from the mean brain also finds much of it, without any model. The ceiling is how well the training heads
+# themselves show the ageing. For real people the answer is not known.
 
 # %%
 from brainage_nb.demo.cohort import AGEING_MAP
