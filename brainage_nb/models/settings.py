@@ -92,7 +92,7 @@ class TrainingSettings:
     folds : int
         Cross-validation folds over train and validation; 0 for none.
     final : bool
-        Trained on everybody: the folds (5 unless `folds` is set) go over all subjects, the test split too, and
+        Train on everybody: the folds (5 unless `folds` is set) go over all subjects, the test split too, and
         their models are used together. Such a run is judged out of fold, everybody once.
     inner_fraction : float
         With folds, the share of each fold's training subjects that chooses the best epoch. 0 with
