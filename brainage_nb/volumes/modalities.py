@@ -6,6 +6,7 @@ doi:10.1016/S0031-3203(98)00091-0), which needs no word on which tissue is brigh
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,7 @@ LEAST_TOLD = 0.02  # information beyond 1: noise has 0.004, two contrasts of one
 # also with 6 mm slices, noise, blur, a strong bias field, half the head); other people's 0.36 to 0.49 (11
 # pairs), a wrong voxel size 0.33, turned or upside down 0.20. A mirrored head, 0.55, is not told apart.
 LOWEST_FIT = 0.51
+ENTITY = re.compile(r"(?:^|[/\\_])(sub|ses)-([0-9A-Za-z]+)")  # of BIDS
 
 
 class Similarity:
@@ -154,8 +156,9 @@ def lay_onto_t1w(
     Raises
     ------
     ScanError
-        One of the two cannot be used, both are one picture (`same_scan`), or no rigid move lays one onto the
-        other (`not_registered`).
+        One of the two cannot be used, both are one picture (`same_scan`), their names say that they are of
+        different people or sessions (`other_session`), or no rigid move lays one onto the other
+        (`not_registered`).
 
     Examples
     --------
@@ -170,6 +173,14 @@ def lay_onto_t1w(
             f"{Path(scan).name} was given as the {modality} scan, and it is the T1w scan "
             f"{t1w.extra['path'].name} itself: every voxel is the same. Give the {modality} scan.",
         )
+    said, expected = (_read_entities(path) for path in (scan, t1w.extra["path"]))
+    if any(said[key] != expected[key] for key in said.keys() & expected.keys()):
+        raise ScanError(
+            "other_session",
+            f"By their names {Path(scan).name} is of {' '.join(said.values())}, and the T1w scan "
+            f"{t1w.extra['path'].name} of {' '.join(expected.values())}. Give the {modality} scan of the "
+            "same person and session.",
+        )
     to_scan, fit = register(t1w, picture)
     if fit < LOWEST_FIT:
         names = f"{Path(scan).name} cannot be laid onto {t1w.extra['path'].name}"
@@ -180,6 +191,11 @@ def lay_onto_t1w(
         )
     extra = image.extra | {"t1w": t1w, "modality": modality}
     return type(image)(image.dataobj, np.linalg.inv(to_scan) @ image.affine, extra=extra)
+
+
+def _read_entities(path: str | Path) -> dict[str, str]:
+    """Person and session that a BIDS name states, as {"sub": "sub-01", "ses": "ses-2"}, as far as it does."""
+    return {key: f"{key}-{label}" for key, label in ENTITY.findall(str(path))}
 
 
 def _open_scan(scan: str | Path, modality: str) -> tuple[nib.Nifti1Image, nib.Nifti1Image]:

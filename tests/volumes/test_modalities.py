@@ -1,5 +1,6 @@
 """Other modalities: laid onto the T1w scan of their session where they fit, refused where not; stores."""
 
+import shutil
 import sys
 
 import nibabel as nib
@@ -169,6 +170,15 @@ def test_the_t1w_scan_itself_is_no_other_modality_under_whatever_name(pair, tmp_
 
 
 # --- maps from series -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["sub-2_T2w.nii.gz", "ses-2/sub-2_ses-1_T2w.nii.gz"])
+def test_a_name_of_another_person_is_refused_however_well_the_scan_fits(pair, known_move, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    shutil.copy(pair[1], tmp_path / name)
+    with pytest.raises(ScanError, match=r"is of .*sub-2.*of sub-1.*same person") as refused:
+        lay_onto_t1w(tmp_path / name, pair[0], "T2w")
+    assert refused.value.code == "other_session"
 
 
 @pytest.fixture
