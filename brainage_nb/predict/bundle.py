@@ -281,22 +281,20 @@ class Bundle:
         from brainage_nb.volumes.scans import load_scan, voxel_sizes
 
         try:
-            image = load_scan(scan, max_voxels=MAX_VOXELS)
+            image = t1w = load_scan(scan, max_voxels=MAX_VOXELS)
             if other is not None:
-                image = lay_onto_t1w(other, image, self.settings.modality)
+                image = lay_onto_t1w(other, t1w, self.settings.modality)
             volume = as_stored(preprocess(image, self.settings))
         except MemoryError:
             raise ScanError("too_large", f"{scan.name} does not fit into memory.") from None
         training = self.manifest["training"]
-        cautions = [
-            *(Caution(*flag) for flag in image.extra["flags"].items()),
-        ]
+        cautions = [Caution(*flag) for flag in image.extra["flags"].items()]
         if other is None:  # what is known of voxels and heads in training is known of T1w scans
             cautions += find_voxel_cautions(voxel_sizes(image.affine), training.get("voxel_mm"))
             cautions += find_head_cautions(find_head(image), trained_stripped=training.get("skull_stripped"))
         if self.trained_on_files([scan])[0]:
             cautions.append(Caution.of("training_scan"))
-        return volume, grid_affine(image, self.settings), measure_scan(image), cautions
+        return volume, grid_affine(image, self.settings), measure_scan(t1w), cautions
 
     def _check_predicted(self, age: float, scan: Path) -> float:
         if np.isnan(age) and self.model.kind == VGG:

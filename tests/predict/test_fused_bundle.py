@@ -12,11 +12,13 @@ from brainage_nb.bundle_format import BundleError, all_seen, open_bundle, zip_bu
 from brainage_nb.cli import main
 from brainage_nb.evaluation.evaluate import evaluate_runs
 from brainage_nb.models.network import list_training_people, load_pretrained
+from brainage_nb.predict import bundle as predict
 from brainage_nb.predict.bundle import load_bundle
 from brainage_nb.predict.cautions import Failure
 from brainage_nb.predict.explain import explain
 from brainage_nb.predict.saving import current_bundle, offer_fused_bundle, save_fused_bundle
-from brainage_nb.volumes.scans import ScanError
+from brainage_nb.volumes.scan_statistics import measure_scan
+from brainage_nb.volumes.scans import ScanError, load_scan
 from brainage_nb.workspace import MissingInput
 from tests.evaluation.fake_workspace import cohort_frame, simulated, write_run, write_workspace
 from tests.models.tiny_bundle import (
@@ -102,6 +104,15 @@ def test_a_model_of_the_second_scan_alone_asks_for_it(bundle, scans):
     assert second.others == ("T2w",)
     with pytest.raises(ScanError, match=r"t1.nii: .* reads the T2w scan of a session. .*--also T2w=FILE"):
         second.predict(scans[0])
+
+
+def test_a_second_scan_is_compared_by_its_volume_and_by_the_t1w_scan_that_training_was(
+    bundle, scans, monkeypatch
+):
+    compared = []
+    monkeypatch.setattr(predict, "find_likeness_cautions", lambda *given: compared.append(given[2]) or [])
+    bundle.members[1].predict(scans[0], also={"T2w": scans[1]})
+    assert np.array_equal(compared[0], measure_scan(load_scan(scans[0])))
 
 
 def test_the_command_fuses_and_says_what_it_had_to_do_without(scans, place, capsys):
