@@ -25,7 +25,7 @@ from brainage_nb.workspace import MissingInput, read_json, write_json, write_tex
 
 FORMAT = 1  # raise it when an older reader would misread a newer bundle
 MANIFEST, CARD = "bundle.json", "README.md"
-RESNET, VGG, FUSED = "resnet18", "vgg16_svr", "fused"  # kinds of model
+RESNET, VGG, FUSED = "resnet18", "vgg16_svr", "fused"  # kinds of model; runs are called so too
 MEMBER = re.compile(r"(model-[0-9])/.*")  # a file of a whole bundle inside of a fused one
 ARRAYS = re.compile(r"(member-[0-9]{2}|vgg_svr|vgg16_features|reference)\.safetensors")
 WHOLE = ("num_batches_tracked", "positions")  # arrays of whole numbers

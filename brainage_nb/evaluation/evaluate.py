@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from brainage_nb.bundle_format import FUSED
 from brainage_nb.cohort.rules import count_diagnoses, judge_controls, name_controls
 from brainage_nb.cohort.splits import SPLITS
 from brainage_nb.evaluation import metrics
@@ -24,7 +25,7 @@ from brainage_nb.evaluation.correction import (
     coverage,
 )
 from brainage_nb.evaluation.external import ExternalEvaluation
-from brainage_nb.evaluation.fusion import FUSED, Fusion, fuse_runs
+from brainage_nb.evaluation.fusion import Fusion, fuse_runs
 from brainage_nb.evaluation.rates import measure_rates
 from brainage_nb.evaluation.runs import (
     OUT_OF_FOLD,

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from brainage_nb.bundle_format import FUSED
 from brainage_nb.cohort.splits import deal_folds
 from brainage_nb.evaluation import metrics
 from brainage_nb.evaluation.correction import LEVEL, Calibration, EvaluationError
 from brainage_nb.evaluation.runs import OUT_OF_FOLD, Run, add_gaps, calibrate
 
-FUSED = "fused"  # the name under which the fused ages stand beside the runs
 FEWEST, ENOUGH_TO_STACK = 10, 200  # people who hold out ages of all runs: for any weights, for ridge's
 MOST_RUNS = 6
 PENALTIES = np.logspace(-1, 4, 11)
@@ -277,8 +277,8 @@ def _refuse_other_splits(runs: Mapping[str, Run]) -> None:
     parts = {}
     for name, run in runs.items():
         rows = run.predictions
-        held_out = (rows["split"] != "test") & (rows["fold"] >= 0)
-        parts[name] = rows["split"].mask(held_out, OUT_OF_FOLD).groupby(rows["subject_id"]).first()
+        part = rows["split"].mask(metrics.is_out_of_fold(rows), OUT_OF_FOLD)
+        parts[name] = part.groupby(rows["subject_id"]).first()
     for a, b in combinations(runs, 2):
         both = pd.concat([parts[a], parts[b]], axis=1, join="inner", keys=[a, b])
         other = both[both[a] != both[b]]

@@ -104,8 +104,7 @@ def metrics_by_split(predictions: pd.DataFrame, variant: str) -> pd.DataFrame:
     if not len(predictions):
         return pd.DataFrame()
     rows = predictions[predictions["variant"] == variant]
-    held_out = (rows["fold"] >= 0) & (rows["split"] != "test")
-    chosen = rows.groupby(rows["split"].mask(held_out, "out of fold"))
+    chosen = rows.groupby(rows["split"].mask(is_out_of_fold(rows), "out of fold"))
     reference_age = mean_training_age(predictions)
     rows = {
         split: flat(measure_rows(chosen.get_group(split), reference_age=reference_age))
@@ -183,9 +182,14 @@ def mean_with_interval(
     return _value_with_interval(sums[:, 0] / sums[:, 1]) | {"n": len(columns), "n_subjects": n_subjects}
 
 
+def is_out_of_fold(predictions: pd.DataFrame) -> pd.Series:
+    """Of each row, whether it is of train or validation and predicted out of fold (columns `split, fold`)."""
+    return (predictions["split"] != "test") & (predictions["fold"] >= 0)
+
+
 def has_folds(predictions: pd.DataFrame) -> bool:
     """Whether train and validation rows are out-of-fold predictions (columns `split, fold`)."""
-    return bool(((predictions["split"] != "test") & (predictions["fold"] >= 0)).any())
+    return bool(is_out_of_fold(predictions).any())
 
 
 def mean_training_age(predictions: pd.DataFrame) -> float:

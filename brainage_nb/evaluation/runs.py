@@ -99,7 +99,7 @@ class Run:
         """Rows of `train`, `val` or `test`, or all out-of-fold rows (`out_of_fold`)."""
         rows = self.predictions
         if split == OUT_OF_FOLD:
-            return rows[(rows["split"] != "test") & (rows["fold"] >= 0)]
+            return rows[metrics.is_out_of_fold(rows)]
         return rows[rows["split"] == split]
 
     @property

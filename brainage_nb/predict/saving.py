@@ -219,9 +219,7 @@ def _is_current(run_folder: Path | str) -> bool:
         whole = open_bundle(made.parent)
         for files in whole.members.values() or [whole]:
             for file in files.manifest["files"]:
-                files.arrays(
-                    file
-                )  # of another content than was saved, it would be refused at each prediction
+                files.arrays(file)  # of other content than was saved, each prediction would refuse it
     except BundleError:
         return False
     if whole.members:

@@ -73,9 +73,10 @@ from pathlib import Path
 
 from IPython.display import Markdown
 
+from brainage_nb.bundle_format import FUSED
 from brainage_nb.evaluation import report as tables
 from brainage_nb.evaluation.evaluate import evaluate_runs, headline_table
-from brainage_nb.evaluation.fusion import FUSED, FusionSettings
+from brainage_nb.evaluation.fusion import FusionSettings
 from brainage_nb.evaluation.plots import draw_external, draw_figures
 from brainage_nb.evaluation.report import write_report
 from brainage_nb.parameters import read_parameters
