@@ -137,7 +137,7 @@ class Models:
 
     def _splits(self, task: Task) -> pd.DataFrame:
         """Splits in which the judged scans are the test part."""
-        scans = self.cohort.assign(split="")
+        scans = self.cohort.assign(split="", fold=-1)
         split = scans.columns.get_loc("split")
         scans.iloc[list(task.learn), split], scans.iloc[list(task.judged), split] = "train", "test"
         scans = scans[scans["split"] != ""]
@@ -166,7 +166,7 @@ class Models:
         features = extract_features(
             store, self.cache / "features", network, settings=settings, scan_ids=self.cohort["scan_id"]
         )
-        splits = splits.assign(split=splits["split"].where(splits["split"] == "test", "train"), fold=-1)
+        splits = splits.assign(split=splits["split"].where(splits["split"] == "test", "train"))
         rows = train_vgg_svr(features, splits, folder / "run", network).predictions
         return rows[rows["variant"] == "late"]
 
