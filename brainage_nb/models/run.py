@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from brainage_nb.cohort.splits import check_splits, deal_everybody
 from brainage_nb.evaluation.runs import digest_tables, find_altered
 from brainage_nb.models.compute import check_disk, choose_device, choose_precision
-from brainage_nb.models.fit import HISTORY, Trainer, VolumeDataset, common_grid, list_stores
+from brainage_nb.models.fit import HISTORY, Trainer, VolumeDataset, common_grid, list_copies, list_stores
 from brainage_nb.models.network import (
     build_network,
     count_weights,
@@ -77,6 +77,10 @@ class Job:
             **{
                 f"channel_{n}": f"{one.fingerprint} {_digest_files(self.scans, one)}"
                 for n, one in enumerate(self.stores[1:], start=2)
+            },
+            **{
+                f"copies_{n}": f"{one.fingerprint} {_digest_files(self.scans, one)}"
+                for n, one in enumerate(list_copies(self.stores), start=1)
             },
             **{f"own_{name}": value for name, value in self.own.items() if value},
         }
@@ -233,6 +237,7 @@ class Job:
             "modality": " + ".join(self.settings.channel_names),
             "recipe": self.settings.recipe,
             "final": self.settings.final,
+            "stripped_copies": bool(list_copies(self.stores)),
             "own": self.own,
             "seen_before": list_training_people(self.settings.init_from),
             "settings": self.settings.to_json(),

@@ -269,10 +269,11 @@ class Bundle:
 
     def _prepare(
         self, scan: Path, other: Path | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Caution]]:
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[Caution]]:
         """The volume as the model takes it, its affine, the T1w scan's statistics, and what was noticed.
 
-        Of the T1w scan, or of another scan of its session, laid onto it.
+        Of the T1w scan, or of another scan of its session, laid onto it. Statistics of a head without skull are
+        left out: training has those of whole heads alone.
         """
         from brainage_nb.volumes.heads import find_head
         from brainage_nb.volumes.modalities import lay_onto_t1w
@@ -288,13 +289,17 @@ class Bundle:
         except MemoryError:
             raise ScanError("too_large", f"{scan.name} does not fit into memory.") from None
         training = self.manifest["training"]
+        copies = training.get("stripped_copies", False)
         cautions = [Caution(*flag) for flag in image.extra["flags"].items()]
         if other is None:  # what is known of voxels and heads in training is known of T1w scans
             cautions += find_voxel_cautions(voxel_sizes(image.affine), training.get("voxel_mm"))
-            cautions += find_head_cautions(find_head(image), trained_stripped=training.get("skull_stripped"))
+            stripped = training.get("skull_stripped")
+            cautions += find_head_cautions(find_head(image), trained_stripped=stripped, with_copies=copies)
         if self.trained_on_files([scan])[0]:
             cautions.append(Caution.of("training_scan"))
-        return volume, grid_affine(image, self.settings), measure_scan(t1w), cautions
+        known_stripped = any(caution.code == "without_skull" for caution in cautions)
+        statistics = None if known_stripped else measure_scan(t1w)
+        return volume, grid_affine(image, self.settings), statistics, cautions
 
     def _check_predicted(self, age: float, scan: Path) -> float:
         if np.isnan(age) and self.model.kind == VGG:

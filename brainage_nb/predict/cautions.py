@@ -357,11 +357,12 @@ class Reference:
         """Correlation of one volume (size, size, size), blurred, with the mean."""
         return _correlate(blur(volume), self.mean)
 
-    def describe(self, volume: np.ndarray, scan: np.ndarray) -> np.ndarray:
-        """Numbers to compare one volume (size, size, size) by, as many as a row has: its statistics and its
-        likeness, then the statistics (10,) of its scan.
+    def describe(self, volume: np.ndarray, scan: np.ndarray | None) -> np.ndarray:
+        """Numbers to compare one volume (size, size, size) by, at most as many as a row has: its statistics and
+        its likeness, then the statistics (10,) of its scan if given.
         """
-        numbers = [*image_statistics(volume), _stretch(self.correlation(volume)), *scan]
+        known = () if scan is None else scan
+        numbers = [*image_statistics(volume), _stretch(self.correlation(volume)), *known]
         return np.array(numbers)[: self.rows.shape[1]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -450,10 +451,16 @@ def _correlate(one: np.ndarray, other: np.ndarray) -> float:
 # --- what to warn about ---------------------------------------------------------------------------------
 
 
-def find_likeness_cautions(reference: Reference, volume: np.ndarray, scan: np.ndarray) -> list[Caution]:
-    """Whether a volume, or its scan (statistics (10,)), is unlike the training scans, in one caution."""
+def find_likeness_cautions(
+    reference: Reference, volume: np.ndarray, scan: np.ndarray | None
+) -> list[Caution]:
+    """Whether a volume, or its scan (statistics (10,)), is unlike the training scans, in one caution.
+
+    Without the scan's statistics the volume alone is compared.
+    """
     if reference.rows is not None:
-        found = measure_remoteness(reference.rows, reference.describe(volume, scan))
+        rows = reference.rows if scan is not None else reference.rows[:, : len(STATISTICS)]
+        found = measure_remoteness(rows, reference.describe(volume, scan)[: rows.shape[1]])
         if found.p_value > found.limit:
             return []
         than = f"all {found.n}" if found.n_nearer == found.n else f"{found.n_nearer} of the {found.n}"
@@ -504,10 +511,17 @@ def find_voxel_cautions(voxel_size: Sequence[float], usual: Sequence[float] | No
     return [Caution.of("coarse_voxels", size=size)] if coarse or flat else []
 
 
-def find_head_cautions(head: Head, *, trained_stripped: bool | None) -> list[Caution]:
-    """Whether the head is whole, and prepared as the training scans were (None: not known how they were)."""
+def find_head_cautions(
+    head: Head, *, trained_stripped: bool | None, with_copies: bool = False
+) -> list[Caution]:
+    """Whether the head is whole, and prepared as the training scans were (None: not known how they were).
+
+    `with_copies`: trained on copies without skull as well.
+    """
     found = [Caution.of("cut_off", sides=", ".join(head.cut_off))] if head.cut_off else []
-    if trained_stripped is not None and head.skull_stripped != trained_stripped:
+    if with_copies and head.skull_stripped and not trained_stripped:
+        found.append(Caution.of("without_skull"))
+    elif trained_stripped is not None and head.skull_stripped != trained_stripped:
         this, those = "a whole head", "skull-stripped scans"
         if head.skull_stripped:
             this, those = "a skull-stripped brain", "whole heads"

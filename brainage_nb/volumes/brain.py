@@ -85,11 +85,15 @@ class Brain:
 
     def mask_on(self, affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """The mask (bool) on a grid: its affine (voxel to the scan's world, mm) and shape."""
+        return self.depth_on(affine, shape) < 0
+
+    def depth_on(self, affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Signed distance to the mask's surface (mm, negative inside) on a grid, as for `mask_on`."""
         from scipy.ndimage import affine_transform
 
         to_grid = np.linalg.inv(self.alignment.to_scan @ template(FINE_MM).affine) @ affine
         where = to_grid[:3, :3], to_grid[:3, 3]
-        return affine_transform(self.depth_mm, *where, tuple(shape), order=1, cval=50.0) < 0
+        return affine_transform(self.depth_mm, *where, tuple(shape), order=1, cval=50.0)
 
 
 def find_brain(image: nib.spatialimages.SpatialImage, *, found_masks: bool = False) -> Brain:

@@ -7,6 +7,7 @@ GaussianSmooth and SpatialResample, of which most would be cropped away again.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 # World axes and voxel lattice count as parallel when the farthest voxel is off by less than this.
 PARALLEL_MM = 1e-3
+# Tools that strip the skull cut at the cortex or somewhat outside: mm from the mask's surface, which lies about
+# 3 mm outside of the cortex.
+STRIP_MM = (-5.0, 1.0)
 
 
 class Stage(NamedTuple):
@@ -99,11 +103,11 @@ def preprocess(
 
 def list_steps(settings: PreprocessingSettings) -> list[Callable[[Stage], Stage]]:
     """The steps after opening, in order, as functions from stage to stage."""
-    masks = {"found_masks": settings.found_masks}
+    masks, stripped = {"found_masks": settings.found_masks}, {"stripped": True} if settings.stripped else {}
     numbers = {name: getattr(settings, name) for name in ("spacing_mm", "size", "smooth", "to_mni")}
     sampling = partial(smooth_and_sample, **numbers, **masks)
     if settings.grey_matter:
-        return [partial(share_grey_matter, **masks), sampling]
+        return [partial(share_grey_matter, **masks, **stripped), sampling]
     return [sampling, partial(scale_brain, **masks) if settings.brain_only else partial(scale_cube)]
 
 
@@ -157,9 +161,9 @@ def smooth_and_sample(
     return Stage(cube, grid, np.full(3, spacing_mm), stage.scan)
 
 
-def share_grey_matter(stage: Stage, *, found_masks: bool = True) -> Stage:
+def share_grey_matter(stage: Stage, *, found_masks: bool = True, stripped: bool = False) -> Stage:
     """The share of grey matter in each voxel, 0 to 1, on the template's grid."""
-    found = find_tissues(stage.scan, found_masks=found_masks)
+    found = find_tissues(stage.scan, found_masks=found_masks, stripped=stripped)
     fine = brain_or_error(stage.scan, found_masks=found_masks).alignment.to_scan @ tissues.grid()
     return Stage(found.grey, fine, np.full(3, tissues.SPACING_MM), stage.scan)
 
@@ -178,8 +182,12 @@ def scale_brain(stage: Stage, *, found_masks: bool = True) -> Stage:
     return stage._replace(array=scaled)
 
 
-def find_tissues(image: nib.spatialimages.SpatialImage, *, found_masks: bool = True) -> tissues.Tissues:
+def find_tissues(
+    image: nib.spatialimages.SpatialImage, *, found_masks: bool = True, stripped: bool = False
+) -> tissues.Tissues:
     """Grey and white matter of a scan, on `tissues.grid()`.
+
+    With `stripped`, as if another tool had removed the skull before: see `PreprocessingSettings`.
 
     Raises
     ------
@@ -188,13 +196,24 @@ def find_tissues(image: nib.spatialimages.SpatialImage, *, found_masks: bool = T
     """
     brain = brain_or_error(image, found_masks=found_masks)
     fine = brain.alignment.to_scan @ tissues.grid()
-    voxels = resample_to(tissues.RESOLUTION_MM, _voxels(image), image.affine, fine, tissues.SIZE)
-    found = tissues.tissues_of(voxels, brain.mask_on(fine, voxels.shape))
+    voxels = _voxels(image)
+    if stripped:
+        voxels = np.where(brain.depth_on(image.affine, voxels.shape) < _draw_margin(voxels), voxels, 0)
+    empty = (voxels == 0).astype(np.float32)
+    bright, empty = (
+        resample_to(tissues.RESOLUTION_MM, one, image.affine, fine, tissues.SIZE) for one in (voxels, empty)
+    )
+    found = tissues.tissues_of(bright, brain.depth_on(fine, bright.shape), empty)
     if found.problems:
         raise ScanError(
             "tissues_unclear", f"{'; '.join(found.problems)}. Look at the scan, or choose a recipe without."
         )
     return found
+
+
+def _draw_margin(voxels: np.ndarray) -> float:
+    """How far outside of the brain's mask a scan is stripped, mm; always the same for the same voxels."""
+    return float(np.random.default_rng(zlib.crc32(np.ascontiguousarray(voxels))).uniform(*STRIP_MM))
 
 
 def build_transforms(text: str) -> list[Any]:

@@ -2,7 +2,8 @@
 
 A mixture of three normals (fluid, grey, white) over the logarithm of brightness, with the template's tissue
 maps as prior and a slow field of brightness fitted along with it: the idea of unified segmentation (Ashburner
-and Friston 2005, doi:10.1016/j.neuroimage.2005.02.018) on a brain that already lies on the template.
+and Friston 2005, doi:10.1016/j.neuroimage.2005.02.018) on a brain that already lies on the template. Means,
+variances and field come from the brain's core, which a whole head and a skull-stripped one have in common.
 """
 
 from __future__ import annotations
@@ -15,13 +16,16 @@ import numpy as np
 from brainage_nb.volumes.registration import exponents, mni_grid, polynomial_field, polynomials
 from brainage_nb.volumes.resampling import one_thread, resample_to
 
-VERSION = 1  # raised whenever the same scan gives other tissues than before; part of fingerprints
+VERSION = 2  # raised whenever the same scan gives other tissues than before; part of fingerprints
 SPACING_MM, SIZE = 2.0, 96  # grid in MNI152 space on which tissues are told apart
 # Scans are brought to this resolution first: blur makes grey matter of white and fluid, so that the same head
 # at 1 mm and with slices of 3 mm would differ by years.
 RESOLUTION_MM = 3.0
 PRIOR_MM = 6.0  # full width at half maximum by which the template's maps are smoothed
 LOWEST_PRIOR = 0.02  # no tissue is impossible anywhere
+CORE_MM = 4.0  # deeper than this below the mask's surface (about 3 mm outside of the cortex) is fitted
+RIM_MM = 2.0  # nothing nearer to the surface is grey or white matter
+MOST_EMPTY, LITTLE_EMPTY = 0.7, 0.1  # a voxel of which more was cut away is no brain; less is as nothing
 FIELD_DEGREE = 4  # of the polynomials of the field of brightness
 FIELD_PRIOR = 1e-3  # keeps it even where little speaks for a field
 # Brightness is put on a scale of the brain's own before its logarithm is taken: an offset of the scanner's
@@ -60,30 +64,48 @@ def grid() -> np.ndarray:
     return mni_grid(SPACING_MM, SIZE)
 
 
-def tissues_of(brightness: np.ndarray, inside: np.ndarray) -> Tissues:
+def tissues_of(brightness: np.ndarray, depth_mm: np.ndarray, empty: np.ndarray | float = 0.0) -> Tissues:
     """Tell the tissues of a T1-weighted brain apart.
 
     Parameters
     ----------
     brightness : (96, 96, 96) float32 array
         The scan on `grid()`, in any unit.
-    inside : (96, 96, 96) bool array
-        The brain with the fluid around it.
+    depth_mm : (96, 96, 96) float32 array
+        Signed distance to the surface of the brain with the fluid around it, mm, negative inside.
+    empty : (96, 96, 96) float32 array, optional
+        Share of each voxel that was cut away (exactly 0 in the scan), as around a skull-stripped brain.
     """
-    if not inside.any():
+    empty = _connect_outside(empty, depth_mm) if np.ndim(empty) else empty
+    inside = (depth_mm < 0) & (empty < MOST_EMPTY)
+    core = inside & (depth_mm < -CORE_MM)
+    if not core.any():
         return Tissues(*np.zeros((2, *inside.shape), np.float32), 0.0, ("there is no brain in the template",))
-    prior, logs = _prior()[:, inside], _logs(brightness[inside])
-    places = np.argwhere(inside)
-    few = (places % STEP == 0).all(axis=1)
-    basis = _basis(inside.shape)[:, *(places[few] // STEP).T]
+    # what is left of a voxel's brightness, without the zeros beside it
+    brightness = brightness / np.maximum(1 - empty, 1 - MOST_EMPTY)
+    prior, logs = _prior(), _logs(brightness, core)
+    few = np.argwhere(core)
+    few = few[(few % STEP == 0).all(axis=1)].T
     with one_thread():
-        means, variances, field = _fit(logs[few], prior[:, few], basis)
-    even = logs - polynomial_field(grid(), inside.shape, exponents(FIELD_DEGREE)[1:], field)[inside]
-    probability = _probabilities(even, prior, means, variances)
+        means, variances, field = _fit(logs[*few], prior[:, *few], _basis(inside.shape)[:, *(few // STEP)])
+    even = logs - polynomial_field(grid(), inside.shape, exponents(FIELD_DEGREE)[1:], field)
+    deep = inside & (depth_mm < -RIM_MM)
+    probability = _probabilities(even[deep], prior[:, deep], means, variances)
     maps = np.zeros((2, *inside.shape), np.float32)
-    maps[:, inside] = probability[1:]
+    maps[:, deep] = probability[1:]
     contrast = float(np.min(np.diff(means) / np.sqrt(variances[1:])))
     return Tissues(*maps, contrast, _problems(contrast, *probability[1:].sum(axis=1)))
+
+
+def _connect_outside(empty: np.ndarray, depth_mm: np.ndarray) -> np.ndarray:
+    """`empty` where it goes on outside of the brain, and 0 elsewhere: fluid that is 0 was not cut away."""
+    from scipy.ndimage import label
+
+    parts, n = label(empty > LITTLE_EMPTY)
+    outside = np.zeros(n + 1, bool)
+    outside[parts[depth_mm > 0]] = True
+    outside[0] = False
+    return np.where(outside[parts], empty, np.float32(0))
 
 
 @lru_cache(maxsize=1)
@@ -95,9 +117,9 @@ def _basis(shape: tuple[int, ...]) -> np.ndarray:
     return np.ascontiguousarray(basis, np.float32).reshape(-1, *index.shape[1:])
 
 
-def _logs(brightness: np.ndarray) -> np.ndarray:
-    """Logarithms (n,) of brightness on the brain's own scale."""
-    dark, bright = np.percentile(brightness, [DARK_PERCENTILE, BRIGHT_PERCENTILE])
+def _logs(brightness: np.ndarray, core: np.ndarray) -> np.ndarray:
+    """Logarithms of brightness on the scale of the brain's core."""
+    dark, bright = np.percentile(brightness[core], [DARK_PERCENTILE, BRIGHT_PERCENTILE])
     scaled = ADDED + (brightness - dark) / max(bright - dark, 1e-6)
     return np.log(np.maximum(scaled, DARKEST)).astype(np.float32)
 

@@ -213,7 +213,7 @@ def test_recipes_name_their_switches_and_the_reference_keeps_its_fingerprint():
         PreprocessingSettings.of_recipe("bset")
     old = {"settings": {"spacing_mm": 2.0, "size": 96, "smooth": True}, "fingerprint": reference.fingerprint}
     assert PreprocessingSettings.from_json(old) == reference
-    assert BEST.fingerprint == "4mm-48-11f6831ba1"
+    assert BEST.fingerprint == "4mm-48-c932dded7e"
     without_n4 = old | {"settings": old["settings"] | {"n4": False}}
     assert PreprocessingSettings.from_json(without_n4) == reference
     with pytest.raises(ValueError, match="n4"):

@@ -6,7 +6,8 @@ import pytest
 
 from brainage_nb.volumes import preprocessing
 from brainage_nb.volumes.preprocessing import preprocess
-from brainage_nb.volumes.registration import _read_template
+from brainage_nb.volumes.brain import MARGIN_MM
+from brainage_nb.volumes.registration import _read_template, signed_distance
 from brainage_nb.volumes.resampling import resample, smoothing_sd
 from brainage_nb.volumes.scans import ScanError
 from brainage_nb.volumes.settings import PreprocessingSettings
@@ -35,6 +36,11 @@ def template_brain():
     return brightness, inside > 0.5, grey, white
 
 
+def depth(inside):
+    """Signed distance as `find_brain` gives it: the mask's surface lies 3 mm outside of the cortex."""
+    return signed_distance(inside, SPACING_MM) - MARGIN_MM
+
+
 def slow_field(log):
     """Brighter to the front and the top, by up to exp(±log)."""
     line = np.linspace(-1, 1, SIZE)
@@ -43,7 +49,7 @@ def slow_field(log):
 
 def test_the_templates_tissues_are_those_of_its_own_maps(template_brain):
     brightness, inside, grey, white = template_brain
-    found = tissues_of(brightness, inside)
+    found = tissues_of(brightness, depth(inside))
     assert found.problems == ()
     assert np.corrcoef(found.grey[inside], grey[inside])[0, 1] > 0.85
     assert np.corrcoef(found.white[inside], white[inside])[0, 1] > 0.93
@@ -60,7 +66,7 @@ def test_what_departs_from_the_template_is_seen_where_it_is(template_brain):
     fluid = (grey > 0.8) & (np.indices(inside.shape)[2] > 72)  # the upper cortex gone
     assert deep.sum() > 100 and fluid.sum() > 500
     scan[deep], scan[fluid] = levels[0], 0.25 * levels[0]
-    found, before = tissues_of(scan, inside), tissues_of(brightness, inside)
+    found, before = tissues_of(scan, depth(inside)), tissues_of(brightness, depth(inside))
     assert before.grey[deep].mean() < 0.1 and before.grey[fluid].mean() > 0.8
     assert found.grey[deep].mean() > 0.5 and found.white[deep].mean() < 0.5
     assert found.grey[fluid].mean() < 0.1
@@ -68,23 +74,23 @@ def test_what_departs_from_the_template_is_seen_where_it_is(template_brain):
 
 def test_uneven_light_and_another_gain_move_no_tissue(template_brain):
     brightness, inside, _, _ = template_brain
-    even = tissues_of(brightness, inside).grey[inside]
+    even = tissues_of(brightness, depth(inside)).grey[inside]
     field = slow_field(0.25)
     assert np.ptp(np.log(field)) > 0.45
-    lit = tissues_of(brightness * field, inside).grey[inside]
-    brighter = tissues_of(brightness * 1.1, inside).grey[inside]
+    lit = tissues_of(brightness * field, depth(inside)).grey[inside]
+    brighter = tissues_of(brightness * 1.1, depth(inside)).grey[inside]
     assert np.abs(lit - even).mean() < 0.02
     assert np.abs(brighter - even).mean() < 0.01
-    offset = tissues_of(brightness + 0.3, inside).grey[inside]
+    offset = tissues_of(brightness + 0.3, depth(inside)).grey[inside]
     assert np.abs(offset - even).mean() < 1e-3
 
 
 def test_the_order_of_brightness_of_another_contrast_is_refused(template_brain):
     brightness, inside, _, _ = template_brain
     inverted = np.where(inside, 1.2 - brightness, 0).astype(np.float32)
-    assert "T1-weighted" in tissues_of(inverted, inside).problems[0]
+    assert "T1-weighted" in tissues_of(inverted, depth(inside)).problems[0]
     noise = np.random.default_rng(0).uniform(0.3, 1, brightness.shape).astype(np.float32)
-    assert tissues_of(noise, inside).problems
+    assert tissues_of(noise, depth(inside)).problems
 
 
 def test_best_gives_the_grey_matter_of_a_tilted_head(template_brain):
@@ -112,7 +118,7 @@ def test_a_field_of_view_without_brain_gives_no_volume(monkeypatch):
     monkeypatch.setattr(preprocessing, "_grid", lambda *_: beside)
     with pytest.raises(ScanError, match="outside of the field of view"):
         preprocess(head(pose())[0], BEST)
-    assert not tissues_of(np.ones((SIZE,) * 3, np.float32), np.zeros((SIZE,) * 3, bool)).grey.any()
+    assert not tissues_of(np.ones((SIZE,) * 3, np.float32), np.full((SIZE,) * 3, 9.0)).grey.any()
 
 
 def _grid_of(settings):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from monai.transforms import MedianSmooth, NormalizeIntensity, RandFlip, ScaleIntensity, Transform
 
-from brainage_nb.volumes import brain, heads, registration, tissues
+from brainage_nb.volumes import brain, heads, preprocessing, registration, tissues
 from brainage_nb.volumes.preprocessing import preprocess
 from brainage_nb.volumes.scans import ScanError
 from brainage_nb.volumes.settings import (
@@ -156,8 +156,12 @@ def test_the_numbers_that_make_the_fingerprint_are_those_that_are_used():
     assert list(registration.DEGREES) == STEPS["find the brain"]["bending_degrees"]
     for name in ("margin_mm", "lowest_correlation"):
         assert getattr(brain, name.upper()) == STEPS["find the brain"][name]
-    for name in ("spacing_mm", "resolution_mm", "prior_mm", "field_degree", "lowest_contrast"):
+    for name in (
+        *("spacing_mm", "resolution_mm", "prior_mm", "field_degree", "lowest_contrast"),
+        *("core_mm", "rim_mm"),
+    ):
         assert getattr(tissues, name.upper()) == STEPS["tissues"][name]
+    assert list(preprocessing.STRIP_MM) == STEPS["strip the skull"]["margin_mm"]
     for name, value in BELOW_CROWN.items():
         assert getattr(heads, name.upper()) == value
     assert registration.CENTRE_MM.tolist() == IN_TEMPLATE["centre_mm"]
