@@ -236,7 +236,7 @@ def judge(truth: pd.DataFrame, volumes: dict[str, np.ndarray]) -> dict[str, obje
 def judge_controls(
     truth: pd.DataFrame, t1w: np.ndarray, read: dict[str, np.ndarray]
 ) -> tuple[dict[str, dict[str, float]], dict[str, int], bool]:
-    """Gains over T1w by second scan, scans by what they are fused from, and whether all who lack one count."""
+    """Gains over T1w by second scan, scans by what they are fused from, whether all who lack one count."""
     rng, subjects = np.random.default_rng(0), truth["subject_id"]
     plain, noise = t1w.astype(np.float32), np.random.default_rng(1).normal(0, 0.2, t1w.shape)
     lack = subjects.isin(rng.permutation(subjects.unique())[: round(LACK * subjects.nunique())])
