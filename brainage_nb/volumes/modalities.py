@@ -175,8 +175,8 @@ def lay_onto_t1w(
     ------
     ScanError
         One of the two cannot be used, both are one picture (`same_scan`), their names say that they are of
-        different people or sessions (`other_session`), or no rigid move lays one onto the other
-        (`not_registered`).
+        different people or sessions (`other_session`), or no rigid move lays one onto the other, or lays
+        it better with left and right swapped (`not_registered`).
 
     Examples
     --------
