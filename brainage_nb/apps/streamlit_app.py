@@ -10,17 +10,16 @@ import gc
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import streamlit as st
 
 from brainage_nb.apps.results import as_text, keep_results, model_facts, one_at_a_time, show_results
-from brainage_nb.apps.uploads import predict_upload, shown_name, stored, together
+from brainage_nb.apps.uploads import predict_stored, shown_name, stored, together
 from brainage_nb.bundle_format import MAX_BYTES, BundleError, find_bundles
 from brainage_nb.predict.bundle import Bundle, load_bundle
-from brainage_nb.predict.cautions import NOT_A_DEVICE, OLDEST, Failure
+from brainage_nb.predict.cautions import NOT_A_DEVICE, OLDEST
 from brainage_nb.workspace import MissingInput, read_csv
 
 MAX_UPLOADED_BYTES = 2 * 2**30
@@ -242,25 +241,10 @@ def _true_ages(uploads: Sequence[Any]) -> list[float | None]:
 def _predict(
     bundle: Bundle, uploads: Sequence[Any], ages: Sequence[float | None], others: Mapping[str, Any]
 ) -> list[Any]:
-    with one_at_a_time(), stored(uploads, ages) as scans, ExitStack() as folders:
-        further = {name: folders.enter_context(stored([upload])) for name, upload in others.items()}
-        also = {name: found[0].path for name, found in further.items() if _is_one_scan(found)}
-        results = [predict_upload(bundle, scan, also) for scan in scans]
-        results += [_say_unused(name, found) for name, found in further.items() if name not in also]
+    with one_at_a_time(), stored(uploads, ages) as scans:
+        results = predict_stored(bundle, scans, others)
     gc.collect()
     return results
-
-
-def _is_one_scan(found: Sequence[Any]) -> bool:
-    return len(found) == 1 and not isinstance(found[0], Failure)
-
-
-def _say_unused(name: str, found: Sequence[Any]) -> Failure:
-    """Why a further upload was not used."""
-    if isinstance(found[0], Failure):
-        return found[0]
-    sentence = f"The {name} upload holds {len(found)} scans, so none was used. Upload one scan."
-    return Failure(f"{name} scan", "several_scans", sentence)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -50,17 +50,38 @@ class StoredScan:
     age: float | None = None
 
 
-def predict_upload(
-    bundle: Bundle, scan: StoredScan | Failure, also: Mapping[str, Path] | None = None
-) -> Prediction | Failure:
-    """The age of an upload, under the upload's own name; what is no scan stays the failure it is.
+def predict_stored(
+    bundle: Bundle, scans: Sequence[StoredScan | Failure], others: Mapping[str, BytesIO] | None = None
+) -> list[Prediction | Failure]:
+    """Ages of scans under their own names; what is no scan stays the failure it is.
 
-    `also` holds further scans of its session, as `Bundle.predict` takes them.
+    `others` holds uploads of further scans of the session, by modality; at the end a failure for each that is
+    no scan, or several.
     """
+    with ExitStack() as folders:
+        further = {name: folders.enter_context(stored([upload])) for name, upload in (others or {}).items()}
+        also = {name: found[0].path for name, found in further.items() if _is_one_scan(found)}
+        results = [_predict(bundle, scan, also) for scan in scans]
+        return results + [_say_unused(name, found) for name, found in further.items() if name not in also]
+
+
+def _predict(bundle: Bundle, scan: StoredScan | Failure, also: Mapping[str, Path]) -> Prediction | Failure:
     if isinstance(scan, Failure):
         return scan
-    result = next(bundle.predict_many([scan.path], [scan.age], [also or {}], n_jobs=1))
+    result = next(bundle.predict_many([scan.path], [scan.age], [also], n_jobs=1))
     return replace(result, scan=scan.name, path=scan.origin)
+
+
+def _is_one_scan(found: Sequence[StoredScan | Failure]) -> bool:
+    return len(found) == 1 and not isinstance(found[0], Failure)
+
+
+def _say_unused(name: str, found: Sequence[StoredScan | Failure]) -> Failure:
+    """Why a further upload was not used."""
+    if isinstance(found[0], Failure):
+        return found[0]
+    sentence = f"The {name} upload holds {len(found)} scans, so none was used. Upload one scan."
+    return Failure(f"{name} scan", "several_scans", sentence)
 
 
 def together(uploads: Sequence[BytesIO]) -> list[list[BytesIO]]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from brainage_nb.apps.uploads import StoredScan, predict_upload, stored
+from brainage_nb.apps.uploads import StoredScan, predict_stored, stored
 from brainage_nb.predict.cautions import Failure, Prediction
 from brainage_nb.predict.explain import Explanation, age_among_held_out, explain, strongest
 
@@ -103,7 +103,7 @@ def _write_result(ax: Any, prediction: Prediction) -> None:
 
 
 class PredictionWidget:
-    """Choose or upload a scan, predict, look around.
+    """Choose or upload a scan, and the other scans of its session that the model takes; predict, look around.
 
     Parameters
     ----------
@@ -120,6 +120,9 @@ class PredictionWidget:
         self.explanation: Explanation | None = None
         self.choice = w.Dropdown(options=list(self.scans), description="Scan")
         self.upload = w.FileUpload(multiple=False, description="or upload one")
+        self.others = {
+            name: w.FileUpload(multiple=False, description=f"its {name} scan") for name in bundle.others
+        }
         self.age = w.Text(placeholder="years, if known", description="True age")
         self.button = w.Button(description="Predict", button_style="primary")
         last = bundle.settings.size - 1
@@ -132,10 +135,11 @@ class PredictionWidget:
         self.said, self.picture = w.HTML(), w.Image(format="png", layout=w.Layout(max_width="100%"))
         self.button.on_click(self._when_asked)
         for field in (self.choice, self.upload):
-            field.observe(self._forget_age, names="value")
+            field.observe(self._forget_session, names="value")
         for slider in (*self.sliders, self.opacity):
             slider.observe(self._redraw, names="value")
-        top = w.HBox([self.choice, self.upload, self.age, self.button], layout=w.Layout(flex_flow="row wrap"))
+        fields = [self.choice, self.upload, *self.others.values(), self.age, self.button]
+        top = w.HBox(fields, layout=w.Layout(flex_flow="row wrap"))
         looks = w.HBox([*self.sliders, self.opacity], layout=w.Layout(flex_flow="row wrap"))
         self.view = w.VBox([top, self.said, looks, self.picture])
 
@@ -145,35 +149,36 @@ class PredictionWidget:
         display(self.view)
 
     def predict(self) -> Prediction | Failure:
-        """Predict the chosen or uploaded scan and show it; the upload is removed afterwards."""
-        result = self._result()
-        if isinstance(result, Failure):
-            self._say(result.sentence)
-            return result
-        self.prediction = result
-        self.explanation = explain(self.bundle, result)
-        for slider, index in zip(self.sliders, strongest(result.volume, self.explanation.heat), strict=True):
-            slider.value = index
-        self._say("")
-        self._redraw()
+        """Predict the chosen or uploaded scan and show it; uploads are removed afterwards."""
+        result, *unused = self._results()
+        if not isinstance(result, Failure):
+            self.prediction, self.explanation = result, explain(self.bundle, result)
+            strong = strongest(result.volume, self.explanation.heat)
+            for slider, index in zip(self.sliders, strong, strict=True):
+                slider.value = index
+            self._redraw()
+        self._say(" ".join(one.sentence for one in (result, *unused) if isinstance(one, Failure)))
         return result
 
-    def _result(self) -> Prediction | Failure:
+    def _results(self) -> list[Prediction | Failure]:
         uploads = uploaded(self.upload.value)[:1]
         name = uploads[0].name if uploads else self.choice.value
         try:
             age = float(self.age.value) if self.age.value.strip() else None
         except ValueError:
-            return Failure(name, "age", f"True age {self.age.value!r}: expected years, as 54.5.")
+            return [Failure(name, "age", f"True age {self.age.value!r}: expected years, as 54.5.")]
+        others = {name: file for name, field in self.others.items() for file in uploaded(field.value)}
         if uploads:
             with stored(uploads, [age]) as found:
-                return predict_upload(self.bundle, found[0])
+                return predict_stored(self.bundle, found[:1], others)
         path, known = self.scans[name]
         scan = StoredScan(Path(path), name, str(path), known if age is None else age)
-        return predict_upload(self.bundle, scan)
+        return predict_stored(self.bundle, [scan], others)
 
-    def _forget_age(self, _change: Any) -> None:
-        self.age.value = ""  # it was another scan's
+    def _forget_session(self, _change: Any) -> None:
+        self.age.value = ""  # it was another scan's, as were further scans
+        for field in self.others.values():
+            field.set_trait("value", type(field.value)())
 
     def _when_asked(self, _button: Any) -> None:
         self._say("Predicting ...")

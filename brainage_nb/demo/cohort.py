@@ -113,7 +113,7 @@ def make_demo_cohort(
     scans = [scan for scan in scans if not (folder / image_path(*scan)).exists()]
     if scans or not (folder / AGEING_MAP).exists():
         anatomy = template_anatomy(int(voxel_mm))
-        work = (delayed(_write_scan)(anatomy, *scan, seed, folder / image_path(*scan)) for scan in scans)
+        work = (delayed(write_scan)(anatomy, *scan, seed, folder / image_path(*scan)) for scan in scans)
         done = Parallel(n_jobs=n_workers(n_jobs), return_as="generator")(work)
         for _ in tqdm(done, total=len(scans), desc="known-answer heads", unit="scan"):
             pass
@@ -191,7 +191,8 @@ def _begin(folder: Path, settings: dict[str, float], n_subjects: int) -> None:
     write_text((files(__package__) / "README.txt").read_text(encoding="utf-8"), folder / "README")
 
 
-def _write_scan(anatomy: Anatomy, row: dict[str, object], modality: str, seed: int, path: Path) -> None:
+def write_scan(anatomy: Anatomy, row: dict[str, object], modality: str, seed: int, path: Path) -> None:
+    """Write the scan of one row of `truth.csv`; arguments as in `scan_head`."""
     data, affine = scan_head(anatomy, row, seed, modality)
     turned = ornt_transform(io_orientation(affine), axcodes2ornt(tuple(str(row["axcodes"]))))
     _write_image(nib.Nifti1Image(data, affine).as_reoriented(turned), path)

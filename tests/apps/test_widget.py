@@ -17,7 +17,7 @@ from brainage_nb.apps.widget import (
 from brainage_nb.predict.bundle import load_bundle
 from brainage_nb.predict.cautions import Failure
 from brainage_nb.predict.explain import age_among_held_out, explain
-from tests.models.tiny_bundle import write_scan, write_tiny_bundle
+from tests.models.tiny_bundle import write_fused_bundle, write_scan, write_tiny_bundle
 
 
 @pytest.fixture(scope="module")
@@ -42,23 +42,42 @@ def test_moving_a_slider_draws_another_slice(bundle, tmp_path):
     assert widget.picture.value != before
 
 
+def upload(field, name, content):
+    """Give a field a file, as a browser does."""
+    about = {"name": name, "type": "", "size": 1, "last_modified": datetime.datetime.now(datetime.UTC)}
+    if ipywidgets.__version__ < "8":
+        field.set_trait("value", {name: {"metadata": about, "content": content}})
+    else:
+        field.value = (about | {"content": content},)
+
+
 def test_an_upload_counts_before_the_list_and_a_bad_one_is_said(bundle, tmp_path):
     scan = write_scan(tmp_path / "a.nii", 5)
     widget = PredictionWidget(bundle, {"a": (scan, None)})
     files = {
-        "b.nii": {"content": write_scan(tmp_path / "b.nii", 6).read_bytes()},
-        "bad.nii": {"content": b"no scan"},
+        "b.nii": write_scan(tmp_path / "b.nii", 6).read_bytes(),
+        "bad.nii": b"no scan",
     }
-    for name, item in files.items():
-        now = datetime.datetime.now(datetime.UTC)
-        about = {"name": name, "type": "", "size": 1, "last_modified": now}
-        if ipywidgets.__version__ < "8":
-            widget.upload.set_trait("value", {name: {"metadata": about, **item}})
-        else:
-            widget.upload.value = (about | item,)
+    for name, content in files.items():
+        upload(widget.upload, name, content)
         result = widget.predict()
     assert isinstance(result, Failure) and "neither a NIfTI" in widget.said.value
     assert widget.prediction.scan == "b.nii"
+
+
+def test_further_scans_of_the_session_count_and_go_with_the_scan_they_were_given_for(tmp_path):
+    fused = load_bundle(write_fused_bundle(tmp_path / "fused"))
+    t1, t2 = (write_scan(tmp_path / f"{name}.nii", n) for n, name in enumerate(("t1", "t2"), 5))
+    alone, both = (fused.predict(t1, also=also).predicted_age for also in ({}, {"T2w": t2}))
+    assert abs(both - alone) > 0.01
+    widget = PredictionWidget(fused, {"a": (t1, None), "b": (t1, None)})
+    upload(widget.others["T2w"], "t2.nii", t2.read_bytes())
+    assert widget.predict().predicted_age == pytest.approx(both, abs=1e-4)
+    widget.choice.value = "b"
+    assert not widget.others["T2w"].value
+    upload(widget.others["T2w"], "t2.zip", b"PK\x03\x04 no zip")
+    assert widget.predict().predicted_age == pytest.approx(alone, abs=1e-4)
+    assert "damaged or encrypted" in widget.said.value
 
 
 def test_an_age_that_is_no_number_is_said(bundle, tmp_path):

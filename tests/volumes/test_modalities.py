@@ -51,7 +51,7 @@ def known_move(pair, monkeypatch):
     """Registration in no time, which finds that only files of the voxel size of `pair` fit."""
     right = load_scan(pair[1]).affine
     fits = lambda scan: 0.7 if np.allclose(scan.affine, right) else 0.3  # noqa: E731
-    monkeypatch.setattr(modalities, "register", lambda t1w, scan: (pair[2], fits(scan)))
+    monkeypatch.setattr(modalities, "register", lambda t1w, scan: (pair[2], fits(scan), False))
 
 
 def test_a_t2w_scan_that_moved_is_laid_back_within_two_mm_and_two_degrees(pair, laid):
@@ -94,6 +94,14 @@ def test_a_scan_with_a_wrong_voxel_size_or_turned_axes_is_refused_in_words(pair,
         ScanError, match=r"wrong_T2w.nii.gz cannot be laid onto sub-1_T1w.nii.gz: .* fit is 0"
     ):
         lay_onto_t1w(tmp_path / "wrong_T2w.nii.gz", t1w, "T2w")
+
+
+def test_a_scan_with_left_and_right_swapped_is_refused_though_it_fits(pair, tmp_path):
+    t1w, t2w, _ = pair
+    right = load_scan(t2w)
+    nib.save(nib.Nifti1Image(np.asarray(right.dataobj)[::-1], right.affine), tmp_path / "swapped_T2w.nii.gz")
+    with pytest.raises(ScanError, match="better with left and right swapped"):
+        lay_onto_t1w(tmp_path / "swapped_T2w.nii.gz", t1w, "T2w")
 
 
 def test_a_scan_opened_as_another_modality_makes_no_volume(pair):
