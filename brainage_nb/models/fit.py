@@ -54,8 +54,8 @@ HISTORY = [
 class VolumeDataset(torch.utils.data.Dataset):
     """Stored volumes with their ages, to be looped over by hand or by a `DataLoader`.
 
-    Where all stores have copies without skull, `n_kinds` is 2, and `read` and `batches` take those of row k as
-    position k + len(self).
+    Where all stores have copies without skull, `n_kinds` is 2, and position k + len(self) of `read` and
+    `batches` is the copy of row k.
 
     Parameters
     ----------

@@ -272,8 +272,8 @@ class Bundle:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[Caution]]:
         """The volume as the model takes it, its affine, the T1w scan's statistics, and what was noticed.
 
-        Of the T1w scan, or of another scan of its session, laid onto it. Statistics of a head without skull are
-        left out: training has those of whole heads alone.
+        Of the T1w scan, or of another scan of its session, laid onto it. Statistics of a head without skull
+        are left out where copies without skull were trained on: those known are of whole heads.
         """
         from brainage_nb.volumes.heads import find_head
         from brainage_nb.volumes.modalities import lay_onto_t1w

@@ -358,8 +358,8 @@ class Reference:
         return _correlate(blur(volume), self.mean)
 
     def describe(self, volume: np.ndarray, scan: np.ndarray | None) -> np.ndarray:
-        """Numbers to compare one volume (size, size, size) by, at most as many as a row has: its statistics and
-        its likeness, then the statistics (10,) of its scan if given.
+        """Numbers to compare one volume (size, size, size) by, at most as many as a row has: its statistics
+        and its likeness, then the statistics (10,) of its scan if given.
         """
         known = () if scan is None else scan
         numbers = [*image_statistics(volume), _stretch(self.correlation(volume)), *known]

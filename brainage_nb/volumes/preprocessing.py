@@ -7,7 +7,6 @@ GaussianSmooth and SpatialResample, of which most would be cropped away again.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -28,9 +27,7 @@ if TYPE_CHECKING:
 
 # World axes and voxel lattice count as parallel when the farthest voxel is off by less than this.
 PARALLEL_MM = 1e-3
-# Tools that strip the skull cut at the cortex or somewhat outside: mm from the mask's surface, which lies about
-# 3 mm outside of the cortex.
-STRIP_MM = (-5.0, 1.0)
+STRIP_MM = 3.0  # copies without skull are cut so deep below the mask's surface: about at the cortex
 
 
 class Stage(NamedTuple):
@@ -198,7 +195,7 @@ def find_tissues(
     fine = brain.alignment.to_scan @ tissues.grid()
     voxels = _voxels(image)
     if stripped:
-        voxels = np.where(brain.depth_on(image.affine, voxels.shape) < _draw_margin(voxels), voxels, 0)
+        voxels = np.where(brain.depth_on(image.affine, voxels.shape) < -STRIP_MM, voxels, 0)
     empty = (voxels == 0).astype(np.float32)
     bright, empty = (
         resample_to(tissues.RESOLUTION_MM, one, image.affine, fine, tissues.SIZE) for one in (voxels, empty)
@@ -209,11 +206,6 @@ def find_tissues(
             "tissues_unclear", f"{'; '.join(found.problems)}. Look at the scan, or choose a recipe without."
         )
     return found
-
-
-def _draw_margin(voxels: np.ndarray) -> float:
-    """How far outside of the brain's mask a scan is stripped, mm; always the same for the same voxels."""
-    return float(np.random.default_rng(zlib.crc32(np.ascontiguousarray(voxels))).uniform(*STRIP_MM))
 
 
 def build_transforms(text: str) -> list[Any]:

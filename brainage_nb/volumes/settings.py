@@ -43,7 +43,7 @@ STEPS: dict[str, dict[str, Any]] = {
         "margin_mm": 3.0,
         "lowest_correlation": 0.32,
     },
-    "strip the skull": {"margin_mm": [-5.0, 1.0]},
+    "strip the skull": {"strip_mm": 3.0},
     "tissues": {
         "core_mm": 4.0,
         "rim_mm": 2.0,
@@ -179,8 +179,8 @@ class PreprocessingSettings:
         Transforms of MONAI after the last step, as MedianSmooth(radius=1); several are separated by a
         semicolon.
     stripped : bool
-        Whether the skull is cut away first, as another tool might do it. Notebook 03 makes such copies for
-        `best` beside the whole heads (`copies`), and 04 trains on both.
+        Whether the skull is cut away first, along the cortex, as another tool might do it. Notebook 03 makes
+        such copies for `best` beside the whole heads (`copies`), and 04 trains on both.
     modality : str
         What was scanned, one of `MODALITIES`. All but T1w are laid onto the T1w scan of their session, whose
         head, brain and place on the template they take; they hold brightness, never shares of grey matter.

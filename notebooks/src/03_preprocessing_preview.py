@@ -176,7 +176,10 @@ if not ready.any():
 # %%
 others = build_modalities(ws.read("cohort.csv"), scans, ws.path("volumes"), settings, **where)
 stores = [report.store, *filter(None, [report.store.copies])]
-written = [without_volume, *(ws.path("volumes", name) for name in ("current", *(one.fingerprint for one in stores)))]
+written = [
+    without_volume,
+    *(ws.path("volumes", name) for name in ("current", *(one.fingerprint for one in stores))),
+]
 for modality, made in others.items():
     print(made.note)
     table = ws.path(name_of_modality(without_volume.name, modality))

@@ -18,7 +18,7 @@ from brainage_nb.volumes.preprocessing import grid_affine, preprocess
 from brainage_nb.volumes.registration import template
 from brainage_nb.volumes.scans import ScanError, load_scan
 from brainage_nb.volumes.settings import PreprocessingSettings, list_changes
-from brainage_nb.volumes.store import build_store
+from brainage_nb.volumes.store import StoreError, build_store, current_store
 from tests.volumes.template_head import SIZE, VOXEL_MM, head, pose, shuffled
 
 BEST = PreprocessingSettings.of_recipe("best", spacing_mm=4, size=48)
@@ -201,6 +201,26 @@ def test_a_scan_without_a_brain_stands_among_the_failed_ones_of_a_store(tmp_path
     report = build_store(scans, tmp_path / "volumes", BEST, n_jobs=1)
     assert report.failed["code"].tolist() == ["brain_not_found"]
     assert report.store.scan_ids == []
+
+
+def test_a_store_of_best_has_a_copy_without_skull_of_each_head_beside_it(tmp_path):
+    import pandas as pd
+
+    nib.save(head(pose())[0], tmp_path / "x.nii.gz")
+    scans = pd.DataFrame({"scan_id": ["x"], "image": [str(tmp_path / "x.nii.gz")]})
+    store = build_store(scans, tmp_path / "volumes", BEST, n_jobs=1).store
+    copies = store.copies
+    assert (tmp_path / "volumes" / "current").read_text().strip() == BEST.fingerprint == store.fingerprint
+    assert copies.settings == BEST.copies and copies.scan_ids == ["x"] and copies.copies is None
+    whole, copy = store["x"].astype(float), copies["x"].astype(float)
+    assert not np.array_equal(whole, copy) and np.corrcoef(whole.ravel(), copy.ravel())[0, 1] > 0.98
+    shard = copies.folder / "shard-0000.npy"
+    shard.write_bytes(shard.read_bytes()[:-2] + b"xx")
+    with pytest.raises(StoreError, match=BEST.copies.fingerprint):
+        current_store(tmp_path / "volumes")
+    again = build_store(scans, tmp_path / "volumes", BEST, n_jobs=1)
+    assert "Damaged" in again.note and np.array_equal(again.store.copies["x"], copy)
+    assert current_store(tmp_path / "volumes", tmp_path / "fast").copies["x"].shape == (48, 48, 48)
 
 
 def test_recipes_name_their_switches_and_the_reference_keeps_its_fingerprint():

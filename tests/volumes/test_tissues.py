@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from brainage_nb.volumes import preprocessing
-from brainage_nb.volumes.preprocessing import preprocess
 from brainage_nb.volumes.brain import MARGIN_MM
+from brainage_nb.volumes.preprocessing import preprocess
 from brainage_nb.volumes.registration import _read_template, signed_distance
 from brainage_nb.volumes.resampling import resample, smoothing_sd
 from brainage_nb.volumes.scans import ScanError
@@ -91,6 +91,29 @@ def test_the_order_of_brightness_of_another_contrast_is_refused(template_brain):
     assert "T1-weighted" in tissues_of(inverted, depth(inside)).problems[0]
     noise = np.random.default_rng(0).uniform(0.3, 1, brightness.shape).astype(np.float32)
     assert tissues_of(noise, depth(inside)).problems
+
+
+def test_a_head_and_the_same_without_skull_have_the_same_grey_matter(template_brain):
+    brightness, inside, grey, _ = template_brain
+    outside, cut = ~inside, np.where(inside, brightness, 0).astype(np.float32)
+    around = np.random.default_rng(0).uniform(0.0, 0.6, brightness.shape)  # fluid, bone and marrow
+    whole = np.where(outside, around, brightness).astype(np.float32)
+    one = tissues_of(whole, depth(inside)).grey[inside]
+    other = tissues_of(cut, depth(inside), outside.astype(np.float32)).grey[inside]
+    assert np.abs(one - other).mean() < 0.002
+    assert np.corrcoef(one, grey[inside])[0, 1] > 0.85
+
+
+def test_fluid_of_no_brightness_is_not_taken_for_cut_away(template_brain):
+    brightness, inside, grey, white = template_brain
+    ventricles = inside & (depth(inside) < -15) & (grey + white < 0.2)
+    assert ventricles.sum() > 50
+    scan, zero = np.where(ventricles, 0, brightness).astype(np.float32), np.zeros(inside.shape, np.float32)
+    zero[ventricles] = 1
+    known, expected = (tissues_of(scan, depth(inside), empty) for empty in (zero, np.zeros_like(zero)))
+    assert np.array_equal(known.grey, expected.grey)
+    zero[~inside] = 1  # the same beside a skull that was cut away
+    assert tissues_of(scan, depth(inside), zero).grey[ventricles].mean() < 0.1
 
 
 def test_best_gives_the_grey_matter_of_a_tilted_head(template_brain):

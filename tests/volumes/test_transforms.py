@@ -161,7 +161,7 @@ def test_the_numbers_that_make_the_fingerprint_are_those_that_are_used():
         *("core_mm", "rim_mm"),
     ):
         assert getattr(tissues, name.upper()) == STEPS["tissues"][name]
-    assert list(preprocessing.STRIP_MM) == STEPS["strip the skull"]["margin_mm"]
+    assert STEPS["strip the skull"] == {"strip_mm": preprocessing.STRIP_MM}
     for name, value in BELOW_CROWN.items():
         assert getattr(heads, name.upper()) == value
     assert registration.CENTRE_MM.tolist() == IN_TEMPLATE["centre_mm"]
