@@ -200,18 +200,15 @@ def tabulate_everybody(fits: Models, draws: list[Draw], recipes: dict) -> pd.Dat
     return pd.DataFrame(rows).T
 
 
-def list_tasks(
-    cohort: pd.DataFrame, baselines: dict, candidates: dict, repeats: int, draws: list[Draw]
-) -> list[Task]:
-    """Every fit that the tables need, in the order of their use."""
+def list_tasks(cohort: pd.DataFrame, baselines: dict, candidates: dict, repeats: int) -> list[Task]:
+    """Every fit of the outer and inner folds, in the order of their use."""
     tasks = []
     for repeat in range(repeats):
         for number in range(OUTER):
             fold = Fold(cohort, repeat, number)
             for name, models in (baselines | candidates).items():
                 tasks += fold.tasks(models, choose=name in candidates)
-    models = tuple(sorted({model for recipe in candidates.values() for model in recipe}))
-    return tasks + [task for draw in draws for task in draw.tasks(models)]
+    return tasks
 
 
 def main() -> None:
@@ -235,8 +232,7 @@ def main() -> None:
     if options.quick:  # no networks
         baselines = {name: models for name, models in BASELINES.items() if name != "reference"}
         candidates, repeats = QUICK, 1
-    draws = [Draw(cohort, number) for number in range(options.everybody)]
-    fits.run(list_tasks(cohort, baselines, candidates, repeats, draws), options.jobs)
+    fits.run(list_tasks(cohort, baselines, candidates, repeats), options.jobs)
     made, choices = judge(fits, baselines, candidates, repeats)
     errors = {name: errors_of(made[name], fits) for name in candidates}
     shipped = simplest(errors)
@@ -252,8 +248,11 @@ def main() -> None:
         f"{len(candidates)} recipes tried; if all were equal, the best of them would seem "
         f"{luck(list(errors.values())):.2f} years better than they are. By everybody: {shipped}."
     )
-    if draws:
+    if options.everybody:
         recipes = {name: candidates[name] for name in (RIDGE, shipped)}
+        draws = [Draw(cohort, number) for number in range(options.everybody)]
+        tasks = [task for draw in draws for models in recipes.values() for task in draw.tasks(models)]
+        fits.run(tasks, options.jobs)
         print(tabulate_everybody(fits, draws, recipes).to_string())
     mae = {name: round(float(errors_of(ages, fits).mean()), 2) for name, ages in made.items()}
     verdict = {"value": mae[shipped], "bar": mae[REGIONS], "holds": mae[shipped] <= mae[REGIONS]}

@@ -72,10 +72,11 @@ def cost(bundle, store, scan_ids) -> dict[str, float]:
 
 def judged(table) -> dict[str, object]:
     """Whether the model's map is above edges and random weights inside the brain, at each threshold."""
-    brain = table[table["inside"] == "brain"].set_index(["above", "map"])[["auc", "ap"]]
+    brain = table[table["inside"] == "brain"]
     ours = table["map"].iloc[0]
     others = [name for name in table["map"].unique() if "random" in name or "edges" in name]
-    holds = [scores.loc[ours] > scores.loc[others].max() for _, scores in brain.groupby(level=0)]
+    scored = [rows.set_index("map")[["auc", "ap"]] for _, rows in brain.groupby("above")]
+    holds = [scores.loc[ours] > scores.loc[others].max() for scores in scored]
     figures = table.set_index(["map", "inside", "above"])[["auc", "ap"]].round(4)
     named = {f"{name}, {inside}, {above}": row.to_dict() for (name, inside, above), row in figures.iterrows()}
     return {"value": float(brain["auc"].iloc[0]), "holds": bool(all(map(all, holds))), "figures": named}
