@@ -68,6 +68,7 @@ class Job:
         self.scans = _select_scans(check_splits(splits), self.stores)
         if self.settings.final:
             self.scans = deal_everybody(self.scans, self.settings.folds)
+        _check_copies(self.scans, self.stores)
         self.members = list_members(self.scans, self.settings)
         self.own = {"network": _name_of(network), "loss": _name_of(loss)}
         self.identity = self.settings.identity() | {
@@ -314,6 +315,19 @@ def _select_scans(splits: pd.DataFrame, stores: Sequence[VolumeStore]) -> pd.Dat
         session_id=scans["session_id"].fillna("") if "session_id" in scans else "",
         fold=scans.get("fold", -1),
     )
+
+
+def _check_copies(scans: pd.DataFrame, stores: Sequence[VolumeStore]) -> None:
+    """TrainingRefused where a copy without skull is missing, or of another file than its volume."""
+    for store, copies in zip(stores, list_copies(stores), strict=False):
+        of, known = (one.index.set_index("scan_id")["source_sha256"] for one in (store, copies))
+        of = of.loc[scans["scan_id"]]
+        apart = of.index[known.reindex(of.index).ne(of)].tolist()
+        if apart:
+            raise TrainingRefused(
+                f"{len(apart)} of {len(of)} scans have no copy without skull in {copies.folder}, or one of "
+                f"another file: {', '.join(apart[:5])}. Run notebook 03 to its end."
+            )
 
 
 def _digest(scans: pd.DataFrame) -> str:

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -611,12 +611,14 @@ def build_store(
         StoreWriter(mirror.fetch() if mirror else home, settings.size, mirror)
         for home, mirror in zip(homes, mirrors, strict=True)
     ]
-    todo = {
-        scan: path for scan, path in paths.items() if not all(writer.has(scan, path) for writer in writers)
-    }
-    notes += [sentence for writer in writers for sentence in _say_repairs(writer, todo)]
+    notes += [_stand_in(*writers, paths)] if len(writers) > 1 else []
+    lacking = [[scan for scan, path in paths.items() if not writer.has(scan, path)] for writer in writers]
+    wanted = set().union(*lacking)
+    todo = {scan: path for scan, path in paths.items() if scan in wanted}
+    repairs = [_say_repairs(writer, lacks) for writer, lacks in zip(writers, lacking, strict=True)]
+    notes += dict.fromkeys(sentence for sentences in repairs for sentence in sentences)
     with _preprocessed(list(todo.values()), kinds, n_workers(n_jobs), cluster) as results:
-        failed, masks = _fill(writers, todo, results)
+        failed, masks = _fill(list(zip(writers, map(set, lacking), strict=True)), todo, results)
     new, present = len(todo) - len(failed), len(paths) - len(todo)
     made = f"{settings.fingerprint}: {new} volumes made, {present} were there, {len(failed)} failed."
     notes = [made, *notes, _say_changes(Path(folder), settings)]
@@ -641,6 +643,18 @@ def _claim(home: Path, settings: PreprocessingSettings) -> str:
     return note
 
 
+def _stand_in(writer: StoreWriter, copies: StoreWriter, paths: dict[str, Source]) -> str:
+    """Let a volume whose file is gone stand in for its missing copy; a sentence where any does."""
+    gone = [scan for scan, path in paths.items() if scan in writer.entries and not path.exists()]
+    gone = [scan for scan in gone if scan not in copies.entries]
+    for scan in gone:
+        entry = writer.entries[scan]
+        shard = open_shard(writer.folder, entry["shard"], entry["row"] + 1, writer.size)
+        copies.add(scan, shard[entry["row"]], {name: entry[name] for name in INDEX_COLUMNS[len(ROW) :]})
+    copies.commit()
+    return f"File gone, hence trained on as it is, without a copy: {_name_some(gone)}." if gone else ""
+
+
 def _say_repairs(writer: StoreWriter, todo: Iterable[str]) -> list[str]:
     """Sentences on the volumes that were there and are made again."""
     sentences = {
@@ -653,9 +667,12 @@ def _say_repairs(writer: StoreWriter, todo: Iterable[str]) -> list[str]:
 
 
 def _fill(
-    writers: list[StoreWriter], todo: dict[str, Source], results: Iterable
+    writers: list[tuple[StoreWriter, set[str]]], todo: dict[str, Source], results: Iterable
 ) -> tuple[list[tuple], list[str]]:
-    """Write what was preprocessed, in the table's order; give rows of `FAILED_COLUMNS` and notes."""
+    """Write what was preprocessed, in the table's order; give rows of `FAILED_COLUMNS` and notes.
+
+    Each writer comes with the scans that it lacks: what it has already stays as it is.
+    """
     from tqdm import tqdm
 
     failed, notes = [], []
@@ -666,15 +683,17 @@ def _fill(
                 result = ScanError("lost", f"Not preprocessed: {result}. Run this again.")
             if isinstance(result, ScanError):
                 failed.append((scan, str(todo[scan].image), result.code, result.sentence))
-                for writer in writers:
-                    writer.drop(scan)
+                for writer, lacks in writers:
+                    if scan in lacks:
+                        writer.drop(scan)
                 continue
             volumes, source, note = result
-            for writer, volume in zip(writers, volumes, strict=True):
-                writer.add(scan, volume, source)
+            for (writer, lacks), volume in zip(writers, volumes, strict=True):
+                if scan in lacks:
+                    writer.add(scan, volume, source)
             notes += [f"{scan}: {note}"] if note else []
     finally:
-        for writer in writers:
+        for writer, _ in writers:
             writer.close()
     return failed, notes
 
@@ -765,7 +784,7 @@ def _say_changes(folder: Path, settings: PreprocessingSettings) -> str:
     """A sentence on the settings that were in use before, where they were others."""
     try:
         before = _current_folder(folder, settings.modality)
-        old = dict(read_json(before / "preprocessing.json")["settings"])
+        old = asdict(PreprocessingSettings()) | read_json(before / "preprocessing.json")["settings"]
     except StoreError:
         return "volumes/current named no store; it names this one now."
     except (OSError, ValueError, TypeError, KeyError):

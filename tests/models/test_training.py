@@ -292,6 +292,15 @@ def test_each_epoch_shows_each_head_whole_or_as_its_copy(with_copies, tiny_setti
     assert "copies_1" in job.identity
 
 
+@pytest.mark.parametrize("change", ["missing", "of another file"])
+def test_copies_that_are_not_of_these_volumes_are_refused(change, with_copies, tiny_settings, tmp_path):
+    store, splits = with_copies
+    store.copies.index = store.index.drop(index=3) if change == "missing" else store.index.copy()
+    store.copies.index.loc[store.copies.index["scan_id"] == "S003", "source_sha256"] = "0" * 64
+    with pytest.raises(TrainingRefused, match=r"1 of 30 scans have no copy .* S003. Run notebook 03"):
+        Job(store, splits, tmp_path / "run", tiny_settings)
+
+
 def test_a_run_with_copies_says_so_and_its_regression_learned_from_both(with_copies, tiny_settings, tmp_path):
     settings = replace(tiny_settings, linear=True)
     result = train(*with_copies, tmp_path / "both", settings)

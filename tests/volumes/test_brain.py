@@ -1,5 +1,7 @@
 """Brains in template heads of known pose, in what is no head, and in real scans."""
 
+from shutil import rmtree
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -221,6 +223,25 @@ def test_a_store_of_best_has_a_copy_without_skull_of_each_head_beside_it(tmp_pat
     again = build_store(scans, tmp_path / "volumes", BEST, n_jobs=1)
     assert "Damaged" in again.note and np.array_equal(again.store.copies["x"], copy)
     assert current_store(tmp_path / "volumes", tmp_path / "fast").copies["x"].shape == (48, 48, 48)
+
+
+def test_a_store_and_its_copies_are_mended_each_by_itself(tmp_path):
+    import pandas as pd
+
+    image = tmp_path / "x.nii.gz"
+    nib.save(head(pose())[0], image)
+    scans = pd.DataFrame({"scan_id": ["x"], "image": [str(image)]})
+    store = build_store(scans, tmp_path / "volumes", BEST, n_jobs=1).store
+    before, copies = (store.folder / "shard-0000.npy").read_bytes(), store.copies.folder
+    rmtree(copies)  # as where a build was killed between the two
+    again = build_store(scans, tmp_path / "volumes", BEST, n_jobs=1)
+    assert "replaced" not in again.note and again.store.copies.scan_ids == ["x"]
+    assert (store.folder / "shard-0000.npy").read_bytes() == before  # not a second row
+    rmtree(copies)
+    image.unlink()
+    gone = build_store(scans, tmp_path / "volumes", BEST, n_jobs=1)
+    assert len(gone.failed) == 0 and "File gone" in gone.note
+    assert np.array_equal(gone.store["x"], store["x"]) and np.array_equal(gone.store.copies["x"], store["x"])
 
 
 def test_recipes_name_their_switches_and_the_reference_keeps_its_fingerprint():
