@@ -291,10 +291,12 @@ class Bundle:
         training = self.manifest["training"]
         copies = training.get("stripped_copies", False)
         cautions = [Caution(*flag) for flag in image.extra["flags"].items()]
-        if other is None:  # what is known of voxels and heads in training is known of T1w scans
-            cautions += find_voxel_cautions(voxel_sizes(image.affine), training.get("voxel_mm"))
-            stripped = training.get("skull_stripped")
-            cautions += find_head_cautions(find_head(image), trained_stripped=stripped, with_copies=copies)
+        stripped = training.get("skull_stripped")  # of T1w scans, as what is known of voxels
+        of_head = find_head_cautions(find_head(t1w), trained_stripped=stripped, with_copies=copies)
+        if other is None:
+            cautions += [*find_voxel_cautions(voxel_sizes(image.affine), training.get("voxel_mm")), *of_head]
+        else:  # the T1w scan's own reader says what does not forbid use
+            cautions += [caution for caution in of_head if caution.forbids_use]
         if self.trained_on_files([scan])[0]:
             cautions.append(Caution.of("training_scan"))
         known_stripped = any(caution.code == "without_skull" for caution in cautions)

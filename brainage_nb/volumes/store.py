@@ -94,7 +94,10 @@ class VolumeStore:
         self.scan_ids: list[str] = self.index["scan_id"].tolist()
         self._place = {scan_id: place for place, scan_id in enumerate(self.scan_ids)}
         beside = self.settings.copies and self.folder.parent / self.settings.copies.fingerprint
-        self.copies = VolumeStore(beside) if beside and beside.is_dir() else None
+        self.copies = None
+        if beside and beside.is_dir():
+            check_name(beside, read_settings(beside))
+            self.copies = VolumeStore(beside)
         self._maps: dict[int, np.ndarray] = {}
 
     def verify(self) -> VolumeStore:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +18,7 @@ from brainage_nb.predict.bundle import load_bundle
 from brainage_nb.predict.cautions import Failure
 from brainage_nb.predict.explain import explain
 from brainage_nb.predict.saving import current_bundle, offer_fused_bundle, save_fused_bundle
+from brainage_nb.volumes import heads
 from brainage_nb.volumes.scan_statistics import measure_scan
 from brainage_nb.volumes.scans import ScanError, load_scan
 from brainage_nb.workspace import MissingInput
@@ -85,6 +87,18 @@ def test_a_second_scan_that_cannot_be_used_is_left_out_in_words(bundle, scans, t
     found = bundle.predict(scans[0], also={"T2w": other})
     assert found.predicted_age == bundle.predict(scans[0]).predicted_age
     assert any("The T2w scan other.nii was not used: " in caution.sentence for caution in found.warnings)
+
+
+def test_a_model_without_copies_takes_no_part_where_the_t1w_scan_is_stripped(bundle, scans, monkeypatch):
+    t1, t2 = scans
+    for member, copies in zip(bundle.members, (True, False), strict=True):
+        training = member.manifest["training"] | {"skull_stripped": False, "stripped_copies": copies}
+        monkeypatch.setitem(member.manifest, "training", training)
+    whole = heads.find_head(load_scan(t1))
+    monkeypatch.setattr(heads, "find_head", lambda image: replace(whole, skull_stripped=True))
+    found = bundle.predict(t1, also={"T2w": t2})
+    assert found.predicted_age == bundle.predict(t1).predicted_age
+    assert {"without_skull", "other_scan_not_used", "fused_from_fewer"} <= set(codes(found))
 
 
 def test_a_scan_by_an_unknown_name_is_refused_with_the_choices(bundle, scans, place, capsys):
