@@ -245,9 +245,11 @@ class VoxelRegression(nn.Module):
         return self.bias + self.parts(volumes).sum(dim=(1, 2, 3))
 
     def parts(self, volumes: Tensor) -> Tensor:
-        """Years (batch, channels * edge, edge, edge) that each cube adds to an age."""
+        """Years (batch, channels * edge, edge, edge) that each cube adds to an age; 0 of an empty channel."""
+        edge = self.weight.shape[-1]
+        is_there = volumes.flatten(2).any(dim=2).repeat_interleave(edge, dim=1)[:, :, None, None]
         with torch.autocast(volumes.device.type, enabled=False):
-            return (cubes(volumes.float(), self.weight.shape[-1]) - self.centre) * self.weight
+            return (cubes(volumes.float(), edge) - self.centre) * self.weight * is_there
 
 
 def cubes(volumes: Tensor, edge: int) -> Tensor:
