@@ -14,6 +14,7 @@ from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.train import train
 from brainage_nb.predict.bundle import load_bundle
 from brainage_nb.predict.explain import age_group_maps, explain
+from brainage_nb.predict.predictors import as_batch
 from brainage_nb.predict.saving import current_bundle, save_bundle
 from brainage_nb.volumes.scans import ScanError
 from brainage_nb.volumes.store import build_modalities, build_store
@@ -65,16 +66,32 @@ def scans(ws):
     return ws.path("5_t1.nii"), {"T2w": ws.path("5_t2.nii")}
 
 
+@pytest.fixture(scope="module")
+def both(ws, bundle):
+    """A prediction from both scans, by a bundle that has an interval."""
+    scan, also = scans(ws)
+    return with_interval(bundle).predict(scan, also=also)
+
+
+@pytest.fixture(scope="module")
+def alone(ws, bundle):
+    """The same from the T1w scan alone."""
+    return with_interval(bundle).predict(scans(ws)[0], 50.0)
+
+
+def with_interval(bundle):
+    calibrated = {"level": 0.9, "quantile": 8.0, "n_calibration": 50, "support": ""}
+    return replace(bundle, manifest=bundle.manifest | {"interval": calibrated})
+
+
 def codes(prediction):
     return [caution.code for caution in prediction.warnings]
 
 
-def test_a_saved_network_of_two_scans_predicts_what_its_run_predicted(ws, place, bundle, tmp_path):
+def test_a_saved_network_of_two_scans_predicts_what_its_run_predicted(ws, place, bundle, both, tmp_path):
     expected = ws.read("runs/both/predictions.csv").set_index("scan_id")["predicted_age"]
-    scan, also = scans(ws)
-    found = bundle.predict(scan, also=also)
-    assert found.predicted_age == pytest.approx(expected["005"], abs=1e-2)
-    assert "channel_left_empty" not in codes(found)
+    assert both.predicted_age == pytest.approx(expected["005"], abs=1e-2)
+    assert "channel_left_empty" not in codes(both) and both.low > -np.inf
     assert list(load_bundle(zip_bundle(place, tmp_path / "both.zip")).channels) == ["T2w"]
     assert bundle.manifest["reproduced_within_years"] < 1e-2 and current_bundle(ws.run("both")) == place
     assert bundle.others == ("T2w",) and "on T1w and T2w scans of 5 people" in bundle.title
@@ -82,25 +99,14 @@ def test_a_saved_network_of_two_scans_predicts_what_its_run_predicted(ws, place,
     assert "--also T2w=FILE" in (place / "README.md").read_text()
 
 
-def test_without_the_second_scan_it_says_so_and_promises_no_interval(ws, bundle):
-    scan, also = scans(ws)
-    calibrated = {"level": 0.9, "quantile": 8.0, "n_calibration": 50, "support": ""}
-    told = replace(bundle, manifest=bundle.manifest | {"interval": calibrated})
-    assert told.predict(scan, also=also).low > -np.inf
-    found = told.predict(scan, 50.0)
-    (said,) = (caution.sentence for caution in found.warnings if caution.code == "channel_left_empty")
+def test_without_the_second_scan_it_says_so_and_promises_no_interval(bundle, alone):
+    (said,) = (caution.sentence for caution in alone.warnings if caution.code == "channel_left_empty")
     assert "Without a T2w scan the network read T1w alone" in said
-    assert (found.low, found.corrected_age, found.interval_title) == (-np.inf, None, "")
-    assert np.array_equal(found.stacked[0], found.volume) and not found.stacked[1].any()
+    assert (alone.low, alone.corrected_age, alone.interval_title) == (-np.inf, None, "")
+    assert np.array_equal(alone.stacked[0], alone.volume) and not alone.stacked[1].any()
     (network,) = bundle.model.networks  # to the regression beside it a missing scan is as usual ones are
     edge = network.linear.weight.shape[-1]
-    assert not network.linear.parts(torch_of(found.stacked))[0, edge:].any()
-
-
-def torch_of(stacked):
-    import torch
-
-    return torch.from_numpy(stacked.astype(np.float32))[None]
+    assert not network.linear.parts(as_batch(alone.stacked))[0, edge:].any()
 
 
 def test_a_network_that_never_did_without_asks_for_the_scan(ws, bundle):
@@ -120,10 +126,9 @@ def test_a_second_scan_unlike_those_of_training_is_refused(ws, bundle):
     assert refused.value.code == "other_scan_unlike"
 
 
-@pytest.mark.parametrize("given", [True, False])
-def test_a_map_adds_up_the_years_of_all_scans(ws, bundle, given):
-    scan, also = scans(ws)
-    found = bundle.predict(scan, also=also if given else {})
+@pytest.mark.parametrize("name", ["both", "alone"])
+def test_a_map_adds_up_the_years_of_all_scans(bundle, name, request):
+    found = request.getfixturevalue(name)
     explanation = explain(bundle, found)
     assert explanation.heat.shape == found.volume.shape and "could not be placed" not in explanation.words
     with pytest.raises(ValueError, match="expected one of integrated_gradients"):
