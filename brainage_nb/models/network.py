@@ -77,7 +77,7 @@ class AgeOutput(nn.Module):
     """What turns a network's score into an age. A subclass has `features` and the last layer, `fc`.
 
     `linear`, where there is one, stands beside the network: it is fitted after it, and a predicted age is the
-    mean of both.
+    mean of both; that of the network alone where one of several channels is empty.
     """
 
     linear: VoxelRegression | None
@@ -92,7 +92,11 @@ class AgeOutput(nn.Module):
         """Ages in years, shape (batch,)."""
         score = self.fc(self.features(volumes)).float()[:, 0]
         age = self.age_mean + self.age_sd * score
-        return age if self.linear is None else (age + self.linear(volumes)) / 2
+        if self.linear is None:
+            return age
+        # The network learned to do without a channel now and then, the regression did not.
+        is_whole = volumes.flatten(2).any(dim=2).all(dim=1)
+        return torch.where(is_whole, (age + self.linear(volumes)) / 2, age)
 
 
 class AgeRegressor(AgeOutput, ResNet):
@@ -245,11 +249,9 @@ class VoxelRegression(nn.Module):
         return self.bias + self.parts(volumes).sum(dim=(1, 2, 3))
 
     def parts(self, volumes: Tensor) -> Tensor:
-        """Years (batch, channels * edge, edge, edge) that each cube adds to an age; 0 of an empty channel."""
-        edge = self.weight.shape[-1]
-        is_there = volumes.flatten(2).any(dim=2).repeat_interleave(edge, dim=1)[:, :, None, None]
+        """Years (batch, channels * edge, edge, edge) that each cube adds to an age."""
         with torch.autocast(volumes.device.type, enabled=False):
-            return (cubes(volumes.float(), edge) - self.centre) * self.weight * is_there
+            return (cubes(volumes.float(), self.weight.shape[-1]) - self.centre) * self.weight
 
 
 def cubes(volumes: Tensor, edge: int) -> Tensor:
