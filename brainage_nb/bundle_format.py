@@ -27,7 +27,7 @@ FORMAT = 1  # raise it when an older reader would misread a newer bundle
 MANIFEST, CARD = "bundle.json", "README.md"
 RESNET, VGG, FUSED = "resnet18", "vgg16_svr", "fused"  # kinds of model; runs are called so too
 MEMBER = re.compile(r"(model-[0-9])/.*")  # a file of a whole bundle inside of a fused one
-ARRAYS = re.compile(r"(member-[0-9]{2}|vgg_svr|vgg16_features|reference)\.safetensors")
+ARRAYS = re.compile(r"(member-[0-9]{2}|vgg_svr|vgg16_features|reference(-[A-Za-z0-9-]{1,20})?)\.safetensors")
 WHOLE = ("num_batches_tracked", "positions")  # arrays of whole numbers
 CODE = (".pkl", ".pickle", ".pt", ".pth", ".joblib", ".ckpt")
 MAX_BYTES = 4 * 2**30  # opened; 30 members of half precision are 2 GB
@@ -148,6 +148,8 @@ def _list_agreements(manifest: Mapping[str, Any]) -> dict[str, bool]:
     listed = {file for file in manifest["files"] if file.startswith("member-")}
     edges, counts, voxels = training["age_edges"], training["age_counts"], training.get("voxel_mm") or []
     lengths = {len(position[name]) for name in ("part", "age", "predicted_age")}
+    channels = manifest.get("channels", ["T1w"])
+    inputs = manifest.get("architecture", {}).get("channels", 1)
     return {
         "members: two are one file": len(set(members)) == len(members),
         f"members: not the listed files: {sorted(listed ^ {*members})[:4]}": listed == {*members},
@@ -155,6 +157,9 @@ def _list_agreements(manifest: Mapping[str, Any]) -> dict[str, bool]:
         "training: voxel_mm is not the smallest and the largest edge": voxels == sorted(voxels),
         "training: age_counts do not fit age_edges": len(edges) == len(counts) + 1,
         "position: its lists are of different lengths": len(lengths) == 1,
+        "channels: the first is not the T1w scan": channels[0] == "T1w",
+        "channels: not those of references": sorted(channels[1:]) == sorted(manifest.get("references", ())),
+        f"channels: {len(channels)}, and the network takes {inputs}": len(channels) == inputs,
     }
 
 

@@ -77,7 +77,7 @@ class AgeOutput(nn.Module):
     """What turns a network's score into an age. A subclass has `features` and the last layer, `fc`.
 
     `linear`, where there is one, stands beside the network: it is fitted after it, and a predicted age is the
-    mean of both.
+    mean of both; that of the network alone where one of several channels is empty.
     """
 
     linear: VoxelRegression | None
@@ -92,7 +92,11 @@ class AgeOutput(nn.Module):
         """Ages in years, shape (batch,)."""
         score = self.fc(self.features(volumes)).float()[:, 0]
         age = self.age_mean + self.age_sd * score
-        return age if self.linear is None else (age + self.linear(volumes)) / 2
+        if self.linear is None:
+            return age
+        # The network learned to do without a channel now and then, the regression did not.
+        is_whole = volumes.flatten(2).any(dim=2).all(dim=1)
+        return torch.where(is_whole, (age + self.linear(volumes)) / 2, age)
 
 
 class AgeRegressor(AgeOutput, ResNet):

@@ -46,6 +46,7 @@ from brainage_nb.predict.cautions import (
     find_likeness_cautions,
     find_member_cautions,
     find_voxel_cautions,
+    name_reference,
 )
 from brainage_nb.predict.predictors import NetworkEnsemble, SvrModel, build_model
 from brainage_nb.volumes.scans import SCAN_FLAGS, ScanError, voxel_file
@@ -62,13 +63,17 @@ ADDED = ("do_not_use_because", "predicted_age")
 
 
 class Reading(NamedTuple):
-    """What a model made of one scan: the prepared volume, its affine, each member's age, what was noticed."""
+    """What a model made of one scan: the prepared volume, its affine, each member's age, what was noticed.
+
+    `stacked` are the volumes of all channels where the network has several.
+    """
 
     volume: np.ndarray
     affine: np.ndarray
     members: np.ndarray
     age: float
     cautions: list[Caution]
+    stacked: np.ndarray | None = None
 
 
 @dataclass
@@ -85,6 +90,8 @@ class Bundle:
     correction : AgeBiasCorrector or None
     interval : ConformalInterval or None
     reference : Reference
+    channels : dict of Reference
+        Of a network that reads scans of one session together: each scan beside the T1w scan, in order.
     """
 
     manifest: dict[str, Any]
@@ -93,13 +100,15 @@ class Bundle:
     correction: AgeBiasCorrector | None
     interval: ConformalInterval | None
     reference: Reference = field(repr=False)
+    channels: dict[str, Reference] = field(default_factory=dict, repr=False, kw_only=True)
 
     @property
     def title(self) -> str:
         """The model in a few words."""
         n, members = self.manifest["training"]["n_subjects"], len(self.manifest["members"])
         count = f"{members} members, " if members > 1 else ""
-        scans = "" if self.settings.modality == "T1w" else f"{self.settings.modality} scans of "
+        read = " and ".join(self.manifest.get("channels", [self.settings.modality]))
+        scans = "" if read == "T1w" else f"{read} scans of "
         return f"{TITLES[self.model.kind]} ({count}trained and validated on {scans}{n} people)"
 
     @property
@@ -112,7 +121,7 @@ class Bundle:
     @property
     def others(self) -> tuple[str, ...]:
         """Which scans of the session it takes beside the T1w scan, as T2w."""
-        return () if self.settings.modality == "T1w" else (self.settings.modality,)
+        return tuple(self.channels) if self.settings.modality == "T1w" else (self.settings.modality,)
 
     def predict(
         self, scan: Path | str, age: float | None = None, also: Mapping[str, Path | str] | None = None
@@ -127,7 +136,7 @@ class Bundle:
             True age in years, for the gap; the predicted age does not use it.
         also : mapping, optional
             Further scans of the same session: one of `others` -> path. A model of T2w scans needs that scan,
-            a fused one does without.
+            a fused one does without; so does a network of both, if it was trained to, without an interval.
 
         Raises
         ------
@@ -144,10 +153,11 @@ class Bundle:
         >>> prediction.do_not_use_because[:66]  # a drawn ball is no head
         'After preprocessing this scan does not look like the training scan'
         """
-        age, scan = check_age(age), Path(scan)
-        self.refuse_unknown(also or {})
-        read = self._read_beside(scan, also or {}) if self.others else self._read(scan)
-        return self._conclude(scan, age, read, read.age, self.manifest)
+        age, scan, also = check_age(age), Path(scan), also or {}
+        self.refuse_unknown(also)
+        read = self._read(scan, also)
+        unmeasured = dict.fromkeys(("correction", "interval", "rates") if self.channels.keys() - also else ())
+        return self._conclude(scan, age, read, read.age, self.manifest | unmeasured)
 
     def refuse_unknown(self, also: Mapping[str, Any]) -> None:
         """ValueError where `also` names a scan that is none of `others`."""
@@ -159,15 +169,38 @@ class Bundle:
             )
             raise ValueError(f"{unknown[0]}: {self.title} {takes}. Names of scans are written as in BIDS.")
 
-    def _read(self, scan: Path, other: Path | None = None) -> Reading:
-        volume, affine, statistics, noticed = self._prepare(scan, other)
-        members = self.model.predict(volume)
-        likeness = find_likeness_cautions(self.reference, volume, statistics)
-        cautions = [*likeness, *noticed, *find_member_cautions(members)]
-        return Reading(volume, affine, members, self._check_predicted(float(members.mean()), scan), cautions)
+    def _read(self, scan: Path, also: Mapping[str, Path | str]) -> Reading:
+        is_other = self.settings.modality != "T1w"
+        volume, affine, cautions = self._prepare_beside(scan, also) if is_other else self._prepare(scan)
+        stacked = self._stack(scan, also, volume, cautions) if self.channels else None
+        members = self.model.predict(volume if stacked is None else stacked)
+        age = self._check_predicted(float(members.mean()), scan)
+        return Reading(volume, affine, members, age, [*cautions, *find_member_cautions(members)], stacked)
 
-    def _read_beside(self, scan: Path, also: Mapping[str, Path | str]) -> Reading:
-        """As `_read`, of the other scan of the T1w scan's session; ScanError where it is not to be used."""
+    def _stack(
+        self, scan: Path, also: Mapping[str, Path | str], t1w: np.ndarray, cautions: list[Caution]
+    ) -> np.ndarray:
+        """The volumes (channels, size, size, size) of a session, 0 for a missing one; adds to `cautions`."""
+        volumes, missing = [t1w], []
+        for name, reference in self.channels.items():
+            if name not in also and self.manifest["channel_dropout"] > 0:
+                volumes.append(np.zeros_like(t1w))
+                missing.append(name)
+                continue
+            channel = replace(self, settings=self.settings.for_modality(name), reference=reference)
+            volume, _, noticed = channel._prepare_beside(scan, also)
+            volumes.append(volume)
+            cautions += [caution for caution in noticed if caution not in cautions]
+        if missing:
+            used = [name for name in self.manifest["channels"] if name not in missing]
+            facts = {"missing": " and ".join(missing), "used": " and ".join(used)}
+            cautions.append(Caution.of("channel_left_empty", **facts))
+        return np.stack(volumes)
+
+    def _prepare_beside(
+        self, scan: Path, also: Mapping[str, Path | str]
+    ) -> tuple[np.ndarray, np.ndarray, list[Caution]]:
+        """As `_prepare`, of another scan of the T1w scan's session; ScanError where it is not to be used."""
         modality = self.settings.modality
         if modality not in also:
             raise ScanError(
@@ -175,10 +208,10 @@ class Bundle:
                 f"{scan.name}: {self.title} reads the {modality} scan of a session. Give the T1w scan and, "
                 f"beside it, that one (--also {modality}=FILE).",
             )
-        read = self._read(scan, Path(also[modality]))
-        if unlike := [caution.sentence for caution in read.cautions if caution.forbids_use]:
+        prepared = self._prepare(scan, Path(also[modality]))
+        if unlike := [caution.sentence for caution in prepared[-1] if caution.forbids_use]:
             raise ScanError("other_scan_unlike", unlike[0])
-        return read
+        return prepared
 
     def _conclude(
         self, scan: Path, age: float | None, read: Reading, predicted: float, calibration: Mapping[str, Any]
@@ -211,6 +244,7 @@ class Bundle:
             path=str(scan),
             volume=read.volume,
             affine=read.affine,
+            stacked=read.stacked,
         )
 
     def predict_many(
@@ -267,13 +301,12 @@ class Bundle:
         except Exception as error:
             return Failure(scan.name, "failed", f"{scan.name}: {type(error).__name__}: {error}", str(scan))
 
-    def _prepare(
-        self, scan: Path, other: Path | None = None
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[Caution]]:
-        """The volume as the model takes it, its affine, the T1w scan's statistics, and what was noticed.
+    def _prepare(self, scan: Path, other: Path | None = None) -> tuple[np.ndarray, np.ndarray, list[Caution]]:
+        """The volume as the model takes it, its affine, and what was noticed.
 
-        Of the T1w scan, or of another scan of its session, laid onto it. Statistics of a head without skull
-        are left out where copies without skull were trained on: those known are of whole heads.
+        Of the T1w scan, or of another scan of its session, laid onto it. It is compared with the training
+        scans by its volume and by the T1w scan's statistics. Those of a head without skull are left out where
+        copies without skull were trained on: those known are of whole heads.
         """
         from brainage_nb.volumes.heads import find_head
         from brainage_nb.volumes.modalities import lay_onto_t1w
@@ -301,7 +334,8 @@ class Bundle:
             cautions.append(Caution.of("training_scan"))
         known_stripped = any(caution.code == "without_skull" for caution in cautions)
         statistics = None if known_stripped else measure_scan(t1w)
-        return volume, grid_affine(image, self.settings), statistics, cautions
+        likeness = find_likeness_cautions(self.reference, volume, statistics)
+        return volume, grid_affine(image, self.settings), [*likeness, *cautions]
 
     def _check_predicted(self, age: float, scan: Path) -> float:
         if np.isnan(age) and self.model.kind == VGG:
@@ -360,10 +394,10 @@ class FusedBundle(Bundle):
         read, left_out = {}, []
         for place, (member, name) in enumerate(zip(self.members, self._modalities, strict=True)):
             if name == "T1w":
-                read[place] = member._read(scan)
+                read[place] = member._read(scan, {})
             elif name in also:
                 try:
-                    read[place] = member._read_beside(scan, also)
+                    read[place] = member._read(scan, also)
                 except ScanError as error:
                     facts = {"modality": name, "scan": Path(also[name]).name, "reason": error.sentence}
                     left_out.append(Caution.of("other_scan_not_used", **facts))
@@ -461,6 +495,12 @@ def _build(files: BundleFiles, place: torch.device | str) -> Bundle:
     try:
         settings = PreprocessingSettings.from_json(manifest["preprocessing"])
         correction, interval = read_calibration(manifest)
+        channels = {
+            name: Reference.from_parts(
+                manifest["references"][name], files.arrays(name_reference(name)), settings.size
+            )
+            for name in manifest.get("channels", ())[1:]
+        }
         return Bundle(
             manifest=manifest,
             model=build_model(files, settings, place),
@@ -470,6 +510,7 @@ def _build(files: BundleFiles, place: torch.device | str) -> Bundle:
             reference=Reference.from_parts(
                 manifest["reference"], files.arrays(REFERENCE_FILE), settings.size
             ),
+            channels=channels,
         )
     except BundleError:
         raise

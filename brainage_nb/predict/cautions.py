@@ -87,6 +87,8 @@ class Prediction:
         What the model saw: RAS, as stored.
     affine : array (4, 4)
         Voxel of `volume` to mm of the scan.
+    stacked : array (channels, size, size, size) or None
+        All that a network of several channels saw, `volume` first; 0 for a scan that it had to do without.
     """
 
     scan: str
@@ -107,6 +109,7 @@ class Prediction:
     path: str = ""
     volume: np.ndarray = field(default=None, repr=False, compare=False)
     affine: np.ndarray = field(default=None, repr=False, compare=False)
+    stacked: np.ndarray | None = field(default=None, repr=False, compare=False)
 
     @property
     def do_not_use_because(self) -> str:
@@ -201,6 +204,11 @@ STATISTICS = (
 """What each number is about that `Reference.describe` gives of a volume; `SCAN_STATISTICS` may follow."""
 SAME = 0.05  # scan statistics that differ by less count as equal: training scans may have one voxel size
 REFERENCE_FILE = "reference.safetensors"
+
+
+def name_reference(modality: str) -> str:
+    """The file of the reference of another scan that a network reads beside the T1w scan."""
+    return f"reference-{modality}.safetensors"
 
 
 class Remoteness(NamedTuple):

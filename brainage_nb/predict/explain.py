@@ -28,7 +28,7 @@ from brainage_nb.bundle_format import VGG
 from brainage_nb.cohort.images import image_stem
 from brainage_nb.demo.cohort import AGEING_MAP, TRUTH
 from brainage_nb.drawing import legend_under
-from brainage_nb.predict.predictors import NetworkEnsemble
+from brainage_nb.predict.predictors import NetworkEnsemble, as_batch
 from brainage_nb.volumes.heads import head_in
 from brainage_nb.volumes.pictures import PLANES, plane
 from brainage_nb.volumes.registration import mni_grid
@@ -157,7 +157,7 @@ def explain(bundle: Bundle, prediction: Prediction, method: str = "") -> Explana
     method : {"integrated_gradients", "grad_cam", "occlusion", "triplets"}
         Networks: by default integrated gradients, in years; Grad-CAM is the fastest, occlusion the slowest.
         Bundles saved without the mean training volume give Grad-CAM in their place, with a word. VGG16-SVR:
-        triplets.
+        triplets. Networks that read several scans together: integrated gradients, summed over scans.
 
     Examples
     --------
@@ -167,7 +167,8 @@ def explain(bundle: Bundle, prediction: Prediction, method: str = "") -> Explana
     >>> explanation.picture(prediction)  # doctest: +SKIP
     """
     model, spacing = bundle.model, float(bundle.settings.spacing_mm)
-    known = (TRIPLETS,) if model.kind == VGG else (INTEGRATED, GRAD_CAM, OCCLUSION)
+    known = (INTEGRATED,) if bundle.channels else (INTEGRATED, GRAD_CAM, OCCLUSION)
+    known = (TRIPLETS,) if model.kind == VGG else known
     if method and method not in known:
         raise ValueError(f"method = {method!r}: for this model expected one of {', '.join(known)}.")
     if model.kind == VGG:
@@ -182,6 +183,10 @@ def explain(bundle: Bundle, prediction: Prediction, method: str = "") -> Explana
         return Explanation(heat, OCCLUSION, spacing)
     if method == GRAD_CAM or mean is None:
         return Explanation(grad_cam(model, volume), GRAD_CAM, spacing, "" if method == GRAD_CAM else NO_MEAN)
+    if bundle.channels:
+        volume = prediction.stacked
+        means = [mean, *(one.mean_volume for one in bundle.channels.values())]
+        mean = np.stack([each * one.any() for each, one in zip(means, volume, strict=True)])
     heat = integrated_gradients(model, volume, mean)
     own = prediction.predicted_age if prediction.alone is None else prediction.alone
     words = _add_up(heat, own, float(model.predict(mean).mean()))
@@ -208,6 +213,8 @@ def usual_method(bundle: Bundle) -> str:
 
 def _map_for_mean(bundle: Bundle, volume: np.ndarray) -> np.ndarray:
     """A network's usual map of one stored volume, of the fewest steps: it is one of many in a mean."""
+    if bundle.channels:
+        raise ValueError(f"{bundle.title}: mean maps are made of a model that reads one scan of a session.")
     mean = bundle.reference.mean_volume
     if mean is None:
         return grad_cam(bundle.model, volume)
@@ -241,8 +248,8 @@ def integrated_gradients(
     model : NetworkEnsemble
         As it predicts: all its networks, of the mirror image too where it averages over it; computed where
         it computes.
-    volume, mean : array (size, size, size)
-        RAS, as stored: this scan's and the mean of the training scans'.
+    volume, mean : array (size, size, size), or (channels, size, size, size)
+        RAS, as stored: this scan's and the mean of the training scans'. Years of all channels are added up.
     within_years : float
         How near the sum must come; 9 steps are the fewest (taken alone where this is infinite), 243 the most.
 
@@ -258,7 +265,7 @@ def integrated_gradients(
     3.2
     """
     owed = float(model.predict(volume).mean() - model.predict(mean).mean())
-    start, end = (_as_batch(array).to(model.device) for array in (mean, volume))
+    start, end = (as_batch(array).to(model.device) for array in (mean, volume))
     mirrored = (False, True) if model.flip_averaging else (False,)
 
     def integrate(networks: Sequence[nn.Module]) -> Tensor:
@@ -274,11 +281,7 @@ def integrated_gradients(
         return heat
 
     with torch.inference_mode(False), torch.enable_grad():
-        return model.placed.run(integrate)[0, 0].cpu().numpy()
-
-
-def _as_batch(volume: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.asarray(volume, dtype=np.float32))[None, None]
+        return model.placed.run(integrate)[0].sum(dim=0).cpu().numpy()
 
 
 def grad_cam(model: NetworkEnsemble, volume: np.ndarray) -> np.ndarray:
@@ -303,7 +306,7 @@ def grad_cam(model: NetworkEnsemble, volume: np.ndarray) -> np.ndarray:
         Positive where the age is pushed up, negative where it is pushed down. The unit is arbitrary; the
         largest magnitude is 1.
     """
-    batch = _as_batch(volume)
+    batch = as_batch(volume)
     heat = _layers_heat(model.networks, batch)
     if model.flip_averaging:
         heat = (heat + _layers_heat(model.networks, batch.flip(2)).flip(2)) / 2

@@ -1,4 +1,4 @@
-"""The models inside a bundle as plain predictors: one stored volume in, one age per network out.
+"""The models inside a bundle as plain predictors: one stored volume or several in, one age per network out.
 
 They come from checked arrays and JSON values only. Scans, intervals and warnings are for `bundle`.
 """
@@ -54,8 +54,11 @@ class NetworkEnsemble:
         return self.placed.device
 
     def predict(self, volume: np.ndarray) -> np.ndarray:
-        """Ages in years (n_networks,) of one volume (size, size, size), RAS, float16 as stored."""
-        batch = torch.from_numpy(np.asarray(volume, dtype=np.float32))[None, None]
+        """Ages in years (n_networks,) of one volume (size, size, size), RAS, float16 as stored.
+
+        Of the scans that a network reads together, (channels, size, size, size).
+        """
+        batch = as_batch(volume)
         if self.flip_averaging:
             batch = torch.cat([batch, batch.flip(2)])
         batch = batch.to(memory_format=torch.channels_last_3d)
@@ -66,6 +69,12 @@ class NetworkEnsemble:
 
         with torch.inference_mode():
             return np.array(self.placed.run(compute))
+
+
+def as_batch(volume: np.ndarray) -> torch.Tensor:
+    """Float32 (1, channels, size, size, size) of one volume (size, size, size), or of one with channels."""
+    array = np.asarray(volume, dtype=np.float32)
+    return torch.from_numpy(array.reshape(1, -1, *array.shape[-3:]))
 
 
 class SvrModel:
@@ -158,9 +167,8 @@ def load_network(architecture: Mapping[str, Any], weights: Mapping[str, np.ndarr
         A tensor is missing, left over, of another shape or not finite, or a spread is not positive.
     """
     stages = zip(architecture["widths"], architecture["blocks"], strict=True)
-    least = (
-        sum(27 * width**2 * depth for width, depth in stages) + 2 * architecture.get("linear_edge", 0) ** 3
-    )
+    linear = 2 * architecture.get("channels", 1) * architecture.get("linear_edge", 0) ** 3
+    least = sum(27 * width**2 * depth for width, depth in stages) + linear
     if least > (held := sum(array.size for array in weights.values())):
         raise ValueError(f"a network of more than {least:,} weights is described, the file holds {held:,}")
     # Bundles of release 0.1.0 name the norm and one output; there are no others.

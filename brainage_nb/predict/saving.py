@@ -34,7 +34,7 @@ from brainage_nb.evaluation.rates import measure_rates
 from brainage_nb.evaluation.report import load_templates
 from brainage_nb.evaluation.runs import OUT_OF_FOLD, add_gaps, calibrate, read_run, reported_level
 from brainage_nb.platforms import version_of
-from brainage_nb.predict.cautions import NOT_A_DEVICE, REFERENCE_FILE, Reference
+from brainage_nb.predict.cautions import NOT_A_DEVICE, REFERENCE_FILE, Reference, name_reference
 from brainage_nb.predict.predictors import NetworkEnsemble, SvrModel, load_network, round_weights
 from brainage_nb.workspace import MissingInput, Workspace, open_workspace, read_json, write_json, write_text
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from brainage_nb.evaluation.correction import Calibration
     from brainage_nb.evaluation.fusion import FusedPart, Fusion
     from brainage_nb.evaluation.runs import Run
+    from brainage_nb.volumes.store import VolumeStore
 
 Parts = tuple[NetworkEnsemble | SvrModel, dict[str, Any], dict[str, Any]]  # model, manifest entries, arrays
 OPENED_AGAIN, REFERENCE_SCANS, CHECK_SCANS = 7, 200, 8
@@ -75,21 +76,24 @@ def save_bundle(
     >>> save_bundle("workspace/runs/resnet18", "model.zip", licence="CC BY 4.0")  # doctest: +SKIP
     PosixPath('model.zip')
     """
-    from brainage_nb.volumes.store import VolumeStore
-
     folder = Path(run_folder).absolute()
     ws = open_workspace(folder.parents[1])
     run = read_run(ws, folder.name)
-    store = VolumeStore(ws.path("volumes", run.settings["fingerprint"])).verify()
+    channels = _open_stores(run, ws)
+    store, *others = channels.values()
     people = learning_rows(run).drop_duplicates("subject_id")  # two scans of one would look too alike
     learning = _choose_evenly(people["scan_id"].tolist(), REFERENCE_SCANS)
     statistics = read_statistics(ws.read("cleaning.csv"), learning)
-    reference = Reference.fit((store[scan_id] for scan_id in learning), statistics)
+    reference, *references = (
+        Reference.fit((one[scan_id] for scan_id in learning), statistics) for one in channels.values()
+    )
     collect = _collect_svr if (folder / "model").is_dir() else _collect_networks
     model, entries, arrays = collect(folder, run.settings)
     known = run.predictions.set_index("scan_id")["predicted_age"]
-    apart = [abs(model.predict(store[scan_id]).mean() - known[scan_id]) for scan_id in
-             _choose_evenly(learning, 0 if run.folds else CHECK_SCANS)]  # fmt: skip
+    apart = []
+    for scan_id in _choose_evenly(learning, 0 if run.folds else CHECK_SCANS):
+        volume = np.stack([one[scan_id] for one in channels.values()]) if others else store[scan_id]
+        apart.append(abs(model.predict(volume).mean() - known[scan_id]))
     manifest = {
         **_describe_making(run, licence),
         "variant": run.settings.get("variant", ""),
@@ -101,7 +105,34 @@ def save_bundle(
         **facts_of_run(run, ws),
     }
     arrays[REFERENCE_FILE] = reference.arrays()
+    if others:
+        beside = dict(zip([*channels][1:], references, strict=True))
+        manifest |= {
+            "channels": [*channels],
+            "references": {name: one.to_dict() for name, one in beside.items()},
+            "channel_dropout": run.settings["settings"]["channel_dropout"],
+        }
+        arrays |= {name_reference(name): one.arrays() for name, one in beside.items()}
     return write_bundle(target or folder / "bundle", manifest, arrays, write_card(manifest))
+
+
+def _open_stores(run: Run, workspace: Workspace) -> dict[str, VolumeStore]:
+    """The checked volumes of each scan that a run reads, by its name; the first one's settings decide all."""
+    from brainage_nb.volumes.store import VolumeStore
+
+    first, *others = run.modality.split(" + ")
+    store = VolumeStore(workspace.path("volumes", run.settings["fingerprint"])).verify()
+    stores, trained = {first: store}, run.settings.get("identity", {})
+    for n, name in enumerate(others, start=2):
+        expected, found = store.settings.for_modality(name).fingerprint, trained[f"channel_{n}"].split()[0]
+        if first != "T1w" or found != expected:
+            raise ValueError(
+                f"{run.name} reads {', '.join([first, *others])} together: a bundle needs the T1w scan first "
+                f"and {name} volumes made with its settings ({expected}; these are {found}). Run notebook "
+                "03, then train again with channels = T1w,..."
+            )
+        stores[name] = VolumeStore(workspace.path("volumes", found)).verify()
+    return stores
 
 
 def save_fused_bundle(
@@ -117,6 +148,11 @@ def save_fused_bundle(
         No run reads the T1w scan, its ages do not follow true age, or a run can have no bundle.
     """
     run, modalities = fusion.run, fusion.modalities
+    if several := [name for name in fusion.names if "+" in modalities[name]]:
+        raise ValueError(
+            f"No fused bundle: {several[0]} reads {modalities[several[0]]} together, and only runs of one "
+            "scan each are fused in a bundle. This run has a bundle of its own."
+        )
     names = sorted(fusion.names, key=lambda name: modalities[name] != "T1w")  # the T1w scan first
     read = {name: modalities[name] for name in names}
     others = sorted({*read.values()} - {"T1w"})
@@ -251,20 +287,17 @@ def _collect_networks(folder: Path, settings: Mapping[str, Any]) -> Parts:
             f"{folder} was trained with a network of your own ({own}): a bundle runs nothing, so it can only "
             "hold the ResNet-18 of this package. Keep checkpoints/*/weights.safetensors and the code."
         )
-    if channels := settings["settings"].get("channels"):
-        raise ValueError(
-            f"{folder} reads {channels} together, and a bundle holds models of one scan each. Fuse runs of "
-            'one scan each (notebook 06, more = "fuse=..."), or keep checkpoints/*/weights.safetensors.'
-        )
     training, places = settings["settings"], sorted(folder.glob("checkpoints/*/weights.safetensors"))
     if not places:
         raise FileNotFoundError(
             f"{folder} has no finished model (checkpoints/*/weights.safetensors). Train it to the end first."
         )
     trained = [_keep_spreads_above_0(load_file(path)) for path in places]
+    channels = trained[0]["conv1.weight"].shape[1]
     architecture = {name: training[name] for name in ("widths", "blocks", "shortcut")} | {
-        "linear_edge": len(trained[0].get("linear.weight", ())),
+        "linear_edge": len(trained[0].get("linear.weight", ())) // channels,
     }
+    architecture |= {"channels": channels} if channels > 1 else {}
     rounded = [round_weights(load_network(architecture, weights)) for weights in trained]
     files = [f"member-{n:02d}.safetensors" for n in range(len(places))]
     named = zip(files, places, strict=True)

@@ -237,7 +237,7 @@ figures
 # training subjects, bias correction and prediction interval. **07** and the app open it.
 
 # %%
-if result.complete and network is None and not settings.channels:
+if result.complete and network is None and (not settings.channels or asked[0] == "T1w"):
     print(f"Saved {current_bundle(ws.run(run))}")
 
 # %% [markdown]

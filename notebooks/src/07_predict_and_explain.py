@@ -170,7 +170,11 @@ from brainage_nb.volumes.store import VolumeStore
 
 test = splits[splits["split"] == "test"]
 groups = []
-if model.model.kind == "resnet18" and ws.path("volumes", model.settings.fingerprint).exists():
+if (
+    model.model.kind == "resnet18"
+    and not model.channels
+    and ws.path("volumes", model.settings.fingerprint).exists()
+):
     store = VolumeStore(ws.path("volumes", model.settings.fingerprint)).verify()
     groups = age_group_maps(model, store, test[test["scan_id"].isin(store.scan_ids)], per_band=per_band)
 group_figure(model, groups) if groups else None

@@ -30,7 +30,7 @@ def store_and_bundle(n=6):
     volumes = {f"{k}": np.full((48, 48, 48), float(k), np.float16) for k in range(n)}
     settings = SimpleNamespace(fingerprint="same", spacing_mm=4.0, size=48, to_mni=False)
     reference = SimpleNamespace(mean_volume=np.zeros((48, 48, 48), np.float16))
-    return Store(volumes), SimpleNamespace(settings=settings, reference=reference, model=None)
+    return Store(volumes), SimpleNamespace(settings=settings, reference=reference, channels={}, model=None)
 
 
 def test_the_middle_of_the_cube_lies_where_it_should_in_template_space():

@@ -208,12 +208,17 @@ def test_a_fused_bundle_older_than_one_of_its_runs_is_not_offered(evaluated):
         current_bundle(evaluated.run("fused"))
 
 
-def test_without_a_run_of_t1w_scans_there_is_no_bundle_and_it_is_said(evaluated):
-    change(evaluated.run("resnet18") / "settings.json", modality="FLAIR")
+@pytest.mark.parametrize(
+    ("modality", "why"),
+    [
+        ("FLAIR", "none of them gives ages that follow true age from the T1w scan"),
+        ("T1w + FLAIR", "resnet18 reads T1w + FLAIR together, and only runs of one scan"),
+    ],
+)
+def test_of_runs_that_cannot_be_fused_there_is_no_bundle_and_it_is_said(evaluated, modality, why):
+    change(evaluated.run("resnet18") / "settings.json", modality=modality)
     fusion = evaluate_runs(evaluated, fuse=["resnet18", "resnet18_t2w"], n_bootstrap=5).fusion
-    assert "none of them gives ages that follow true age from the T1w scan" in offer_fused_bundle(
-        fusion, evaluated
-    )
+    assert why in offer_fused_bundle(fusion, evaluated)
 
 
 def change(path, **changes):
