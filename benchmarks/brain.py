@@ -84,7 +84,7 @@ def one_scan(path: Path, masks: Path, place: int) -> list[dict]:
                 "scan": stem,
                 "dice": 2 * np.count_nonzero(mask & reference) / (mask.sum() + reference.sum()),
                 "volume": mask.sum() / reference.sum(),
-                "upright": is_upright(regions, image.affine, brain.alignment.to_scan),
+                "upright": is_upright(regions, image.affine, brain.to_scan),
                 "flagged": bool(brain.problems),
                 "correlation": brain.correlation,
                 "agreement": brain.agreement,

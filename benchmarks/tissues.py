@@ -40,7 +40,7 @@ def row_of(scan: Path, regions: Path) -> dict[str, float]:
     found = find_tissues(image, found_masks=False)
     seconds = time.perf_counter() - started
     labelled = nib.load(regions)
-    to_label = np.linalg.inv(labelled.affine) @ brain.alignment.to_scan @ tissues.grid()
+    to_label = np.linalg.inv(labelled.affine) @ brain.to_scan @ tissues.grid()
     labels = affine_transform(
         np.asarray(labelled.dataobj).astype(np.int16),
         to_label[:3, :3],

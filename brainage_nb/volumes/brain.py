@@ -19,7 +19,9 @@ from brainage_nb.volumes.registration import (
     Alignment,
     align,
     bend,
+    carry,
     even_brightness,
+    settle,
     signed_distance,
     template,
 )
@@ -29,7 +31,7 @@ from brainage_nb.volumes.scans import ScanError, load_scan
 if TYPE_CHECKING:
     import nibabel as nib
 
-VERSION = 2  # raised whenever the same scan gives another brain than before; part of fingerprints
+VERSION = 3  # raised whenever the same scan gives another brain than before; part of fingerprints
 FINE_MM = 2.0  # grid on which the template is bent
 MARGIN_MM = 3.0  # the template's mask ends at the cortex; the skull begins about this much farther out
 # What a brain found rightly looks like. Correlation: 242 looks at scans of adults gave 0.36 and more;
@@ -56,7 +58,12 @@ class Brain:
     depth_mm : (n, n, n) float32 array
         Signed distance to the mask's surface on the template's grid, negative inside.
     alignment : Alignment
-        The affine map from MNI152 to the scan.
+        The affine map from MNI152 to the scan that was found first; `depth_mm` and `core_depth_mm` lie on it.
+    to_scan : (4, 4) array
+        The affine map from MNI152 to the scan by the core of the brain alone: where volumes are taken from.
+    core_depth_mm : (n, n, n) float32 array
+        As `depth_mm`, of the template's mask bent by the core alone: less exact at the surface, but the same
+        whether skull and scalp are there or not.
     correlation : float
         Between the bent template and the scan, inside the brain.
     agreement : float
@@ -71,6 +78,8 @@ class Brain:
 
     depth_mm: np.ndarray
     alignment: Alignment
+    to_scan: np.ndarray
+    core_depth_mm: np.ndarray
     correlation: float
     agreement: float
     volume_l: float
@@ -87,13 +96,14 @@ class Brain:
         """The mask (bool) on a grid: its affine (voxel to the scan's world, mm) and shape."""
         return self.depth_on(affine, shape) < 0
 
-    def depth_on(self, affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Signed distance to the mask's surface (mm, negative inside) on a grid, as for `mask_on`."""
+    def depth_on(self, affine: np.ndarray, shape: tuple[int, ...], *, core: bool = False) -> np.ndarray:
+        """`depth_mm`, or `core_depth_mm`, on a grid, as for `mask_on`."""
         from scipy.ndimage import affine_transform
 
         to_grid = np.linalg.inv(self.alignment.to_scan @ template(FINE_MM).affine) @ affine
         where = to_grid[:3, :3], to_grid[:3, 3]
-        return affine_transform(self.depth_mm, *where, tuple(shape), order=1, cval=50.0)
+        depth_mm = self.core_depth_mm if core else self.depth_mm
+        return affine_transform(depth_mm, *where, tuple(shape), order=1, cval=50.0)
 
 
 def find_brain(image: nib.spatialimages.SpatialImage, *, found_masks: bool = False) -> Brain:
@@ -149,22 +159,27 @@ def _find(image: nib.spatialimages.SpatialImage, found_masks: bool) -> Brain:
     alignment = align(array, image.affine, np.array(find_head(image).centre_mm))
     grid = alignment.to_scan @ onto.affine
     scan = resample_to(FINE_MM, array, image.affine, grid, len(onto.brain)) / alignment.level
-    depth, correlation = bend(even_brightness(scan, onto), onto)
-    depth -= MARGIN_MM
+    scan = even_brightness(scan, onto.brain, onto.depth_mm)
+    coefficients, correlation = bend(scan, onto)
+    bent, depth = carry(onto, coefficients, onto.brain, onto.depth_mm)
+    settled, moved = settle(even_brightness(scan, bent, depth), onto, coefficients)
+    (core_depth,) = carry(onto, settled, onto.depth_mm)
+    depth, core_depth = depth - MARGIN_MM, core_depth - MARGIN_MM
     agreement, source = _dice(depth < 0, onto.depth_mm < MARGIN_MM), "template"
     voxel_l = abs(np.linalg.det(grid)) / 1e6
     scan_file = image.extra.get("path") if found_masks else None
     if mask := scan_file and (mask_beside(scan_file) or _find_beside(scan_file, ("mask",))):
         try:
             depth, agreement = _read_mask_of(mask, grid, depth, voxel_l)
-            source = str(mask)
+            core_depth, source = np.maximum(core_depth, depth - MARGIN_MM), str(mask)
         except ScanError as error:
             image.extra["flags"]["mask_not_taken"] = (
                 f"{mask.name} was not taken as the brain mask, the brain was found without: {error.sentence}"
             )
     volume = float((depth < 0).sum() * voxel_l)
     problems = _find_problems(alignment, correlation, agreement, volume)
-    return Brain(depth, alignment, correlation, agreement, volume, source, problems)
+    to_scan = alignment.to_scan @ moved
+    return Brain(depth, alignment, to_scan, core_depth, correlation, agreement, volume, source, problems)
 
 
 def _find_problems(

@@ -161,7 +161,7 @@ def smooth_and_sample(
 def share_grey_matter(stage: Stage, *, found_masks: bool = True, stripped: bool = False) -> Stage:
     """The share of grey matter in each voxel, 0 to 1, on the template's grid."""
     found = find_tissues(stage.scan, found_masks=found_masks, stripped=stripped)
-    fine = brain_or_error(stage.scan, found_masks=found_masks).alignment.to_scan @ tissues.grid()
+    fine = brain_or_error(stage.scan, found_masks=found_masks).to_scan @ tissues.grid()
     return Stage(found.grey, fine, np.full(3, tissues.SPACING_MM), stage.scan)
 
 
@@ -192,7 +192,7 @@ def find_tissues(
         As `preprocess`.
     """
     brain = brain_or_error(image, found_masks=found_masks)
-    fine = brain.alignment.to_scan @ tissues.grid()
+    fine = brain.to_scan @ tissues.grid()
     voxels = _voxels(image)
     if stripped:
         voxels = np.where(brain.depth_on(image.affine, voxels.shape) < -STRIP_MM, voxels, 0)
@@ -200,7 +200,7 @@ def find_tissues(
     bright, empty = (
         resample_to(tissues.RESOLUTION_MM, one, image.affine, fine, tissues.SIZE) for one in (voxels, empty)
     )
-    found = tissues.tissues_of(bright, brain.depth_on(fine, bright.shape), empty)
+    found = tissues.tissues_of(bright, brain.depth_on(fine, bright.shape, core=True), empty)
     if found.problems:
         raise ScanError(
             "tissues_unclear", f"{'; '.join(found.problems)}. Look at the scan, or choose a recipe without."
@@ -253,8 +253,7 @@ def _grid(image: Any, spacing_mm: float, size: int, to_mni: bool, found_masks: b
     A scan that already has the target's spacing is so copied voxel by voxel: no interpolation blurs it.
     """
     if to_mni:
-        alignment = brain_or_error(image, found_masks=found_masks).alignment
-        return alignment.to_scan @ mni_grid(spacing_mm, size)
+        return brain_or_error(image, found_masks=found_masks).to_scan @ mni_grid(spacing_mm, size)
     grid = np.diag([spacing_mm] * 3 + [1.0])
     first = np.array(find_head(image).centre_mm) - spacing_mm * (size - 1) / 2
     grid[:3, 3] = _on_lattice(first, image.affine, max(image.shape))

@@ -34,6 +34,7 @@ SCALE = 0.92  # template to a usual adult brain, which is smaller
 SCALE_SD, SHAPE_SD = 0.10, 0.04  # of the logarithm of size, and of its stretch and shear
 DEGREES = (1, 2, 4)  # of the polynomials that bend, fitted one after the other
 BENDING_STEPS, LEAST_BENT_MM = 6, 0.3  # most steps for each degree; one that bends less ends it
+CORE_DEGREE, LEAST_SETTLED_MM = 2, 0.05  # the same of the last bending, by the brain's core alone
 STIFFNESS = 0.016  # prior precision of a coefficient of degree 2, 1/mm^2; grows with the degree squared
 REACH = 1.2  # polynomials go on as constants beyond so many half-extents of the brain
 BIAS_MM, INSIDE_MM = 20.0, 4.0  # brightness that varies more slowly, so deep inside the brain, is evened
@@ -334,25 +335,26 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float:
 # --- bending --------------------------------------------------------------------------------------------
 
 
-def even_brightness(scan: np.ndarray, against: Template) -> np.ndarray:
-    """Divide a scan on the template's grid by its slow ratio to the template; white matter comes near 0.88.
+def even_brightness(scan: np.ndarray, brain: np.ndarray, depth_mm: np.ndarray) -> np.ndarray:
+    """Divide a scan by its slow ratio to the template; white matter comes near 0.88.
 
     Parameters
     ----------
     scan : (n, n, n) float32 array
-        Intensities where white matter is about 1.
-    against : Template
-        On the same grid.
+        Intensities where white matter is about 1, on the template's grid.
+    brain, depth_mm : (n, n, n) float32 arrays
+        The template's, straight or bent.
     """
     from scipy.ndimage import gaussian_filter
 
-    inside = (against.depth_mm < -INSIDE_MM) & (against.brain > 0.5)
+    inside = (depth_mm < -INSIDE_MM) & (brain > 0.5)
+    spacing = TEMPLATE_MM / len(scan)
 
     def slow(volume: np.ndarray) -> np.ndarray:
         picked = np.where(inside, volume, 0)[::2, ::2, ::2]
-        return gaussian_filter(picked, BIAS_MM / (2 * against.spacing_mm)) + 1e-3
+        return gaussian_filter(picked, BIAS_MM / (2 * spacing)) + 1e-3
 
-    ratio = upsample(slow(scan * against.brain) / slow(against.brain**2), 2, scan.shape)
+    ratio = upsample(slow(scan * brain) / slow(brain**2), 2, scan.shape)
     return np.clip(scan / np.maximum(ratio, 1e-3), 0, BRIGHTEST).astype(np.float32)
 
 
@@ -367,34 +369,86 @@ def bend(scan: np.ndarray, onto: Template) -> tuple[np.ndarray, float]:
 
     Returns
     -------
-    depth_mm : (n, n, n) float32 array
-        Signed distance to the bent template brain's surface at each voxel of the scan, negative inside.
+    coefficients : (3, terms) float32 array
+        Of `polynomials` up to the highest of `DEGREES`: how far each place of the template moves along x, y
+        and z, mm. `carry` applies them.
     correlation : float
         Of the bent template with the scan, inside the brain: ventricles, deep grey, white matter. The painted
         rim does not count, since a plain ball has one too.
     """
-    from scipy.ndimage import gaussian_filter
-
     points, values, depth, basis = _bending_points(onto.spacing_mm)
-    target = Target(gaussian_filter(scan, 0.7), onto.affine)
-    total = exponents(DEGREES[-1]).sum(axis=1)
-    stiff = np.where(total <= 1, 1e-3, STIFFNESS * (total / 2) ** 2)
-    coefficients, weights = np.zeros((3, len(total)), np.float32), np.ones(len(points))
+    target = _smooth_target(scan, onto)
+    coefficients = np.zeros((3, len(basis)), np.float32)
+    weights = np.ones(len(points))
     for degree in DEGREES:
-        used = total <= degree
-        terms = basis[used]
-        for _ in range(BENDING_STEPS):
-            scanned, gradient = target.at(points + (coefficients @ basis).T)
-            slope, residual, weights = fit_intensity(scanned, values, weights)
-            columns = (np.float32(slope) * gradient[:, None] * terms).reshape(-1, len(points))
-            prior = np.diag(np.tile(stiff[used], 3)), coefficients[:, used].ravel()
-            change = solve_step(columns, scanned, residual, weights, *prior).reshape(3, -1)
-            coefficients[:, used] += change
-            if np.abs(change.astype(np.float32) @ terms).max() < LEAST_BENT_MM:
-                break
+        coefficients, weights = _bend_more(target, (points, values, basis), coefficients, weights, degree)
     scanned, _ = target.at(points + (coefficients @ basis).T)
     inside = depth < -INSIDE_MM
-    return _bent_depth(coefficients, onto), correlation(scanned[inside], values[inside])
+    return coefficients, correlation(scanned[inside], values[inside])
+
+
+def settle(scan: np.ndarray, onto: Template, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bend once more, by the core of the brain alone, which a whole head and a stripped one have in common.
+
+    What lies around a brain moves its surface, and with it the size it seems to have: a stripped brain would
+    lie on the template two percent larger than the same brain in its skull.
+
+    Parameters
+    ----------
+    scan : (n, n, n) float32 array
+        On the template's grid, evenly bright.
+    onto : Template
+    coefficients : (3, terms) array
+        From `bend`; those up to `CORE_DEGREE` are fitted again.
+
+    Returns
+    -------
+    coefficients : (3, terms) float32 array
+    affine : (4, 4) array
+        The affine map nearest to them in the core, from MNI152 to MNI152, mm.
+    """
+    points, values, depth, basis = _bending_points(onto.spacing_mm)
+    core = depth < -INSIDE_MM
+    points, values, basis = points[core], values[core], basis[:, core]
+    target, start = _smooth_target(scan, onto), (coefficients, np.ones(len(points)), CORE_DEGREE)
+    coefficients, _ = _bend_more(target, (points, values, basis), *start, least_mm=LEAST_SETTLED_MM)
+    affine, moved = np.eye(4), points + (coefficients @ basis).T
+    affine[:3] = np.linalg.lstsq(np.c_[points, np.ones(len(points))], moved, rcond=None)[0].T
+    return coefficients, affine
+
+
+def _smooth_target(scan: np.ndarray, onto: Template) -> Target:
+    from scipy.ndimage import gaussian_filter
+
+    return Target(gaussian_filter(scan, 0.7), onto.affine)
+
+
+def _bend_more(
+    target: Target,
+    at: tuple[np.ndarray, np.ndarray, np.ndarray],
+    coefficients: np.ndarray,
+    weights: np.ndarray,
+    degree: int,
+    least_mm: float = LEAST_BENT_MM,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Newton over the polynomials up to a degree: coefficients (3, terms) and outlier weights (n,).
+
+    `at` are positions, template values and polynomials, as `_bending_points` has them.
+    """
+    points, values, basis = at
+    total = exponents(DEGREES[-1]).sum(axis=1)
+    used, coefficients = total <= degree, coefficients.copy()
+    stiff, terms = np.where(total <= 1, 1e-3, STIFFNESS * (total / 2) ** 2)[used], basis[used]
+    for _ in range(BENDING_STEPS):
+        scanned, gradient = target.at(points + (coefficients @ basis).T)
+        slope, residual, weights = fit_intensity(scanned, values, weights)
+        columns = (np.float32(slope) * gradient[:, None] * terms).reshape(-1, len(points))
+        prior = np.diag(np.tile(stiff, 3)), coefficients[:, used].ravel()
+        change = solve_step(columns, scanned, residual, weights, *prior).reshape(3, -1)
+        coefficients[:, used] += change
+        if np.abs(change.astype(np.float32) @ terms).max() < least_mm:
+            break
+    return coefficients, weights
 
 
 @lru_cache(maxsize=1)
@@ -405,8 +459,8 @@ def _bending_points(spacing_mm: float) -> tuple[np.ndarray, ...]:
     return points.astype(np.float32), values, depth, np.ascontiguousarray(basis, np.float32)
 
 
-def _bent_depth(coefficients: np.ndarray, onto: Template) -> np.ndarray:
-    """The template's depth map carried along: where x moves to x + u(x), a voxel y looks at x."""
+def carry(onto: Template, coefficients: np.ndarray, *maps: np.ndarray) -> list[np.ndarray]:
+    """Maps on the template's grid, bent with it: where x moves to x + u(x), a voxel y looks at x."""
     from scipy.ndimage import map_coordinates
 
     shape = tuple(n // 2 for n in onto.brain.shape)
@@ -421,7 +475,7 @@ def _bent_depth(coefficients: np.ndarray, onto: Template) -> np.ndarray:
     look = np.indices(onto.brain.shape, np.float32)
     for axis, part in enumerate(back.T):
         look[axis] -= 2 * upsample(part.reshape(shape), 2, onto.brain.shape)
-    return map_coordinates(onto.depth_mm, look, order=1, mode="nearest")
+    return [map_coordinates(one, look, order=1, mode="nearest") for one in maps]
 
 
 def exponents(degree: int) -> np.ndarray:

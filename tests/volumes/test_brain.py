@@ -37,11 +37,11 @@ def dice(a, b):
     return 2 * np.count_nonzero(a & b) / (np.count_nonzero(a) + np.count_nonzero(b))
 
 
-def farthest_mm(brain, truth):
-    """Largest distance of the map found from the true one over the corners of the brain."""
+def farthest_mm(to_scan, truth):
+    """Largest distance of a map to the scan from the true one over the corners of the brain."""
     corners = np.array(np.meshgrid([-65, 65], [-100, 65], [-60, 75])).reshape(3, -1)
     corners = np.vstack([corners, np.ones(8)])
-    return np.linalg.norm(((brain.alignment.to_scan - truth) @ corners)[:3], axis=0).max()
+    return np.linalg.norm(((to_scan - truth) @ corners)[:3], axis=0).max()
 
 
 TILTED = pose((18, -14, 20), (12, -25, 14))
@@ -56,7 +56,8 @@ def tilted():
 def test_a_tilted_head_of_known_pose_is_laid_onto_the_template(tilted):
     image, inside, brain = tilted
     assert brain.problems == ()
-    assert farthest_mm(brain, TILTED) < 3.0
+    assert farthest_mm(brain.alignment.to_scan, TILTED) < 3.0
+    assert farthest_mm(brain.to_scan, TILTED) < 0.8
     assert dice(brain.mask_on(image.affine, image.shape), inside) > 0.96
     assert brain.volume_l == pytest.approx(inside.sum() * VOXEL_MM**3 / 1e6, rel=0.05)
 
@@ -66,7 +67,7 @@ def test_the_same_scan_gives_the_same_brain_bit_by_bit(tilted):
     again = find_brain(nib.Nifti1Image(np.asarray(image.dataobj), image.affine))
     assert again is not brain
     assert np.array_equal(again.depth_mm, brain.depth_mm)
-    assert np.array_equal(again.alignment.to_scan, brain.alignment.to_scan)
+    assert np.array_equal(again.to_scan, brain.to_scan)
 
 
 def test_storage_order_changes_nothing_in_the_world(tilted):
@@ -75,7 +76,7 @@ def test_storage_order_changes_nothing_in_the_world(tilted):
     start = nib.io_orientation(image.affine)
     stored = image.as_reoriented(nib.orientations.ornt_transform(start, change))
     assert nib.aff2axcodes(stored.affine) == ("P", "S", "L")
-    assert farthest_mm(find_brain(stored), brain.alignment.to_scan) < 0.5
+    assert farthest_mm(find_brain(stored).to_scan, brain.to_scan) < 0.1
 
 
 def test_a_stripped_brain_is_found_as_well():
@@ -84,6 +85,11 @@ def test_a_stripped_brain_is_found_as_well():
     brain = find_brain(image)
     assert brain.problems == ()
     assert dice(brain.mask_on(image.affine, image.shape), inside) > 0.93
+    assert farthest_mm(brain.to_scan, truth) < 0.8
+    whole = find_brain(head(truth)[0])
+    assert farthest_mm(brain.to_scan, whole.to_scan) < 0.4 < farthest_mm(brain.alignment.to_scan, truth)
+    core = [one.depth_on(image.affine, image.shape, core=True) for one in (brain, whole)]
+    assert np.abs(core[0] - core[1])[inside].mean() < 0.2
 
 
 def upside_down(image):
@@ -254,7 +260,7 @@ def test_recipes_name_their_switches_and_the_reference_keeps_its_fingerprint():
         PreprocessingSettings.of_recipe("bset")
     old = {"settings": {"spacing_mm": 2.0, "size": 96, "smooth": True}, "fingerprint": reference.fingerprint}
     assert PreprocessingSettings.from_json(old) == reference
-    assert BEST.fingerprint == "4mm-48-c932dded7e"
+    assert BEST.fingerprint == "4mm-48-e337a39e3c"
     without_n4 = old | {"settings": old["settings"] | {"n4": False}}
     assert PreprocessingSettings.from_json(without_n4) == reference
     with pytest.raises(ValueError, match="n4"):
