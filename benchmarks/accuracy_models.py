@@ -173,13 +173,10 @@ class Models:
     def _fit_ridge(self, prepared: str, learn: list[int], judged: list[int]) -> np.ndarray:
         """The regression that `best` puts beside its network, alone."""
         store = self.store(prepared)
-        kinds = [store, *filter(None, [store.copies])]  # whole heads, and copies without skull
-        volumes = [
-            torch.from_numpy(kind.read(self.cohort["scan_id"]).astype(np.float32))[:, None] for kind in kinds
-        ]
-        batches = torch.cat([one[learn] for one in volumes]).split(16)
-        ages, subjects = (np.tile(one[learn], len(kinds)) for one in (self.age, self.subjects))
-        return fit_linear(batches, ages, subjects, store.spacing_mm)(volumes[0][judged]).numpy()
+        volumes = torch.from_numpy(store.read(self.cohort["scan_id"]).astype(np.float32))[:, None]
+        batches = volumes[learn].split(16)
+        model = fit_linear(batches, self.age[learn], self.subjects[learn], store.spacing_mm)
+        return model(volumes[judged]).numpy()
 
     def store(self, prepared: str) -> VolumeStore:
         """Volumes of a preprocessing recipe, or `registered`: `reference` with the brain on the template."""

@@ -54,9 +54,6 @@ HISTORY = [
 class VolumeDataset(torch.utils.data.Dataset):
     """Stored volumes with their ages, to be looped over by hand or by a `DataLoader`.
 
-    Where all stores have copies without skull, `n_kinds` is 2, and position k + len(self) of `read` and
-    `batches` is the copy of row k.
-
     Parameters
     ----------
     store : VolumeStore, or several
@@ -78,28 +75,23 @@ class VolumeDataset(torch.utils.data.Dataset):
         device: torch.device | str = "cpu",
     ):
         stores = list_stores(store)
-        self.size, self.spacing_mm = common_grid(stores)
+        self.size, self.spacing_mm, self._shards = *common_grid(stores), [one.shards for one in stores]
         self.device = torch.device(device)
-        kinds, scan_ids = [stores, *filter(None, [list_copies(stores)])], list(scans["scan_id"])
-        self.n_kinds, self._shards = len(kinds), [[one.shards for one in kind] for kind in kinds]
-        self._places = [[np.stack(one.locate(scan_ids), axis=1) for one in kind] for kind in kinds]
+        self._places = [np.stack(one.locate(list(scans["scan_id"])), axis=1) for one in stores]
         self._age = scans["age"].to_numpy(np.float32)
 
     def __len__(self) -> int:
         return len(self._age)
 
     def __getitem__(self, row: int) -> tuple[Tensor, Tensor]:
-        age = torch.tensor(self._age[row])
-        return self.read([range(len(self))[row]])[0].float(), age
+        return self.read([row])[0].float(), torch.tensor(self._age[row])
 
     def read(self, rows: Sequence[int] | np.ndarray) -> Tensor:
         """Several volumes, float16 (n, channels, size, size, size), in memory, pinned for a GPU."""
-        shape, pin = (len(rows), len(self._shards[0]), *(self.size,) * 3), self.device.type == "cuda"
+        shape, pin = (len(rows), len(self._shards), *(self.size,) * 3), self.device.type == "cuda"
         batch = torch.empty(shape, dtype=torch.float16, pin_memory=pin)
-        for target, position in zip(batch.numpy(), rows, strict=True):
-            kind, row = divmod(int(position), len(self))
-            for channel, shards in enumerate(self._shards[kind]):
-                shard, place = self._places[kind][channel][row]
+        for channel, (shards, places) in enumerate(zip(self._shards, self._places, strict=True)):
+            for target, (shard, place) in zip(batch.numpy(), places[rows], strict=True):
                 target[channel] = shards[shard][place]
         return batch
 
@@ -120,12 +112,6 @@ class VolumeDataset(torch.utils.data.Dataset):
 def list_stores(store: VolumeStore | Sequence[VolumeStore]) -> list[VolumeStore]:
     """One store or several, as a list."""
     return list(store) if isinstance(store, list | tuple) else [store]
-
-
-def list_copies(stores: Sequence[VolumeStore]) -> list[VolumeStore]:
-    """The stores of copies without skull, in the same order; empty where one has none."""
-    copies = [store.copies for store in stores]
-    return [] if None in copies else copies
 
 
 def common_grid(stores: Sequence[VolumeStore]) -> tuple[int, float]:
@@ -309,8 +295,7 @@ class Trainer:
             batch[self.accelerator.process_index :: self.accelerator.num_processes] for batch in batches
         ]
         started = time.monotonic()
-        drawn = self.volumes.batches([self.draw_kinds(share) for share in shares])
-        for batch, share, volumes in zip(batches, shares, drawn, strict=True):
+        for batch, share, volumes in zip(batches, shares, self.volumes.batches(shares), strict=True):
             self.train_step(volumes, share, len(batch))
             now = time.monotonic()
             self.seconds, started = self.seconds + now - started, now
@@ -332,11 +317,6 @@ class Trainer:
                 "a larger batch_size or fewer processes."
             )
         return batches
-
-    def draw_kinds(self, rows: np.ndarray) -> np.ndarray:
-        """Positions in `volumes` of these scans in this epoch: of each the whole head or its copy."""
-        draw = np.random.default_rng([self.member.seed, self.epoch, 1])
-        return rows + len(self.years) * draw.integers(self.volumes.n_kinds, size=len(self.years))[rows]
 
     def train_step(self, volumes: Tensor, rows: np.ndarray, batch_total: int) -> None:
         """One step of the optimiser.
@@ -446,7 +426,6 @@ class Trainer:
         """
         rows = self.member.train[np.argsort(self.years[self.member.train], kind="stable")]
         rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), PRECISE_SCANS)).round().astype(int)]
-        rows = rows + len(self.years) * (np.arange(len(rows)) % self.volumes.n_kinds)
         return self._split(np.random.default_rng(0).permutation(rows))  # so that each batch spans the ages
 
     def _split(self, rows: np.ndarray) -> list[np.ndarray]:
@@ -485,13 +464,10 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _fit_linear(self) -> nn.Module:
-        """The regression beside the network, from the same training scans, whole heads and copies."""
-        kinds = self.volumes.n_kinds
-        draw = np.random.default_rng(self.member.seed).permutation(self.member.train)
-        rows = np.tile(np.sort(draw[: MOST_SCANS // kinds]), kinds)
+        """The regression beside the network, from the same training scans as they are stored."""
+        rows = np.sort(np.random.default_rng(self.member.seed).permutation(self.member.train)[:MOST_SCANS])
         subjects = self.scans["subject_id"].to_numpy()[rows]
-        positions = rows + len(self.years) * np.repeat(np.arange(kinds), len(rows) // kinds)
-        batches = self.volumes.batches(self._split(positions))
+        batches = self.volumes.batches(self._split(rows))
         return fit_linear(batches, self.years[rows], subjects, self.volumes.spacing_mm)
 
     # --- checkpoints -------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from brainage_nb.cohort.splits import check_splits, deal_everybody
 from brainage_nb.evaluation.runs import digest_tables, find_altered
 from brainage_nb.models.compute import check_disk, choose_device, choose_precision
-from brainage_nb.models.fit import HISTORY, Trainer, VolumeDataset, common_grid, list_copies, list_stores
+from brainage_nb.models.fit import HISTORY, Trainer, VolumeDataset, common_grid, list_stores
 from brainage_nb.models.network import (
     build_network,
     count_weights,
@@ -68,7 +68,6 @@ class Job:
         self.scans = _select_scans(check_splits(splits), self.stores)
         if self.settings.final:
             self.scans = deal_everybody(self.scans, self.settings.folds)
-        _check_copies(self.scans, self.stores)
         self.members = list_members(self.scans, self.settings)
         self.own = {"network": _name_of(network), "loss": _name_of(loss)}
         self.identity = self.settings.identity() | {
@@ -78,10 +77,6 @@ class Job:
             **{
                 f"channel_{n}": f"{one.fingerprint} {_digest_files(self.scans, one)}"
                 for n, one in enumerate(self.stores[1:], start=2)
-            },
-            **{
-                f"copies_{n}": f"{one.fingerprint} {_digest_files(self.scans, one)}"
-                for n, one in enumerate(list_copies(self.stores), start=1)
             },
             **{f"own_{name}": value for name, value in self.own.items() if value},
         }
@@ -238,7 +233,6 @@ class Job:
             "modality": " + ".join(self.settings.channel_names),
             "recipe": self.settings.recipe,
             "final": self.settings.final,
-            "stripped_copies": bool(list_copies(self.stores)),
             "own": self.own,
             "seen_before": list_training_people(self.settings.init_from),
             "settings": self.settings.to_json(),
@@ -315,19 +309,6 @@ def _select_scans(splits: pd.DataFrame, stores: Sequence[VolumeStore]) -> pd.Dat
         session_id=scans["session_id"].fillna("") if "session_id" in scans else "",
         fold=scans.get("fold", -1),
     )
-
-
-def _check_copies(scans: pd.DataFrame, stores: Sequence[VolumeStore]) -> None:
-    """TrainingRefused where a copy without skull is missing, or of another file than its volume."""
-    for store, copies in zip(stores, list_copies(stores), strict=False):
-        of, known = (one.index.set_index("scan_id")["source_sha256"] for one in (store, copies))
-        of = of.loc[scans["scan_id"]]
-        apart = of.index[known.reindex(of.index).ne(of)].tolist()
-        if apart:
-            raise TrainingRefused(
-                f"{len(apart)} of {len(of)} scans have no copy without skull in {copies.folder}, or one of "
-                f"another file: {', '.join(apart[:5])}. Run notebook 03 to its end."
-            )
 
 
 def _digest(scans: pd.DataFrame) -> str:

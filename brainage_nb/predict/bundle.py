@@ -46,6 +46,7 @@ from brainage_nb.predict.cautions import (
     find_likeness_cautions,
     find_member_cautions,
     find_voxel_cautions,
+    is_other_kind,
     name_reference,
 )
 from brainage_nb.predict.predictors import NetworkEnsemble, SvrModel, build_model
@@ -305,8 +306,8 @@ class Bundle:
         """The volume as the model takes it, its affine, and what was noticed.
 
         Of the T1w scan, or of another scan of its session, laid onto it. It is compared with the training
-        scans by its volume and by the T1w scan's statistics. Those of a head without skull are left out where
-        copies without skull were trained on: those known are of whole heads.
+        scans by its volume and by the T1w scan's statistics; by the volume alone where the scan is
+        skull-stripped and they were not, or the reverse.
         """
         from brainage_nb.volumes.heads import find_head
         from brainage_nb.volumes.modalities import lay_onto_t1w
@@ -322,18 +323,17 @@ class Bundle:
         except MemoryError:
             raise ScanError("too_large", f"{scan.name} does not fit into memory.") from None
         training = self.manifest["training"]
-        copies = training.get("stripped_copies", False)
         cautions = [Caution(*flag) for flag in image.extra["flags"].items()]
         stripped = training.get("skull_stripped")  # of T1w scans, as what is known of voxels
-        of_head = find_head_cautions(find_head(t1w), trained_stripped=stripped, with_copies=copies)
+        head, by_core = find_head(t1w), self.settings.grey_matter
+        of_head = find_head_cautions(head, trained_stripped=stripped, by_core=by_core)
         if other is None:
             cautions += [*find_voxel_cautions(voxel_sizes(image.affine), training.get("voxel_mm")), *of_head]
         else:  # the T1w scan's own reader says what does not forbid use
             cautions += [caution for caution in of_head if caution.forbids_use]
         if self.trained_on_files([scan])[0]:
             cautions.append(Caution.of("training_scan"))
-        known_stripped = any(caution.code == "without_skull" for caution in cautions)
-        statistics = None if known_stripped else measure_scan(t1w)
+        statistics = None if by_core and is_other_kind(head, stripped) else measure_scan(t1w)
         likeness = find_likeness_cautions(self.reference, volume, statistics)
         return volume, grid_affine(image, self.settings), [*likeness, *cautions]
 

@@ -519,19 +519,21 @@ def find_voxel_cautions(voxel_size: Sequence[float], usual: Sequence[float] | No
     return [Caution.of("coarse_voxels", size=size)] if coarse or flat else []
 
 
-def find_head_cautions(
-    head: Head, *, trained_stripped: bool | None, with_copies: bool = False
-) -> list[Caution]:
+def is_other_kind(head: Head, trained_stripped: bool | None) -> bool:
+    """Whether a head is skull-stripped where training scans were not, or the reverse (None: not known)."""
+    return trained_stripped is not None and head.skull_stripped != trained_stripped
+
+
+def find_head_cautions(head: Head, *, trained_stripped: bool | None, by_core: bool = False) -> list[Caution]:
     """Whether the head is whole, and prepared as the training scans were (None: not known how they were).
 
-    `with_copies`: trained on copies without skull as well.
+    `by_core`: the volume comes from the core of the brain, which heads with and without skull have in common.
     """
     found = [Caution.of("cut_off", sides=", ".join(head.cut_off))] if head.cut_off else []
-    if with_copies and head.skull_stripped and not trained_stripped:
-        found.append(Caution.of("without_skull"))
-    elif trained_stripped is not None and head.skull_stripped != trained_stripped:
+    if is_other_kind(head, trained_stripped):
         this, those = "a whole head", "skull-stripped scans"
         if head.skull_stripped:
             this, those = "a skull-stripped brain", "whole heads"
-        found.append(Caution.of("skull_not_as_in_training", this=this, those=those))
+        code = "other_skull" if by_core else "skull_not_as_in_training"
+        found.append(Caution.of(code, this=this, those=those))
     return found

@@ -342,11 +342,10 @@ def facts_of_run(run: Run, workspace: Workspace) -> dict[str, Any]:
     where there is one; test rows only give figures.
     """
     learning, cleaning = learning_rows(run), workspace.read("cleaning.csv")
-    copies, stripped = run.settings.get("stripped_copies", False), _find_skull_stripped(learning, workspace)
     cleaning = cleaning[cleaning["scan_id"].isin(learning["scan_id"])]
     return {
         "training": _describe_training(learning, cleaning)
-        | {"age_mean": run.reference_age, "skull_stripped": stripped, "stripped_copies": copies},
+        | {"age_mean": run.reference_age, "skull_stripped": _find_skull_stripped(learning, workspace)},
         **_describe_calibration(run, calibrate(run, reported_level(workspace))),
         "figures": {name: _measure(run, name) for name in run.splits() if name != "train"},
         "position": _list_positions(run),

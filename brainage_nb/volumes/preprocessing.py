@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 # World axes and voxel lattice count as parallel when the farthest voxel is off by less than this.
 PARALLEL_MM = 1e-3
-STRIP_MM = 3.0  # copies without skull are cut so deep below the mask's surface: about at the cortex
 
 
 class Stage(NamedTuple):
@@ -100,11 +99,11 @@ def preprocess(
 
 def list_steps(settings: PreprocessingSettings) -> list[Callable[[Stage], Stage]]:
     """The steps after opening, in order, as functions from stage to stage."""
-    masks, stripped = {"found_masks": settings.found_masks}, {"stripped": True} if settings.stripped else {}
+    masks = {"found_masks": settings.found_masks}
     numbers = {name: getattr(settings, name) for name in ("spacing_mm", "size", "smooth", "to_mni")}
     sampling = partial(smooth_and_sample, **numbers, **masks)
     if settings.grey_matter:
-        return [partial(share_grey_matter, **masks, **stripped), sampling]
+        return [partial(share_grey_matter, **masks), sampling]
     return [sampling, partial(scale_brain, **masks) if settings.brain_only else partial(scale_cube)]
 
 
@@ -158,9 +157,9 @@ def smooth_and_sample(
     return Stage(cube, grid, np.full(3, spacing_mm), stage.scan)
 
 
-def share_grey_matter(stage: Stage, *, found_masks: bool = True, stripped: bool = False) -> Stage:
+def share_grey_matter(stage: Stage, *, found_masks: bool = True) -> Stage:
     """The share of grey matter in each voxel, 0 to 1, on the template's grid."""
-    found = find_tissues(stage.scan, found_masks=found_masks, stripped=stripped)
+    found = find_tissues(stage.scan, found_masks=found_masks)
     fine = brain_or_error(stage.scan, found_masks=found_masks).to_scan @ tissues.grid()
     return Stage(found.grey, fine, np.full(3, tissues.SPACING_MM), stage.scan)
 
@@ -179,12 +178,8 @@ def scale_brain(stage: Stage, *, found_masks: bool = True) -> Stage:
     return stage._replace(array=scaled)
 
 
-def find_tissues(
-    image: nib.spatialimages.SpatialImage, *, found_masks: bool = True, stripped: bool = False
-) -> tissues.Tissues:
+def find_tissues(image: nib.spatialimages.SpatialImage, *, found_masks: bool = True) -> tissues.Tissues:
     """Grey and white matter of a scan, on `tissues.grid()`.
-
-    With `stripped`, as if another tool had removed the skull before: see `PreprocessingSettings`.
 
     Raises
     ------
@@ -194,8 +189,6 @@ def find_tissues(
     brain = brain_or_error(image, found_masks=found_masks)
     fine = brain.to_scan @ tissues.grid()
     voxels = _voxels(image)
-    if stripped:
-        voxels = np.where(brain.depth_on(image.affine, voxels.shape) < -STRIP_MM, voxels, 0)
     empty = (voxels == 0).astype(np.float32)
     bright, empty = (
         resample_to(tissues.RESOLUTION_MM, one, image.affine, fine, tissues.SIZE) for one in (voxels, empty)

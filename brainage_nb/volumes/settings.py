@@ -43,7 +43,6 @@ STEPS: dict[str, dict[str, Any]] = {
         "margin_mm": 3.0,
         "lowest_correlation": 0.32,
     },
-    "strip the skull": {"strip_mm": 3.0},
     "tissues": {
         "core_mm": 4.0,
         "rim_mm": 2.0,
@@ -178,9 +177,6 @@ class PreprocessingSettings:
     extra : str
         Transforms of MONAI after the last step, as MedianSmooth(radius=1); several are separated by a
         semicolon.
-    stripped : bool
-        Whether the skull is cut away first, along the cortex, as another tool might do it. Notebook 03 makes
-        such copies for `best` beside the whole heads (`copies`), and 04 trains on both.
     modality : str
         What was scanned, one of `MODALITIES`. All but T1w are laid onto the T1w scan of their session, whose
         head, brain and place on the template they take; they hold brightness, never shares of grey matter.
@@ -194,7 +190,6 @@ class PreprocessingSettings:
     grey_matter: bool = False
     found_masks: bool = True
     extra: str = ""
-    stripped: bool = field(default=False, metadata={"by_code": True})
     modality: str = field(default="T1w", metadata={"by_code": True})  # 03 makes the volumes of each
 
     def __post_init__(self) -> None:
@@ -204,8 +199,6 @@ class PreprocessingSettings:
             raise ValueError(
                 f"grey_matter = True: shares of grey matter are read from T1w scans, not {self.modality}."
             )
-        if self.stripped and not self.grey_matter:
-            raise ValueError("stripped = True: copies without skull are for grey_matter = True alone.")
         if not 0.5 <= self.spacing_mm <= 10:
             raise ValueError(f"spacing_mm = {self.spacing_mm}: expected 0.5 to 10 mm, usually 2 or 4.")
         if not 8 <= self.size <= 512:
@@ -237,11 +230,6 @@ class PreprocessingSettings:
         return replace(self, modality=modality, grey_matter=self.grey_matter and modality == "T1w")
 
     @property
-    def copies(self) -> PreprocessingSettings | None:
-        """The same settings for copies without skull; None where there are none."""
-        return replace(self, stripped=True) if self.grey_matter and not self.stripped else None
-
-    @property
     def recipe(self) -> str:
         """The recipe these steps follow, with what differs, see `name_recipe`."""
         name = name_recipe(self, RECIPES)
@@ -266,7 +254,6 @@ class PreprocessingSettings:
             ("lay onto the T1w scan", self.modality != "T1w", laid),
             ("orientation", not self.needs_brain, {}),
             ("find the brain", self.needs_brain, found),
-            ("strip the skull", self.stripped, {}),
             ("tissues", self.grey_matter, {"version": tissues.VERSION}),
             ("smooth", self.smooth, {"fwhm_mm": self.spacing_mm}),
             ("resample", True, grid),
@@ -291,8 +278,9 @@ class PreprocessingSettings:
     def from_json(cls, content: dict[str, Any]) -> PreprocessingSettings:
         """Read `to_json` back; ValueError where this version of the package would give other numbers."""
         given = dict(content["settings"])
-        if not given.get("n4"):  # a switch that older versions had
-            given.pop("n4", None)
+        for switch in ("n4", "stripped"):  # that older versions had
+            if not given.get(switch):
+                given.pop(switch, None)
         known = {item.name for item in fields(cls)}
         if extra := set(given) - known:
             raise ValueError(f"Unknown preprocessing settings {sorted(extra)}; known are {sorted(known)}.")

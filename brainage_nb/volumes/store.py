@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,7 +63,7 @@ class VolumeStore:
     """Preprocessed volumes on disk, read through memory maps: a torch `Dataset`, without needing torch.
 
     `store[0]` and `store["sub-01"]` are a volume, float16 (size, size, size), axes RAS, in the order of
-    `scan_ids`. `copies` is the store of the same scans without skull that lies beside it, or None.
+    `scan_ids`.
 
     Parameters
     ----------
@@ -93,15 +93,10 @@ class VolumeStore:
         self.index = read_index(self.folder)
         self.scan_ids: list[str] = self.index["scan_id"].tolist()
         self._place = {scan_id: place for place, scan_id in enumerate(self.scan_ids)}
-        beside = self.settings.copies and self.folder.parent / self.settings.copies.fingerprint
-        self.copies = None
-        if beside and beside.is_dir():
-            check_name(beside, read_settings(beside))
-            self.copies = VolumeStore(beside)
         self._maps: dict[int, np.ndarray] = {}
 
     def verify(self) -> VolumeStore:
-        """Compare every volume, and those of `copies`, with the checksum in the index; returns the store.
+        """Compare every volume with the checksum that the index keeps of it; returns the store.
 
         One pass over the shards, about as fast as the disk.
 
@@ -122,8 +117,6 @@ class VolumeStore:
                 f"index.csv says was written ({files}; {_name_some(damaged)}). {REMEDY}"
             )
         self._maps = self._open_shards()
-        if self.copies is not None:
-            self.copies.verify()
         return self
 
     @property
@@ -187,8 +180,7 @@ def current_store(
         if store.settings.modality != modality:
             raise StoreError(f"{store.folder} holds {store.settings.modality}, not {modality}. {REMEDY}")
         if scratch is not None:
-            homes = [one.folder for one in (store.copies, store) if one is not None]
-            store = VolumeStore([StoreMirror(home, scratch).fetch() for home in homes][-1])
+            store = VolumeStore(StoreMirror(store.folder, scratch).fetch())
         return store.verify()
     except (StoreError, FileNotFoundError):
         result = Path(volumes_folder).parent / "results" / f"{MAKERS['volumes']}.json"
@@ -555,7 +547,6 @@ def build_store(
 ) -> StoreReport:
     """Preprocess scans into the store of these settings, add what is missing, and make it the current one.
 
-    Where these settings have `copies`, the store of copies without skull beside it is filled as well.
     A scan is preprocessed again when its file's content changed: size and time are compared, and, where only
     the time differs, the content's hash. A scan whose file is gone keeps its volume. Scans no longer listed
     stay. A scan that cannot be used is reported and left out; a build that was killed is completed by the
@@ -604,31 +595,23 @@ def build_store(
     settings = settings or PreprocessingSettings()
     _check_scans(scans)
     build_transforms(settings.extra)  # a wrong argument is told before any scan is opened
-    kinds = [settings, *filter(None, [settings.copies])]
-    homes = [Path(folder) / kind.fingerprint for kind in kinds]
-    notes = [*map(_claim, homes, kinds)]
+    home = Path(folder) / settings.fingerprint
+    notes = [_claim(home, settings)]
     columns = [scans[name].map(resolve).map(voxel_file) for name in ("image", "t1w") if name in scans]
     paths = dict(zip(scans["scan_id"], map(Source, *columns), strict=True))
-    mirrors = [StoreMirror(home, scratch) if scratch else None for home in homes]
-    writers = [
-        StoreWriter(mirror.fetch() if mirror else home, settings.size, mirror)
-        for home, mirror in zip(homes, mirrors, strict=True)
-    ]
-    notes += [_stand_in(*writers, paths)] if len(writers) > 1 else []
-    lacking = [[scan for scan, path in paths.items() if not writer.has(scan, path)] for writer in writers]
-    wanted = set().union(*lacking)
-    todo = {scan: path for scan, path in paths.items() if scan in wanted}
-    repairs = [_say_repairs(writer, lacks) for writer, lacks in zip(writers, lacking, strict=True)]
-    notes += dict.fromkeys(sentence for sentences in repairs for sentence in sentences)
-    with _preprocessed(list(todo.values()), kinds, n_workers(n_jobs), cluster) as results:
-        failed, masks = _fill(list(zip(writers, map(set, lacking), strict=True)), todo, results)
+    mirror = StoreMirror(home, scratch) if scratch else None
+    writer = StoreWriter(mirror.fetch() if mirror else home, settings.size, mirror)
+    todo = {scan: path for scan, path in paths.items() if not writer.has(scan, path)}
+    notes += _say_repairs(writer, todo)
+    with _preprocessed(list(todo.values()), settings, n_workers(n_jobs), cluster) as results:
+        failed, masks = _fill(writer, todo, results)
     new, present = len(todo) - len(failed), len(paths) - len(todo)
     made = f"{settings.fingerprint}: {new} volumes made, {present} were there, {len(failed)} failed."
     notes = [made, *notes, _say_changes(Path(folder), settings)]
     notes += [f"Masks beside {len(masks)} scans were not taken, such as {masks[0]}"] if masks else []
     write_text(settings.fingerprint + "\n", Path(folder) / name_of_modality("current", settings.modality))
     table = pd.DataFrame(failed, columns=FAILED_COLUMNS)
-    return StoreReport(VolumeStore(writers[0].folder), table, new, present, " ".join(filter(None, notes)))
+    return StoreReport(VolumeStore(writer.folder), table, new, present, " ".join(filter(None, notes)))
 
 
 def _claim(home: Path, settings: PreprocessingSettings) -> str:
@@ -646,18 +629,6 @@ def _claim(home: Path, settings: PreprocessingSettings) -> str:
     return note
 
 
-def _stand_in(writer: StoreWriter, copies: StoreWriter, paths: dict[str, Source]) -> str:
-    """Let a volume whose file is gone stand in for its missing copy; a sentence where any does."""
-    gone = [scan for scan, path in paths.items() if scan in writer.entries and not path.exists()]
-    gone = [scan for scan in gone if scan not in copies.entries]
-    for scan in gone:
-        entry = writer.entries[scan]
-        shard = open_shard(writer.folder, entry["shard"], entry["row"] + 1, writer.size)
-        copies.add(scan, shard[entry["row"]], {name: entry[name] for name in INDEX_COLUMNS[len(ROW) :]})
-    copies.commit()
-    return f"File gone, hence trained on as it is, without a copy: {_name_some(gone)}." if gone else ""
-
-
 def _say_repairs(writer: StoreWriter, todo: Iterable[str]) -> list[str]:
     """Sentences on the volumes that were there and are made again."""
     sentences = {
@@ -669,13 +640,8 @@ def _say_repairs(writer: StoreWriter, todo: Iterable[str]) -> list[str]:
     return [f"{what}: {_name_some(which)}." for what, which in sentences.items() if which]
 
 
-def _fill(
-    writers: list[tuple[StoreWriter, set[str]]], todo: dict[str, Source], results: Iterable
-) -> tuple[list[tuple], list[str]]:
-    """Write what was preprocessed, in the table's order; give rows of `FAILED_COLUMNS` and notes.
-
-    Each writer comes with the scans that it lacks: what it has already stays as it is.
-    """
+def _fill(writer: StoreWriter, todo: dict[str, Source], results: Iterable) -> tuple[list[tuple], list[str]]:
+    """Write what was preprocessed, in the table's order; give rows of `FAILED_COLUMNS` and notes."""
     from tqdm import tqdm
 
     failed, notes = [], []
@@ -686,27 +652,22 @@ def _fill(
                 result = ScanError("lost", f"Not preprocessed: {result}. Run this again.")
             if isinstance(result, ScanError):
                 failed.append((scan, str(todo[scan].image), result.code, result.sentence))
-                for writer, lacks in writers:
-                    if scan in lacks:
-                        writer.drop(scan)
+                writer.drop(scan)
                 continue
-            volumes, source, note = result
-            for (writer, lacks), volume in zip(writers, volumes, strict=True):
-                if scan in lacks:
-                    writer.add(scan, volume, source)
+            *row, note = result
+            writer.add(scan, *row)
             notes += [f"{scan}: {note}"] if note else []
     finally:
-        for writer, _ in writers:
-            writer.close()
+        writer.close()
     return failed, notes
 
 
 @contextmanager
 def _preprocessed(
-    paths: list[Source], kinds: list[PreprocessingSettings], workers: int, cluster: str
+    paths: list[Source], settings: PreprocessingSettings, workers: int, cluster: str
 ) -> Iterator[Iterable]:
     """The result of `_row` for each path, in order; at most a few volumes wait in memory."""
-    tasks = ((path, kinds) for path in paths)
+    tasks = ((path, settings) for path in paths)
     if cluster and paths:
         folder = Path(os.path.commonpath([path.image.absolute().parent for path in paths]))
         with open_cluster(cluster, folder) as client:
@@ -720,24 +681,17 @@ def _preprocessed(
         yield pool(delayed(_row)(*task) for task in tasks)
 
 
-def _row(
-    source: Source, kinds: list[PreprocessingSettings]
-) -> tuple[list[np.ndarray], dict, str] | ScanError:
-    """One scan's rows, what its file was and a note on it, or why there is none."""
+def _row(source: Source, settings: PreprocessingSettings) -> tuple[np.ndarray, dict, str] | ScanError:
+    """One scan's row, what its file was and a note on it, or why there is none."""
     try:
         with errors_as_reason(source.image, "preprocessed"):
             found = source.stamp()
             image = load_scan(source.t1w or source.image)
             flags = image.extra["flags"]
             if source.t1w:
-                image = lay_onto_t1w(source.image, image, kinds[0].modality)
-            volumes = [as_stored(preprocess(image, kinds[0]))]
-            for kind in kinds[1:]:
-                try:
-                    volumes.append(as_stored(preprocess(image, kind)))
-                except ScanError:  # a head that does not bear stripping is trained on as it is
-                    volumes.append(volumes[0])
-            return volumes, found | {"source_sha256": source.sha256()}, flags.get("mask_not_taken", "")
+                image = lay_onto_t1w(source.image, image, settings.modality)
+            volume = as_stored(preprocess(image, settings))
+            return volume, found | {"source_sha256": source.sha256()}, flags.get("mask_not_taken", "")
     except ScanError as error:
         return error
 
@@ -787,7 +741,7 @@ def _say_changes(folder: Path, settings: PreprocessingSettings) -> str:
     """A sentence on the settings that were in use before, where they were others."""
     try:
         before = _current_folder(folder, settings.modality)
-        old = asdict(PreprocessingSettings()) | read_json(before / "preprocessing.json")["settings"]
+        old = dict(read_json(before / "preprocessing.json")["settings"])
     except StoreError:
         return "volumes/current named no store; it names this one now."
     except (OSError, ValueError, TypeError, KeyError):

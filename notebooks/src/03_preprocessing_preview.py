@@ -144,9 +144,6 @@ found
 # Each volume is written once, in half precision, with its checksum. After an interruption, run this cell again: it
 # makes only the volumes that are missing.
 #
-# With `best`, a copy of each scan with its skull cut away is stored beside it. 04 trains on both, so that a head and
-# its skull-stripped copy get nearly the same age.
-#
 # Scans that give no volume are listed in `scans_without_volume.csv`, with the reason.
 
 # %%
@@ -175,11 +172,7 @@ if not ready.any():
 
 # %%
 others = build_modalities(ws.read("cohort.csv"), scans, ws.path("volumes"), settings, **where)
-stores = [report.store, *filter(None, [report.store.copies])]
-written = [
-    without_volume,
-    *(ws.path("volumes", name) for name in ("current", *(one.fingerprint for one in stores))),
-]
+written = [ws.path("volumes", "current"), ws.path("volumes", report.store.fingerprint), without_volume]
 for modality, made in others.items():
     print(made.note)
     table = ws.path(name_of_modality(without_volume.name, modality))

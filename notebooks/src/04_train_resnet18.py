@@ -152,7 +152,6 @@ layers
 # Each training volume is varied at random, differently in every epoch.
 # A head may be tilted, larger, or scanned on another scanner, and the predicted age should stay the same.
 # Volumes are mirrored left to right only; other mirror images are not anatomically possible.
-# With `best`, each epoch shows every head either whole or as its copy without skull.
 # First, one volume with each change alone.
 
 # %%

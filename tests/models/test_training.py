@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,57 +261,6 @@ def test_batches_that_are_read_ahead_are_those_asked_for(tiny, n):
     for batch, wanted in zip(volumes.batches(rows), rows, strict=True):
         expected = store.read([store.scan_ids[row] for row in wanted]).astype(np.float32)
         assert np.array_equal(batch[:, 0].numpy(), expected)
-
-
-@pytest.fixture
-def with_copies(tiny):
-    """The tiny store with a second one beside it, whose volumes are 1 brighter."""
-    store, splits = tiny
-    store.copies = copy(store)
-    store.copies._maps = {shard: volumes + 1 for shard, volumes in store.shards.items()}
-    return store, splits
-
-
-def test_each_epoch_shows_each_head_whole_or_as_its_copy(with_copies, tiny_settings, tmp_path):
-    store, splits = with_copies
-    job = Job(store, splits, tmp_path / "run", tiny_settings)
-    volumes = VolumeDataset(store, job.scans)
-    n = len(volumes)
-    assert volumes.n_kinds == 2 and len(list(volumes)) == n
-    assert np.allclose(volumes.read([2, 2 + n])[1] - volumes.read([2, 2 + n])[0], 1, atol=0.01)
-    trainer = make_trainer(with_copies, tiny_settings, tmp_path / "run")
-    rows = job.members[0].train
-    first, again = trainer.draw_kinds(rows), trainer.draw_kinds(rows)
-    assert np.array_equal(first, again) and np.array_equal(first % n, rows)
-    assert np.array_equal(trainer.draw_kinds(rows[3:]), first[3:])  # whatever else is in the batch
-    trainer.epoch = 1
-    assert not np.array_equal(trainer.draw_kinds(rows), first)
-    kinds = np.concatenate([trainer.draw_kinds(rows) // n for trainer.epoch in range(20)])
-    assert set(kinds) == {0, 1} and abs(kinds.mean() - 0.5) < 0.1
-    assert "copies_1" in job.identity
-
-
-@pytest.mark.parametrize("change", ["missing", "of another file"])
-def test_copies_that_are_not_of_these_volumes_are_refused(change, with_copies, tiny_settings, tmp_path):
-    store, splits = with_copies
-    store.copies.index = store.index.drop(index=3) if change == "missing" else store.index.copy()
-    store.copies.index.loc[store.copies.index["scan_id"] == "S003", "source_sha256"] = "0" * 64
-    with pytest.raises(TrainingRefused, match=r"1 of 30 scans have no copy .* S003. Run notebook 03"):
-        Job(store, splits, tmp_path / "run", tiny_settings)
-
-
-def test_a_run_with_copies_says_so_and_its_regression_learned_from_both(with_copies, tiny_settings, tmp_path):
-    settings = replace(tiny_settings, linear=True)
-    result = train(*with_copies, tmp_path / "both", settings)
-    assert result.settings["stripped_copies"] is True
-    plain = with_copies[0]
-    plain.copies = None
-    alone = train(plain, with_copies[1], tmp_path / "alone", settings)
-    assert alone.settings["stripped_copies"] is False
-    ages = [one.predictions["predicted_age"].to_numpy() for one in (result, alone)]
-    assert not np.allclose(*ages)
-    with pytest.raises(TrainingRefused, match="copies_1"):
-        train(plain, with_copies[1], tmp_path / "both", settings)
 
 
 def test_a_batch_that_does_not_fit_is_an_error_with_advice(tiny, tiny_settings, tmp_path, monkeypatch):

@@ -83,13 +83,12 @@ def test_a_head_prepared_otherwise_than_those_of_training_gives_no_age_to_use(st
     assert caution.forbids_use and caution.sentence.startswith("Do not use this age")
 
 
-def test_a_stripped_head_is_only_warned_of_where_the_model_knows_copies_without_skull():
-    stripped, whole = (SimpleNamespace(cut_off=[], skull_stripped=one) for one in (True, False))
-    (caution,) = find_head_cautions(stripped, trained_stripped=False, with_copies=True)
-    assert caution.code == "without_skull" and not caution.forbids_use
-    assert find_head_cautions(whole, trained_stripped=False, with_copies=True) == []
-    (caution,) = find_head_cautions(whole, trained_stripped=True, with_copies=True)
-    assert caution.code == "skull_not_as_in_training"
+@pytest.mark.parametrize("stripped", [True, False])
+def test_a_model_of_the_brain_core_only_warns_of_a_head_prepared_otherwise(stripped):
+    head = SimpleNamespace(cut_off=[], skull_stripped=stripped)
+    assert find_head_cautions(head, trained_stripped=stripped, by_core=True) == []
+    (caution,) = find_head_cautions(head, trained_stripped=not stripped, by_core=True)
+    assert caution.code == "other_skull" and not caution.forbids_use
 
 
 def test_a_scan_is_far_by_what_it_was_before_preprocessing_too(draw):

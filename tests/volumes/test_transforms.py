@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from monai.transforms import MedianSmooth, NormalizeIntensity, RandFlip, ScaleIntensity, Transform
 
-from brainage_nb.volumes import brain, heads, preprocessing, registration, tissues
+from brainage_nb.volumes import brain, heads, registration, tissues
 from brainage_nb.volumes.preprocessing import preprocess
 from brainage_nb.volumes.scans import ScanError
 from brainage_nb.volumes.settings import (
@@ -161,7 +161,6 @@ def test_the_numbers_that_make_the_fingerprint_are_those_that_are_used():
         *("core_mm", "rim_mm"),
     ):
         assert getattr(tissues, name.upper()) == STEPS["tissues"][name]
-    assert STEPS["strip the skull"] == {"strip_mm": preprocessing.STRIP_MM}
     for name, value in BELOW_CROWN.items():
         assert getattr(heads, name.upper()) == value
     assert registration.CENTRE_MM.tolist() == IN_TEMPLATE["centre_mm"]
