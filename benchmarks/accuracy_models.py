@@ -2,7 +2,8 @@
 
 A model is one of `NETWORKS`, `RIDGES` or the baselines; a recipe is a model or the mean of two. Each choice
 within a model (penalty, C, best epoch) is made among the scans that it learns from. A prediction is kept in
-one small file once it is made, so that a run of hours can be cut and goes on.
+one small file once it is made, so that a run of hours can be cut and goes on; scans prepared otherwise, or
+other settings of a model, are another file.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from brainage_nb.cohort.splits import deal_folds
 from brainage_nb.models.network import fit_linear
 from brainage_nb.models.settings import TrainingSettings
 from brainage_nb.models.train import train
+from brainage_nb.models.vgg16 import FeatureSettings
 from brainage_nb.volumes.settings import PreprocessingSettings
 from brainage_nb.volumes.store import VolumeStore, build_store
 from brainage_nb.workspace import read_json, write_json
@@ -41,6 +43,7 @@ NETWORKS: dict[str, tuple[str, dict]] = {  # how its scans are prepared, how it 
 }
 RIDGES = {"ridge on brightness": BRIGHTNESS, "ridge on grey matter": GREY}
 MEAN, REGIONS, VGG = "mean predictor", "SVR on DLMUSE volumes", "VGG16 + SVR on grey matter"
+IMAGE_SIZE = 64  # pixels, of the slices that VGG16 sees
 VALIDATION = 0.15  # of the scans to learn from, where the best epoch is kept
 
 
@@ -95,7 +98,10 @@ class Models:
 
     def run(self, tasks: Sequence[Task], jobs: int = 1) -> None:
         """Fit what is not kept yet, `jobs` models side by side."""
-        missing = [task for task in dict.fromkeys(tasks) if not self._file(task).is_file()]
+        wanted = list(dict.fromkeys(tasks))
+        missing = [task for task in wanted if not self._file(task).is_file()]
+        found = len(wanted) - len(missing)
+        print(f"Predictions: {found} found in {self.cache}, {len(missing)} to make", flush=True)
         for prepared in {self._prepared(task.model) for task in missing} - {""}:
             self.store(prepared)  # once, before several processes ask for it
         Parallel(n_jobs=jobs)(delayed(self.predict)(task) for task in missing)
@@ -114,10 +120,19 @@ class Models:
         return list(self.cohort["scan_id"].iloc[list(rows)])
 
     def _file(self, task: Task) -> Path:
-        learned = (self.epochs, self.widths, task.seed) if task.model in NETWORKS else ()
-        content = repr((self._names(task.learn), self._names(task.judged), learned, self.spacing_mm))
+        content = repr((self._names(task.learn), self._names(task.judged), self._describe(task)))
         digest = hashlib.sha256(content.encode()).hexdigest()[:16]
         return self.cache / "predictions" / task.model.replace(" ", "_") / f"{digest}.json"
+
+    def _describe(self, task: Task) -> list[object]:
+        """How the volumes and their copies without skull are made, and how the model learns."""
+        if not (prepared := self._prepared(task.model)):
+            return []
+        settings = self._preprocessing(prepared)
+        volumes = [one.fingerprint for one in (settings, settings.copies) if one]
+        if task.model == VGG:
+            return [*volumes, self.vgg_weights, FeatureSettings.for_volumes(settings, image_size=IMAGE_SIZE)]
+        return [*volumes, self._training(task).identity()] if task.model in NETWORKS else volumes
 
     def _prepared(self, model: str) -> str:
         return NETWORKS[model][0] if model in NETWORKS else RIDGES.get(model, GREY if model == VGG else "")
@@ -150,19 +165,20 @@ class Models:
         return scans
 
     def _fit_network(self, task: Task, splits: pd.DataFrame, folder: Path) -> pd.DataFrame:
-        prepared, learned = NETWORKS[task.model]
-        settings = TrainingSettings(
-            epochs=self.epochs, widths=self.widths, seeds=(task.seed,), checkpoint_minutes=60.0, **learned
-        )
-        return train(self.store(prepared), splits, folder / "run", settings).predictions
+        store = self.store(self._prepared(task.model))
+        return train(store, splits, folder / "run", self._training(task)).predictions
+
+    def _training(self, task: Task) -> TrainingSettings:
+        numbers = {"epochs": self.epochs, "widths": self.widths, "seeds": (task.seed,)}
+        return TrainingSettings(**numbers, checkpoint_minutes=60.0, **NETWORKS[task.model][1])
 
     def _fit_vgg(self, task: Task, splits: pd.DataFrame, folder: Path) -> pd.DataFrame:
         """VGG16 features and SVR, late fusion, as notebook 05 fits them."""
         from brainage_nb.models.svr import train_vgg_svr
-        from brainage_nb.models.vgg16 import FeatureSettings, extract_features, vgg16_features
+        from brainage_nb.models.vgg16 import extract_features, vgg16_features
 
         store, network = self.store(GREY), vgg16_features(self.vgg_weights).place()
-        settings = FeatureSettings.for_volumes(store.settings, image_size=64)
+        settings = FeatureSettings.for_volumes(store.settings, image_size=IMAGE_SIZE)
         features = extract_features(
             store, self.cache / "features", network, settings=settings, scan_ids=self.cohort["scan_id"]
         )
@@ -178,14 +194,16 @@ class Models:
         model = fit_linear(batches, self.age[learn], self.subjects[learn], store.spacing_mm)
         return model(volumes[judged]).numpy()
 
-    def store(self, prepared: str) -> VolumeStore:
-        """Volumes of a preprocessing recipe, or `registered`: `reference` with the brain on the template."""
+    def _preprocessing(self, prepared: str) -> PreprocessingSettings:
+        """Of a recipe, or of `registered`: `reference` with the brain on the template."""
         switches = {"brain_only": True, "to_mni": True} if prepared == BRIGHTNESS else {}
         recipe = "reference" if prepared == BRIGHTNESS else prepared
-        settings = PreprocessingSettings.of_recipe(
-            recipe, spacing_mm=self.spacing_mm, size=self.size, **switches
-        )
-        report = build_store(self.cohort[["scan_id", "image"]], self.cache / "volumes", settings)
+        return PreprocessingSettings.of_recipe(recipe, spacing_mm=self.spacing_mm, size=self.size, **switches)
+
+    def store(self, prepared: str) -> VolumeStore:
+        """The volumes of `prepared`, made where they are not there."""
+        scans, settings = self.cohort[["scan_id", "image"]], self._preprocessing(prepared)
+        report = build_store(scans, self.cache / "volumes", settings)
         if len(report.failed):
             raise SystemExit(f"{len(report.failed)} scans gave no volume:\n{report.failed.to_string()}")
         return report.store
