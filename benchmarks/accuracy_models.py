@@ -125,11 +125,11 @@ class Models:
         return self.cache / "predictions" / task.model.replace(" ", "_") / f"{digest}.json"
 
     def _describe(self, task: Task) -> list[object]:
-        """How the volumes and their copies without skull are made, and how the model learns."""
+        """How the volumes are made, and how the model learns."""
         if not (prepared := self._prepared(task.model)):
             return []
         settings = self._preprocessing(prepared)
-        volumes = [one.fingerprint for one in (settings, settings.copies) if one]
+        volumes = [settings.fingerprint]
         if task.model == VGG:
             return [*volumes, self.vgg_weights, FeatureSettings.for_volumes(settings, image_size=IMAGE_SIZE)]
         return [*volumes, self._training(task).identity()] if task.model in NETWORKS else volumes

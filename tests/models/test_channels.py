@@ -33,7 +33,7 @@ def test_one_network_reads_all_channels_and_who_lacks_one_is_left_out_by_name(pa
     again = train(*pair, tmp_path / "run", settings)
     assert "nothing was trained again" in again.notes[0]
     pair[0][1].index["source_sha256"] = "a" * 64  # of other files
-    with pytest.raises(TrainingRefused, match="channel_2"):
+    with pytest.raises(TrainingRefused, match="volumes of channel 2 have changed since"):
         train(*pair, tmp_path / "run", settings)
 
 
