@@ -2,9 +2,9 @@
 
 40 real scans that trained nothing, each in the forms of `disturbances.CASES`, from file to age as a user
 would: a saved bundle's `predict_many`. Per recipe, a ResNet-18 at 4 mm is trained on the other scans of the
-folder as notebooks 01 to 04 do it. `best` learns from all of them as with `final = True`: a model for each of five
-folds, whose ages the bundle averages (five times as long; `--no-final` trains one model, whose epochs 15 % of
-the others watch, as in `reference`).
+folder as notebooks 01 to 04 do it. `best` learns from all of them as with `final = True`: a model for each of
+five folds, whose ages the bundle averages (five times as long; `--no-final` trains one model, whose epochs
+15 % of the others watch, as in `reference`).
 `--models best=BUNDLE,reference=BUNDLE` judges given bundles instead, and says how many of the scans these
 have seen. A refused scan is counted, never left out in silence, and one that is refused only when disturbed
 geometrically misses the bar. Everything is kept under `--cache`, each scan's predictions too, so that a cut
