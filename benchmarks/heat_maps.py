@@ -43,10 +43,9 @@ def main() -> int:
     verdict |= cost(bundle, store, test["scan_id"].iloc[::12])
     draw_groups(bundle, store, test, 4 if options.quick else 12)
     if ws.path("demo", TRUTH).exists():
-        few = {"per_map": 8, "draws": 2, "resamples": 20}
-        how = few if options.quick else {"per_map": 24, "draws": 5, "resamples": 200}
+        how = {"per_map": 8, "draws": 2} if options.quick else {"per_map": 24, "draws": 5}
         table = planted_check(bundle, store, ws.path("demo"), splits, ws.resolve, **how)
-        print(f"Recipe {bundle.settings.recipe}; intervals (95 %) over scans")
+        print(f"Recipe {bundle.settings.recipe}; se: standard errors over scans")
         print(table.round(3).to_string(index=False))
         verdict |= judged(table)
     print(json.dumps(verdict))
