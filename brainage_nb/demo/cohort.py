@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
-from scipy import ndimage
 from tqdm import tqdm
 
 from brainage_nb.demo.anatomy import Anatomy, template_anatomy
@@ -26,13 +25,10 @@ from brainage_nb.demo.scans import (
     OLDEST,
     SITES,
     YOUNGEST,
-    aged_head,
-    displacement,
     draw_acquisition,
     draw_subject,
     place_scan,
     planted_anatomy,
-    sample_head,
     scan_head,
 )
 from brainage_nb.drawing import BLUE
@@ -44,7 +40,6 @@ if TYPE_CHECKING:
 
 RECIPE = 2  # raised whenever the same seed would give other files
 DESCRIPTION, TRUTH, PARTICIPANTS = "dataset_description.json", "truth.csv", "participants.tsv"
-AGEING_MAP = "derivatives/ageing_map.nii.gz"
 FEWEST_ATTAINABLE = 20  # subjects: two in each fold
 SHOWN_MM = (4.0, -14.0, 14.0)  # MNI152 point whose three slices are shown: they cut the lateral ventricles
 
@@ -83,8 +78,8 @@ def make_demo_cohort(
     Returns
     -------
     Path
-        The folder: `sub-0001[/ses-01]/anat/*_T1w.nii.gz` (and `*_T2w`, ...), `participants.tsv`, `truth.csv`,
-        `derivatives/ageing_map.nii.gz` and a `README` that says in words what is planted.
+        The folder: `sub-0001[/ses-01]/anat/*_T1w.nii.gz` (and `*_T2w`, ...), `participants.tsv`, `truth.csv`
+        and a `README` that says in words what is planted.
 
     Raises
     ------
@@ -111,13 +106,12 @@ def make_demo_cohort(
     shown = ["T1w", *(name for name in CONTRASTS if name in modalities)]
     scans = [(row, name) for row in truth.to_dict("records") for name in shown]
     scans = [scan for scan in scans if not (folder / image_path(*scan)).exists()]
-    if scans or not (folder / AGEING_MAP).exists():
+    if scans:
         anatomy = template_anatomy(int(voxel_mm))
         work = (delayed(write_scan)(anatomy, *scan, seed, folder / image_path(*scan)) for scan in scans)
         done = Parallel(n_jobs=n_workers(n_jobs), return_as="generator")(work)
         for _ in tqdm(done, total=len(scans), desc="known-answer heads", unit="scan"):
             pass
-        _write_image(nib.Nifti1Image(ageing_map(anatomy), anatomy.affine), folder / AGEING_MAP)
     write_csv(truth, folder / TRUTH)
     participants = _participants(truth)
     write_text(participants.to_csv(sep="\t", index=False, lineterminator="\n"), folder / PARTICIPANTS)
@@ -142,29 +136,6 @@ def image_path(row: dict[str, object], modality: str = "T1w") -> Path:
     """Where a row's scan lies in the cohort's folder."""
     parts = [f"sub-{row['subject_id']}"] + ([f"ses-{row['session_id']}"] if row["session_id"] else [])
     return Path(*parts, "anat", "_".join([*parts, f"{modality}.nii.gz"]))
-
-
-def ageing_map(anatomy: Anatomy) -> np.ndarray:
-    """Where ageing was planted: mean change of intensity from the youngest to the oldest brain age, 0..1.
-
-    The four parameters change one at a time and their absolute changes add up, so that none hides another.
-
-    Returns
-    -------
-    float32 array on the grid of `anatomy.affine`
-    """
-    young, old = planted_anatomy(YOUNGEST), planted_anatomy(OLDEST)
-    before = _without_nuisance(anatomy, young)
-    change = sum(np.abs(_without_nuisance(anatomy, young | {name: old[name]}) - before) for name in ANATOMY)
-    smooth = ndimage.gaussian_filter(change, 2.0 / anatomy.voxel_mm)
-    return np.clip(smooth / np.percentile(smooth[smooth > 0], 99.9), 0, 1).astype(np.float32)
-
-
-def _without_nuisance(anatomy: Anatomy, planted: dict[str, float]) -> np.ndarray:
-    head = aged_head(anatomy, planted)
-    return sample_head(
-        anatomy, head, displacement(anatomy, planted["ventricle_mm"]), head.shape, anatomy.affine
-    )
 
 
 def _begin(folder: Path, settings: dict[str, float], n_subjects: int) -> None:

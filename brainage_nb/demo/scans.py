@@ -305,6 +305,20 @@ def displacement(
     return field + np.float32(DEFORMATION_MM) * np.stack([smooth_random(random, shape, knots) for _ in "xyz"])
 
 
+def mean_head(anatomy: Anatomy, brain_age: float, modality: str = "T1w") -> np.ndarray:
+    """The mean head of a brain age on the template's own grid, without pose, a person's own shape or scanner.
+
+    Returns
+    -------
+    (nx, ny, nz) float32 array
+        Intensities as `aged_head`'s, on the grid of `anatomy.affine`.
+    """
+    planted = planted_anatomy(brain_age)
+    head = aged_head(anatomy, planted, modality=modality)
+    field = displacement(anatomy, planted["ventricle_mm"])
+    return sample_head(anatomy, head, field, head.shape, anatomy.affine)
+
+
 # --- how the scanner saw it -----------------------------------------------------------------------------
 
 

@@ -26,11 +26,14 @@ from torch.nn import functional
 
 from brainage_nb.bundle_format import VGG
 from brainage_nb.cohort.images import image_stem
-from brainage_nb.demo.cohort import AGEING_MAP, TRUTH
+from brainage_nb.demo.anatomy import template_anatomy
+from brainage_nb.demo.cohort import TRUTH
+from brainage_nb.demo.scans import OLDEST, YOUNGEST, mean_head, place_scan
 from brainage_nb.drawing import legend_under
 from brainage_nb.predict.predictors import NetworkEnsemble, as_batch
 from brainage_nb.volumes.heads import head_in
 from brainage_nb.volumes.pictures import PLANES, plane
+from brainage_nb.volumes.preprocessing import grid_affine, preprocess
 from brainage_nb.volumes.registration import mni_grid
 from brainage_nb.volumes.resampling import resample
 from brainage_nb.workspace import read_csv, writing
@@ -505,6 +508,7 @@ def _to_cube(array: np.ndarray, to_template: np.ndarray, settings: Preprocessing
 # --- can the maps be believed? --------------------------------------------------------------------------
 
 PLANTED = (0.3, 0.5)  # planted change that counts as ageing; 1 is the largest
+SIGNED, ABSOLUTE, EITHER = "signed", "absolute", "either sign"  # how maps of many scans are read
 
 
 def planted_check(
@@ -516,11 +520,12 @@ def planted_check(
     *,
     per_map: int = 24,
     seed: int = 0,
+    draws: int = 1,
 ) -> pd.DataFrame:
-    """How well a network's heat falls where ageing was planted, between what knows nothing and a ceiling.
+    """Whether a network's heat falls where ageing changes its input, beside what knows nothing and a ceiling.
 
     Each head is brought to template space by its planted pose, so no registration error is mixed into the
-    scores.
+    scores. Asked is inside the brain, where the input is not empty: elsewhere it is easily right.
 
     Parameters
     ----------
@@ -535,72 +540,129 @@ def planted_check(
     resolve : callable
         From an `image` cell to a path.
     per_map : int
-        Test scans a map is averaged over, evenly over their ages; three times as many training scans.
+        Test scans whose maps are read together, evenly over their ages; three times as many training scans.
     seed : int
         Of the random weights.
+    draws : int
+        Networks with random weights.
 
     Returns
     -------
     DataFrame
-        `map, inside` (the head, or the brain alone), `above` (a planted change, of `PLANTED`), `n` scans, and
-        the scores of `localisation`. Maps, absolute and averaged over test scans: the model's; that of random
-        weights (a map that stays the same shows the picture, not the model: Adebayo et al. 2018); edges, near
-        which much of the ageing lies; and the difference from the mean brain, by which a map in years is
-        multiplied and which knows no model. The *ceiling* is what the heads themselves show: the slope of
-        each voxel on the planted brain age over training scans.
+        `map, read` (see `read_maps`), `above` (a change by `planted_change`, of `PLANTED`), `n` scans, the
+        scores of `localisation`, and their standard errors `auc_se, ap_se` (jackknife over scans; maps of
+        scans drawn with replacement are noisier, so their scores lie below). Maps of test scans: the
+        model's; those of random weights (a map that stays the same shows the picture, not the model: Adebayo
+        et al. 2018); edges, near which much of the ageing lies; and the difference from the mean brain, by
+        which a map in years is multiplied and which knows no model. The *ceiling* is what the volumes
+        themselves show, of training scans.
     """
     truth, settings = read_csv(Path(cohort) / TRUTH).set_index("scan_id"), bundle.settings
-
-    def average(make: Callable[[np.ndarray], np.ndarray], weights: pd.Series) -> np.ndarray:
-        """Weighted sum of the maps of these scans in template space."""
-        made = {name: make(store[name].astype(np.float32)) for name in weights.index}
-        return sum(weights[name] * _to_cube(heat, places[name], settings) for name, heat in made.items())
-
     test = _choose_evenly(splits[splits["split"] == "test"], per_map)
     training = _choose_evenly(splits[splits["split"] == "train"], 3 * per_map)
     places = {
         row.scan_id: _planted_place(truth.loc[row.scan_id], resolve(row.image), settings)
         for row in pd.concat([test, training]).itertuples()
     }
-    each = pd.Series(1 / len(test), index=test["scan_id"])
-    maps = {name: average(make, each) for name, make in _map_makers(bundle, seed).items()}
-    aged = truth.loc[training["scan_id"], "brain_age"] - truth.loc[training["scan_id"], "brain_age"].mean()
-    maps["ceiling"] = np.abs(average(np.asarray, aged / (aged**2).sum()))
-    head = average(lambda volume: volume > 0, each) > 0.3
-    masks = {"head": head, "brain": head & _mni_mask("brain", settings)}
-    image = nib.load(Path(cohort) / AGEING_MAP)
-    planted = _to_cube(image.get_fdata(), image.affine, settings)
-    rows = [
-        {"map": name, "inside": inside, "above": above, "n": len(training if name == "ceiling" else test)}
-        | localisation(heat, planted, masks[inside], above)
-        for inside, above, (name, heat) in product(masks, PLANTED, maps.items())
-    ]
+
+    def make_all(make: Callable[[np.ndarray], np.ndarray], scans: pd.DataFrame) -> np.ndarray:
+        """Maps (n, size, size, size) of these scans in template space."""
+        made = [(name, make(store[name].astype(np.float32))) for name in scans["scan_id"]]
+        return np.stack([_to_cube(heat, places[name], settings) for name, heat in made])
+
+    brain = _mni_mask("brain", settings) & (make_all(lambda volume: volume > 0, test).mean(axis=0) > 0.3)
+    planted, rows = planted_change(settings)[brain], []
+    for name, readings, make in _map_makers(bundle, seed, draws):
+        scans = training if EITHER in readings else test
+        maps, ages = make_all(make, scans)[:, brain], truth.loc[scans["scan_id"], "brain_age"].to_numpy()
+        rows += [
+            {"map": name, "read": read, "above": above, "n": len(scans)}
+            | _score(maps, ages, read, planted, above)
+            for read, above in product(readings, PLANTED)
+        ]
     return pd.DataFrame(rows)
 
 
-def _planted_place(truth: pd.Series, image: Path, settings: PreprocessingSettings) -> np.ndarray:
+def _score(
+    maps: np.ndarray, ages: np.ndarray, read: str, planted: np.ndarray, above: float
+) -> dict[str, float]:
+    """`localisation` of maps (n, voxels) read together, with standard errors by leaving out each in turn."""
+    scores = localisation(read_maps(maps, ages, read), planted, above)
+    others = [np.arange(len(ages)) != k for k in range(len(ages))]
+    again = [localisation(read_maps(maps[some], ages[some], read), planted, above) for some in others]
+    errors = pd.DataFrame(again)[["auc", "ap"]].std(ddof=0) * np.sqrt(len(ages) - 1)
+    return scores | errors.add_suffix("_se").to_dict()
+
+
+def planted_change(settings: PreprocessingSettings) -> np.ndarray:
+    """How much ageing changes a network's own input: the known-answer cohort's mean head, young and old.
+
+    Both heads are without noise, pose or scanner, and are preprocessed as any scan is. All that ages changes
+    together: what cannot be seen in the input, a map cannot be asked to show.
+
+    Returns
+    -------
+    array (size, size, size)
+        In the preprocessed cube: the absolute difference over its 99.9th percentile in the brain, at most 1.
+    """
+    anatomy, volumes = template_anatomy(2), []
+    for brain_age in (YOUNGEST, OLDEST):
+        t1w, scan = (
+            nib.Nifti1Image(mean_head(anatomy, brain_age, modality), anatomy.affine)
+            for modality in ("T1w", settings.modality)
+        )
+        scan.extra |= {"modality": settings.modality, "t1w": t1w}
+        volumes.append(_to_cube(preprocess(scan, settings), grid_affine(scan, settings), settings))
+    change = np.abs(volumes[1] - volumes[0])
+    return np.clip(change / np.percentile(change[_mni_mask("brain", settings)], 99.9), 0, 1)
+
+
+def _planted_place(truth: pd.Series, t1w: Path, settings: PreprocessingSettings) -> np.ndarray:
     """Affine (4, 4) from the cube of a known-answer head to MNI152 mm."""
-    from brainage_nb.demo.scans import place_scan
-    from brainage_nb.volumes.preprocessing import grid_affine
-
     _, scanner, to_template = place_scan(truth.to_dict())
-    return to_template @ np.linalg.inv(scanner) @ grid_affine(image, settings)
+    return to_template @ np.linalg.inv(scanner) @ grid_affine(t1w, settings.for_modality("T1w"))
 
 
-def _map_makers(bundle: Bundle, seed: int) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-    """Name -> from a volume to its absolute map: of the model, of random weights, of no model."""
-    usual, model = usual_method(bundle), bundle.model
-    drawn = [randomised(network, seed + n) for n, network in enumerate(model.networks)]
-    random = replace(bundle, model=NetworkEnsemble(drawn, flip_averaging=model.flip_averaging))
-    makers = {
-        usual: partial(_map_for_mean, bundle),
-        GRAD_CAM: partial(grad_cam, model),
-        f"{usual}, random weights": partial(_map_for_mean, random),
-        "edges of the scan": edge_map,
-    }
+def _map_makers(
+    bundle: Bundle, seed: int, draws: int
+) -> list[tuple[str, tuple[str, ...], Callable[[np.ndarray], np.ndarray]]]:
+    """Name, how it is read, and from a volume to its map: of the model, of random weights, of no model."""
+    usual, model, mean = usual_method(bundle), bundle.model, bundle.reference.mean_volume
+    makers = {usual: partial(_map_for_mean, bundle), GRAD_CAM: partial(grad_cam, model)}
+    for draw in range(draws):
+        first = seed + draw * len(model.networks)
+        drawn = [randomised(network, first + n) for n, network in enumerate(model.networks)]
+        random = replace(bundle, model=NetworkEnsemble(drawn, flip_averaging=model.flip_averaging))
+        makers[f"{usual}, random weights {draw + 1}"] = partial(_map_for_mean, random)
+    unsigned = {"edges of the scan": edge_map}
     if usual == INTEGRATED:
-        makers["difference from the mean brain"] = lambda volume: volume - bundle.reference.mean_volume
-    return {name: lambda volume, make=make: np.abs(make(volume)) for name, make in makers.items()}
+        unsigned["difference from the mean brain"] = lambda volume: volume - mean
+    return [
+        *((name, (SIGNED, ABSOLUTE), make) for name, make in makers.items()),
+        *((name, (ABSOLUTE,), make) for name, make in unsigned.items()),
+        ("ceiling", (EITHER,), np.asarray),
+    ]
+
+
+def read_maps(maps: np.ndarray, ages: np.ndarray, read: str) -> np.ndarray:
+    """One map of many scans', in which a place that ages should be high.
+
+    Parameters
+    ----------
+    maps : array (n, ...)
+    ages : array (n,)
+        Planted brain ages, years.
+    read : str
+        `signed`: the slope of each voxel on the brain age, years per year for maps in years. A place that
+        ages must raise the age more, the older the brain is; with the wrong sign it ranks last.
+        `absolute`: the mean size, for maps without a sign. `either sign`: the size of the slope, for volumes,
+        in which ageing brightens some places and darkens others.
+    """
+    if read == ABSOLUTE:
+        return np.abs(maps).mean(axis=0)
+    aged = ages - ages.mean()
+    slope = np.tensordot(aged / (aged**2).sum(), maps, 1)
+    return np.abs(slope) if read == EITHER else slope
 
 
 def edge_map(volume: np.ndarray) -> np.ndarray:
@@ -617,20 +679,19 @@ def randomised(network: nn.Module, seed: int = 0) -> nn.Module:
     return drawn.eval().requires_grad_(False)
 
 
-def localisation(heat: np.ndarray, planted: np.ndarray, inside: np.ndarray, above: float) -> dict[str, float]:
-    """How well absolute heat finds planted ageing: `planted` share, `auc`, `ap`; see `planted_check`.
+def localisation(heat: np.ndarray, planted: np.ndarray, above: float) -> dict[str, float]:
+    """How well high heat finds planted ageing: `planted` share, `auc`, `ap`; see `planted_check`.
 
     Parameters
     ----------
-    heat, planted : arrays of one shape
-    inside : bool array
-        Where it is asked, such as the head; background is easily right and says nothing.
+    heat, planted : arrays (n,)
+        Of the voxels where it is asked; background is easily right and says nothing.
     above : float
         Planted change that counts as ageing (1 is the largest).
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
 
-    true, heat = planted[inside] > above, np.abs(heat[inside])
+    true = planted > above
     if not 0 < true.sum() < len(true):
         raise ValueError(f"{true.sum()} of {len(true)} voxels have planted ageing; a curve needs both kinds.")
     scores = {"auc": roc_auc_score(true, heat), "ap": average_precision_score(true, heat)}

@@ -8,9 +8,7 @@ from nibabel.orientations import aff2axcodes
 
 from brainage_nb.demo.anatomy import template_anatomy
 from brainage_nb.demo.cohort import (
-    AGEING_MAP,
     TRUTH,
-    ageing_map,
     attainable_mae,
     draw_planted,
     draw_truth,
@@ -24,10 +22,9 @@ from brainage_nb.demo.scans import (
     SITES,
     acquire_again,
     aged_head,
-    displacement,
+    mean_head,
     place_scan,
     planted_anatomy,
-    sample_head,
 )
 from brainage_nb.tables.participants import read_table
 from brainage_nb.workspace import read_csv, sha256_of
@@ -53,14 +50,6 @@ def many():
 @pytest.fixture(scope="module")
 def anatomy():
     return template_anatomy(2)
-
-
-def clean_head(anatomy, brain_age):
-    planted = planted_anatomy(brain_age)
-    head = aged_head(anatomy, planted)
-    return sample_head(
-        anatomy, head, displacement(anatomy, planted["ventricle_mm"]), head.shape, anatomy.affine
-    )
 
 
 def at(anatomy, image, *millimetres):
@@ -139,7 +128,7 @@ def test_tissues_are_in_the_right_order_of_bright_and_dark(anatomy):
 
 
 def test_between_20_and_86_ventricles_widen_and_the_grey_white_contrast_falls(anatomy):
-    young, old = clean_head(anatomy, 20), clean_head(anatomy, 86)
+    young, old = mean_head(anatomy, 20), mean_head(anatomy, 86)
     middle = np.s_[35:64, 40:85, 80:105]
     assert (old[middle] < 0.4).sum() > 1.5 * (young[middle] < 0.4).sum()
     grey = anatomy.grey * (anatomy.sulci < 0.05) > 0.95
@@ -149,17 +138,6 @@ def test_between_20_and_86_ventricles_widen_and_the_grey_white_contrast_falls(an
         brain = aged_head(anatomy, planted_anatomy(age))[anatomy.brain]
         contrasts.append(brain[white].mean() / brain[grey].mean() - 1)
     assert contrasts[1] < 0.65 * contrasts[0]
-
-
-def test_the_ageing_map_lies_in_the_brain_and_is_strongest_at_the_ventricles(anatomy):
-    planted = ageing_map(anatomy)
-    inside = np.zeros(planted.shape, bool)
-    inside[anatomy.brain] = anatomy.inside > 0.5
-    assert planted.min() == 0 and planted.max() == 1
-    assert planted[inside].sum() > 0.95 * planted.sum()
-    near = np.zeros(planted.shape, bool)
-    near[anatomy.brain] = anatomy.periventricular > 0.8
-    assert planted[near].mean() > 3 * planted[inside].mean()
 
 
 # --- what is written ------------------------------------------------------------------------------------
@@ -193,7 +171,7 @@ def test_the_tables_read_as_any_participants_table_does(folder, truth):
 
 def test_two_jobs_write_the_same_bytes_as_one(folder, truth, tmp_path):
     again = make_demo_cohort(tmp_path, N_SUBJECTS, SEED, voxel_mm=2, n_jobs=2)
-    for path in [AGEING_MAP, *(image_path(row) for row in truth.to_dict("records"))]:
+    for path in (image_path(row) for row in truth.to_dict("records")):
         assert sha256_of(again / path) == sha256_of(folder / path), path
 
 

@@ -1,6 +1,6 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -12,13 +12,16 @@ from brainage_nb.predict.explain import (
     cube_to_template,
     group_figure,
     localisation,
+    planted_change,
     planted_check,
+    read_maps,
     region_table,
 )
 from brainage_nb.volumes.registration import mni_grid
 from brainage_nb.volumes.settings import PreprocessingSettings
 
 SETTINGS = PreprocessingSettings(spacing_mm=4.0, size=48)
+BEST = PreprocessingSettings.of_recipe("best", spacing_mm=4.0, size=48)
 REGISTERED = PreprocessingSettings(spacing_mm=4.0, size=48, to_mni=True)
 
 
@@ -85,28 +88,56 @@ def test_coarse_regions_lie_where_anatomy_puts_them_and_add_up_to_the_whole_map(
     assert region_table(heat, labels)["sum"].sum() == pytest.approx(heat.sum())
 
 
-def test_heat_on_the_planted_places_scores_one_and_noise_a_half():
+def test_high_heat_on_the_planted_places_scores_one_and_noise_a_half():
     rng = np.random.default_rng(0)
-    planted = (rng.random((20, 20, 20)) > 0.8).astype(float)
-    inside = np.ones(planted.shape, bool)
+    planted = (rng.random(8000) > 0.8).astype(float)
 
     def scores(heat):
-        return localisation(heat, planted, inside, 0.3)
+        return localisation(heat, planted, 0.3)
 
     share = planted.mean()
-    assert scores(-planted) == pytest.approx({"planted": share, "auc": 1, "ap": 1})  # lowering counts too
-    assert scores(1 - planted)["auc"] == 0
+    assert scores(planted) == pytest.approx({"planted": share, "auc": 1, "ap": 1})
+    assert scores(-planted)["auc"] == 0  # lowering where it should raise ranks last
     noise = scores(rng.random(planted.shape))
     assert noise["auc"] == pytest.approx(0.5, abs=0.03) and noise["ap"] == pytest.approx(share, abs=0.03)
     with pytest.raises(ValueError, match="needs both kinds"):
-        localisation(planted, np.ones(planted.shape), inside, 0.3)
+        localisation(planted, np.ones(planted.shape), 0.3)
+
+
+def test_read_with_its_sign_a_map_of_chance_directions_finds_half_and_without_it_nearly_all():
+    rng, ages = np.random.default_rng(0), np.linspace(20, 80, 12)
+    planted = np.where(rng.random(8000) > 0.8, rng.random(8000), 0)
+    true = np.outer(ages - 45, planted) + rng.normal(0, 0.1, (12, 8000))  # 45 is the training mean, not 50
+    chance = true * rng.choice([-1, 1], 8000)
+    auc = {
+        (name, read): localisation(read_maps(maps, ages, read), planted, 0.3)["auc"]
+        for name, maps in {"true": true, "chance": chance, "reversed": -true}.items()
+        for read in ("signed", "absolute", "either sign")
+    }
+    assert auc["true", "signed"] > 0.99 and auc["reversed", "signed"] < 0.01
+    assert auc["chance", "signed"] == pytest.approx(0.5, abs=0.05)
+    assert auc["chance", "absolute"] > 0.99 and auc["chance", "either sign"] > 0.99
+    np.testing.assert_allclose(read_maps(true, ages, "signed"), planted, atol=0.01)  # years per year
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SETTINGS,
+        replace(SETTINGS, modality="T2w"),
+        pytest.param(BEST, marks=pytest.mark.slow),
+    ],
+)
+def test_ageing_changes_the_input_around_the_ventricles_and_hardly_outside_the_brain(settings):
+    planted, labels = planted_change(settings), coarse_regions(settings)
+    near, outside = (planted[labels == 1 + REGIONS.index(name)] for name in REGIONS[5:])
+    assert planted.shape == (48,) * 3 and planted.max() == 1
+    assert (near > 0.3).mean() > 1.5 * (planted[labels < 7] > 0.3).mean() and outside.max() < 0.3
 
 
 def test_the_check_stands_between_what_knows_nothing_and_what_the_heads_show(tmp_path, monkeypatch):
     rng, affine = np.random.default_rng(0), cube_to_template(SETTINGS)
     ball = np.exp(-(np.linalg.norm(np.indices((48,) * 3) - 24, axis=0) ** 2) / 60).astype(np.float32)
-    (tmp_path / "derivatives").mkdir()
-    nib.save(nib.Nifti1Image(ball, affine), tmp_path / "derivatives" / "ageing_map.nii.gz")
     ids, ages = [f"{k:02d}" for k in range(30)], np.linspace(20, 80, 30)
     pd.DataFrame({"scan_id": ids, "subject_id": ids, "brain_age": ages}).to_csv(
         tmp_path / "truth.csv", index=False
@@ -116,17 +147,22 @@ def test_the_check_stands_between_what_knows_nothing_and_what_the_heads_show(tmp
     splits = pd.DataFrame(
         {"scan_id": ids, "age": ages, "image": ids, "split": ["train", "test", "train"] * 10}
     )
-    makers = {"the answer": lambda volume: ball, "nothing": lambda volume: rng.random(volume.shape)}
+    makers = [
+        ("the answer", ("signed", "absolute"), lambda volume: volume - 3 * ball),
+        ("nothing", ("absolute",), lambda volume: rng.random(volume.shape)),
+        ("ceiling", ("either sign",), np.asarray),
+    ]
     monkeypatch.setattr("brainage_nb.predict.explain._map_makers", lambda *_: makers)
     monkeypatch.setattr("brainage_nb.predict.explain._planted_place", lambda *_: affine)
+    monkeypatch.setattr("brainage_nb.predict.explain.planted_change", lambda _: ball)
     bundle = SimpleNamespace(settings=SETTINGS)
-    table = planted_check(bundle, store, tmp_path, splits, str, per_map=6).set_index(
-        ["map", "inside", "above"]
-    )
-    assert len(table) == 12 and table["n"].groupby("map").first().to_dict() == {
+    table = planted_check(bundle, store, tmp_path, splits, str, per_map=6)
+    table = table.set_index(["map", "read", "above"]).sort_index()
+    assert len(table) == 8 and table["n"].groupby("map").first().to_dict() == {
         "the answer": 6, "nothing": 6, "ceiling": 18,
     }  # fmt: skip
-    scores = {name: table.xs(name) for name in ("the answer", "nothing", "ceiling")}
-    assert (scores["the answer"]["ap"] > 0.99).all() and (scores["ceiling"]["ap"] > 0.9).all()
-    assert scores["nothing"]["auc"].tolist() == pytest.approx([0.5] * 4, abs=0.1)
-    assert (scores["nothing"]["ap"] < 0.1).all()
+    assert (table.loc["the answer", "signed"]["ap"] > 0.8).all() and (table.loc["ceiling"]["ap"] > 0.9).all()
+    assert (table.loc["the answer", "absolute"]["ap"] < 0.6).all()  # the place bright at every age is in it
+    nothing = table.loc["nothing"]
+    assert nothing["auc"].tolist() == pytest.approx([0.5] * 2, abs=0.1) and (nothing["ap"] < 0.1).all()
+    assert table[["auc_se", "ap_se"]].gt(0).all(axis=None) and table["auc_se"].max() < 0.1
