@@ -162,7 +162,7 @@ def _find(image: nib.spatialimages.SpatialImage, found_masks: bool) -> Brain:
     scan = even_brightness(scan, onto.brain, onto.depth_mm)
     coefficients, correlation = bend(scan, onto)
     bent, depth = carry(onto, coefficients, onto.brain, onto.depth_mm)
-    settled, moved = settle(even_brightness(scan, bent, depth), onto, coefficients)
+    moved, settled = settle(even_brightness(scan, bent, depth), onto, coefficients)
     (core_depth,) = carry(onto, settled, onto.depth_mm)
     depth, core_depth = depth - MARGIN_MM, core_depth - MARGIN_MM
     agreement, source = _dice(depth < 0, onto.depth_mm < MARGIN_MM), "template"

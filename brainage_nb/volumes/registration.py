@@ -35,6 +35,7 @@ SCALE_SD, SHAPE_SD = 0.10, 0.04  # of the logarithm of size, and of its stretch 
 DEGREES = (1, 2, 4)  # of the polynomials that bend, fitted one after the other
 BENDING_STEPS, LEAST_BENT_MM = 6, 0.3  # most steps for each degree; one that bends less ends it
 CORE_DEGREE, LEAST_SETTLED_MM = 2, 0.05  # the same of the last bending, by the brain's core alone
+DEEP_MM = 8.0  # below the cortex: nothing that surrounds a brain is seen there
 STIFFNESS = 0.016  # prior precision of a coefficient of degree 2, 1/mm^2; grows with the degree squared
 REACH = 1.2  # polynomials go on as constants beyond so many half-extents of the brain
 BIAS_MM, INSIDE_MM = 20.0, 4.0  # brightness that varies more slowly, so deep inside the brain, is evened
@@ -399,22 +400,25 @@ def settle(scan: np.ndarray, onto: Template, coefficients: np.ndarray) -> tuple[
         On the template's grid, evenly bright.
     onto : Template
     coefficients : (3, terms) array
-        From `bend`; those up to `CORE_DEGREE` are fitted again.
+        From `bend`, where the search begins.
 
     Returns
     -------
-    coefficients : (3, terms) float32 array
     affine : (4, 4) array
-        The affine map nearest to them in the core, from MNI152 to MNI152, mm.
+        From MNI152 to MNI152, mm: how the deep brain is placed.
+    coefficients : (3, terms) float32 array
+        Those up to `CORE_DEGREE` fitted again, by the whole core: how its surface lies.
     """
     points, values, depth, basis = _bending_points(onto.spacing_mm)
-    core = depth < -INSIDE_MM
-    points, values, basis = points[core], values[core], basis[:, core]
-    target, start = _smooth_target(scan, onto), (coefficients, np.ones(len(points)), CORE_DEGREE)
-    coefficients, _ = _bend_more(target, (points, values, basis), *start, least_mm=LEAST_SETTLED_MM)
-    affine, moved = np.eye(4), points + (coefficients @ basis).T
-    affine[:3] = np.linalg.lstsq(np.c_[points, np.ones(len(points))], moved, rcond=None)[0].T
-    return coefficients, affine
+    target, found = _smooth_target(scan, onto), []
+    for used, degree in ((depth < -DEEP_MM, 1), (depth < -INSIDE_MM, CORE_DEGREE)):
+        at = points[used], values[used], basis[:, used]
+        start = coefficients, np.ones(used.sum()), degree
+        found.append(_bend_more(target, at, *start, least_mm=LEAST_SETTLED_MM)[0])
+    deep, affine = depth < -DEEP_MM, np.eye(4)
+    moved = points[deep] + (found[0] @ basis[:, deep]).T
+    affine[:3] = np.linalg.lstsq(np.c_[points[deep], np.ones(deep.sum())], moved, rcond=None)[0].T
+    return affine, found[1]
 
 
 def _smooth_target(scan: np.ndarray, onto: Template) -> Target:

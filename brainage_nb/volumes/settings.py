@@ -40,12 +40,15 @@ STEPS: dict[str, dict[str, Any]] = {
     "find the brain": {
         "template": "MNI152, nilearn",
         "bending_degrees": [1, 2, 4],
+        "core_degree": 2,
+        "deep_mm": 8.0,
         "margin_mm": 3.0,
         "lowest_correlation": 0.32,
     },
     "tissues": {
         "core_mm": 4.0,
         "rim_mm": 2.0,
+        "most_empty": 0.3,
         "spacing_mm": 2.0,
         "resolution_mm": 3.0,
         "prior_mm": 6.0,

@@ -16,7 +16,7 @@ import numpy as np
 from brainage_nb.volumes.registration import exponents, mni_grid, polynomial_field, polynomials
 from brainage_nb.volumes.resampling import one_thread, resample_to
 
-VERSION = 2  # raised whenever the same scan gives other tissues than before; part of fingerprints
+VERSION = 3  # raised whenever the same scan gives other tissues than before; part of fingerprints
 SPACING_MM, SIZE = 2.0, 96  # grid in MNI152 space on which tissues are told apart
 # Scans are brought to this resolution first: blur makes grey matter of white and fluid, so that the same head
 # at 1 mm and with slices of 3 mm would differ by years.
@@ -25,7 +25,7 @@ PRIOR_MM = 6.0  # full width at half maximum by which the template's maps are sm
 LOWEST_PRIOR = 0.02  # no tissue is impossible anywhere
 CORE_MM = 4.0  # deeper than this below the mask's surface (about 3 mm outside of the cortex) is fitted
 RIM_MM = 2.0  # nothing nearer to the surface is grey or white matter
-MOST_EMPTY, LITTLE_EMPTY = 0.7, 0.1  # a voxel of which more was cut away is no brain; less is as nothing
+MOST_EMPTY = 0.3  # a voxel of which more was cut away is not fitted
 FIELD_DEGREE = 4  # of the polynomials of the field of brightness
 FIELD_PRIOR = 1e-3  # keeps it even where little speaks for a field
 # Brightness is put on a scale of the brain's own before its logarithm is taken: an offset of the scanner's
@@ -74,38 +74,29 @@ def tissues_of(brightness: np.ndarray, depth_mm: np.ndarray, empty: np.ndarray |
     depth_mm : (96, 96, 96) float32 array
         Signed distance to the surface of the brain with the fluid around it, mm, negative inside.
     empty : (96, 96, 96) float32 array, optional
-        Share of each voxel that was cut away (exactly 0 in the scan), as around a skull-stripped brain.
+        Share of each voxel that was cut away (exactly 0 in the scan), as around a stripped brain; in the brain
+        it counts as fluid, which other tools cut away between the folds.
     """
-    empty = _connect_outside(empty, depth_mm) if np.ndim(empty) else empty
-    inside = (depth_mm < 0) & (empty < MOST_EMPTY)
-    core = inside & (depth_mm < -CORE_MM)
+    core = (depth_mm < -CORE_MM) & (empty < MOST_EMPTY)
     if not core.any():
-        return Tissues(*np.zeros((2, *inside.shape), np.float32), 0.0, ("there is no brain in the template",))
-    # what is left of a voxel's brightness, without the zeros beside it
-    brightness = brightness / np.maximum(1 - empty, 1 - MOST_EMPTY)
-    prior, logs = _prior(), _logs(brightness, core)
+        nothing = np.zeros((2, *brightness.shape), np.float32)
+        return Tissues(*nothing, 0.0, ("there is no brain in the template",))
+    prior, scale = _prior(), np.percentile(brightness[core], [DARK_PERCENTILE, BRIGHT_PERCENTILE])
     few = np.argwhere(core)
     few = few[(few % STEP == 0).all(axis=1)].T
     with one_thread():
-        means, variances, field = _fit(logs[*few], prior[:, *few], _basis(inside.shape)[:, *(few // STEP)])
-    even = logs - polynomial_field(grid(), inside.shape, exponents(FIELD_DEGREE)[1:], field)
-    deep = inside & (depth_mm < -RIM_MM)
-    probability = _probabilities(even[deep], prior[:, deep], means, variances)
-    maps = np.zeros((2, *inside.shape), np.float32)
+        logs = _logs(brightness[*few], scale)
+        means, variances, field = _fit(logs, prior[:, *few], _basis(brightness.shape)[:, *(few // STEP)])
+    slow = polynomial_field(grid(), brightness.shape, exponents(FIELD_DEGREE)[1:], field)
+    deep = depth_mm < -RIM_MM
+    slow, cut = slow[deep], np.broadcast_to(empty, deep.shape)[deep]
+    # What was cut away inside of a brain is mostly the fluid between its folds.
+    filled = brightness[deep] + cut * _brightness_of(means[0], scale) * np.exp(slow)
+    probability = _probabilities(_logs(filled, scale) - slow, prior[:, deep], means, variances)
+    maps = np.zeros((2, *brightness.shape), np.float32)
     maps[:, deep] = probability[1:]
     contrast = float(np.min(np.diff(means) / np.sqrt(variances[1:])))
     return Tissues(*maps, contrast, _problems(contrast, *probability[1:].sum(axis=1)))
-
-
-def _connect_outside(empty: np.ndarray, depth_mm: np.ndarray) -> np.ndarray:
-    """`empty` where it goes on outside of the brain, and 0 elsewhere: fluid that is 0 was not cut away."""
-    from scipy.ndimage import label
-
-    parts, n = label(empty > LITTLE_EMPTY)
-    outside = np.zeros(n + 1, bool)
-    outside[parts[depth_mm > 0]] = True
-    outside[0] = False
-    return np.where(outside[parts], empty, np.float32(0))
 
 
 @lru_cache(maxsize=1)
@@ -117,11 +108,17 @@ def _basis(shape: tuple[int, ...]) -> np.ndarray:
     return np.ascontiguousarray(basis, np.float32).reshape(-1, *index.shape[1:])
 
 
-def _logs(brightness: np.ndarray, core: np.ndarray) -> np.ndarray:
-    """Logarithms of brightness on the scale of the brain's core."""
-    dark, bright = np.percentile(brightness[core], [DARK_PERCENTILE, BRIGHT_PERCENTILE])
+def _logs(brightness: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Logarithms of brightness on a scale whose two values, dark and bright, become 0 and 1."""
+    dark, bright = scale
     scaled = ADDED + (brightness - dark) / max(bright - dark, 1e-6)
     return np.log(np.maximum(scaled, DARKEST)).astype(np.float32)
+
+
+def _brightness_of(log: float, scale: np.ndarray) -> float:
+    """The brightness whose logarithm this is, see `_logs`."""
+    dark, bright = scale
+    return float((np.exp(log) - ADDED) * max(bright - dark, 1e-6) + dark)
 
 
 def _fit(logs: np.ndarray, prior: np.ndarray, basis: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

