@@ -74,8 +74,8 @@ def tissues_of(brightness: np.ndarray, depth_mm: np.ndarray, empty: np.ndarray |
     depth_mm : (96, 96, 96) float32 array
         Signed distance to the surface of the brain with the fluid around it, mm, negative inside.
     empty : (96, 96, 96) float32 array, optional
-        Share of each voxel that was cut away (exactly 0 in the scan), as around a stripped brain; in the brain
-        it counts as fluid, which other tools cut away between the folds.
+        Share of each voxel that was cut away (exactly 0 in the scan), as around a stripped brain. Inside, it
+        counts as the fluid that other tools cut away between the folds.
     """
     core = (depth_mm < -CORE_MM) & (empty < MOST_EMPTY)
     if not core.any():
