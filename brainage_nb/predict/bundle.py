@@ -306,8 +306,8 @@ class Bundle:
         """The volume as the model takes it, its affine, and what was noticed.
 
         Of the T1w scan, or of another scan of its session, laid onto it. It is compared with the training
-        scans by its volume and by the T1w scan's statistics; by the volume alone where the scan is
-        skull-stripped and they were not, or the reverse.
+        scans by its volume and by the T1w scan's statistics. Where it holds grey matter, and the scan is
+        skull-stripped and they were not, or the reverse, the volume alone is compared.
         """
         from brainage_nb.volumes.heads import find_head
         from brainage_nb.volumes.modalities import lay_onto_t1w
