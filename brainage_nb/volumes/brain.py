@@ -185,10 +185,10 @@ def _find(image: nib.spatialimages.SpatialImage, found_masks: bool) -> Brain:
 
 
 def _without_offset(array: np.ndarray) -> np.ndarray:
-    """The scan with air at about 0. Some scanners add an offset.
+    """The scan with air at about 0: some scanners add an offset.
 
-    A stripped brain in z-scores is surrounded by 0, which is brighter than half of it; the darkest of what was
-    kept is air there.
+    Around a stripped brain in z-scores lies 0, which is brighter than half of it; the darkest of what was
+    kept stands for air there.
     """
     few = array[::4, ::4, ::4]
     air = np.percentile(few, AIR_PERCENTILE)
