@@ -233,6 +233,7 @@ def refuse_difference(before: dict[str, Any], now: dict[str, Any], place: Path) 
         of_data = {
             "scans_ages_splits": "scans, ages or splits in splits.csv have changed since",
             "scan_files": "scan files behind the volumes have changed since",
+            "copies_1": "it learned from copies without skull as well, which are no longer made",
             **{f"channel_{n}": f"volumes of channel {n} have changed since" for n in range(2, 10)},
         }
         listed = "; ".join(

@@ -306,8 +306,8 @@ class Bundle:
         """The volume as the model takes it, its affine, and what was noticed.
 
         Of the T1w scan, or of another scan of its session, laid onto it. It is compared with the training
-        scans by its volume and by the T1w scan's statistics; by the volume alone where the scan is
-        skull-stripped and they were not, or the reverse.
+        scans by its volume and by the T1w scan's statistics. Where it comes from the core of the brain, and
+        the scan is skull-stripped and they were not, or the reverse, the volume alone is compared.
         """
         from brainage_nb.volumes.heads import find_head
         from brainage_nb.volumes.modalities import lay_onto_t1w
@@ -325,7 +325,7 @@ class Bundle:
         training = self.manifest["training"]
         cautions = [Caution(*flag) for flag in image.extra["flags"].items()]
         stripped = training.get("skull_stripped")  # of T1w scans, as what is known of voxels
-        head, by_core = find_head(t1w), self.settings.grey_matter
+        head, by_core = find_head(t1w), self.settings.by_core
         of_head = find_head_cautions(head, trained_stripped=stripped, by_core=by_core)
         if other is None:
             cautions += [*find_voxel_cautions(voxel_sizes(image.affine), training.get("voxel_mm")), *of_head]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from brainage_nb.volumes.heads import find_head
+from brainage_nb.volumes.heads import MUCH_CUT_AWAY, find_head
 from brainage_nb.volumes.registration import (
     Alignment,
     align,
@@ -64,7 +64,8 @@ class Brain:
         The affine map from MNI152 to the scan by the core of the brain alone: where volumes are taken from.
     core_depth_mm : (n, n, n) float32 array
         As `depth_mm`, of the template's mask bent by the core alone: less exact at the surface, but the same
-        whether skull and scalp are there or not.
+        whether skull and scalp are there or not. Where another tool's mask was taken, it ends at most
+        `MARGIN_MM` outside of that.
     correlation : float
         Between the bent template and the scan, inside the brain.
     agreement : float
@@ -155,8 +156,7 @@ def mask_beside(scan: str | Path) -> Path | None:
 
 
 def _find(image: nib.spatialimages.SpatialImage, found_masks: bool) -> Brain:
-    array = np.asanyarray(image.dataobj, dtype=np.float32)
-    array = array - np.percentile(array[::4, ::4, ::4], AIR_PERCENTILE)  # some scanners add an offset
+    array = _without_offset(np.asanyarray(image.dataobj, dtype=np.float32))
     onto = template(FINE_MM)
     alignment = align(array, image.affine, np.array(find_head(image).centre_mm))
     grid = alignment.to_scan @ onto.affine
@@ -182,6 +182,19 @@ def _find(image: nib.spatialimages.SpatialImage, found_masks: bool) -> Brain:
     problems = _find_problems(alignment, correlation, agreement, volume)
     to_scan = alignment.to_scan @ moved
     return Brain(depth, alignment, to_scan, core_depth, correlation, agreement, volume, source, problems)
+
+
+def _without_offset(array: np.ndarray) -> np.ndarray:
+    """The scan with air at about 0: some scanners add an offset.
+
+    Around a stripped brain in z-scores lies 0, which is brighter than half of it; the darkest of what was
+    kept stands for air there.
+    """
+    few = array[::4, ::4, ::4]
+    air = np.percentile(few, AIR_PERCENTILE)
+    if air < 0 and (few == 0).mean() > MUCH_CUT_AWAY:
+        return np.where(array == 0, 0, array - np.percentile(few[few != 0], AIR_PERCENTILE))
+    return array - air
 
 
 def _find_problems(

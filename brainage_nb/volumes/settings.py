@@ -239,6 +239,11 @@ class PreprocessingSettings:
         return f"{name}, then {self.extra}" if self.extra else name
 
     @property
+    def by_core(self) -> bool:
+        """Whether volumes come from the core of the brain, and are much the same with and without a skull."""
+        return self.grey_matter and self.to_mni  # else the crown places them, of skin or of brain
+
+    @property
     def needs_brain(self) -> bool:
         """Whether any step looks for the brain."""
         return self.brain_only or self.to_mni

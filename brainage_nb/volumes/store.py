@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -741,7 +741,7 @@ def _say_changes(folder: Path, settings: PreprocessingSettings) -> str:
     """A sentence on the settings that were in use before, where they were others."""
     try:
         before = _current_folder(folder, settings.modality)
-        old = dict(read_json(before / "preprocessing.json")["settings"])
+        old = asdict(PreprocessingSettings()) | read_json(before / "preprocessing.json")["settings"]
     except StoreError:
         return "volumes/current named no store; it names this one now."
     except (OSError, ValueError, TypeError, KeyError):

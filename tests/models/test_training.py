@@ -172,6 +172,9 @@ def test_replaced_scan_files_are_named_and_a_run_that_recorded_none_goes_on(tiny
     path = run / "settings.json"
     content = read_json(path)
     del content["identity"]["scan_files"]
+    write_json(content | {"identity": content["identity"] | {"copies_1": "4mm-48-0 0"}}, path)
+    with pytest.raises(TrainingRefused, match="learned from copies without skull as well, which are no lo"):
+        train(store, splits, run, tiny_settings)
     write_json(content, path)
     shutil.rmtree(run / "checkpoints")  # they recorded it too
     assert "complete" in train(store, splits, run, tiny_settings).notes[0]

@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import replace
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
@@ -31,6 +32,7 @@ from tests.models.tiny_bundle import (
     write_scan,
     write_tiny_bundle,
 )
+from tests.volumes.template_head import head, pose
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,16 @@ def test_a_model_of_brightness_takes_no_part_where_the_t1w_scan_is_stripped(bund
     found = bundle.predict(t1, also={"T2w": t2})
     assert found.predicted_age == bundle.predict(t1).predicted_age
     assert {"skull_not_as_in_training", "other_scan_not_used", "fused_from_fewer"} <= set(codes(found))
+
+
+@pytest.mark.parametrize(("to_mni", "code"), [(True, "other_skull"), (False, "skull_not_as_in_training")])
+def test_grey_matter_placed_by_the_crown_is_not_used_where_the_skull_is_gone(bundle, tmp_path, to_mni, code):
+    nib.save(head(pose(), brain_only=True)[0], tmp_path / "t1.nii")
+    member = bundle.members[0]
+    training = member.manifest["training"] | {"skull_stripped": False}
+    settings = replace(SETTINGS, grey_matter=True, to_mni=to_mni)
+    model = replace(member, settings=settings, manifest=member.manifest | {"training": training})
+    assert code in [caution.code for caution in model._prepare(tmp_path / "t1.nii")[-1]]
 
 
 def test_a_scan_by_an_unknown_name_is_refused_with_the_choices(bundle, scans, place, capsys):

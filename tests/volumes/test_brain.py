@@ -90,6 +90,18 @@ def test_a_stripped_brain_is_found_as_well():
     assert np.abs(core[0] - core[1])[inside].mean() < 0.2
 
 
+def test_z_scores_of_a_stripped_brain_lie_where_the_brain_did():
+    truth = pose((8, 5, -6))
+    image, inside = head(truth, brain_only=True)
+    voxels = np.asarray(image.dataobj)
+    scores = (voxels - voxels[inside].mean()) / voxels[inside].std()
+    scored = nib.Nifti1Image(np.where(inside, scores, 0).astype(np.float32), image.affine)
+    brain, before = find_brain(scored), find_brain(image)
+    assert brain.problems == ()
+    assert farthest_mm(brain.to_scan, before.to_scan) < 0.5
+    assert brain.volume_l == pytest.approx(before.volume_l, rel=0.02)
+
+
 def upside_down(image):
     return nib.Nifti1Image(np.asarray(image.dataobj)[:, ::-1, ::-1], image.affine)
 

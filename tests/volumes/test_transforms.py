@@ -86,8 +86,12 @@ def test_an_added_transform_is_another_store_and_survives_the_way_through_its_se
     assert PreprocessingSettings.from_json(json.loads(json.dumps(smoothed.to_json()))) == smoothed
     scans = pd.DataFrame({"scan_id": ["a"], "image": [str(scan)]})
     plain = build_store(scans, tmp_path, SMALL, n_jobs=1).store["a"].astype(np.float32)
+    path = tmp_path / SMALL.fingerprint / "preprocessing.json"
+    content = json.loads(path.read_text())
+    del content["settings"]["modality"], content["settings"]["extra"]  # release 0.1.0 had neither
+    path.write_text(json.dumps(content))
     report = build_store(scans, tmp_path, smoothed, n_jobs=1)
-    assert "changed: extra  -> MedianSmooth(radius=1)" in report.note
+    assert "changed: extra  -> MedianSmooth(radius=1)." in report.note
     store = current_store(tmp_path)
     assert store.settings == smoothed
     wanted = MedianSmooth(radius=1)(plain[None])[0].numpy()
