@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -377,15 +378,13 @@ def bend(scan: np.ndarray, onto: Template) -> tuple[np.ndarray, float]:
         Of the bent template with the scan, inside the brain: ventricles, deep grey, white matter. The painted
         rim does not count, since a plain ball has one too.
     """
-    points, values, depth, basis = _bending_points(onto.spacing_mm)
-    target = _smooth_target(scan, onto)
-    coefficients = np.zeros((3, len(basis)), np.float32)
-    weights = np.ones(len(points))
+    at, target = _bending_points(onto.spacing_mm), _smooth_target(scan, onto)
+    coefficients, weights = np.zeros((3, len(at.basis)), np.float32), None
     for degree in DEGREES:
-        coefficients, weights = _bend_more(target, (points, values, basis), coefficients, weights, degree)
-    scanned, _ = target.at(points + (coefficients @ basis).T)
-    inside = depth < -INSIDE_MM
-    return coefficients, correlation(scanned[inside], values[inside])
+        coefficients, weights = _bend_more(target, at, coefficients, degree, weights)
+    scanned, _ = target.at(at.moved(coefficients))
+    inside = at.depth < -INSIDE_MM
+    return coefficients, correlation(scanned[inside], at.values[inside])
 
 
 def settle(scan: np.ndarray, onto: Template, coefficients: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -409,16 +408,13 @@ def settle(scan: np.ndarray, onto: Template, coefficients: np.ndarray) -> tuple[
     coefficients : (3, terms) float32 array
         Those up to `CORE_DEGREE` fitted again, by the whole core: how its surface lies.
     """
-    points, values, depth, basis = _bending_points(onto.spacing_mm)
-    target, found = _smooth_target(scan, onto), []
-    for used, degree in ((depth < -DEEP_MM, 1), (depth < -INSIDE_MM, CORE_DEGREE)):
-        at = points[used], values[used], basis[:, used]
-        start = coefficients, np.ones(used.sum()), degree
-        found.append(_bend_more(target, at, *start, least_mm=LEAST_SETTLED_MM)[0])
-    deep, affine = depth < -DEEP_MM, np.eye(4)
-    moved = points[deep] + (found[0] @ basis[:, deep]).T
-    affine[:3] = np.linalg.lstsq(np.c_[points[deep], np.ones(deep.sum())], moved, rcond=None)[0].T
-    return affine, found[1]
+    target = _smooth_target(scan, onto)
+    deep, core = (_bending_points(onto.spacing_mm, below_mm=below) for below in (DEEP_MM, INSIDE_MM))
+    placed, _ = _bend_more(target, deep, coefficients, 1, least_mm=LEAST_SETTLED_MM)
+    surface, _ = _bend_more(target, core, coefficients, CORE_DEGREE, least_mm=LEAST_SETTLED_MM)
+    affine, ones = np.eye(4), np.ones(len(deep.points))
+    affine[:3] = np.linalg.lstsq(np.c_[deep.points, ones], deep.moved(placed), rcond=None)[0].T
+    return affine, surface
 
 
 def _smooth_target(scan: np.ndarray, onto: Template) -> Target:
@@ -429,24 +425,21 @@ def _smooth_target(scan: np.ndarray, onto: Template) -> Target:
 
 def _bend_more(
     target: Target,
-    at: tuple[np.ndarray, np.ndarray, np.ndarray],
+    at: _BendingPoints,
     coefficients: np.ndarray,
-    weights: np.ndarray,
     degree: int,
+    weights: np.ndarray | None = None,
     least_mm: float = LEAST_BENT_MM,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Gauss-Newton over the polynomials up to a degree: coefficients (3, terms) and outlier weights (n,).
-
-    `at` are positions, template values and polynomials, as `_bending_points` has them.
-    """
-    points, values, basis = at
+    """Gauss-Newton over the polynomials up to a degree: coefficients (3, terms) and outlier weights (n,)."""
     total = exponents(DEGREES[-1]).sum(axis=1)
     used, coefficients = total <= degree, coefficients.copy()
-    stiff, terms = np.where(total <= 1, 1e-3, STIFFNESS * (total / 2) ** 2)[used], basis[used]
+    stiff, terms = np.where(total <= 1, 1e-3, STIFFNESS * (total / 2) ** 2)[used], at.basis[used]
+    weights = np.ones(len(at.points)) if weights is None else weights
     for _ in range(BENDING_STEPS):
-        scanned, gradient = target.at(points + (coefficients @ basis).T)
-        slope, residual, weights = fit_intensity(scanned, values, weights)
-        columns = (np.float32(slope) * gradient[:, None] * terms).reshape(-1, len(points))
+        scanned, gradient = target.at(at.moved(coefficients))
+        slope, residual, weights = fit_intensity(scanned, at.values, weights)
+        columns = (np.float32(slope) * gradient[:, None] * terms).reshape(-1, len(at.points))
         prior = np.diag(np.tile(stiff, 3)), coefficients[:, used].ravel()
         change = solve_step(columns, scanned, residual, weights, *prior).reshape(3, -1)
         coefficients[:, used] += change
@@ -455,12 +448,27 @@ def _bend_more(
     return coefficients, weights
 
 
-@lru_cache(maxsize=1)
-def _bending_points(spacing_mm: float) -> tuple[np.ndarray, ...]:
-    """Positions (n, 3), template values and depths (n,), and polynomials (terms, n) for every scan."""
+class _BendingPoints(NamedTuple):
+    """Where a bending is fitted: positions (n, 3), template values and depths (n,), polynomials (terms, n)."""
+
+    points: np.ndarray
+    values: np.ndarray
+    depth: np.ndarray
+    basis: np.ndarray
+
+    def moved(self, coefficients: np.ndarray) -> np.ndarray:
+        """Where a bending (3, terms) moves the positions, mm."""
+        return self.points + (coefficients @ self.basis).T
+
+
+@lru_cache(maxsize=3)
+def _bending_points(spacing_mm: float, below_mm: float | None = None) -> _BendingPoints:
+    """The same points for every scan: of brain and rim, or those so deep below the brain's surface."""
     points, values, depth = template(spacing_mm).points(2, rim=True)
-    basis = polynomials(points, exponents(DEGREES[-1])).T
-    return points.astype(np.float32), values, depth, np.ascontiguousarray(basis, np.float32)
+    used = np.full(len(points), True) if below_mm is None else depth < -below_mm
+    basis = polynomials(points[used], exponents(DEGREES[-1])).T
+    basis = np.ascontiguousarray(basis, np.float32)
+    return _BendingPoints(points[used].astype(np.float32), values[used], depth[used], basis)
 
 
 def carry(onto: Template, coefficients: np.ndarray, *maps: np.ndarray) -> list[np.ndarray]:
