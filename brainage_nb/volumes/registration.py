@@ -449,7 +449,7 @@ def _bend_more(
 
 
 class _BendingPoints(NamedTuple):
-    """Where a bending is fitted: positions (n, 3), template values and depths (n,), polynomials (terms, n)."""
+    """Where it is fitted: positions (n, 3), template values and depths (n,), polynomials (terms, n)."""
 
     points: np.ndarray
     values: np.ndarray
